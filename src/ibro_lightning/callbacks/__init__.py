@@ -1,0 +1,21 @@
+"""What a person sees. Callbacks read the returned metrics and the rollout; modules know nothing about them."""
+
+from ibro_lightning.callbacks.evaluation_report import EvaluationReport
+from ibro_lightning.callbacks.export import ExportModel
+from ibro_lightning.callbacks.metrics_log import MetricsLog
+from ibro_lightning.callbacks.progress import IterationProgress
+from ibro_lightning.callbacks.rollout_log import RolloutLog
+from ibro_lightning.callbacks.run_folder import run_folder
+from ibro_lightning.callbacks.samples import SamplesTable
+from ibro_lightning.callbacks.summary import RunSummary
+
+__all__ = [
+    "EvaluationReport",
+    "ExportModel",
+    "IterationProgress",
+    "MetricsLog",
+    "RolloutLog",
+    "RunSummary",
+    "SamplesTable",
+    "run_folder",
+]

@@ -1,0 +1,61 @@
+"""The table at the end of an evaluation, for people and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from ibro_lightning.callbacks.run_folder import run_folder, write_json
+from ibro_lightning.metrics import Estimate, Evaluation
+from ibro_lightning.modules import PolicyModule
+
+
+class EvaluationReport(pl.Callback):
+    """Prints avg@k and pass@k with 95 % bootstrap intervals and writes them to ``evaluations/*.json``."""
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        fitting = trainer.state.fn == "fit"
+        iteration = trainer.current_epoch + (0 if trainer.sanity_checking else 1)
+        name = f"iteration_{iteration:06d}" if fitting else str(trainer.state.fn)
+        title = f"evaluation after {iteration} epochs" if fitting else str(trainer.state.fn)
+        self._report(trainer, pl_module, name, "evaluation before training" if fitting and iteration == 0 else title)
+
+    @rank_zero_only
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._report(trainer, pl_module, "test", "test")
+
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, title: str) -> None:
+        if not isinstance(pl_module, PolicyModule) or not pl_module.evaluations:
+            return
+        bar = trainer.progress_bar_callback
+        (bar.print if bar is not None else print)(f"\n{title}\n{evaluation_table(pl_module.evaluations)}")
+        content = {set_name: evaluation.to_json() for set_name, evaluation in pl_module.evaluations.items()}
+        write_json(run_folder(trainer) / "evaluations" / f"{name}.json", content)
+
+
+def evaluation_table(evaluations: Mapping[str, Evaluation]) -> str:
+    """One line per evaluation set; percentages with their 95 % intervals."""
+    header = ("set", "questions", "avg@k", "pass@k", "k", "length", "cut")
+    rows = [
+        (
+            name,
+            str(e.questions),
+            _percent(e.avg_at_k),
+            _percent(e.pass_at_k[e.samples]),
+            str(e.samples),
+            f"{e.mean_length:.1f}",
+            f"{100 * e.truncated:.1f} %",
+        )
+        for name, e in evaluations.items()
+    ]
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{100 * estimate.mean:.1f} % [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"

@@ -1,0 +1,25 @@
+"""The trained policy as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from ibro_lightning.callbacks.run_folder import run_folder
+from ibro_lightning.modules import PolicyModule
+
+
+class ExportModel(pl.Callback):
+    """Writes ``model/`` (``config.json``, ``model.safetensors``, tokenizer) at the end of training.
+
+    Args:
+        enabled: False writes nothing; checkpoints are kept either way.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    @rank_zero_only
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.enabled and isinstance(pl_module, PolicyModule):
+            pl_module.export(run_folder(trainer) / "model")

@@ -1,0 +1,90 @@
+"""One bar for the whole run, in RL iterations."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+from ibro_lightning.callbacks.metrics_log import MetricsLog
+
+SHOWN = {
+    "rollout/reward": "reward",
+    "rollout/accuracy": "accuracy",
+    "policy/entropy": "entropy",
+    "rollout/length": "length",
+    "sft/loss": "loss",
+}
+
+
+class IterationProgress(ProgressBar):
+    """Reward, accuracy, entropy and length beside a bar; plain lines where there is no terminal.
+
+    Args:
+        line_every: without a terminal, print a line every so many batches; 0 means about 20 lines per run.
+    """
+
+    def __init__(self, line_every: int = 0) -> None:
+        super().__init__()
+        self.line_every = line_every
+        self._enabled = True
+        self._bar: tqdm[Any] | None = None
+        self._total = self._done = 0
+        self._started = 0.0
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
+        if self._enabled:
+            tqdm.write(sep.join(str(arg) for arg in args))
+            sys.stdout.flush()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
+        batches = int(trainer.num_training_batches)
+        self._total = max(0, epochs) * batches
+        self._done = trainer.current_epoch * batches
+        self._started = time.perf_counter()
+        if self._enabled and sys.stderr.isatty():
+            self._bar = tqdm(total=self._total or None, initial=self._done, desc="training", dynamic_ncols=True)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._done += 1
+        metrics = _latest(trainer)
+        shown = {short: f"{metrics[name]:.3g}" for name, short in SHOWN.items() if name in metrics}
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update()
+        elif self._enabled and self._done % (self.line_every or max(1, self._total // 20)) == 0:
+            fields = "  ".join(f"{name} {value:>6}" for name, value in shown.items())
+            self.print(f"[{time.perf_counter() - self._started:5.0f} s] {self._done:>5}/{self._total}  {fields}")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _latest(trainer: pl.Trainer) -> Mapping[str, float]:
+    """What :class:`MetricsLog` has just seen (callbacks run in order, and it comes first)."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, MetricsLog):
+            return callback.latest
+    return {}

@@ -1,0 +1,202 @@
+"""The command line: LightningCLI with recipes by name, run folders, and errors of one line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning
+import lightning.pytorch as pl
+import torch
+import transformers
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+import ibro_lightning.datamodules
+import ibro_lightning.engines
+import ibro_lightning.modules
+import ibro_lightning.regularizers
+import ibro_lightning.rewards  # noqa: F401  imported so that recipes may name classes without their module
+from ibro_lightning.callbacks import (
+    EvaluationReport,
+    ExportModel,
+    IterationProgress,
+    MetricsLog,
+    RolloutLog,
+    RunSummary,
+    SamplesTable,
+)
+from ibro_lightning.errors import ConfigError, RewardError, RolloutError
+from ibro_lightning.models import PretrainedPolicy
+from ibro_lightning.modules import PolicyModule
+from ibro_lightning.recipes import find_config
+from ibro_lightning.version import __version__
+
+
+class OneLineParser(LightningArgumentParser):
+    """Reports a bad setting in one line, with the nearest name that would have been right."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(str(message).split())
+        sys.stderr.write(f"error: {text}{self._suggest(text)}\n")
+        raise SystemExit(2)
+
+    def _suggest(self, text: str) -> str:
+        unknown = re.search(r"(?:[Kk]ey|[Oo]ption|argument)s?:? [\"'-]*([\w.]+)", text)
+        if unknown is None:
+            return ""
+        known = [action.dest for action in self._actions]
+        near = difflib.get_close_matches(unknown[1], known, n=1)
+        return f" - did you mean {near[0]}?" if near and near[0] != unknown[1] else ""
+
+
+class SaveResolvedConfig(SaveConfigCallback):
+    """``config.yaml`` in the run folder: every setting as it was used, under a header that says by which versions."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if trainer.is_global_zero and trainer.log_dir is not None:
+            path = Path(trainer.log_dir) / self.config_filename
+            path.write_text(_header() + path.read_text())
+
+
+class IbroCLI(LightningCLI):
+    """Adds what every run has: curves, rollouts, evaluations, checkpoints, the exported model and a summary."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--num_threads",
+            type=int | None,
+            default=None,
+            help="CPU threads of this process. Small models are fastest with 1; None leaves torch's choice.",
+        )
+        # Order matters: the metrics come first, those who show them after.
+        parser.add_lightning_class_args(MetricsLog, "metrics_log")
+        parser.add_lightning_class_args(IterationProgress, "progress")
+        parser.add_lightning_class_args(RolloutLog, "rollout_log")
+        parser.add_lightning_class_args(SamplesTable, "samples")
+        parser.add_lightning_class_args(EvaluationReport, "evaluation_report")
+        parser.add_lightning_class_args(ExportModel, "export")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunSummary, "summary")
+        parser.set_defaults(
+            {
+                "checkpoint.every_n_epochs": 20,
+                "checkpoint.save_last": True,
+                "checkpoint.save_on_train_epoch_end": True,
+                "checkpoint.filename": "iteration_{epoch:06d}",
+                "checkpoint.auto_insert_metric_name": False,
+            }
+        )
+
+    def before_instantiate_classes(self) -> None:
+        if (threads := self._get(self.config, "num_threads")) is not None:
+            if threads < 1:
+                raise ConfigError("num_threads", threads, "write 1 or more, or null")
+            torch.set_num_threads(threads)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        settings = self._get(self.config_init, "trainer")
+        if settings.logger in (None, True):
+            root = settings.default_root_dir or "runs/default"
+            kwargs["default_root_dir"] = root
+            kwargs["logger"] = TensorBoardLogger(root, name="", version="", default_hp_metric=False)
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        if self._get(self.config, "ckpt_path") is None:
+            make_room(Path(self.trainer.default_root_dir), self.model)
+
+    def after_fit(self) -> None:
+        """Training that did not end with an evaluation gets one, so that the summary tells how it ended."""
+        model = self.model
+        stale = isinstance(model, PolicyModule) and model.evaluations and model.evaluated_at_step != self.trainer.global_step
+        if stale and not self.trainer.interrupted:
+            self.trainer.validate(model, datamodule=self.datamodule, verbose=False)
+
+    def validate(self, **kwargs: Any) -> None:
+        self.trainer.validate(**{**kwargs, "verbose": False})  # EvaluationReport prints a better table
+
+    def test(self, **kwargs: Any) -> None:
+        self.trainer.test(**{**kwargs, "verbose": False})
+
+    def predict(self, **kwargs: Any) -> None:
+        self.trainer.predict(**{**kwargs, "return_predictions": False})  # they are in the parquet files
+
+
+@rank_zero_only
+def make_room(folder: Path, model: pl.LightningModule) -> None:
+    """Move an earlier run out of the way, so that nothing is overwritten and no two runs share their curves."""
+    if not (folder / "config.yaml").exists():
+        return
+    source = getattr(model, "policy_source", None)
+    if isinstance(source, PretrainedPolicy) and folder.resolve() in Path(source.path).resolve().parents:
+        raise ConfigError(
+            "trainer.default_root_dir",
+            str(folder),
+            f"it holds the run whose policy this run starts from ({source.path}): write another folder for the new run",
+        )
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    rank_zero_info(f"an earlier run was in {folder}: moved to {aside}")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of ``python -m ibro_lightning``; ``args`` as on the command line."""
+    argv = list(sys.argv[1:] if args is None else args)
+    try:
+        sys.argv[1:] = resolve_configs(argv)
+        IbroCLI(
+            model_class=pl.LightningModule,
+            datamodule_class=pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveResolvedConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_class=OneLineParser,
+            parser_kwargs={"parser_mode": "omegaconf", "version": __version__},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+    except (ConfigError, RewardError, RolloutError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+
+
+TRAINER_DEFAULTS = {
+    "accelerator": "auto",
+    "devices": 1,
+    "num_sanity_val_steps": -1,  # the whole evaluation before training: "accuracy before"
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,
+}
+
+
+def resolve_configs(argv: Sequence[str]) -> list[str]:
+    """Replace every ``--config NAME`` by the file it stands for."""
+    resolved: list[str] = []
+    expects_config = False
+    for argument in argv:
+        if expects_config:
+            argument, expects_config = str(find_config(argument)), False
+        elif argument in ("--config", "-c"):
+            expects_config = True
+        elif argument.startswith("--config="):
+            argument = f"--config={find_config(argument.removeprefix('--config='))}"
+        resolved.append(argument)
+    return resolved
+
+
+def _header() -> str:
+    versions = f"torch {torch.__version__}, lightning {lightning.__version__}, transformers {transformers.__version__}"
+    return f"# ibro_lightning {__version__}, {versions}\n# python -m ibro_lightning {' '.join(sys.argv[1:])}\n"

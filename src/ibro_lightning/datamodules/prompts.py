@@ -1,0 +1,99 @@
+"""From problems to prompts: chat template, tokenizer, length limit, and the order in which they are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from ibro_lightning.datamodules.sources import PromptSource
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.seeding import derive_seed, permutation
+from ibro_lightning.types import Problem, Prompt
+
+
+@dataclass(frozen=True)
+class PromptLimits:
+    """What happens to prompts that are too long.
+
+    Args:
+        max_tokens: longest prompt; None means no limit.
+        overlong: drop such prompts (and say how many), or stop with an error.
+    """
+
+    max_tokens: int | None = None
+    overlong: Literal["drop", "error"] = "drop"
+
+
+def encode_prompts(source: PromptSource, tokenizer: Any, limits: PromptLimits, *, setting: str) -> list[Prompt]:
+    """All of a source's problems as prompts.
+
+    Raises:
+        ConfigError: no problems, none short enough, one too long with ``overlong: error``, or no chat template.
+    """
+    prompts = [_encode(problem, tokenizer, setting) for problem in source.problems()]
+    name = type(source).__name__
+    if not prompts:
+        raise ConfigError(setting, name, "it has no problems: check its file, split and difficulty settings")
+    if len({prompt.id for prompt in prompts}) < len(prompts):
+        raise ConfigError(setting, name, "several of its problems have the same id: ids must be unique, seeds derive from them")
+    if limits.max_tokens is None:
+        return prompts
+    kept = [prompt for prompt in prompts if len(prompt.token_ids) <= limits.max_tokens]
+    dropped = len(prompts) - len(kept)
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    if dropped and (limits.overlong == "error" or not kept):
+        raise ConfigError(
+            "data.prompt_limits.max_tokens",
+            limits.max_tokens,
+            f"{dropped} of {len(prompts)} prompts of {name} are longer (up to {longest} tokens): "
+            f"write {longest}" + ("" if limits.overlong == "drop" else ", or overlong: drop to leave them out"),
+        )
+    if dropped:
+        rank_zero_info(
+            f"{setting}: {dropped} of {len(prompts)} prompts dropped, longer than {limits.max_tokens} tokens (up to {longest})"
+        )
+    return kept
+
+
+def _encode(problem: Problem, tokenizer: Any, setting: str) -> Prompt:
+    if isinstance(problem.prompt, str):
+        text, add_special_tokens = problem.prompt, True
+    else:
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                setting, "chat: true", "the policy's tokenizer has no chat template: write chat: false for raw prompts"
+            )
+        messages = [dict(message) for message in problem.prompt]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        add_special_tokens = False  # the template has written them out
+    token_ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+    if not token_ids:
+        raise ConfigError(setting, problem.id, "this problem's prompt has no tokens: a response needs something to follow")
+    return Prompt(problem.id, text, tuple(token_ids), problem.answer, problem.meta)
+
+
+class PromptCursor:
+    """Draws prompts in an order that is a function of the seed and of one number, the position.
+
+    Each pass over the prompts is a new permutation. Restoring ``position`` restores everything.
+    """
+
+    def __init__(self, prompts: list[Prompt], seed: int) -> None:
+        self.prompts, self.seed = prompts, seed
+        self.position = 0
+        self._epoch, self._order = -1, list[int]()
+
+    def draw(self, count: int) -> list[tuple[int, Prompt]]:
+        """The next ``count`` draws as ``(position, prompt)``; the position identifies a draw within the run."""
+        draws = [(p, self._at(p)) for p in range(self.position, self.position + count)]
+        self.position += count
+        return draws
+
+    def _at(self, position: int) -> Prompt:
+        epoch, offset = divmod(position, len(self.prompts))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = permutation(len(self.prompts), derive_seed(self.seed, "prompt order", epoch))
+        return self.prompts[self._order[offset]]

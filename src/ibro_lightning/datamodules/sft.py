@@ -1,0 +1,107 @@
+"""Demonstrations for supervised warm starts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+from ibro_lightning.datamodules.evaluation import EvalSet, EvaluationDataModule
+from ibro_lightning.datamodules.prompts import PromptLimits
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.seeding import derive_seed, run_seed
+from ibro_lightning.tasks import NumberPath, in_split
+from ibro_lightning.types import RolloutEngine, Sequences
+
+
+class DemonstrationSource(ABC):
+    """An endless supply of worked examples."""
+
+    @abstractmethod
+    def demonstration(self, seed: int) -> tuple[str, str]:
+        """``(prompt, response)`` as raw text, without EOS; a function of ``seed`` alone."""
+
+
+class NumberPathDemonstrations(DemonstrationSource):
+    """Random walks, relabelled with where they ended: no expert, mostly far from the shortest path.
+
+    Args:
+        task: the rules.
+        max_steps: longest walk.
+        heldout_fraction: as in :class:`NumberPathSource`; walks that would answer a held-out problem are never shown.
+    """
+
+    def __init__(self, task: NumberPath | None = None, max_steps: int = 12, heldout_fraction: float = 0.15) -> None:
+        if max_steps < 1:
+            raise ConfigError("source.max_steps", max_steps, "write 1 or more")
+        self.task = task or NumberPath()
+        self.max_steps, self.heldout_fraction = max_steps, heldout_fraction
+
+    def demonstration(self, seed: int) -> tuple[str, str]:
+        attempt = 0
+        while True:
+            start, target, tokens = self.task.random_walk(derive_seed(seed, "walk", attempt), self.max_steps)
+            prompt = self.task.prompt(start, target)
+            if in_split(prompt, "train", self.heldout_fraction):
+                return prompt, "".join(tokens)
+            attempt += 1
+
+
+class SFTDataModule(EvaluationDataModule):
+    """Batches of demonstrations: one Lightning batch is one optimizer step.
+
+    Args:
+        source: the demonstrations.
+        batch_size: sequences per step.
+        steps_per_epoch: batches per Lightning epoch.
+        engine, eval_sets, test_sets, eval_batch_prompts, prompt_limits: see :class:`EvaluationDataModule`.
+    """
+
+    def __init__(
+        self,
+        source: DemonstrationSource,
+        batch_size: int = 64,
+        steps_per_epoch: int = 100,
+        engine: RolloutEngine | None = None,
+        eval_sets: dict[str, EvalSet] | None = None,
+        test_sets: dict[str, EvalSet] | None = None,
+        eval_batch_prompts: int = 64,
+        prompt_limits: PromptLimits = PromptLimits(),
+    ) -> None:
+        super().__init__(engine, eval_sets, test_sets, eval_batch_prompts, prompt_limits)
+        for name, value in (("batch_size", batch_size), ("steps_per_epoch", steps_per_epoch)):
+            if value < 1:
+                raise ConfigError(f"data.{name}", value, "write 1 or more")
+        self.source, self.batch_size, self.steps_per_epoch = source, batch_size, steps_per_epoch
+        self.step = 0
+
+    def train_dataloader(self) -> SFTStream:
+        return SFTStream(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = state_dict["step"]
+
+    def next_batch(self) -> Sequences:
+        tokenizer, seed = self.provider.tokenizer, run_seed()
+        pairs = [self.source.demonstration(derive_seed(seed, "sft", self.step, row)) for row in range(self.batch_size)]
+        self.step += 1
+        prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
+        responses = tokenizer([response for _, response in pairs], add_special_tokens=False)["input_ids"]
+        return Sequences.collate(prompts, [[*ids, tokenizer.eos_token_id] for ids in responses])
+
+
+class SFTStream:
+    """The batches of one epoch, made as Lightning asks for them."""
+
+    def __init__(self, data: SFTDataModule) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return self.data.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Sequences]:
+        for _ in range(len(self)):
+            yield self.data.next_batch()

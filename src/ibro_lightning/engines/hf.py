@@ -1,0 +1,178 @@
+"""The embedded engine: transformers, in this process, on any device. Small, exact, and right for any causal LM."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from ibro_lightning.engines.sampling import sample_tokens
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.types import FinishReason, Generation, ModelSpec, RolloutEngine, SamplingParams
+
+
+class HFEngine(RolloutEngine):
+    """Left-padded batches, a key-value cache, each prompt computed once, finished rows leaving the batch.
+
+    It holds its own copy of the weights, as any engine does, so what it samples from is what it was last given.
+
+    Args:
+        max_batch_size: responses generated at the same time; bounds the memory of the key-value cache.
+        dtype: of the engine's copy of the weights.
+        compact_below: drop finished rows from the batch when the share of unfinished ones falls below this.
+    """
+
+    def __init__(
+        self,
+        max_batch_size: int = 256,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        compact_below: float = 0.8,
+    ) -> None:
+        if max_batch_size < 1:
+            raise ConfigError("engine.max_batch_size", max_batch_size, "write 1 or more responses")
+        if not 0 < compact_below <= 1:
+            raise ConfigError("engine.compact_below", compact_below, "write a share above 0 and up to 1")
+        self.max_batch_size, self.dtype, self.compact_below = max_batch_size, dtype, compact_below
+        self._model: Any = None
+        self._eos: Tensor
+        self._device: torch.device
+
+    def setup(self, spec: ModelSpec) -> None:
+        if self._model is not None:
+            return
+        with torch.random.fork_rng(devices=[]):  # the random weights, soon overwritten, must not touch the run's RNG
+            model = AutoModelForCausalLM.from_config(spec.config, dtype=getattr(torch, self.dtype))
+        self._model = model.to(spec.device).eval().requires_grad_(False)
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._eos = torch.tensor(spec.eos_token_ids, device=spec.device)
+        self._device = spec.device
+
+    @torch.no_grad()
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        own = self._model.state_dict()
+        missing = {tensor.data_ptr(): name for name, tensor in own.items()}  # by storage: tied names count once
+        for name, tensor in named_tensors:
+            if name not in own:
+                raise KeyError(f"the engine's model has no weight {name!r}")
+            own[name].copy_(tensor)
+            missing.pop(own[name].data_ptr(), None)
+        if missing:
+            raise KeyError(f"the engine got no new values for {len(missing)} weights, e.g. {min(missing.values())!r}")
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Generation]]:
+        if self._model is None:
+            raise RuntimeError("HFEngine.setup(spec) and load_weights(...) must be called before generate(...)")
+        results: list[list[Generation]] = [[] for _ in prompts]
+        for batch in self._batches(prompts, seeds):
+            indices = [index for index, _ in batch]
+            generated = iter(self._generate_batch([prompts[i] for i in indices], sampling, [s for _, s in batch]))
+            for index, batch_seeds in batch:
+                results[index] += islice(generated, len(batch_seeds))
+        return results
+
+    def offload(self) -> None:
+        if self._model is not None and self._device.type != "cpu":
+            self._model.to("cpu")
+            torch.cuda.empty_cache()
+
+    def onload(self) -> None:
+        if self._model is not None:
+            self._model.to(self._device)
+
+    def close(self) -> None:
+        self._model = None
+
+    def _batches(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]
+    ) -> list[list[tuple[int, list[int]]]]:
+        """Cut the work into batches of at most ``max_batch_size`` responses, prompts of like length together."""
+        batches: list[list[tuple[int, list[int]]]] = []
+        free = 0
+        for index in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+            waiting = list(seeds[index])
+            while waiting:
+                # Split a prompt's samples over two batches only if they do not fit into one: the prefix is computed per batch.
+                if free < min(len(waiting), self.max_batch_size):
+                    batches.append([])
+                    free = self.max_batch_size
+                taken, waiting = waiting[:free], waiting[free:]
+                batches[-1].append((index, taken))
+                free -= len(taken)
+        return batches
+
+    def _generate_batch(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[Sequence[int]]
+    ) -> list[Generation]:
+        """All samples of these prompts, ordered by prompt, then by seed. ``P`` prompts, ``R`` rows (samples)."""
+        input_ids, attention_mask = self._left_pad(prompts)
+        cache = DynamicCache(config=self._model.config)
+        logits = self._forward(input_ids, attention_mask, cache)  # [P, V]
+
+        copies = torch.tensor([len(s) for s in seeds], device=self._device)
+        source = torch.arange(len(prompts), device=self._device).repeat_interleave(copies)
+        row_seeds = torch.tensor([seed for s in seeds for seed in s], dtype=torch.long, device=self._device)
+        tokens = torch.zeros(len(source), sampling.max_tokens, dtype=torch.long, device=self._device)
+        logps = torch.zeros(len(source), sampling.max_tokens, device=self._device)
+        lengths = torch.zeros_like(source)
+        ended = torch.zeros_like(source, dtype=torch.bool)
+
+        cache.batch_select_indices(source)
+        logits, attention_mask = logits[source], attention_mask[source]
+        rows = torch.arange(len(source), device=self._device)  # which sample each row of the shrinking batch belongs to
+        for step in range(sampling.max_tokens):
+            next_tokens, next_logp = sample_tokens(logits, sampling, row_seeds[rows], step)
+            live = ~ended[rows]
+            tokens[rows[live], step], logps[rows[live], step] = next_tokens[live], next_logp[live]
+            lengths[rows[live]] += 1
+            ended[rows] |= torch.isin(next_tokens, self._eos) & live
+            live = ~ended[rows]
+            num_live = int(live.sum())
+            if num_live == 0 or step + 1 == sampling.max_tokens:
+                break
+            if num_live < self.compact_below * len(rows):
+                keep = live.nonzero().squeeze(-1)
+                cache.batch_select_indices(keep)
+                rows, next_tokens, attention_mask = rows[keep], next_tokens[keep], attention_mask[keep]
+            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
+            logits = self._forward(next_tokens[:, None], attention_mask, cache)
+        return _to_generations(tokens, logps, lengths, ended)
+
+    def _left_pad(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """``[P, L]`` ids and mask. Left, so that every row's next token comes from the last position."""
+        width = max(len(ids) for ids in prompts)
+        input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(prompts):
+            input_ids[row, width - len(ids) :] = torch.tensor(ids)
+            attention_mask[row, width - len(ids) :] = 1
+        return input_ids.to(self._device), attention_mask.to(self._device)
+
+    def _forward(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits ``[B, V]`` of the next token; ``input_ids`` are the tokens that the cache does not hold yet."""
+        kwargs: dict[str, Any] = {}
+        if self._takes_positions:
+            positions = attention_mask.cumsum(dim=1) - 1
+            kwargs["position_ids"] = positions[:, -input_ids.shape[1] :].clamp(min=0)
+        if self._takes_logits_to_keep:
+            kwargs["logits_to_keep"] = 1
+        output = self._model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **kwargs
+        )
+        return output.logits[:, -1]
+
+
+def _to_generations(tokens: Tensor, logps: Tensor, lengths: Tensor, ended: Tensor) -> list[Generation]:
+    generations = []
+    for ids, logp, length, done in zip(tokens.tolist(), logps.tolist(), lengths.tolist(), ended.tolist(), strict=True):
+        reason: FinishReason = "stop" if done else "length"
+        generations.append(Generation(tuple(ids[:length]), tuple(logp[:length]), reason))
+    return generations

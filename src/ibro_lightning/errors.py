@@ -1,0 +1,29 @@
+"""Errors that a person can act on: which setting, what it is, what to write instead."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """A setting is wrong. The command line prints it as one line, without a traceback.
+
+    >>> str(ConfigError("data.group_size", 1, "DAPO compares responses to one prompt: write 2 or more"))
+    'data.group_size: 1 - DAPO compares responses to one prompt: write 2 or more'
+    """
+
+    def __init__(self, setting: str, value: object, remedy: str) -> None:
+        self.setting, self.value, self.remedy = setting, value, remedy
+        super().__init__(f"{setting}: {_short(value)} - {remedy}")
+
+
+class RewardError(RuntimeError):
+    """A reward function raised or returned something that is not a finite number. Names the reward and the prompt."""
+
+
+class RolloutError(RuntimeError):
+    """Generation cannot give the update what it needs, e.g. dynamic sampling found no informative group."""
+
+
+def _short(value: object, limit: int = 200) -> str:
+    text = repr(value) if isinstance(value, str) else str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

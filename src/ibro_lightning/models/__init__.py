@@ -1,0 +1,14 @@
+"""The policy: loading, scoring, exporting."""
+
+from ibro_lightning.models.loading import PolicyOptions, PolicySource, PretrainedPolicy, Qwen2FromScratch, as_source
+from ibro_lightning.models.policy import Policy, export_folder
+
+__all__ = [
+    "Policy",
+    "PolicyOptions",
+    "PolicySource",
+    "PretrainedPolicy",
+    "Qwen2FromScratch",
+    "as_source",
+    "export_folder",
+]

@@ -1,0 +1,184 @@
+"""Where a policy comes from: a Hugging Face folder or hub name, or random initialisation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.tasks import NumberPath
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """How a policy folder is loaded.
+
+    Args:
+        dtype: of the trained weights. float32, or bfloat16 on GPUs that are short of memory.
+        attn_implementation: transformers' name (sdpa, eager, flash_attention_2, …); None lets transformers choose.
+        gradient_checkpointing: recompute activations in the backward pass; slower, much less memory.
+        trust_remote_code: run Python code that comes with the model. Only for sources that you trust.
+        revision: branch, tag or commit on the hub.
+    """
+
+    dtype: Dtype = "float32"
+    attn_implementation: str | None = None
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    revision: str = "main"
+
+
+class PolicySource(ABC):
+    """Gives tokenizer and config at once, and the weights when they are wanted."""
+
+    @abstractmethod
+    def tokenizer(self) -> Any: ...
+
+    @abstractmethod
+    def config(self) -> Any: ...
+
+    @abstractmethod
+    def build(self, options: PolicyOptions) -> Any:
+        """The ``PreTrainedModel``, on CPU."""
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a response: the tokenizer's EOS first, then what the model's generation config adds."""
+        tokenizer = self.tokenizer()
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                "model.policy",
+                str(self),
+                "its tokenizer has no EOS token, so no response could ever end: set eos_token in tokenizer_config.json",
+            )
+        extra = self._generation_eos()
+        return tuple(dict.fromkeys([tokenizer.eos_token_id, *extra]))
+
+    def _generation_eos(self) -> list[int]:
+        return []
+
+
+class PretrainedPolicy(PolicySource):
+    """A Hugging Face folder or hub name. What ``policy: NAME`` in a recipe means."""
+
+    def __init__(self, path: str, options: PolicyOptions | None = None) -> None:
+        self.path = str(Path(path).expanduser()) if path.startswith("~") else path
+        options = options or PolicyOptions()
+        self._hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+        folder = Path(self.path)
+        looks_like_path = folder.is_absolute() or self.path.startswith(".") or self.path.count("/") != 1
+        if folder.exists():
+            if not (folder / "config.json").is_file():
+                raise ConfigError("model.policy", path, "this folder holds no config.json: name a Hugging Face model folder")
+        elif looks_like_path or folder.parent.is_dir():
+            raise ConfigError("model.policy", path, f"no such folder: name a Hugging Face model folder{_hint(self.path)}")
+        self._tokenizer: Any = None
+        self._config: Any = None
+
+    def __str__(self) -> str:
+        return self.path
+
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = self._load(AutoTokenizer)
+        return self._tokenizer
+
+    def config(self) -> Any:
+        if self._config is None:
+            self._config = self._load(AutoConfig)
+        return self._config
+
+    def build(self, options: PolicyOptions) -> Any:
+        return self._load(
+            AutoModelForCausalLM,
+            dtype=getattr(torch, options.dtype),
+            attn_implementation=options.attn_implementation,
+        )
+
+    def _load(self, auto_class: Any, **kwargs: Any) -> Any:
+        try:
+            return auto_class.from_pretrained(self.path, **self._hub, **kwargs)
+        except (OSError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                "model.policy", self.path, f"cannot load its {auto_class.__name__[4:]}: {reason}{_hint(self.path)}"
+            ) from error
+
+    def _generation_eos(self) -> list[int]:
+        try:
+            eos = GenerationConfig.from_pretrained(self.path, revision=self._hub["revision"]).eos_token_id
+        except OSError:
+            eos = self.config().eos_token_id
+        return [eos] if isinstance(eos, int) else list(eos or [])
+
+
+class Qwen2FromScratch(PolicySource):
+    """A small Qwen2 with random weights and a task's own tokenizer: what the quick start's base policy begins as.
+
+    Args:
+        task: whose tokenizer and vocabulary to use.
+        hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size: the usual sizes; embeddings are tied.
+        max_position_embeddings: longest prompt + response in tokens.
+        initializer_range: standard deviation of the initial weights. Small models want 0.08 rather than Qwen's 0.02.
+        seed: of the random weights.
+    """
+
+    def __init__(
+        self,
+        task: NumberPath,
+        hidden_size: int = 96,
+        num_layers: int = 3,
+        num_heads: int = 4,
+        num_kv_heads: int = 2,
+        intermediate_size: int = 256,
+        max_position_embeddings: int = 256,
+        initializer_range: float = 0.08,
+        seed: int = 0,
+    ) -> None:
+        self._tokenizer = task.tokenizer()
+        self._config = Qwen2Config(
+            vocab_size=len(self._tokenizer),
+            hidden_size=hidden_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_kv_heads,
+            intermediate_size=intermediate_size,
+            max_position_embeddings=max_position_embeddings,
+            initializer_range=initializer_range,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=self._tokenizer.eos_token_id,
+            pad_token_id=self._tokenizer.pad_token_id,
+        )
+        self._seed = seed
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    def config(self) -> Any:
+        return self._config
+
+    def build(self, options: PolicyOptions) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            return Qwen2ForCausalLM(self._config).to(getattr(torch, options.dtype))
+
+
+def as_source(policy: str | PolicySource, options: PolicyOptions) -> PolicySource:
+    """``policy`` as it stands in a recipe → its source."""
+    return PretrainedPolicy(policy, options) if isinstance(policy, str) else policy
+
+
+def _hint(path: str) -> str:
+    if "sft_quickstart" not in path:
+        return ""
+    return "; the quick start's base policy is made by: python -m ibro_lightning fit --config sft_quickstart.yaml"

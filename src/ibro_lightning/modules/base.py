@@ -1,0 +1,126 @@
+"""What every module here shares: a policy, its tokenizer, its evaluation, and one way to take an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.metrics import Evaluation, SampleAccuracy
+from ibro_lightning.models import Policy, PolicyOptions, PolicySource, as_source, export_folder
+from ibro_lightning.types import ModelSpec, Rollout
+
+
+class PolicyModule(pl.LightningModule):
+    """A LightningModule that holds a policy. Optimises by hand; subclasses say what a batch is and what its loss is.
+
+    Args:
+        policy: a Hugging Face folder or hub name, or a :class:`PolicySource`.
+        policy_options: dtype, attention implementation and the like.
+        optimizer: called with the policy's parameters.
+        warmup_steps: optimizer steps over which the learning rate rises linearly to its value.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them as they are.
+    """
+
+    min_group_size = 1
+
+    def __init__(
+        self,
+        policy: str | PolicySource,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup_steps: int = 0,
+        max_grad_norm: float = 1.0,
+        policy_options: PolicyOptions = PolicyOptions(),
+    ) -> None:
+        super().__init__()
+        for name, value in (("warmup_steps", warmup_steps), ("max_grad_norm", max_grad_norm)):
+            if value < 0:
+                raise ConfigError(f"model.{name}", value, "write 0 or more")
+        self.automatic_optimization = False
+        self.policy_source = as_source(policy, policy_options)
+        self.policy_options = policy_options
+        self.tokenizer = self.policy_source.tokenizer()
+        self.eos_token_ids = self.policy_source.eos_token_ids()
+        self.optimizer_factory, self.warmup_steps, self.max_grad_norm = optimizer, warmup_steps, max_grad_norm
+        self.policy: Policy
+        self.evaluations: dict[str, Evaluation] = {}
+        """The latest evaluation of each set; :attr:`evaluated_at_step` says after how many optimizer steps."""
+        self.evaluated_at_step: int | None = None
+        self._eval_metrics: dict[str, SampleAccuracy] = {}
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "policy"):
+            model = self.policy_source.build(self.policy_options)
+            self.policy = Policy(model, gradient_checkpointing=self.policy_options.gradient_checkpointing)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_factory(self.policy.parameters())
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def learning_rate_factor(self, step: int) -> float:
+        """What the learning rate is multiplied with before optimizer step ``step`` (from 0)."""
+        return min(1.0, (step + 1) / (self.warmup_steps + 1))
+
+    def optimizer_step_clipped(self) -> dict[str, float]:
+        """Clip, step, schedule, zero. A step with a non-finite gradient is left out, and counted."""
+        optimizer: Any = self.optimizers()
+        scheduler: Any = self.lr_schedulers()
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm or torch.inf)
+        finite = bool(norm.isfinite())
+        if finite:
+            optimizer.step()
+            scheduler.step()
+        optimizer.zero_grad()
+        metrics = {"update/skipped_steps": float(not finite), "update/lr": optimizer.param_groups[0]["lr"]}
+        return {**metrics, "update/grad_norm": norm.item()} if finite else metrics
+
+    # What datamodules and callbacks ask of a policy module (types.PolicyProvider).
+
+    def model_spec(self) -> ModelSpec:
+        return ModelSpec(self.policy_source.config(), self.eos_token_ids, self.device)
+
+    def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self.policy.named_full_weights()
+
+    def export(self, folder: Path) -> Path:
+        """Write the policy as a Hugging Face folder."""
+        return export_folder(self.policy.model, self.tokenizer, folder)
+
+    # Evaluation: every batch is a rollout of one evaluation set.
+
+    def on_validation_epoch_start(self) -> None:
+        self._eval_metrics = {}
+
+    def validation_step(self, rollout: Rollout, batch_idx: int, dataloader_idx: int = 0) -> Rollout:
+        metric = self._eval_metrics.setdefault(rollout.name, SampleAccuracy().to(self.device))
+        metric.update(rollout)
+        return rollout
+
+    def on_validation_epoch_end(self) -> None:
+        self.evaluations = {name: metric.compute() for name, metric in self._eval_metrics.items()}
+        self.evaluated_at_step = self.trainer.global_step
+        prefix = "test" if self.trainer.testing else "val"
+        scalars = {
+            f"{prefix}/{name}/{key}": value
+            for name, evaluation in self.evaluations.items()
+            for key, value in evaluation.scalars().items()
+        }
+        if self.trainer.sanity_checking:  # the evaluation before training: Lightning itself would not log it
+            if self.logger is not None:
+                self.logger.log_metrics(scalars, step=0)
+        else:
+            self.log_dict(scalars)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, rollout: Rollout, batch_idx: int, dataloader_idx: int = 0) -> Rollout:
+        return rollout

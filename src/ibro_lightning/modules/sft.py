@@ -1,0 +1,50 @@
+"""Supervised fine-tuning on demonstrations: the warm start that reinforcement learning needs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+
+from ibro_lightning.functional import token_mean
+from ibro_lightning.models import PolicyOptions, PolicySource
+from ibro_lightning.modules.base import PolicyModule
+from ibro_lightning.timing import PhaseTimer
+from ibro_lightning.types import Sequences
+
+
+class SFTModule(PolicyModule):
+    """Maximises the likelihood of the response tokens; cosine learning rate over the whole run.
+
+    Args:
+        policy, optimizer, warmup_steps, max_grad_norm, policy_options: see :class:`PolicyModule`.
+        final_lr_factor: the learning rate ends at this share of its peak.
+    """
+
+    def __init__(
+        self,
+        policy: str | PolicySource,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup_steps: int = 0,
+        max_grad_norm: float = 1.0,
+        final_lr_factor: float = 0.0,
+        policy_options: PolicyOptions = PolicyOptions(),
+    ) -> None:
+        super().__init__(policy, optimizer, warmup_steps, max_grad_norm, policy_options)
+        self.final_lr_factor = final_lr_factor
+
+    def learning_rate_factor(self, step: int) -> float:
+        total = max(1, int(self.trainer.estimated_stepping_batches) - self.warmup_steps)
+        progress = min(1.0, max(0.0, (step - self.warmup_steps) / total))
+        cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+        return super().learning_rate_factor(step) * (self.final_lr_factor + (1.0 - self.final_lr_factor) * cosine)
+
+    def training_step(self, batch: Sequences, batch_idx: int) -> dict[str, float]:
+        timer = PhaseTimer()
+        with timer("update"):
+            logp, _ = self.policy(batch, temperature=1.0, with_entropy=False)
+            loss = -token_mean(logp, batch.response_mask, batch.response_mask.sum())
+            self.manual_backward(loss)
+            metrics = self.optimizer_step_clipped()
+        return {"sft/loss": loss.item(), **metrics, **timer.metrics()}

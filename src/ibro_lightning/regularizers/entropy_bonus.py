@@ -1,0 +1,23 @@
+"""The naive entropy bonus that the paper compares with."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ibro_lightning.regularizers.base import EntropyRegularizer
+from ibro_lightning.types import TokenStats
+
+
+class EntropyBonus(EntropyRegularizer):
+    """``J = agg(H_t)``: every token's entropy is raised alike (Williams & Peng, 1991; arXiv 1602.01783).
+
+    Args:
+        coef: α of ``L = L_PG − α·agg(H_t)``; 0.001 in arXiv 2507.18391.
+    """
+
+    def __init__(self, coef: float = 0.001) -> None:
+        super().__init__(coef)
+
+    def objective(self, stats: TokenStats) -> Tensor:
+        assert stats.entropy is not None
+        return stats.entropy

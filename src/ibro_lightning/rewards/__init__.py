@@ -1,0 +1,18 @@
+"""Verifiers and reward shaping. A reward is ``(prompt, completions) → RewardResult`` with named parts."""
+
+from ibro_lightning.rewards.base import Reward, RewardSum, VerifiableReward, score
+from ibro_lightning.rewards.number_path import NumberPathReward
+from ibro_lightning.rewards.shaping import OverlongPenalty
+from ibro_lightning.rewards.text import CountdownReward, LastNumberReward, last_number
+
+__all__ = [
+    "CountdownReward",
+    "LastNumberReward",
+    "NumberPathReward",
+    "OverlongPenalty",
+    "Reward",
+    "RewardSum",
+    "VerifiableReward",
+    "last_number",
+    "score",
+]

@@ -1,0 +1,19 @@
+"""Which problems are held out: a function of the problem itself, so it can never change between runs or files."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+Split = Literal["train", "heldout", "all"]
+
+
+def in_split(problem: str, split: Split, heldout_fraction: float) -> bool:
+    """True if ``problem`` (its canonical text) belongs to ``split``.
+
+    A problem is held out when its SHA-256, read as a number in [0, 1), is below ``heldout_fraction``.
+    """
+    if split == "all":
+        return True
+    draw = int.from_bytes(hashlib.sha256(problem.encode()).digest()[:8], "big") / 2**64
+    return (draw < heldout_fraction) == (split == "heldout")
