@@ -16,7 +16,7 @@ import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 import ibro_lightning.datamodules
 import ibro_lightning.engines
@@ -116,7 +116,11 @@ class IbroCLI(LightningCLI):
     def after_fit(self) -> None:
         """Training that did not end with an evaluation gets one, so that the summary tells how it ended."""
         model = self.model
-        stale = isinstance(model, PolicyModule) and model.evaluations and model.evaluated_at_step != self.trainer.global_step
+        stale = (
+            isinstance(model, PolicyModule)
+            and model.evaluations
+            and model.evaluated_at_step != self.trainer.global_step
+        )
         if stale and not self.trainer.interrupted:
             self.trainer.validate(model, datamodule=self.datamodule, verbose=False)
 

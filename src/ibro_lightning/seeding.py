@@ -42,7 +42,7 @@ def counter_uniforms(seeds: Tensor, counter: int) -> Tensor:
     Returns:
         ``[B]`` float64 with 52 random bits. Never rounds up to 1, so a product with a total stays below the total.
     """
-    # int64 arithmetic wraps around in torch, which is what SplitMix64 wants; only shifts need care (they are arithmetic).
+    # int64 arithmetic wraps around in torch, as SplitMix64 wants; only shifts need care (they are arithmetic).
     z = seeds + _wrap((counter + 1) * _GOLDEN_GAMMA)
     z = (z ^ _logical_shift_right(z, 30)) * _MIX_1
     z = (z ^ _logical_shift_right(z, 27)) * _MIX_2

@@ -61,8 +61,8 @@ class SamplingParams:
 class Problem:
     """A question as its source states it, before any tokenizer.
 
-    ``prompt`` is raw text, or a list of ``{role, content}`` messages for the model's chat template. ``answer`` is what the reward
-    needs to judge a response. ``id`` is unique within the source and stable between runs: seeds derive from it.
+    ``prompt`` is raw text, or a list of ``{role, content}`` messages for the model's chat template. ``answer`` is what
+    the reward needs to judge a response. ``id`` is unique within the source and stable: seeds derive from it.
     """
 
     id: str
@@ -219,8 +219,8 @@ class Sequences:
 class Rollout:
     """One Lightning batch: responses sampled from the current policy, with their rewards.
 
-    Tensors are ``[B]`` unless said otherwise; ``prompts`` and ``completions`` are the same rows for people and callbacks.
-    ``groups`` numbers the prompt that each response answers, 0..G-1. ``metrics`` says how generation went.
+    Tensors are ``[B]`` unless said otherwise; ``prompts`` and ``completions`` are the same rows for people and
+    callbacks. ``groups`` numbers the prompt that each response answers, 0..G-1. ``metrics`` says how generation went.
     """
 
     prompts: tuple[Prompt, ...]
@@ -244,7 +244,9 @@ class Rollout:
     @classmethod
     def from_groups(cls, groups: Sequence[Group], **fields: Any) -> Self:
         """Build from whole groups; ``fields`` are the remaining ones (name, iteration, temperature, …)."""
-        rows = [(i, g.prompt, c, r) for i, g in enumerate(groups) for c, r in zip(g.completions, g.results, strict=True)]
+        rows = [
+            (i, g.prompt, c, r) for i, g in enumerate(groups) for c, r in zip(g.completions, g.results, strict=True)
+        ]
         completions = tuple(completion for _, _, completion, _ in rows)
         sequences = Sequences.collate([p.token_ids for _, p, _, _ in rows], [c.token_ids for c in completions])
         sampler_logp = torch.zeros(sequences.response_mask.shape)
@@ -318,8 +320,8 @@ class Experience:
 class TokenStats:
     """What a loss or a regulariser sees of one micro-batch, ``[B, T]`` each.
 
-    ``logp`` and ``entropy`` belong to the current policy and carry gradients; the rest is fixed. Values where ``mask`` is
-    False mean nothing. ``entropy`` is None when the regulariser said that it does not need it.
+    ``logp`` and ``entropy`` belong to the current policy and carry gradients; the rest is fixed. Values where ``mask``
+    is False mean nothing. ``entropy`` is None when the regulariser said that it does not need it.
     """
 
     logp: Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from ibro_lightning.callbacks.run_folder import run_folder, write_json
 from ibro_lightning.metrics import Estimate, Evaluation

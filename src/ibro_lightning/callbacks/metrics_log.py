@@ -34,7 +34,8 @@ class MetricsLog(pl.Callback):
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """Rewards and lengths (response tokens, EOS included) of the rows that are trained on, and how they were generated.
 
-    ``rollout/accuracy`` (from the datamodule) counts every sampled response; dynamic sampling keeps a biased part of them.
+    ``rollout/accuracy`` (from the datamodule) counts every sampled response; dynamic sampling keeps a biased part of
+    them.
     """
     lengths, right = rollout.sequences.response_lengths.float(), rollout.accuracy > 0.5
     metrics = {

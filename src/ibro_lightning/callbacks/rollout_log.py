@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from ibro_lightning.callbacks.run_folder import run_folder
 from ibro_lightning.errors import ConfigError
@@ -17,7 +17,7 @@ from ibro_lightning.types import Rollout
 
 
 class RolloutLog(pl.Callback):
-    """Writes ``rollouts/iteration_000012.parquet`` per rollout, and ``predictions/SET/batch_0000.parquet`` for ``predict``.
+    """Writes ``rollouts/iteration_000012.parquet`` in training and ``predictions/SET/batch_0000.parquet`` in predict.
 
     A file per rollout, written whole or not at all, survives a killed run; ``pandas.read_parquet("rollouts")`` reads the
     folder as one table.
@@ -28,7 +28,9 @@ class RolloutLog(pl.Callback):
 
     def __init__(self, every_n_iterations: int = 1) -> None:
         if every_n_iterations < 0:
-            raise ConfigError("rollout_log.every_n_iterations", every_n_iterations, "write 1 (every rollout), more, or 0 (none)")
+            raise ConfigError(
+                "rollout_log.every_n_iterations", every_n_iterations, "write 1 (every rollout), more, or 0 (none)"
+            )
         self.every_n_iterations = every_n_iterations
 
     @rank_zero_only

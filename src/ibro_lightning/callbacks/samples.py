@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.types import Rollout
@@ -23,7 +23,11 @@ class SamplesTable(pl.Callback):
     """
 
     def __init__(self, every_n_iterations: int = 10, rows: int = 8, max_characters: int = 500) -> None:
-        for name, value in (("every_n_iterations", every_n_iterations), ("rows", rows), ("max_characters", max_characters)):
+        for name, value in (
+            ("every_n_iterations", every_n_iterations),
+            ("rows", rows),
+            ("max_characters", max_characters),
+        ):
             if value < 0:
                 raise ConfigError(f"samples.{name}", value, "write 0 or more")
         self.every_n_iterations, self.rows, self.max_characters = every_n_iterations, rows, max_characters

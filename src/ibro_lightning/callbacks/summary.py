@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from ibro_lightning.callbacks.run_folder import run_folder, write_json
 from ibro_lightning.metrics import Evaluation
@@ -18,9 +18,9 @@ from ibro_lightning.version import __version__
 class RunSummary(pl.Callback):
     """Prints accuracy before → after, time and places, and writes them to ``summary.json``.
 
-    "Before" is the evaluation that precedes training, "after" the last one. With several evaluation sets the accuracy is the mean
-    of their avg@k; each set's own numbers are in ``evaluations``. A later evaluation in the same process (the command
-    line runs one if training did not end with one) brings the file up to date.
+    "Before" is the evaluation that precedes training, "after" the last one. With several evaluation sets the accuracy is
+    the mean of their avg@k; each set's own numbers are in ``evaluations``. A later evaluation in the same process (the
+    command line runs one if training did not end with one) brings the file up to date.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,8 @@ class RunSummary(pl.Callback):
         change = "" if before is None or after is None else f"accuracy  {before:.1%} → {after:.1%}\n"
         text = (
             f"\n{change}time      {summary['seconds']:.0f} s, {self._iterations} iterations\n"
-            f"model     {summary['model_dir']}\ncurves    tensorboard --logdir {folder}\nsummary   {folder / 'summary.json'}"
+            f"model     {summary['model_dir']}\n"
+            f"curves    tensorboard --logdir {folder}\nsummary   {folder / 'summary.json'}"
         )
         bar = trainer.progress_bar_callback
         (bar.print if bar is not None else print)(text)

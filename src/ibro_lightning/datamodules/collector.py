@@ -65,6 +65,6 @@ def check_reward(reward: Reward, prompt: Prompt, sampling: SamplingParams) -> No
     result: RewardResult = score(reward, prompt, [empty])[0]
     if "accuracy" not in result.parts:
         raise RewardError(
-            f"data.reward: {type(reward).__name__} names the parts {sorted(result.parts)} but no 'accuracy', which is what "
-            "is reported and filtered on: add parts={'accuracy': 0 or 1, ...} to its RewardResult"
+            f"data.reward: {type(reward).__name__} names the parts {sorted(result.parts)} but no 'accuracy', "
+            "which is what is reported and filtered on: add parts={'accuracy': 0 or 1, ...} to its RewardResult"
         )

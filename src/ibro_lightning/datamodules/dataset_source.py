@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 
 from ibro_lightning.datamodules.sources import PromptSource, as_prompt, check_template
 from ibro_lightning.errors import ConfigError
@@ -56,7 +56,9 @@ class DatasetSource(PromptSource):
         for setting, column in (("prompt_column", self.prompt_column), ("answer_column", self.answer_column)):
             if column.split(".")[0] not in table.column_names:
                 raise ConfigError(
-                    f"source.{setting}", column, f"{self.path} has no such column: write one of {sorted(table.column_names)}"
+                    f"source.{setting}",
+                    column,
+                    f"{self.path} has no such column: write one of {sorted(table.column_names)}",
                 )
         seen: set[str] = set()
         for number, row in enumerate(table):
@@ -77,7 +79,9 @@ class DatasetSource(PromptSource):
             elif Path(self.path).is_file():
                 table = datasets.load_dataset(file_format, data_files={self.split: self.path}, split=self.split)
             else:
-                raise ConfigError("source.path", self.path, "no such file: check the path (it is relative to where you run)")
+                raise ConfigError(
+                    "source.path", self.path, "no such file: check the path (it is relative to where you run)"
+                )
         except ConfigError:
             raise
         except Exception as error:  # datasets raises its own, pyarrow's, pandas' and the hub's errors
@@ -97,8 +101,12 @@ class DatasetSource(PromptSource):
     def _prompt(self, question: Any, number: int) -> Any:
         if isinstance(question, str):
             return as_prompt(self.template.format(problem=question), chat=self.chat, system=self.system)
-        if isinstance(question, list) and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in question):
+        if isinstance(question, list) and all(
+            isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in question
+        ):
             return [{"role": m["role"], "content": m["content"]} for m in question]
         raise ConfigError(
-            "source.prompt_column", self.prompt_column, f"{self.path}, row {number}: neither text nor a list of messages"
+            "source.prompt_column",
+            self.prompt_column,
+            f"{self.path}, row {number}: neither text nor a list of messages",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import lightning.pytorch as pl
 
@@ -68,7 +68,9 @@ class EvaluationDataModule(pl.LightningDataModule):
             if not re.fullmatch(r"[\w-]+", name):
                 raise ConfigError("data.eval_sets", name, "name sets with letters, digits, '_' and '-' only")
             if eval_set.samples < 1:
-                raise ConfigError(f"data.eval_sets.{name}.samples", eval_set.samples, "write 1 or more responses per problem")
+                raise ConfigError(
+                    f"data.eval_sets.{name}.samples", eval_set.samples, "write 1 or more responses per problem"
+                )
         if eval_batch_prompts < 1:
             raise ConfigError("data.eval_batch_prompts", eval_batch_prompts, "write 1 or more prompts")
 
@@ -138,7 +140,5 @@ class EvalStream:
         self.data.engine.offload()
 
     def _seed(self, seed: int, prompt: Prompt, sample: int) -> int:
-        # Not a function of the iteration: the same random numbers before and after training make the difference clearer.
+        # Not a function of the iteration: the same random numbers before and after make the difference clearer.
         return derive_seed(seed, "eval", self.name, prompt.id, sample)
-
-

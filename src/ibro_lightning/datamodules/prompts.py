@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 
 from ibro_lightning.datamodules.sources import PromptSource
 from ibro_lightning.errors import ConfigError
@@ -37,7 +37,9 @@ def encode_prompts(source: PromptSource, tokenizer: Any, limits: PromptLimits, *
     if not prompts:
         raise ConfigError(setting, name, "it has no problems: check its file, split and difficulty settings")
     if len({prompt.id for prompt in prompts}) < len(prompts):
-        raise ConfigError(setting, name, "several of its problems have the same id: ids must be unique, seeds derive from them")
+        raise ConfigError(
+            setting, name, "several of its problems have the same id: ids must be unique, seeds derive from them"
+        )
     if limits.max_tokens is None:
         return prompts
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= limits.max_tokens]
@@ -52,7 +54,8 @@ def encode_prompts(source: PromptSource, tokenizer: Any, limits: PromptLimits, *
         )
     if dropped:
         rank_zero_info(
-            f"{setting}: {dropped} of {len(prompts)} prompts dropped, longer than {limits.max_tokens} tokens (up to {longest})"
+            f"{setting}: {dropped} of {len(prompts)} prompts dropped, "
+            f"longer than {limits.max_tokens} tokens (up to {longest})"
         )
     return kept
 
@@ -70,7 +73,9 @@ def _encode(problem: Problem, tokenizer: Any, setting: str) -> Prompt:
         add_special_tokens = False  # the template has written them out
     token_ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
     if not token_ids:
-        raise ConfigError(setting, problem.id, "this problem's prompt has no tokens: a response needs something to follow")
+        raise ConfigError(
+            setting, problem.id, "this problem's prompt has no tokens: a response needs something to follow"
+        )
     return Prompt(problem.id, text, tuple(token_ids), problem.answer, problem.meta)
 
 

@@ -28,8 +28,8 @@ class DynamicSampling:
     Args:
         max_rounds: rounds of generation per rollout, the first one included.
         on_exhausted: what if the rollout is not full after that. ``smaller``: train on the informative groups there
-            are (none at all: skip the update). ``fill``: complete it with groups of zero variance, which count as tokens but
-            have no advantage. ``stop``: end training with an error.
+            are (none at all: skip the update). ``fill``: complete it with groups of zero variance, which count as
+            tokens but have no advantage. ``stop``: end training with an error.
         max_skips: end training after so many rollouts in a row without any informative group.
     """
 
@@ -98,7 +98,8 @@ class RolloutDataModule(EvaluationDataModule):
                 raise ConfigError(
                     "data.group_size",
                     self.group_size,
-                    f"{type(provider).__name__} compares responses to the same prompt: write {provider.min_group_size} or more",
+                    f"{type(provider).__name__} compares responses to the same prompt: "
+                    f"write {provider.min_group_size} or more",
                 )
             prompts = encode_prompts(self.source, provider.tokenizer, self.prompt_limits, setting="data.source")
             self.reward.setup(provider.tokenizer)
@@ -196,14 +197,16 @@ class RolloutDataModule(EvaluationDataModule):
             f"data.dynamic_sampling: found {kept} of {self.prompts_per_rollout} informative groups"
             + (f", and none in {self._skips} rollouts in a row" if self._skips else "")
             + f"; of {len(spare)} others {right} were all right and {len(spare) - right} all wrong - "
-            "choose problems nearer to what the policy can do, a larger group_size, more max_rounds, or on_exhausted: fill"
+            "choose problems nearer to what the policy can do, a larger group_size, "
+            "more max_rounds, or on_exhausted: fill"
         )
 
 
 class RolloutStream:
     """The training data of one epoch: a sized iterable whose items are generated when Lightning asks for them.
 
-    Sized, because Lightning prefetches from iterables without a length, and a prefetched rollout would be one update stale.
+    Sized, because Lightning prefetches from iterables without a length, and a prefetched rollout would be one update
+    stale.
     """
 
     def __init__(self, data: RolloutDataModule) -> None:

@@ -22,10 +22,10 @@ COUNTDOWN_TEMPLATE = (
 class PromptSource(ABC):
     """A fixed list of problems::
 
-        class Squares(PromptSource):
-            def problems(self):
-                for n in range(100):
-                    yield Problem(id=str(n), prompt=f"What is {n} squared?", answer=n * n)
+    class Squares(PromptSource):
+        def problems(self):
+            for n in range(100):
+                yield Problem(id=str(n), prompt=f"What is {n} squared?", answer=n * n)
     """
 
     @abstractmethod
@@ -60,7 +60,9 @@ class NumberPathSource(PromptSource):
     def problems(self) -> Iterator[Problem]:
         for (start, target), distance in sorted(self.task.distances.items()):
             prompt = self.task.prompt(start, target)
-            if self.min_distance <= distance <= self.max_distance and in_split(prompt, self.split, self.heldout_fraction):
+            if self.min_distance <= distance <= self.max_distance and in_split(
+                prompt, self.split, self.heldout_fraction
+            ):
                 answer = {"start": start, "target": target, "size": self.task.size, "moves": list(self.task.moves)}
                 yield Problem(id=prompt, prompt=prompt, answer=answer, meta={"distance": distance})
 
@@ -118,7 +120,9 @@ class CountdownSource(PromptSource):
                 row = json.loads(line)
                 yield [int(n) for n in row["numbers"]], int(row["target"])
             except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError("source.path", self.path, f"line {number} is no countdown problem: {error!r}") from error
+                raise ConfigError(
+                    "source.path", self.path, f"line {number} is no countdown problem: {error!r}"
+                ) from error
 
 
 class SumsSource(PromptSource):
@@ -168,7 +172,9 @@ def check_template(setting: str, template: str, names: tuple[str, ...]) -> None:
         text = template.format(**values)
     except (KeyError, IndexError, ValueError) as error:
         raise ConfigError(
-            setting, template, f"cannot be filled in ({error!r}): use {', '.join(f'{{{n}}}' for n in names)}; write {{{{ for {{"
+            setting,
+            template,
+            f"cannot be filled in ({error!r}): use {', '.join(f'{{{n}}}' for n in names)}; write {{{{ for {{",
         ) from error
     if missing := [name for name in names if f"<{name}>" not in text]:
         raise ConfigError(setting, template, f"must contain {{{missing[0]}}}")

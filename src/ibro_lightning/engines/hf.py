@@ -100,7 +100,7 @@ class HFEngine(RolloutEngine):
         for index in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
             waiting = list(seeds[index])
             while waiting:
-                # Split a prompt's samples over two batches only if they do not fit into one: the prefix is computed per batch.
+                # A prompt's samples stay in one batch if they fit: every batch computes the prefix anew.
                 if free < min(len(waiting), self.max_batch_size):
                     batches.append([])
                     free = self.max_batch_size

@@ -12,8 +12,8 @@ from ibro_lightning.types import SamplingParams
 def sample_tokens(logits: Tensor, sampling: SamplingParams, seeds: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """One token per row and its log-prob under the distribution that it was drawn from.
 
-    Drawing is by inverse CDF with a uniform number that depends on the row's seed and on ``step`` alone, so a sample does
-    not depend on which rows share its batch. Greedy decoding (temperature 0) reports the log-prob at temperature 1.
+    Drawing is by inverse CDF with a uniform number that depends on the row's seed and on ``step`` alone, so a sample
+    does not depend on which rows share its batch. Greedy decoding reports log-probs at temperature 1.
 
     Args:
         logits: ``[B, V]``; seeds: ``[B]`` int64; step: index of the token in the response.

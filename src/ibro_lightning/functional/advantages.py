@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, *, epsilon: float = 1e-6) -> Tensor:
-    """``A_i = (R_i − mean_group R) / (std_group R + ε)``: GRPO's advantage, used by DAPO (arXiv 2402.03300, 2503.14476).
+    """``A_i = (R_i − mean_group R) / (std_group R + ε)``: the advantage of GRPO and DAPO (arXiv 2402.03300).
 
     Args:
         rewards: ``[B]``, one per response.
@@ -15,8 +15,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, epsilon: float = 1e-6) 
         epsilon: keeps a group without variance at exactly 0 rather than 0/0.
 
     Returns:
-        ``[B]`` in the rewards' dtype. The standard deviation has Bessel's correction (n − 1), as in verl and TRL. A group whose
-        rewards are all equal gets exactly 0; so does a group of one.
+        ``[B]`` in the rewards' dtype. The standard deviation has Bessel's correction (n − 1), as in verl and TRL. A
+        group whose rewards are all equal gets exactly 0; so does a group of one.
 
     >>> group_advantages(torch.tensor([1.0, -1.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]))
     tensor([ 0.7071, -0.7071,  0.0000,  0.0000])

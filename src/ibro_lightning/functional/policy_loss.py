@@ -57,7 +57,7 @@ def clipped_surrogate(
 def approximate_kl(logp: Tensor, old_logp: Tensor) -> Tensor:
     """Per-token k3 estimate of ``KL(π_old ‖ π)`` in nats: ``r − 1 − log r``, never negative, low variance.
 
-    Unbiased for tokens sampled from ``π_old`` (J. Schulman, *Approximating KL Divergence*, 2020). ``[B, T]`` in and out.
+    Unbiased for tokens sampled from ``π_old`` (Schulman, *Approximating KL Divergence*, 2020). ``[B, T]`` in and out.
     """
     log_ratio = (logp - old_logp).clamp(-20.0, 20.0)
     return log_ratio.exp() - 1.0 - log_ratio

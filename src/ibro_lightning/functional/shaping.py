@@ -30,6 +30,7 @@ def informative_groups(accuracy: Tensor, groups: Tensor) -> Tensor:
         ``[G]`` bool: True where the mean accuracy lies strictly between 0 and 1.
     """
     size = int(groups.max()) + 1 if groups.numel() else 0
+    accuracy = accuracy.double()
     zeros = torch.zeros(size, dtype=torch.float64, device=accuracy.device)
-    mean = zeros.index_add(0, groups, accuracy.double()) / zeros.index_add(0, groups, torch.ones_like(accuracy).double())
+    mean = zeros.index_add(0, groups, accuracy) / zeros.index_add(0, groups, torch.ones_like(accuracy))
     return (mean > 0) & (mean < 1)

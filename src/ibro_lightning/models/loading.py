@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.tasks import NumberPath
@@ -75,9 +82,13 @@ class PretrainedPolicy(PolicySource):
         looks_like_path = folder.is_absolute() or self.path.startswith(".") or self.path.count("/") != 1
         if folder.exists():
             if not (folder / "config.json").is_file():
-                raise ConfigError("model.policy", path, "this folder holds no config.json: name a Hugging Face model folder")
+                raise ConfigError(
+                    "model.policy", path, "this folder holds no config.json: name a Hugging Face model folder"
+                )
         elif looks_like_path or folder.parent.is_dir():
-            raise ConfigError("model.policy", path, f"no such folder: name a Hugging Face model folder{_hint(self.path)}")
+            raise ConfigError(
+                "model.policy", path, f"no such folder: name a Hugging Face model folder{_hint(self.path)}"
+            )
         self._tokenizer: Any = None
         self._config: Any = None
 

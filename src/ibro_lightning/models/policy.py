@@ -80,7 +80,7 @@ def remove_dropout(model: nn.Module) -> None:
 
 
 def export_folder(model: Any, tokenizer: Any, folder: Path) -> Path:
-    """Write a Hugging Face folder (``config.json``, ``model.safetensors``, tokenizer) that replaces ``folder`` whole."""
+    """Write a Hugging Face folder (``config.json``, ``model.safetensors``, tokenizer) in place of ``folder``."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

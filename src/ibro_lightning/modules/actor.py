@@ -68,7 +68,7 @@ class ActorModule(PolicyModule):
 
     @abstractmethod
     def policy_loss(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
-        """``(loss [B, T], per-token metrics [B, T])`` of one micro-batch; both are averaged over the step's valid tokens."""
+        """``(loss [B, T], metrics [B, T] each)`` of one micro-batch; all are averaged over the step's valid tokens."""
 
     def training_step(self, rollout: Rollout, batch_idx: int) -> dict[str, float]:
         if rollout.skip_update:

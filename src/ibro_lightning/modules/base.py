@@ -98,10 +98,9 @@ class PolicyModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._eval_metrics = {}
 
-    def validation_step(self, rollout: Rollout, batch_idx: int, dataloader_idx: int = 0) -> Rollout:
+    def validation_step(self, rollout: Rollout, batch_idx: int, dataloader_idx: int = 0) -> None:
         metric = self._eval_metrics.setdefault(rollout.name, SampleAccuracy().to(self.device))
         metric.update(rollout)
-        return rollout
 
     def on_validation_epoch_end(self) -> None:
         self.evaluations = {name: metric.compute() for name, metric in self._eval_metrics.items()}

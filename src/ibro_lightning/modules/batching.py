@@ -25,8 +25,8 @@ def mini_batches(groups: Tensor, prompts: int | None, seed: int) -> Iterator[Ten
 def token_budget_batches(lengths: Sequence[int], budget: int) -> Iterator[Tensor]:
     """Rows of each micro-batch: sorted by length, so that little is padded, and at most ``budget`` padded tokens each.
 
-    A single sequence longer than the budget gets a micro-batch of its own. Losses are divided by the tokens of the whole
-    step, so the cut changes memory and speed, never the gradient.
+    A single sequence longer than the budget gets a micro-batch of its own. Losses are divided by the tokens of the
+    whole step, so the cut changes memory and speed, never the gradient.
     """
     rows: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):

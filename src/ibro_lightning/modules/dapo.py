@@ -1,8 +1,8 @@
 """DAPO (arXiv 2503.14476), top to bottom, with an entropy regulariser of one's choice.
 
 What is elsewhere: dynamic sampling chooses prompts, so it is the rollout datamodule's; soft overlong punishment is a
-reward (``OverlongPenalty``); the token mean over the whole step and the regulariser's term are in :mod:`.actor`. What is
-left out, as in the paper: a critic, and a KL penalty to a reference model.
+reward (``OverlongPenalty``); the token mean over the whole step and the regulariser's term are in :mod:`.actor`.
+What is left out, as in the paper: a critic, and a KL penalty to a reference model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class DAPOModule(ActorModule):
         regularizer, mini_batch_prompts, update_epochs, micro_batch_tokens: see :class:`ActorModule`.
         clip_ratio_low, clip_ratio_high: the probability ratio is clipped to [1 − low, 1 + high].
         dual_clip: bounds the loss of negative advantages by c·|A|; None switches it off.
-        overlong_filter: leave responses that were cut at the length limit out of the loss. Advantages still compare with them.
+        overlong_filter: leave responses that were cut at the length limit out of the loss. Advantages still compare
+            with them.
     """
 
     min_group_size = 2
@@ -64,7 +65,9 @@ class DAPOModule(ActorModule):
         if clip_ratio_high <= 0:
             raise ConfigError("model.clip_ratio_high", clip_ratio_high, "write a positive number, such as 0.28")
         if dual_clip is not None and dual_clip <= 1:
-            raise ConfigError("model.dual_clip", dual_clip, "write a number above 1, such as 10, or null to switch it off")
+            raise ConfigError(
+                "model.dual_clip", dual_clip, "write a number above 1, such as 10, or null to switch it off"
+            )
         self.clip_ratio_low, self.clip_ratio_high, self.dual_clip = clip_ratio_low, clip_ratio_high, dual_clip
         self.overlong_filter = overlong_filter
 

@@ -16,10 +16,10 @@ AdvantageTransform = Literal["none", "sign", "clip"]
 class InformationBottleneck(EntropyRegularizer):
     """``J_IB = agg(sg(A_t)·H_t)``: keep entropy on tokens that led to success, remove it where they led to failure.
 
-    The paper weighs a token's entropy by ``λ_t ∈ [−1, 1]`` from the answer-conditioned entropy and then sets ``λ_t ≈ −A_t``,
-    which costs one product. The term has no clipping and no importance weight: a token whose ratio is clipped still
-    receives it. In DAPO ``A_t`` is one number per response, so a group whose rewards are all equal contributes nothing, and
-    on the first response token, where a full group shares one state, the term cancels.
+    The paper weighs a token's entropy by ``λ_t ∈ [−1, 1]`` from the answer-conditioned entropy and then sets ``λ_t ≈
+    −A_t``, which costs one product. The term has no clipping and no importance weight: a token whose ratio is clipped
+    still receives it. In DAPO ``A_t`` is one number per response, so a group whose rewards are all equal contributes
+    nothing, and on the first response token, where a full group shares one state, the term cancels.
 
     Args:
         coef: α of ``L = L_PG − α·J_IB``; 0.005 in the paper.

@@ -12,9 +12,9 @@ from ibro_lightning.types import Completion, Prompt, RewardResult
 
 
 class Reward(ABC):
-    """Judges the completions of one prompt. Subclass :class:`VerifiableReward` if an answer is simply right or wrong."""
+    """Judges the completions of one prompt. Subclass :class:`VerifiableReward` if answers are right or wrong."""
 
-    def setup(self, tokenizer: Any) -> None:
+    def setup(self, tokenizer: Any) -> None:  # noqa: B027  optional
         """Called once before the first response, with the policy's tokenizer, for rewards that read tokens."""
 
     @abstractmethod
@@ -102,12 +102,14 @@ def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> 
         ) from error
     if len(results) != len(completions):
         raise RewardError(
-            f"data.reward: {name} returned {len(results)} results for {len(completions)} completions of prompt {prompt.id!r}"
+            f"data.reward: {name} returned {len(results)} results for {len(completions)} completions "
+            f"of prompt {prompt.id!r}"
         )
     for result in results:
         values = {"reward": result.reward, **result.parts}
         if bad := {key: value for key, value in values.items() if not math.isfinite(value)}:
             raise RewardError(
-                f"data.reward: {name} returned {bad} for prompt {prompt.id!r} - return finite numbers, 0 for 'cannot tell'"
+                f"data.reward: {name} returned {bad} for prompt {prompt.id!r} - "
+                "return finite numbers, 0 for 'cannot tell'"
             )
     return results

@@ -38,7 +38,8 @@ class LastNumberReward(VerifiableReward):
 class CountdownReward(VerifiableReward):
     """Right if the last ``<answer>…</answer>`` is an expression of the given numbers that equals the target.
 
-    ``prompt.answer`` holds ``{numbers, target}``. An equation such as ``<answer>3 * 4 = 12</answer>`` is judged by its left side.
+    ``prompt.answer`` holds ``{numbers, target}``. An equation such as ``<answer>3 * 4 = 12</answer>`` is judged by its
+    left side.
 
     Args:
         use_all: every number must be used exactly once; otherwise at most once.

@@ -23,7 +23,7 @@ class Countdown:
         self.use_all = use_all
 
     def verify(self, expression: str, numbers: Sequence[int], target: int) -> bool:
-        """Does ``expression`` (e.g. ``(93 - 30) * 2``) equal ``target`` with the given numbers? Never evaluates code."""
+        """Does ``expression`` (e.g. ``(93 - 30) * 2``) equal ``target`` with these numbers? Never evaluates code."""
         text = expression.strip().replace("×", "*").replace("÷", "/").replace("−", "-")
         if len(text) > _MAX_CHARACTERS:
             return False

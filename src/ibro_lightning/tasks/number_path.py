@@ -1,10 +1,11 @@
 """The number path: reach a target from a start with given moves, writing out every step.
 
     prompt    12>41:
-    response  *2=24*2=48-3=45-3=42+7=49-3=46-3=43... =41!
+    response  *2=24-3=21*2=42-3=39-3=36-3=33-3=30+7=37+7=44-3=41!
 
-Most problems have many right answers of different lengths, a wrong step cannot be undone by luck, and small models learn it on a CPU
-in minutes: arithmetic search in which exploration matters. One token per number and per move; ``!`` is EOS.
+Most problems have many right answers of different lengths, a wrong step cannot be undone by luck, and small models
+learn it on a CPU in minutes: arithmetic search in which exploration matters. One token per number and per move; ``!``
+is EOS.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class NumberPath:
     def __init__(self, size: int = 50, moves: Sequence[str] = ("+7", "-3", "*2")) -> None:
         if size < 2:
             raise ConfigError("task.size", size, "write 2 or more")
-        bad = [move for move in moves if move[:1] not in ("+", "-", "*") or not move[1:].isdecimal() or int(move[1:]) < 1]
+        bad = [
+            move for move in moves if move[:1] not in ("+", "-", "*") or not move[1:].isdecimal() or int(move[1:]) < 1
+        ]
         if bad or not moves:
             raise ConfigError("task.moves", list(moves), "write moves like '+7', '-3' or '*2'")
         self.size, self.moves = size, tuple(moves)
@@ -105,9 +108,9 @@ class NumberPath:
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """An ordinary transformers tokenizer with one token per number and per move.
 
-        Every token is also registered as an "added token", which is matched before any pre-tokenizer. That keeps the saved folder
-        right under ``AutoTokenizer``, which (transformers 5) opens any folder of model type qwen2 as Qwen2Tokenizer, whose
-        own pre-tokenizer would split numbers into digits.
+        Every token is also registered as an "added token", which is matched before any pre-tokenizer. That keeps the
+        saved folder right under ``AutoTokenizer``, which (transformers 5) opens any folder of model type qwen2 as
+        Qwen2Tokenizer, whose own pre-tokenizer would split numbers into digits.
         """
         vocabulary = {token: index for index, token in enumerate(self.vocabulary())}
         backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
