@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
 import lightning
 import lightning.pytorch as pl
 import torch
@@ -48,12 +51,23 @@ class OneLineParser(LightningArgumentParser):
         raise SystemExit(2)
 
     def _suggest(self, text: str) -> str:
-        unknown = re.search(r"(?:[Kk]ey|[Oo]ption|argument)s?:? [\"'-]*([\w.]+)", text)
-        if unknown is None:
-            return ""
-        known = [action.dest for action in self._actions]
-        near = difflib.get_close_matches(unknown[1], known, n=1)
-        return f" - did you mean {near[0]}?" if near and near[0] != unknown[1] else ""
+        if unknown := re.search(r"[Oo]ption '([\w.]+)' is not accepted|[Kk]ey \"([\w.]+)\" is not", text):
+            name = unknown[1] or unknown[2]
+            near = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1)
+            return f" - did you mean {near[0]}?" if near else ""
+        if base := re.search(r"<class '(ibro_lightning[\w.]*)\.(\w+)'>.*Expected a dot import path string", text):
+            classes = [c.__name__ for c in _subclasses(getattr(importlib.import_module(base[1]), base[2]))]
+            return f" - write one of {', '.join(sorted(classes))}, or module.Class of your own" if classes else ""
+        return ""
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    """The concrete classes below ``base`` that are imported."""
+    subclass: type
+    for subclass in base.__subclasses__():
+        if not inspect.isabstract(subclass):
+            yield subclass
+        yield from _subclasses(subclass)
 
 
 class SaveResolvedConfig(SaveConfigCallback):
@@ -96,6 +110,9 @@ class IbroCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
+        if not sys.stderr.isatty():  # bars redraw their line, which a log file cannot
+            transformers.utils.logging.disable_progress_bar()
+            datasets.disable_progress_bars()
         if (threads := self._get(self.config, "num_threads")) is not None:
             if threads < 1:
                 raise ConfigError("num_threads", threads, "write 1 or more, or null")
@@ -172,8 +189,10 @@ def main(args: Sequence[str] | None = None) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-    except (ConfigError, RewardError, RolloutError) as error:
-        sys.stderr.write(f"error: {error}\n")
+    except Exception as error:
+        if (cause := _own_error(error)) is None:
+            raise
+        sys.stderr.write(f"error: {cause}\n")
         raise SystemExit(2) from error
 
 
@@ -199,6 +218,13 @@ def resolve_configs(argv: Sequence[str]) -> list[str]:
             argument = f"--config={find_config(argument.removeprefix('--config='))}"
         resolved.append(argument)
     return resolved
+
+
+def _own_error(error: BaseException | None) -> Exception | None:
+    """The error of ours that ``error`` is or was caused by; the configuration parser wraps what constructors raise."""
+    while error is not None and not isinstance(error, ConfigError | RewardError | RolloutError):
+        error = error.__cause__
+    return error
 
 
 def _header() -> str:

@@ -67,7 +67,10 @@ class SampleAccuracy(Metric):
 
     def update(self, rollout: Rollout) -> None:
         """Add whole groups, all of the same size."""
-        samples = len(rollout) // rollout.num_groups
+        sizes = rollout.groups.bincount()
+        if not bool((sizes == sizes[0]).all()) or not bool((rollout.groups.diff() >= 0).all()):
+            raise ValueError("an evaluation needs the same number of responses to every prompt, prompt after prompt")
+        samples = int(sizes[0])
         self.correct.append(rollout.accuracy.reshape(rollout.num_groups, samples))
         self.lengths.append(rollout.sequences.response_lengths)
         self.truncated.append(rollout.truncated)

@@ -259,7 +259,7 @@ class Rollout:
             completions=completions,
             sequences=sequences,
             sampler_logp=sampler_logp,
-            rewards=torch.tensor([result.reward for result in results]),
+            rewards=torch.tensor([float(result.reward) for result in results]),
             reward_parts={name: torch.tensor([float(r.parts.get(name, 0.0)) for r in results]) for name in names},
             groups=torch.tensor([index for index, _, _, _ in rows], dtype=torch.long),
             truncated=torch.tensor([completion.truncated for completion in completions], dtype=torch.bool),

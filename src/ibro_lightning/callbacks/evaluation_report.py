@@ -17,11 +17,13 @@ class EvaluationReport(pl.Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        fitting = trainer.state.fn == "fit"
-        iteration = trainer.current_epoch + (0 if trainer.sanity_checking else 1)
-        name = f"iteration_{iteration:06d}" if fitting else str(trainer.state.fn)
-        title = f"evaluation after {iteration} epochs" if fitting else str(trainer.state.fn)
-        self._report(trainer, pl_module, name, "evaluation before training" if fitting and iteration == 0 else title)
+        if trainer.state.fn != "fit":
+            self._report(trainer, pl_module, "validate", "evaluation")
+        elif trainer.sanity_checking:
+            self._report(trainer, pl_module, "iteration_000000", "evaluation before training")
+        else:
+            epochs = trainer.current_epoch + 1
+            self._report(trainer, pl_module, f"iteration_{epochs:06d}", f"evaluation after {epochs} epochs")
 
     @rank_zero_only
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

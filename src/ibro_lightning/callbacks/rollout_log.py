@@ -19,8 +19,8 @@ from ibro_lightning.types import Rollout
 class RolloutLog(pl.Callback):
     """Writes ``rollouts/iteration_000012.parquet`` in training and ``predictions/SET/batch_0000.parquet`` in predict.
 
-    A file per rollout, written whole or not at all, survives a killed run; ``pandas.read_parquet("rollouts")`` reads the
-    folder as one table.
+    A file per rollout, written whole or not at all, survives a killed run; ``pandas.read_parquet("rollouts")`` reads
+    the folder as one table.
 
     Args:
         every_n_iterations: 1 keeps every rollout, 0 none.

@@ -18,9 +18,9 @@ from ibro_lightning.version import __version__
 class RunSummary(pl.Callback):
     """Prints accuracy before → after, time and places, and writes them to ``summary.json``.
 
-    "Before" is the evaluation that precedes training, "after" the last one. With several evaluation sets the accuracy is
-    the mean of their avg@k; each set's own numbers are in ``evaluations``. A later evaluation in the same process (the
-    command line runs one if training did not end with one) brings the file up to date.
+    "Before" is the evaluation that precedes training, "after" the last one. With several evaluation sets the accuracy
+    is the mean of their avg@k; each set's own numbers are in ``evaluations``. A later evaluation in the same process
+    (the command line runs one if training did not end with one) brings the file up to date.
     """
 
     def __init__(self) -> None:

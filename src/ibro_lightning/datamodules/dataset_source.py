@@ -76,6 +76,8 @@ class DatasetSource(PromptSource):
         try:
             if file_format is None:
                 table = datasets.load_dataset(self.path, self.config, split=self.split)
+            elif Path(self.path).is_file() and Path(self.path).stat().st_size == 0:
+                raise ConfigError("source.path", self.path, "this file is empty: it must hold at least one row")
             elif Path(self.path).is_file():
                 table = datasets.load_dataset(file_format, data_files={self.split: self.path}, split=self.split)
             else:

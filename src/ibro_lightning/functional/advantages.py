@@ -15,7 +15,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, epsilon: float = 1e-6) 
         epsilon: keeps a group without variance at exactly 0 rather than 0/0.
 
     Returns:
-        ``[B]`` in the rewards' dtype. The standard deviation has Bessel's correction (n − 1), as in verl and TRL. A
+        ``[B]`` in the rewards' dtype (the default one for integer rewards). The standard deviation has Bessel's correction (n − 1), as in verl and TRL. A
         group whose rewards are all equal gets exactly 0; so does a group of one.
 
     >>> group_advantages(torch.tensor([1.0, -1.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]))
@@ -30,7 +30,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, epsilon: float = 1e-6) 
     variance = torch.zeros_like(count).index_add_(0, groups, centred**2) / (count - 1).clamp(min=1)
     constant = _is_constant(values, groups, size)
     advantages = centred / (variance.sqrt()[groups] + epsilon)
-    return torch.where(constant[groups], 0.0, advantages).to(rewards.dtype)
+    dtype = rewards.dtype if rewards.is_floating_point() else torch.get_default_dtype()
+    return torch.where(constant[groups], 0.0, advantages).to(dtype)
 
 
 def _is_constant(values: Tensor, groups: Tensor, size: int) -> Tensor:

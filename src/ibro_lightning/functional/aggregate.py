@@ -10,7 +10,7 @@ def token_mean(values: Tensor, mask: Tensor, num_tokens: Tensor | float) -> Tens
     """``Σ m·x / N``: DAPO's token-level aggregation (arXiv 2503.14476, eq. 12).
 
     Args:
-        values, mask: ``[B, T]`` of one micro-batch. Values under a zero mask are ignored, whatever they are.
+        values, mask: ``[B, T]`` of one micro-batch. Values under a zero mask are ignored.
         num_tokens: ``N``, the valid tokens of the *whole step* (all micro-batches, all ranks). Given this, the sum of
             the micro-batches' results does not depend on how the step was cut.
 

@@ -15,7 +15,7 @@ def pass_at_k(correct: Tensor, k: int) -> Tensor:
     """Unbiased estimate per question that at least one of ``k`` fresh samples is right (arXiv 2107.03374, eq. 1).
 
     Args:
-        correct: ``[Q, n]`` with ``n ≥ k`` samples per question.
+        correct: ``[Q, n]`` with ``n ≥ k`` samples per question; a partly right sample (say 0.5) counts as wrong.
 
     Returns:
         ``[Q]`` float64: ``1 − C(n−c, k) / C(n, k)`` for ``c`` right ones, as a product so that nothing overflows.
@@ -26,9 +26,9 @@ def pass_at_k(correct: Tensor, k: int) -> Tensor:
     n = correct.shape[1]
     if not 1 <= k <= n:
         raise ValueError(f"k must lie between 1 and the number of samples {n}, got {k}")
-    wrong = (n - (correct > 0).sum(dim=1)).double().unsqueeze(1)
-    draws = torch.arange(k, dtype=torch.float64)
-    return 1.0 - ((wrong - draws) / (n - draws)).clamp(min=0.0).prod(dim=1)
+    wrong = (n - (correct >= 1).sum(dim=1)).double().unsqueeze(1)
+    draws = torch.arange(k, dtype=torch.float64, device=correct.device)
+    return 1.0 - ((wrong - draws) / (n - draws)).prod(dim=1)
 
 
 def bootstrap_interval(

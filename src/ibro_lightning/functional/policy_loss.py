@@ -60,4 +60,4 @@ def approximate_kl(logp: Tensor, old_logp: Tensor) -> Tensor:
     Unbiased for tokens sampled from ``π_old`` (Schulman, *Approximating KL Divergence*, 2020). ``[B, T]`` in and out.
     """
     log_ratio = (logp - old_logp).clamp(-20.0, 20.0)
-    return log_ratio.exp() - 1.0 - log_ratio
+    return log_ratio.expm1() - log_ratio  # exp(x) − 1 cancels for small x, and k3 would come out negative

@@ -64,8 +64,16 @@ class PolicySource(ABC):
                 str(self),
                 "its tokenizer has no EOS token, so no response could ever end: set eos_token in tokenizer_config.json",
             )
-        extra = self._generation_eos()
-        return tuple(dict.fromkeys([tokenizer.eos_token_id, *extra]))
+        eos = tuple(dict.fromkeys([tokenizer.eos_token_id, *self._generation_eos()]))
+        vocabulary = self.config().get_text_config().vocab_size
+        if max(eos) >= vocabulary:
+            raise ConfigError(
+                "model.policy",
+                str(self),
+                f"its EOS token {tokenizer.eos_token!r} has the id {max(eos)}, but the model has {vocabulary} tokens: "
+                "set eos_token in tokenizer_config.json to a token that it was trained with",
+            )
+        return eos
 
     def _generation_eos(self) -> list[int]:
         return []

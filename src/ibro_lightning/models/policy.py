@@ -41,7 +41,8 @@ class Policy(nn.Module):
             temperature: the sampling temperature the responses came from.
 
         Returns:
-            ``(logp [B, T], entropy [B, T] or None)`` in nats, float32, 0 on padding.
+            ``(logp [B, T], entropy [B, T] or None)`` in nats, 0 on padding; float32, or float64 for float64
+            weights.
         """
         # The token at position i is predicted at i − 1: look one step ahead of every response token.
         predicts_response = sequences.is_response.roll(-1, dims=1)

@@ -127,7 +127,8 @@ class ActorModule(PolicyModule):
     def score(self, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
         """``(logp, entropy)`` ``[B, T]`` under the policy as it is now, without gradients."""
         mask = sequences.response_mask
-        logp, entropy = (torch.zeros(mask.shape, device=mask.device) for _ in range(2))
+        dtype = torch.float64 if next(self.policy.parameters()).dtype == torch.float64 else torch.float32
+        logp, entropy = (torch.zeros(mask.shape, dtype=dtype, device=mask.device) for _ in range(2))
         for rows in token_budget_batches(sequences.lengths.tolist(), self.micro_batch_tokens):
             rows = rows.to(mask.device)
             some_logp, some_entropy = self.policy(sequences.select(rows), temperature=temperature)

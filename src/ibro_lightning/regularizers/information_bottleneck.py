@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -29,6 +29,8 @@ class InformationBottleneck(EntropyRegularizer):
 
     def __init__(self, coef: float = 0.005, transform: AdvantageTransform = "none", clip: float = 1.0) -> None:
         super().__init__(coef)
+        if transform not in get_args(AdvantageTransform):
+            raise ConfigError("regularizer.init_args.transform", transform, "write none, sign or clip")
         if clip <= 0:
             raise ConfigError("regularizer.init_args.clip", clip, "write a positive bound for the advantage")
         self.transform, self.clip = transform, clip

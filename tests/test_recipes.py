@@ -1,0 +1,90 @@
+"""Recipes: found by name from anywhere, complete, within a screenful, and parsed by the real command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ibro_lightning.cli import main
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.recipes import find_config, recipe_folder, recipe_names
+
+RECIPES = recipe_names()
+
+
+def printed_config(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--print_config"])
+    assert stop.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_shipped_recipe_parses(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = printed_config(capsys, "fit", "--config", name)
+    assert config["model"]["class_path"].startswith("ibro_lightning.modules.")
+    assert config["data"]["class_path"].startswith("ibro_lightning.datamodules.")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_shipped_recipe_is_at_most_80_lines(name: str) -> None:
+    assert len((recipe_folder() / name).read_text().splitlines()) <= 80
+
+
+def test_the_published_dapo_values_are_in_dapo_ib(capsys: pytest.CaptureFixture[str]) -> None:
+    config = printed_config(capsys, "fit", "--config", "dapo_ib.yaml")
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    assert model["policy"] == "Qwen/Qwen2.5-7B"
+    assert (model["clip_ratio_low"], model["clip_ratio_high"], model["dual_clip"]) == (0.2, 0.28, 10.0)
+    assert model["regularizer"]["init_args"]["coef"] == 0.005
+    assert model["optimizer"]["init_args"]["lr"] == 1e-6
+    assert model["optimizer"]["init_args"]["weight_decay"] == 0.1
+    assert (model["warmup_steps"], model["max_grad_norm"], model["mini_batch_prompts"]) == (10, 1.0, 32)
+    assert (data["prompts_per_rollout"], data["group_size"]) == (512, 16)
+    assert data["sampling"]["max_tokens"] == 20480
+    assert data["sampling"]["temperature"] == data["sampling"]["top_p"] == 1.0
+    assert data["prompt_limits"]["max_tokens"] == 2048
+    assert data["reward"]["init_args"]["rewards"][1]["init_args"] == {"buffer_tokens": 4096, "factor": 1.0}
+    assert {name: (s["samples"], s["sampling"]["top_p"]) for name, s in data["eval_sets"].items()} == {
+        "amc23": (32, 0.7),
+        "aime24": (32, 0.7),
+        "aime25": (32, 0.7),
+    }
+
+
+def test_environment_variables_reach_a_recipe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IBRO_POLICY", "/models/mine")
+    config = printed_config(capsys, "fit", "--config", "dapo_ib.yaml")
+    assert config["model"]["init_args"]["policy"] == "/models/mine"
+
+
+def test_the_command_line_overrides_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    config = printed_config(capsys, "fit", "--config", "quickstart", "--data.group_size", "4", "--model.dual_clip", "3")
+    assert config["data"]["init_args"]["group_size"] == 4
+    assert config["model"]["init_args"]["dual_clip"] == 3.0
+
+
+def test_a_path_wins_over_a_recipe_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config("quickstart.yaml") == recipe_folder() / "quickstart.yaml"
+    (tmp_path / "quickstart.yaml").write_text("seed_everything: 1\n")
+    assert find_config("quickstart.yaml") == Path("quickstart.yaml")
+
+
+def test_an_unknown_recipe_lists_those_that_exist() -> None:
+    with pytest.raises(ConfigError) as error:
+        find_config("quikstart.yaml")
+    assert all(name in str(error.value) for name in RECIPES)
+
+
+def test_help_of_a_class_shows_its_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--model.help", "DAPOModule"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "clip_ratio_high" in text
+    assert "bounds the loss of negative advantages" in text

@@ -1,0 +1,602 @@
+"""An update depends on the rollout alone: not on padding, order, or how it was cut to fit into memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.functional import group_advantages
+from ibro_lightning.models import Policy, PolicyOptions, PolicySource
+from ibro_lightning.modules.batching import mini_batches, token_budget_batches
+from ibro_lightning.modules.dapo import DAPOModule
+from ibro_lightning.modules.diagnostics import experience_metrics
+from ibro_lightning.regularizers import EntropyBonus, EntropyRegularizer, InformationBottleneck, NoRegularizer
+from ibro_lightning.types import Completion, Experience, Group, Prompt, RewardResult, Rollout, Sequences, TokenStats
+
+torch.set_num_threads(1)
+VOCAB = 23
+PROMPTS = [[3, 1, 4], [1, 5], [3, 1, 4], [9, 2, 6, 5], [1, 5], [9, 2, 6, 5], [8], [8]]
+RESPONSES = [[7, 2], [1, 8, 2, 8, 1, 4], [5], [9, 0, 4, 5, 2], [3, 5, 0], [0, 2, 8, 7], [4, 7, 1, 3], [5, 2]]
+GROUPS = [2, 0, 2, 1, 0, 1, 3, 3]
+REWARDS = [1.0, -1.0, 0.0, 1.0, 1.0, -0.5, 0.1, 0.1]
+TEMPERATURE = 0.8
+
+
+def qwen2(seed: int = 0, **overrides: Any) -> Qwen2ForCausalLM:
+    """Weights large enough that distributions are far from uniform."""
+    config = Qwen2Config(
+        **{
+            "vocab_size": VOCAB,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 24,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.4,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+            **overrides,
+        }
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM(config)
+
+
+def gpt2(seed: int = 0, **overrides: Any) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.4, **overrides
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config)
+
+
+class TinyQwen2(PolicySource):
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        self.model = qwen2().to(dtype)
+
+    def tokenizer(self) -> Any:
+        return SimpleNamespace(eos_token_id=0)
+
+    def config(self) -> Any:
+        return self.model.config
+
+    def build(self, options: PolicyOptions) -> Any:
+        return self.model
+
+
+def dapo(dtype: torch.dtype = torch.float64, **kwargs: Any) -> DAPOModule:
+    module = DAPOModule(TinyQwen2(dtype), **kwargs)
+    module.configure_model()
+    return module
+
+
+@pytest.fixture(scope="module")
+def module() -> DAPOModule:
+    """With an IB coefficient so large that an error in its term could not hide."""
+    return dapo(regularizer=InformationBottleneck(coef=0.5))
+
+
+def sequences(padding_side: Any = "right") -> Sequences:
+    return Sequences.collate(PROMPTS, RESPONSES, padding_side=padding_side)
+
+
+def padded_further(seqs: Sequences, left: int, right: int) -> Sequences:
+    """More columns on both sides; the padding holds a token that also occurs in the text."""
+    wide = torch.full((len(seqs), left + seqs.input_ids.shape[1] + right), 5)
+    wide[:, left : wide.shape[1] - right] = torch.where(seqs.attention_mask.bool(), seqs.input_ids, 5)
+    return replace(seqs, input_ids=wide, starts=seqs.starts + left)
+
+
+def reference_scores(model: Any, temperature: float) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(log-probs, entropies) of each response, one unpadded sequence at a time, in plain transformers and numpy."""
+    scores = []
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0].double().numpy() / temperature
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        before = logp[len(prompt) - 1 : -1]  # the token at position i is predicted at i − 1
+        scores.append((before[range(len(response)), response], -(np.exp(before) * before).sum(-1)))
+    return scores
+
+
+@pytest.fixture(scope="module")
+def experience(module: DAPOModule) -> Experience:
+    """Ratios spread around 1, so that all clips take part; one token is left out of the loss."""
+    seqs = sequences()
+    with torch.no_grad():
+        logp, entropy = module.policy(seqs, temperature=TEMPERATURE)
+    noise = torch.randn(logp.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise[0, 0] = -3.0  # ratio e³ > 10
+    noise[1, 0] = -3.0
+    advantages = group_advantages(torch.tensor(REWARDS, dtype=torch.float64), torch.tensor(GROUPS))
+    mask = seqs.response_mask.clone()
+    mask[3, 2] = False
+    old_logp = logp + 0.5 * noise.where(noise > -3, noise * 2)
+    expanded = advantages[:, None].expand(mask.shape)
+    return Experience(seqs, old_logp, entropy, expanded, mask, torch.tensor(GROUPS), TEMPERATURE)
+
+
+def loss_and_gradients(module: DAPOModule, micro_batches: Iterable[Experience], num_tokens: Tensor) -> list[Tensor]:
+    """What :meth:`ActorModule.update` accumulates: the summed loss, then the summed gradient of each parameter."""
+    parameters = list(module.policy.parameters())
+    total = [torch.zeros((), dtype=torch.float64), *(torch.zeros_like(p) for p in parameters)]
+    for micro in micro_batches:
+        loss, _ = module.loss(module.token_stats(micro), num_tokens)
+        for place, value in zip(total, [loss.detach(), *torch.autograd.grad(loss, parameters)], strict=True):
+            place += value
+    return total
+
+
+@pytest.fixture(scope="module")
+def whole_step(module: DAPOModule, experience: Experience) -> list[Tensor]:
+    return loss_and_gradients(module, [experience], experience.mask.sum())
+
+
+def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """To 1e-9 of the largest entry: float64 leaves about 1e-15, and any wrong weight shows in the first digits."""
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * other.abs().max().item())
+
+
+# The loss of a step.
+
+
+def test_the_steps_loss_is_the_formula_written_out(
+    module: DAPOModule, experience: Experience, whole_step: list[Tensor]
+) -> None:
+    """(Σ max(−rA, −clip(r)A, at most 10|A| if A < 0) − α Σ A·H) / N, token by token, from unbatched log-probs."""
+    policy_loss = product = tokens = 0.0
+    kinds = set()
+    for row, (logp, entropy) in enumerate(reference_scores(module.policy.model, TEMPERATURE)):
+        for t in range(len(logp)):
+            if not experience.mask[row, t]:
+                continue
+            advantage = experience.advantages[row, t].item()
+            ratio = math.exp(logp[t] - experience.old_logp[row, t].item())
+            loss = max(-ratio * advantage, -min(max(ratio, 0.8), 1.28) * advantage)
+            if advantage < 0 and loss > -10 * advantage:
+                loss = -10 * advantage
+                kinds.add("dual")
+            kinds.add((advantage > 0) - (advantage < 0) if not 0.8 < ratio < 1.28 else "inside")
+            policy_loss, product, tokens = policy_loss + loss, product + advantage * entropy[t], tokens + 1
+    assert kinds == {"dual", "inside", 1, 0, -1}  # the example exercises every branch
+    assert tokens == sum(map(len, RESPONSES)) - 1
+    assert whole_step[0].item() == pytest.approx((policy_loss - 0.5 * product) / tokens, rel=1e-9)
+
+
+@settings(max_examples=12, deadline=None)
+@given(parts=st.lists(st.integers(0, 3), min_size=8, max_size=8))
+def test_any_cut_into_micro_batches_gives_the_same_step(
+    module: DAPOModule, experience: Experience, whole_step: list[Tensor], parts: list[int]
+) -> None:
+    micro_batches = [experience.select((torch.tensor(parts) == part).nonzero()[:, 0]) for part in sorted(set(parts))]
+    assert_same(loss_and_gradients(module, micro_batches, experience.mask.sum()), whole_step)
+
+
+@pytest.mark.parametrize("budget", [1, 12, 23, 10_000])
+def test_the_token_budget_never_changes_the_step(
+    module: DAPOModule, experience: Experience, whole_step: list[Tensor], budget: int
+) -> None:
+    cut = list(token_budget_batches(experience.sequences.lengths.tolist(), budget))
+    micro_batches = [experience.select(rows) for rows in cut]
+    assert_same(loss_and_gradients(module, micro_batches, experience.mask.sum()), whole_step)
+
+
+def test_a_mean_per_micro_batch_would_be_another_step(
+    module: DAPOModule, experience: Experience, whole_step: list[Tensor]
+) -> None:
+    """The mistake that the global denominator prevents is visible at the tolerance used here."""
+    micro_batches = [experience.select(torch.arange(8)[rows]) for rows in (slice(0, 3), slice(3, 8))]
+    wrong = [loss_and_gradients(module, [micro], micro.mask.sum()) for micro in micro_batches]
+    with pytest.raises(AssertionError):
+        assert_same([(a + b) / 2 for a, b in zip(*wrong, strict=True)], whole_step)
+
+
+def test_left_padding_gives_the_same_step(module: DAPOModule, experience: Experience, whole_step: list[Tensor]) -> None:
+    left = replace(experience, sequences=sequences("left"))
+    assert not torch.equal(left.sequences.input_ids, experience.sequences.input_ids)
+    assert_same(loss_and_gradients(module, [left], experience.mask.sum()), whole_step)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (2, 5)])
+def test_extra_padding_of_any_token_gives_the_same_step(
+    module: DAPOModule, experience: Experience, whole_step: list[Tensor], side: str, left: int, right: int
+) -> None:
+    wide = replace(experience, sequences=padded_further(sequences(side), left, right))
+    assert_same(loss_and_gradients(module, [wide], experience.mask.sum()), whole_step)
+
+
+@settings(max_examples=8, deadline=None)
+@given(order=st.permutations(range(8)))
+def test_any_order_of_the_batch_gives_the_same_step(
+    module: DAPOModule, experience: Experience, whole_step: list[Tensor], order: list[int]
+) -> None:
+    shuffled = experience.select(torch.tensor(order))
+    assert_same(loss_and_gradients(module, [shuffled], experience.mask.sum()), whole_step)
+
+
+def test_masked_tokens_have_no_say_in_the_step(
+    module: DAPOModule, experience: Experience, whole_step: list[Tensor]
+) -> None:
+    """Old log-probs, entropies and advantages on padding and on the masked token may be any number."""
+    garbage = {
+        name: getattr(experience, name).where(experience.mask, value)
+        for name, value in (("old_logp", -torch.inf), ("advantages", 1e6), ("old_entropy", torch.nan))
+    }
+    actual = loss_and_gradients(module, [replace(experience, **garbage)], experience.mask.sum())
+    assert_same(actual, whole_step)
+
+
+def test_metrics_of_micro_batches_add_up_to_those_of_the_step(module: DAPOModule, experience: Experience) -> None:
+    """Clip shares by hand: tokens beyond each bound over the tokens of the step."""
+    num_tokens = experience.mask.sum()
+    rows = [torch.tensor([0, 3, 4]), torch.tensor([1, 2]), torch.tensor([5, 6, 7])]
+    parts = [module.loss(module.token_stats(experience.select(some)), num_tokens)[1] for some in rows]
+    with torch.no_grad():
+        ratio = (module.policy(experience.sequences, temperature=TEMPERATURE)[0] - experience.old_logp).exp()
+    sign, mask = experience.advantages.sign(), experience.mask
+    expected = {
+        "update/clipped_low": (mask & (sign < 0) & (ratio < 0.8)).sum(),
+        "update/clipped_high": (mask & (sign > 0) & (ratio > 1.28)).sum(),
+        "update/clipped_dual": (mask & (sign < 0) & (ratio > 10)).sum(),
+        "update/approx_kl": (ratio - 1 - ratio.log())[mask].sum(),
+        "update/regularizer": (experience.advantages * experience.old_entropy)[mask].sum(),
+    }
+    for name, total in expected.items():
+        assert total != 0
+        assert sum(part[name] for part in parts) == pytest.approx((total / num_tokens).item(), rel=1e-5)
+
+
+def test_the_modules_clip_settings_reach_its_loss() -> None:
+    """Ratios 3, 0.1, 5 and 1.5 at A = 1, −1, −1, 1, in bounds [0.5, 2] with c = 4."""
+    logp = torch.tensor([[3.0, 0.1, 5.0, 1.5]]).log()
+    advantages = torch.tensor([[1.0, -1.0, -1.0, 1.0]])
+    stats = TokenStats(logp, None, torch.zeros(1, 4), torch.zeros(1, 4), advantages, torch.ones(1, 4).bool())
+    loss, metrics = dapo(clip_ratio_low=0.5, clip_ratio_high=1.0, dual_clip=4.0).policy_loss(stats)
+    torch.testing.assert_close(loss, torch.tensor([[-2.0, 0.5, 4.0, -1.5]]))
+    assert {name: flags.tolist() for name, flags in metrics.items()} == {
+        "update/clipped_low": [[False, True, False, False]],
+        "update/clipped_high": [[True, False, False, False]],
+        "update/clipped_dual": [[False, False, True, False]],
+    }
+    unbounded, _ = dapo(clip_ratio_low=0.5, clip_ratio_high=1.0, dual_clip=None).policy_loss(stats)
+    torch.testing.assert_close(unbounded, torch.tensor([[-2.0, 0.5, 5.0, -1.5]]))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("clip_ratio_low", 0.0), ("clip_ratio_low", 1.0), ("clip_ratio_high", 0.0), ("dual_clip", 1.0)],
+)
+def test_clip_settings_that_make_no_sense_are_refused_by_name(setting: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.{setting}: {value}"):
+        DAPOModule(TinyQwen2(), **{setting: value})
+
+
+def test_selected_rows_keep_everything_that_belongs_to_them(experience: Experience) -> None:
+    """In the order asked for, trimmed to the longest response among them (rows 2 and 0: one token and two)."""
+    some = experience.select(torch.tensor([2, 0]))
+    assert some.groups.tolist() == [2, 2]
+    assert experience.select(torch.tensor([1, 6])).groups.tolist() == [0, 3]
+    assert len(some) == 2
+    for name in ("old_logp", "old_entropy", "advantages", "mask"):
+        assert torch.equal(getattr(some, name), getattr(experience, name)[[2, 0], :2])
+    assert some.sequences.input_ids.tolist() == [[3, 1, 4, 5, 0], [3, 1, 4, 7, 2]]
+    assert some.sequences.response_mask.tolist() == [[True, False], [True, True]]
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "wanted"), [(NoRegularizer(), False), (InformationBottleneck(0.0), False), (EntropyBonus(), True)]
+)
+def test_entropy_is_computed_only_for_a_regularizer_that_counts(
+    experience: Experience, regularizer: EntropyRegularizer, wanted: bool
+) -> None:
+    module = dapo(regularizer=regularizer)
+    stats = module.token_stats(experience)
+    assert (stats.entropy is not None) == wanted
+    assert ("update/regularizer" in module.loss(stats, experience.mask.sum())[1]) == wanted
+
+
+def test_without_dynamic_sampling_a_group_of_equal_rewards_leaves_the_gradient_alone(
+    module: DAPOModule, experience: Experience, whole_step: list[Tensor]
+) -> None:
+    """Rows 6 and 7 both earned 0.1: only the denominator knows of them."""
+    rest = experience.select(torch.arange(6))
+    assert_same(loss_and_gradients(module, [rest], experience.mask.sum()), whole_step)
+
+
+# The policy's scores.
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("build", [qwen2, gpt2])
+def test_scores_are_those_of_each_sequence_on_its_own(build: Any, side: str, temperature: float) -> None:
+    """Response-aligned, at the sampling temperature, and exactly 0 on padding."""
+    policy = Policy(build().double())
+    reference = reference_scores(policy.model, temperature)
+    seqs = sequences(side)
+    for some in (seqs, padded_further(seqs, 2, 1)):
+        logp, entropy = (scores.detach().numpy() for scores in policy(some, temperature=temperature))
+        assert logp.shape == entropy.shape == (8, 6)
+        for row, (expected_logp, expected_entropy) in enumerate(reference):
+            length = len(expected_logp)
+            np.testing.assert_allclose(logp[row, :length], expected_logp, rtol=1e-9)
+            np.testing.assert_allclose(entropy[row, :length], expected_entropy, rtol=1e-9)
+            assert (logp[row, length:] == 0).all()
+            assert (entropy[row, length:] == 0).all()
+
+
+class Bigrams(nn.Module):
+    """A model without positions or ``logits_to_keep`` whose next token depends on the current one alone."""
+
+    def __init__(self, probabilities: list[list[float]]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.tensor(probabilities, dtype=torch.float64).log())
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def test_each_token_is_scored_by_the_position_before_it() -> None:
+    """Off by one in either direction would read another entry of the table."""
+    policy = Policy(Bigrams([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6], [0.7, 0.2, 0.1]]))
+    prompts, responses = [[0, 1], [2]], [[2, 2, 0], [1]]
+    for side in ("left", "right"):
+        seqs = Sequences.collate(prompts, responses, padding_side=side)  # type: ignore[arg-type]
+        logp, entropy = policy(seqs, temperature=1.0)
+        expected = torch.tensor([[0.6, 0.1, 0.7], [0.2, 1, 1]], dtype=torch.float64).log()
+        torch.testing.assert_close(logp.detach(), expected)
+        h = {row: -sum(p * math.log(p) for p in row) for row in [(0.1, 0.3, 0.6), (0.7, 0.2, 0.1)]}
+        first, second = h.values()
+        expected = torch.tensor([[first, second, second], [second, 0, 0]], dtype=torch.float64)
+        torch.testing.assert_close(entropy.detach(), expected)
+
+
+def test_responses_of_very_different_prompts_can_share_a_batch() -> None:
+    """A response may end before another one's prompt does; the columns of the two do not overlap."""
+    policy = Policy(qwen2().double())
+    prompts, responses = [[4], [1, 2, 3, 4, 5, 6, 7]], [[3, 2], [8, 9, 1]]
+    together, _ = policy(Sequences.collate(prompts, responses), temperature=1.0)
+    for row in range(2):
+        alone, _ = policy(Sequences.collate(prompts[row : row + 1], responses[row : row + 1]), temperature=1.0)
+        torch.testing.assert_close(together[row : row + 1, : alone.shape[1]], alone, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("build", "dropout"),
+    [
+        (gpt2, {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}),
+        (gpt2, {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.5}),
+        (qwen2, {"attention_dropout": 0.5}),
+    ],
+)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_dropout_is_off_although_the_model_trains(build: Any, dropout: dict[str, float], attention: str) -> None:
+    """With dropout, the ratio to the policy that sampled would be noise."""
+    model = build(**dropout, attn_implementation=attention)
+    ids = torch.tensor([PROMPTS[3] + RESPONSES[3]])
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)  # the model does drop before it becomes a policy
+    policy = Policy(model)
+    assert model.training
+    logp, _ = policy(sequences(), temperature=1.0)
+    again, _ = policy(sequences(), temperature=1.0)
+    assert torch.equal(logp, again)
+    model.eval()
+    evaluated, _ = policy(sequences(), temperature=1.0)
+    torch.testing.assert_close(logp, evaluated, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_checkpointing_recomputes_and_gives_the_same_gradient() -> None:
+    results = []
+    for checkpointing in (False, True):
+        policy = Policy(qwen2().double(), gradient_checkpointing=checkpointing)
+        calls: list[int] = []
+        # A hook before the forward: torch stops recomputing as soon as it has what it needs.
+        policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        logp, entropy = policy(sequences(), temperature=TEMPERATURE)
+        gradients = torch.autograd.grad((logp * logp + entropy).sum(), list(policy.parameters()))
+        assert len(calls) == (2 if checkpointing else 1)
+        results.append([logp.detach(), *gradients])
+    assert_same(results[1], results[0])
+
+
+# Cutting a rollout.
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), max_size=30), budget=st.integers(1, 100))
+def test_micro_batches_cover_each_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    cut = [rows.tolist() for rows in token_budget_batches(lengths, budget)]
+    assert sorted(row for rows in cut for row in rows) == list(range(len(lengths)))
+    for rows in cut:
+        assert len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= budget
+
+
+def test_micro_batches_are_filled_and_sorted_by_length() -> None:
+    """Lengths 9, 1, 3, 1, 2, 20 under 10 tokens: 1·3 and 2·3 fit; 3·4 = 12 does not; 9·2 does not; 20 stands alone."""
+    cut = [rows.tolist() for rows in token_budget_batches([9, 1, 3, 1, 2, 20], 10)]
+    assert cut == [[1, 3, 4], [2], [0], [5]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_mini_batches_keep_groups_whole_and_cover_all(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=7), label="group sizes")
+    rows = data.draw(st.permutations([group for group, size in enumerate(sizes) for _ in range(size)]))
+    prompts = data.draw(st.none() | st.integers(1, 8), label="prompts per step")
+    seed = data.draw(st.integers(0, 2**62), label="seed")
+    groups = torch.tensor(rows)
+    steps = list(mini_batches(groups, prompts, seed))
+    assert sorted(torch.cat(steps).tolist()) == list(range(len(rows)))
+    seen = [set(groups[step].tolist()) for step in steps]
+    assert sum(len(some) for some in seen) == len(sizes)  # no group in two steps
+    per_step = prompts or len(sizes)
+    assert [len(some) for some in seen[:-1]] == [per_step] * (len(steps) - 1)
+    assert 1 <= len(seen[-1]) <= per_step
+
+
+def test_mini_batches_are_shuffled_by_their_seed_alone() -> None:
+    groups = torch.arange(12).repeat_interleave(2)
+
+    def order(seed: int) -> list[list[int]]:
+        torch.rand(seed + 1)  # the global generator moves on, the order does not
+        return [rows.tolist() for rows in mini_batches(groups, 3, seed)]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+
+
+# From a rollout to an experience.
+
+
+def make_rollout(rewards: Sequence[float] = REWARDS, truncated: Sequence[int] = ()) -> Rollout:
+    """The rows of PROMPTS and RESPONSES sorted into whole groups; ``truncated`` names rows of the sorted order."""
+    order = sorted(range(8), key=lambda row: GROUPS[row])
+    groups: list[list[tuple[int, int]]] = [[] for _ in range(4)]
+    for place, row in enumerate(order):
+        groups[GROUPS[row]].append((place, row))
+    built = []
+    for rows in groups:
+        prompt = Prompt(f"p{rows[0][1]}", "", tuple(PROMPTS[rows[0][1]]), answer=None)
+        completions = tuple(
+            Completion(
+                tuple(RESPONSES[row]),
+                tuple(-0.1 * (t + 1) for t in range(len(RESPONSES[row]))),
+                "length" if place in truncated else "stop",
+                "",
+                6,
+                seed=row,
+            )
+            for place, row in rows
+        )
+        results = tuple(RewardResult(rewards[row], {"accuracy": float(rewards[row] > 0)}) for _, row in rows)
+        built.append(Group(prompt, completions, results))
+    return Rollout.from_groups(built, name="train", iteration=0, temperature=TEMPERATURE)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 20, 10_000])
+def test_score_equals_the_policys_forward(micro_batch_tokens: int) -> None:
+    """However it is cut; and nothing of it carries a gradient."""
+    module = dapo(torch.float32, micro_batch_tokens=micro_batch_tokens)
+    logp, entropy = module.score(sequences("left"), TEMPERATURE)
+    expected_logp, expected_entropy = module.policy(sequences("left"), temperature=TEMPERATURE)
+    assert not logp.requires_grad
+    assert not entropy.requires_grad
+    torch.testing.assert_close(logp, expected_logp.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy, expected_entropy.detach(), rtol=1e-4, atol=1e-5)
+    assert (logp[~sequences().response_mask] == 0).all()
+
+
+def test_score_keeps_the_precision_of_a_float64_policy() -> None:
+    """Scoring promises float64 for float64 logits, which is what one debugs numerics with."""
+    module = dapo(torch.float64)
+    logp, _ = module.score(sequences(), TEMPERATURE)
+    expected, _ = module.policy(sequences(), temperature=TEMPERATURE)
+    torch.testing.assert_close(logp, expected.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_prepare_gives_every_token_its_responses_advantage() -> None:
+    """Sorted groups: (−1, 1), (1, −0.5), (1, 0), (0.1, 0.1). A pair's advantages are ±½d / (d/√2 + ε)."""
+    module = dapo(torch.float32)
+    rollout = make_rollout()
+    with torch.no_grad():
+        experience = module.prepare(rollout)
+    half = math.sqrt(0.5)
+    for row, expected in enumerate([-half, half, half, -half, half, -half, 0.0, 0.0]):
+        torch.testing.assert_close(experience.advantages[row], torch.full((6,), expected), rtol=1e-5, atol=0)
+    assert torch.equal(experience.mask, rollout.sequences.response_mask)
+    assert experience.temperature == TEMPERATURE
+    logp, entropy = module.policy(rollout.sequences, temperature=TEMPERATURE)
+    torch.testing.assert_close(experience.old_logp, logp.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(experience.old_entropy, entropy.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_integer_rewards_train_like_float_ones() -> None:
+    """``RewardResult(1 if right else 0, ...)`` is what many people write first."""
+    module = dapo(torch.float32)
+    whole = [1, 0, 0, 1, 1, 0, 0, 0]
+    advantages = [module.prepare(make_rollout(rewards)).advantages for rewards in (whole, [float(r) for r in whole])]
+    assert advantages[1].abs().max() > 0.5
+    torch.testing.assert_close(advantages[0], advantages[1], check_dtype=False)
+
+
+@pytest.mark.parametrize("overlong_filter", [True, False])
+def test_overlong_filter_masks_truncated_responses_but_still_compares_with_them(overlong_filter: bool) -> None:
+    rollout = make_rollout(truncated=[1, 4])
+    experience = dapo(torch.float32, overlong_filter=overlong_filter).prepare(rollout)
+    responses = rollout.sequences.response_mask
+    expected = responses.clone()
+    if overlong_filter:
+        expected[[1, 4]] = False
+    assert torch.equal(experience.mask, expected)
+    assert torch.equal(rollout.sequences.response_mask, responses)
+    half = math.sqrt(0.5)
+    torch.testing.assert_close(experience.advantages[:2, 0], torch.tensor([-half, half]), rtol=1e-5, atol=0)
+
+
+def test_a_filtered_response_leaves_no_trace_in_the_gradient(module: DAPOModule, experience: Experience) -> None:
+    mask = experience.mask.clone()
+    mask[[1, 4]] = False
+    filtered, rest = replace(experience, mask=mask), experience.select(torch.tensor([0, 2, 3, 5, 6, 7]))
+    expected = loss_and_gradients(module, [rest], rest.mask.sum())
+    assert_same(loss_and_gradients(module, [filtered], mask.sum()), expected)
+
+
+def test_experience_metrics_agree_with_numpy(experience: Experience) -> None:
+    """Means over the loss's tokens, except for the policy's own statistics, which are over all response tokens."""
+    rollout = make_rollout()  # only its sampler's log-probs are read
+    mask = experience.mask.clone()
+    mask[4] = False
+    metrics = experience_metrics(replace(experience, mask=mask), rollout)
+    valid, responses = mask.numpy(), experience.sequences.response_mask.numpy()
+    a, h = experience.advantages.numpy()[valid], experience.old_entropy.numpy()[valid]
+    mismatch = np.abs(experience.old_logp.numpy() - rollout.sampler_logp.numpy())[responses]
+    expected = {
+        "ib/mean_product": (a * h).mean(),
+        "ib/cov_advantage_entropy": np.cov(a, h, bias=True)[0, 1],
+        "ib/mean_advantage_times_mean_entropy": a.mean() * h.mean(),
+        "advantage/mean": a.mean(),
+        "advantage/std": a.std(),
+        "advantage/max": a.max(),
+        "advantage/min": a.min(),
+        "policy/entropy": experience.old_entropy.numpy()[responses].mean(),
+        "policy/entropy_first_token": experience.old_entropy.numpy()[:, 0].mean(),
+        "policy/logp": experience.old_logp.numpy()[responses].mean(),
+        "sampler/logp_difference_mean": mismatch.mean(),
+        "sampler/logp_difference_max": mismatch.max(),
+    }
+    assert min(abs(value) for value in expected.values()) > 1e-3  # nothing is right for being 0
+    assert metrics == pytest.approx(expected, rel=1e-9)
+
+
+def test_experience_metrics_of_a_rollout_without_valid_tokens_are_zero_not_nan(experience: Experience) -> None:
+    """Overlong filtering may leave nothing."""
+    metrics = experience_metrics(replace(experience, mask=torch.zeros_like(experience.mask)), make_rollout())
+    assert {name: value for name, value in metrics.items() if name.startswith(("ib/", "advantage/"))} == {
+        "ib/mean_product": 0.0,
+        "ib/cov_advantage_entropy": 0.0,
+        "ib/mean_advantage_times_mean_entropy": 0.0,
+        "advantage/mean": 0.0,
+        "advantage/std": 0.0,
+        "advantage/max": 0.0,
+        "advantage/min": 0.0,
+    }
