@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -173,6 +174,8 @@ def make_room(folder: Path, model: pl.LightningModule) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m ibro_lightning``; ``args`` as on the command line."""
     argv = list(sys.argv[1:] if args is None else args)
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
     try:
         sys.argv[1:] = resolve_configs(argv)
         IbroCLI(
@@ -195,6 +198,9 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"error: {cause}\n")
         raise SystemExit(2) from error
 
+
+# Warnings that tell a user nothing they could act on.
+NOISE = (".*LeafSpec.*", ".*does not have many workers.*", ".*across ranks is zero.*")
 
 TRAINER_DEFAULTS = {
     "accelerator": "auto",

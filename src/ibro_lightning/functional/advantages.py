@@ -15,8 +15,9 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, epsilon: float = 1e-6) 
         epsilon: keeps a group without variance at exactly 0 rather than 0/0.
 
     Returns:
-        ``[B]`` in the rewards' dtype (the default one for integer rewards). The standard deviation has Bessel's correction (n − 1), as in verl and TRL. A
-        group whose rewards are all equal gets exactly 0; so does a group of one.
+        ``[B]`` in the rewards' dtype (the default one for integer rewards). The standard deviation has
+        Bessel's correction (n − 1), as in verl and TRL. A group whose rewards are all equal gets exactly 0; so does a
+        group of one.
 
     >>> group_advantages(torch.tensor([1.0, -1.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]))
     tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
