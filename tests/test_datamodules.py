@@ -723,7 +723,6 @@ class TestRefusedSettings:
         assert caught.value.setting == name
 
     @pytest.mark.parametrize("limit", [0, -1])
-    @pytest.mark.xfail(strict=True, reason="known bug: EvalSet.limit is not validated")
     def test_an_evaluation_of_no_problems_is_named(self, tokenizer, limit):
         """-1 would silently leave out the last problem."""
         with pytest.raises(ConfigError, match=r"aime\.limit"):

@@ -98,14 +98,8 @@ class TestLastNumber:
     @pytest.mark.parametrize(
         ("text", "expected"),
         [
-            pytest.param(
-                "the answer is −7",
-                -7,
-                marks=pytest.mark.xfail(strict=True, reason="known bug: U+2212 is no minus sign"),
-            ),
-            pytest.param(
-                "−1,200", -1200, marks=pytest.mark.xfail(strict=True, reason="known bug: U+2212 is no minus sign")
-            ),
+            pytest.param("the answer is −7", -7),
+            pytest.param("−1,200", -1200),
             ("5−3", 3),
         ],
     )
@@ -114,7 +108,6 @@ class TestLastNumber:
         assert last_number(text) == expected
 
     @pytest.mark.parametrize(("text", "expected"), [("it is .5", "1/2"), ("-.25", "-1/4"), ("$.75", "3/4")])
-    @pytest.mark.xfail(strict=True, reason="known bug: .5 is read as 5")
     def test_a_leading_point_counts(self, text, expected):
         assert last_number(text) == Fraction(expected)
 
@@ -292,7 +285,6 @@ class TestOverlongPenalty:
         with pytest.raises((ConfigError, RewardError), match=r"buffer_tokens.*at most.*4"):
             score(OverlongPenalty(8), prompt(), [completion(max_tokens=4)])
 
-    @pytest.mark.xfail(strict=True, reason="known bug: score turns ConfigError into RewardError")
     def test_a_settings_error_stays_one(self):
         """The user must change a setting, not the reward's code."""
         with pytest.raises(ConfigError, match="buffer_tokens"):
@@ -387,7 +379,6 @@ class TestScore:
         ],
         ids=repr,
     )
-    @pytest.mark.xfail(strict=True, reason="known bug: score raises TypeError or AttributeError")
     def test_something_else_than_results_is_named_too(self, answer):
         """Returning plain numbers is the first thing anyone tries."""
         with pytest.raises(RewardError, match=r"Says.*gsm/17"):

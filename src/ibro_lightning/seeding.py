@@ -28,7 +28,7 @@ def derive_seed(run_seed: int, *counters: int | str) -> int:
 
     Counters are hashed with their types and lengths, so ``(1, 23)``, ``(12, 3)`` and ``("1", 23)`` all differ.
     """
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (run_seed, *counters))
+    text = "".join(f"{type(part).__name__}:{len(str(part))}:{part}" for part in (run_seed, *counters))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 

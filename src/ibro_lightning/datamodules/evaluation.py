@@ -71,6 +71,8 @@ class EvaluationDataModule(pl.LightningDataModule):
                 raise ConfigError(
                     f"data.eval_sets.{name}.samples", eval_set.samples, "write 1 or more responses per problem"
                 )
+            if eval_set.limit is not None and eval_set.limit < 1:
+                raise ConfigError(f"data.eval_sets.{name}.limit", eval_set.limit, "write 1 or more problems, or null")
         if eval_batch_prompts < 1:
             raise ConfigError("data.eval_batch_prompts", eval_batch_prompts, "write 1 or more prompts")
 

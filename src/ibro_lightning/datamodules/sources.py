@@ -92,6 +92,9 @@ class CountdownSource(PromptSource):
     ) -> None:
         if num_numbers < 2:
             raise ConfigError("source.num_numbers", num_numbers, "write 2 or more")
+        if max_number < 2 or num_problems < 1:
+            setting, value = ("max_number", max_number) if max_number < 2 else ("num_problems", num_problems)
+            raise ConfigError(f"source.{setting}", value, "write 10 or more")
         check_template("source.template", template, ("numbers", "target"))
         self.path, self.num_problems, self.num_numbers, self.max_number = path, num_problems, num_numbers, max_number
         self.seed, self.split, self.heldout_fraction = seed, split, heldout_fraction

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from itertools import islice
 from typing import Any, Literal
 
@@ -46,7 +47,7 @@ class HFEngine(RolloutEngine):
         if self._model is not None:
             return
         with torch.random.fork_rng(devices=[]):  # the random weights, soon overwritten, must not touch the run's RNG
-            model = AutoModelForCausalLM.from_config(spec.config, dtype=getattr(torch, self.dtype))
+            model = AutoModelForCausalLM.from_config(deepcopy(spec.config), dtype=getattr(torch, self.dtype))
         self._model = model.to(spec.device).eval().requires_grad_(False)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -60,6 +61,8 @@ class HFEngine(RolloutEngine):
         for name, tensor in named_tensors:
             if name not in own:
                 raise KeyError(f"the engine's model has no weight {name!r}")
+            if tensor.shape != own[name].shape:  # copy_ would broadcast
+                raise ValueError(f"weight {name!r} has shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}")
             own[name].copy_(tensor)
             missing.pop(own[name].data_ptr(), None)
         if missing:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from ibro_lightning.errors import ConfigError, RewardError
@@ -93,13 +94,19 @@ def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> 
     name = type(reward).__name__
     try:
         results = reward(prompt, completions)
-    except RewardError:
+    except (RewardError, ConfigError):
         raise
     except Exception as error:
         raise RewardError(
             f"data.reward: {name} raised {type(error).__name__}: {error} (prompt {prompt.id!r}) - "
             "a reward must return a finite number for every response, wrong and empty ones included"
         ) from error
+    if not isinstance(results, list | tuple) or not all(_is_result(result) for result in results):
+        raise RewardError(
+            f"data.reward: {name} returned {str(results)[:100]} for prompt {prompt.id!r} - return a list with one "
+            "RewardResult(reward, parts) per completion, numbers in both; or subclass VerifiableReward, whose verify "
+            "returns a plain number"
+        )
     if len(results) != len(completions):
         raise RewardError(
             f"data.reward: {name} returned {len(results)} results for {len(completions)} completions "
@@ -113,3 +120,9 @@ def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> 
                 "return finite numbers, 0 for 'cannot tell'"
             )
     return results
+
+
+def _is_result(value: object) -> bool:
+    if not isinstance(value, RewardResult) or not isinstance(value.parts, Mapping):
+        return False
+    return all(isinstance(number, Real) for number in (value.reward, *value.parts.values()))

@@ -10,9 +10,9 @@ from ibro_lightning.rewards.base import VerifiableReward
 from ibro_lightning.tasks import Countdown
 from ibro_lightning.types import Completion, Prompt
 
-# A minus sign belongs to the number unless it follows a digit, a letter or a bracket ("5-3" ends in 3, not in -3).
-# The groups of three digits are for "1,234".
-_NUMBER = re.compile(r"(?:(?<![\w)\]])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+# A minus sign (hyphen or U+2212) belongs to the number unless it follows a digit, a letter or a bracket: "5-3" ends in
+# 3, not in -3. The groups of three digits are for "1,234".
+_NUMBER = re.compile(r"(?:(?<![\w)\]])[-−])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)")
 _TAIL = 2000
 """Characters of the response that are searched, so that a megabyte of digits costs nothing."""
 
@@ -20,7 +20,7 @@ _TAIL = 2000
 def last_number(text: str) -> Fraction | None:
     """The last number in ``text`` as an exact value, or None. ``$1,234.50.`` → 1234.5."""
     matches = _NUMBER.findall(text[-_TAIL:])
-    return Fraction(matches[-1].replace(",", "")) if matches else None
+    return Fraction(matches[-1].replace(",", "").replace("−", "-")) if matches else None
 
 
 class LastNumberReward(VerifiableReward):

@@ -37,8 +37,8 @@ class NumberPath:
         bad = [
             move for move in moves if move[:1] not in ("+", "-", "*") or not move[1:].isdecimal() or int(move[1:]) < 1
         ]
-        if bad or not moves:
-            raise ConfigError("task.moves", list(moves), "write moves like '+7', '-3' or '*2'")
+        if bad or not moves or len(set(moves)) < len(moves):
+            raise ConfigError("task.moves", list(moves), "write different moves, like '+7', '-3' or '*2'")
         self.size, self.moves = size, tuple(moves)
 
     def apply(self, move: str, value: int) -> int | None:
