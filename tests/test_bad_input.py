@@ -44,6 +44,7 @@ CASES = {
     "impossible top_p": (["--data.sampling.top_p", "1.5"], ["sampling.top_p: 1.5"]),
     "negative coefficient": (["--model.regularizer.coef", "-1"], ["coef: -1", "0 or more"]),
     "dual clip below 1": (["--model.dual_clip", "0.5"], ["model.dual_clip: 0.5", "above 1"]),
+    "longer than the model": (["--data.sampling.max_tokens", "300"], ["sampling.max_tokens: 300", "256 positions"]),
     "zero threads": (["--num_threads", "0"], ["num_threads: 0", "1 or more"]),
 }
 

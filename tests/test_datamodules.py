@@ -889,3 +889,11 @@ class TestDemonstrations:
     def test_refused_settings_are_named(self, name):
         with pytest.raises(ConfigError, match=rf"data\.{name}: 0"):
             SFTDataModule(NumberPathDemonstrations(), **{name: 0})
+
+
+@pytest.mark.parametrize(("split", "rows"), [("train", 3), ("test", 3), ("train[:2]", 2)])
+def test_a_local_file_answers_to_any_split_name_and_slice(tmp_path, split, rows):
+    """So that a recipe written for a hub dataset takes a local copy by its path alone."""
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(f'{{"problem": "{n}+1", "answer": "{n + 1}"}}\n' for n in range(3)))
+    assert len(list(DatasetSource(str(path), split=split).problems())) == rows

@@ -381,7 +381,9 @@ class TestWeights:
         "shape",
         [
             (VOCAB + 1, 32),
-            *(pytest.param(shape) for shape in [(1,), (32,), (VOCAB, 1)]),
+            (1,),
+            (32,),
+            (VOCAB, 1),
         ],
     )
     def test_a_weight_of_another_shape_is_refused(self, shape):

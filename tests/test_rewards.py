@@ -98,8 +98,8 @@ class TestLastNumber:
     @pytest.mark.parametrize(
         ("text", "expected"),
         [
-            pytest.param("the answer is −7", -7),
-            pytest.param("−1,200", -1200),
+            ("the answer is −7", -7),
+            ("−1,200", -1200),
             ("5−3", 3),
         ],
     )

@@ -619,7 +619,7 @@ class TestCountdownProblems:
         "settings",
         [
             {"num_numbers": 1},
-            pytest.param({"max_number": 0}),
+            {"max_number": 0},
         ],
     )
     def test_settings_without_problems_are_refused(self, settings):
@@ -643,3 +643,9 @@ class TestSums:
         problems = list(SumsSource(digits=2).problems())
         assert len(problems) == 8100
         assert "10+99" in {p.id for p in problems}
+
+
+def test_demonstrations_of_a_task_without_any_move_are_refused():
+    """Otherwise the search for a walk that leads somewhere would never end."""
+    with pytest.raises(ConfigError, match=r"source\.task"):
+        NumberPathDemonstrations(NumberPath(size=2, moves=["+7"]))

@@ -340,6 +340,7 @@ class ModelSpec:
     """The transformers ``PretrainedConfig``."""
     eos_token_ids: tuple[int, ...]
     device: torch.device
+    trust_remote_code: bool = False
 
 
 class RolloutEngine(Protocol):

@@ -23,7 +23,7 @@ class DatasetSource(PromptSource):
 
     Args:
         path: a local ``.jsonl``, ``.json``, ``.parquet`` or ``.csv`` file, or a dataset name on the hub.
-        split, config: as in ``datasets.load_dataset``. Local files have the one split "train".
+        split, config: as in ``datasets.load_dataset``. A local file answers to any split name.
         prompt_column: text, or a chat list of ``{role, content}``. Dots reach into nested columns.
         answer_column: likewise, e.g. ``reward_model.ground_truth``.
         template: how a text prompt is asked; must contain ``{problem}``.
@@ -79,7 +79,8 @@ class DatasetSource(PromptSource):
             elif Path(self.path).is_file() and Path(self.path).stat().st_size == 0:
                 raise ConfigError("source.path", self.path, "this file is empty: it must hold at least one row")
             elif Path(self.path).is_file():
-                table = datasets.load_dataset(file_format, data_files={self.split: self.path}, split=self.split)
+                split_name = self.split.split("[")[0]  # "train[:10]" is the first ten rows of "train"
+                table = datasets.load_dataset(file_format, data_files={split_name: self.path}, split=self.split)
             else:
                 raise ConfigError(
                     "source.path", self.path, "no such file: check the path (it is relative to where you run)"

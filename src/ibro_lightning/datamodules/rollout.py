@@ -10,15 +10,15 @@ from typing import Any, Literal
 import torch
 
 from ibro_lightning.datamodules.collector import check_reward
-from ibro_lightning.datamodules.evaluation import EvalSet, EvaluationDataModule
-from ibro_lightning.datamodules.prompts import PromptCursor, PromptLimits, encode_prompts
+from ibro_lightning.datamodules.evaluation import EvaluationDataModule
+from ibro_lightning.datamodules.prompts import PromptCursor, encode_prompts
 from ibro_lightning.datamodules.sources import PromptSource
 from ibro_lightning.errors import ConfigError, RolloutError
 from ibro_lightning.functional import informative_groups
 from ibro_lightning.rewards import Reward
 from ibro_lightning.seeding import derive_seed, run_seed
 from ibro_lightning.timing import PhaseTimer
-from ibro_lightning.types import Group, Rollout, RolloutEngine, SamplingParams
+from ibro_lightning.types import Group, Rollout, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ class RolloutDataModule(EvaluationDataModule):
         group_size: responses per prompt (n, or G in the papers).
         dynamic_sampling: None trains on every group.
         rollouts_per_epoch: batches per Lightning epoch.
-        prompt_limits: what happens to prompts that are too long, in every set.
-        engine, eval_sets, test_sets, eval_batch_prompts: see :class:`EvaluationDataModule`.
+        evaluation_settings: engine, eval_sets, prompt_limits, …, as in :class:`EvaluationDataModule`.
     """
 
     def __init__(
@@ -68,13 +67,9 @@ class RolloutDataModule(EvaluationDataModule):
         group_size: int = 8,
         dynamic_sampling: DynamicSampling | None = None,
         rollouts_per_epoch: int = 1,
-        prompt_limits: PromptLimits = PromptLimits(),
-        engine: RolloutEngine | None = None,
-        eval_sets: dict[str, EvalSet] | None = None,
-        test_sets: dict[str, EvalSet] | None = None,
-        eval_batch_prompts: int = 64,
+        **evaluation_settings: Any,
     ) -> None:
-        super().__init__(engine, eval_sets, test_sets, eval_batch_prompts, prompt_limits)
+        super().__init__(**evaluation_settings)
         check_training_sampling(sampling)
         for name, value in (
             ("prompts_per_rollout", prompts_per_rollout),

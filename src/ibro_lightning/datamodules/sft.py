@@ -6,12 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
-from ibro_lightning.datamodules.evaluation import EvalSet, EvaluationDataModule
-from ibro_lightning.datamodules.prompts import PromptLimits
+from ibro_lightning.datamodules.evaluation import EvaluationDataModule
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.seeding import derive_seed, run_seed
 from ibro_lightning.tasks import NumberPath, in_split
-from ibro_lightning.types import RolloutEngine, Sequences
+from ibro_lightning.types import Sequences
 
 
 class DemonstrationSource(ABC):
@@ -35,6 +34,10 @@ class NumberPathDemonstrations(DemonstrationSource):
         if max_steps < 1:
             raise ConfigError("source.max_steps", max_steps, "write 1 or more")
         self.task = task or NumberPath()
+        if not self.task.distances:
+            raise ConfigError(
+                "source.task", list(self.task.moves), "no move leads anywhere within the numbers: add one"
+            )
         self.max_steps, self.heldout_fraction = max_steps, heldout_fraction
 
     def demonstration(self, seed: int) -> tuple[str, str]:
@@ -54,7 +57,7 @@ class SFTDataModule(EvaluationDataModule):
         source: the demonstrations.
         batch_size: sequences per step.
         steps_per_epoch: batches per Lightning epoch.
-        engine, eval_sets, test_sets, eval_batch_prompts, prompt_limits: see :class:`EvaluationDataModule`.
+        evaluation_settings: engine, eval_sets, prompt_limits, …, as in :class:`EvaluationDataModule`.
     """
 
     def __init__(
@@ -62,13 +65,9 @@ class SFTDataModule(EvaluationDataModule):
         source: DemonstrationSource,
         batch_size: int = 64,
         steps_per_epoch: int = 100,
-        engine: RolloutEngine | None = None,
-        eval_sets: dict[str, EvalSet] | None = None,
-        test_sets: dict[str, EvalSet] | None = None,
-        eval_batch_prompts: int = 64,
-        prompt_limits: PromptLimits = PromptLimits(),
+        **evaluation_settings: Any,
     ) -> None:
-        super().__init__(engine, eval_sets, test_sets, eval_batch_prompts, prompt_limits)
+        super().__init__(**evaluation_settings)
         for name, value in (("batch_size", batch_size), ("steps_per_epoch", steps_per_epoch)):
             if value < 1:
                 raise ConfigError(f"data.{name}", value, "write 1 or more")

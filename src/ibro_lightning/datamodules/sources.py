@@ -118,7 +118,7 @@ class CountdownSource(PromptSource):
         path = Path(self.path)
         if not path.is_file():
             raise ConfigError("source.path", self.path, "no such file: name a JSON-lines file with numbers and target")
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").strip().split("\n"), start=1):
             try:
                 row = json.loads(line)
                 yield [int(n) for n in row["numbers"]], int(row["target"])

@@ -47,7 +47,9 @@ class HFEngine(RolloutEngine):
         if self._model is not None:
             return
         with torch.random.fork_rng(devices=[]):  # the random weights, soon overwritten, must not touch the run's RNG
-            model = AutoModelForCausalLM.from_config(deepcopy(spec.config), dtype=getattr(torch, self.dtype))
+            model = AutoModelForCausalLM.from_config(
+                deepcopy(spec.config), dtype=getattr(torch, self.dtype), trust_remote_code=spec.trust_remote_code
+            )
         self._model = model.to(spec.device).eval().requires_grad_(False)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -74,6 +76,7 @@ class HFEngine(RolloutEngine):
     ) -> list[list[Generation]]:
         if self._model is None:
             raise RuntimeError("HFEngine.setup(spec) and load_weights(...) must be called before generate(...)")
+        self._check_length(prompts, sampling)
         results: list[list[Generation]] = [[] for _ in prompts]
         for batch in self._batches(prompts, seeds):
             indices = [index for index, _ in batch]
@@ -93,6 +96,17 @@ class HFEngine(RolloutEngine):
 
     def close(self) -> None:
         self._model = None
+
+    def _check_length(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
+        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        if limit is not None and prompts and longest + sampling.max_tokens > limit:
+            raise ConfigError(
+                "sampling.max_tokens",
+                sampling.max_tokens,
+                f"with a prompt of {longest} tokens this exceeds the model's {limit} positions: "
+                f"write at most {limit - longest}, or lower data.prompt_limits.max_tokens",
+            )
 
     def _batches(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]

@@ -84,7 +84,9 @@ class PolicyModule(pl.LightningModule):
     # What datamodules and callbacks ask of a policy module (types.PolicyProvider).
 
     def model_spec(self) -> ModelSpec:
-        return ModelSpec(self.policy_source.config(), self.eos_token_ids, self.device)
+        return ModelSpec(
+            self.policy_source.config(), self.eos_token_ids, self.device, self.policy_options.trust_remote_code
+        )
 
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
         return self.policy.named_full_weights()

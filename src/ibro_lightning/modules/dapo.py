@@ -7,15 +7,13 @@ What is left out, as in the paper: a critic, and a KL penalty to a reference mod
 
 from __future__ import annotations
 
-import torch
-from lightning.pytorch.cli import OptimizerCallable
+from typing import Any
+
 from torch import Tensor
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.functional import clipped_surrogate, group_advantages
-from ibro_lightning.models import PolicyOptions, PolicySource
 from ibro_lightning.modules.actor import ActorModule
-from ibro_lightning.regularizers import EntropyRegularizer
 from ibro_lightning.types import Experience, Rollout, TokenStats
 
 
@@ -23,43 +21,24 @@ class DAPOModule(ActorModule):
     """Group-relative advantages, clip-higher, dual clip, token-mean loss. Equal clips make it GRPO.
 
     Args:
-        policy, optimizer, warmup_steps, max_grad_norm, policy_options: see :class:`PolicyModule`.
-        regularizer, mini_batch_prompts, update_epochs, micro_batch_tokens: see :class:`ActorModule`.
         clip_ratio_low, clip_ratio_high: the probability ratio is clipped to [1 − low, 1 + high].
         dual_clip: bounds the loss of negative advantages by c·|A|; None switches it off.
         overlong_filter: leave responses that were cut at the length limit out of the loss. Advantages still compare
             with them.
+        actor_settings: regularizer, mini_batch_prompts, policy, optimizer, …, as in :class:`ActorModule`.
     """
 
     min_group_size = 2
 
     def __init__(
         self,
-        policy: str | PolicySource,
-        regularizer: EntropyRegularizer | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        warmup_steps: int = 0,
-        max_grad_norm: float = 1.0,
-        mini_batch_prompts: int | None = None,
-        update_epochs: int = 1,
-        micro_batch_tokens: int = 16384,
         clip_ratio_low: float = 0.2,
         clip_ratio_high: float = 0.28,
         dual_clip: float | None = 10.0,
         overlong_filter: bool = False,
-        policy_options: PolicyOptions = PolicyOptions(),
+        **actor_settings: Any,
     ) -> None:
-        super().__init__(
-            policy,
-            regularizer,
-            optimizer,
-            warmup_steps,
-            max_grad_norm,
-            mini_batch_prompts,
-            update_epochs,
-            micro_batch_tokens,
-            policy_options,
-        )
+        super().__init__(**actor_settings)
         if not 0 < clip_ratio_low < 1:
             raise ConfigError("model.clip_ratio_low", clip_ratio_low, "write a number between 0 and 1, such as 0.2")
         if clip_ratio_high <= 0:

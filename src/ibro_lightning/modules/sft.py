@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-
-import torch
-from lightning.pytorch.cli import OptimizerCallable
+from typing import Any
 
 from ibro_lightning.functional import token_mean
-from ibro_lightning.models import PolicyOptions, PolicySource
 from ibro_lightning.modules.base import PolicyModule
 from ibro_lightning.timing import PhaseTimer
 from ibro_lightning.types import Sequences
@@ -18,20 +15,12 @@ class SFTModule(PolicyModule):
     """Maximises the likelihood of the response tokens; cosine learning rate over the whole run.
 
     Args:
-        policy, optimizer, warmup_steps, max_grad_norm, policy_options: see :class:`PolicyModule`.
         final_lr_factor: the learning rate ends at this share of its peak.
+        policy_settings: policy, optimizer, warmup_steps, max_grad_norm, policy_options, as in :class:`PolicyModule`.
     """
 
-    def __init__(
-        self,
-        policy: str | PolicySource,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        warmup_steps: int = 0,
-        max_grad_norm: float = 1.0,
-        final_lr_factor: float = 0.0,
-        policy_options: PolicyOptions = PolicyOptions(),
-    ) -> None:
-        super().__init__(policy, optimizer, warmup_steps, max_grad_norm, policy_options)
+    def __init__(self, final_lr_factor: float = 0.0, **policy_settings: Any) -> None:
+        super().__init__(**policy_settings)
         self.final_lr_factor = final_lr_factor
 
     def learning_rate_factor(self, step: int) -> float:
