@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.functional import approximate_kl, token_mean
+from ibro_lightning.models import PolicySource
 from ibro_lightning.modules.base import PolicyModule
 from ibro_lightning.modules.batching import mini_batches, token_budget_batches
 from ibro_lightning.modules.diagnostics import experience_metrics
@@ -29,22 +30,24 @@ class ActorModule(PolicyModule):
     """Base of the reinforcement-learning modules. One Lightning batch is one rollout.
 
     Args:
+        policy: see :class:`PolicyModule`.
         regularizer: an entropy term added to the loss.
         mini_batch_prompts: prompts (whole groups) per optimizer step; None takes the rollout in one step.
         update_epochs: passes over each rollout.
         micro_batch_tokens: padded tokens in memory at once; changes speed and memory, never the result.
-        policy_settings: policy, optimizer, warmup_steps, max_grad_norm, policy_options, as in :class:`PolicyModule`.
+        policy_settings: optimizer, warmup_steps, max_grad_norm, policy_options, as in :class:`PolicyModule`.
     """
 
     def __init__(
         self,
+        policy: str | PolicySource,
         regularizer: EntropyRegularizer | None = None,
         mini_batch_prompts: int | None = None,
         update_epochs: int = 1,
         micro_batch_tokens: int = 16384,
         **policy_settings: Any,
     ) -> None:
-        super().__init__(**policy_settings)
+        super().__init__(policy, **policy_settings)
         for name, value in (
             ("mini_batch_prompts", mini_batch_prompts),
             ("update_epochs", update_epochs),

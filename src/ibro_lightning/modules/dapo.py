@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.functional import clipped_surrogate, group_advantages
+from ibro_lightning.models import PolicySource
 from ibro_lightning.modules.actor import ActorModule
 from ibro_lightning.types import Experience, Rollout, TokenStats
 
@@ -21,24 +22,26 @@ class DAPOModule(ActorModule):
     """Group-relative advantages, clip-higher, dual clip, token-mean loss. Equal clips make it GRPO.
 
     Args:
+        policy: a Hugging Face folder or hub name, or a :class:`PolicySource`.
         clip_ratio_low, clip_ratio_high: the probability ratio is clipped to [1 − low, 1 + high].
         dual_clip: bounds the loss of negative advantages by c·|A|; None switches it off.
         overlong_filter: leave responses that were cut at the length limit out of the loss. Advantages still compare
             with them.
-        actor_settings: regularizer, mini_batch_prompts, policy, optimizer, …, as in :class:`ActorModule`.
+        actor_settings: regularizer, mini_batch_prompts, optimizer, …, as in :class:`ActorModule`.
     """
 
     min_group_size = 2
 
     def __init__(
         self,
+        policy: str | PolicySource,
         clip_ratio_low: float = 0.2,
         clip_ratio_high: float = 0.28,
         dual_clip: float | None = 10.0,
         overlong_filter: bool = False,
         **actor_settings: Any,
     ) -> None:
-        super().__init__(**actor_settings)
+        super().__init__(policy, **actor_settings)
         if not 0 < clip_ratio_low < 1:
             raise ConfigError("model.clip_ratio_low", clip_ratio_low, "write a number between 0 and 1, such as 0.2")
         if clip_ratio_high <= 0:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from ibro_lightning.functional import token_mean
+from ibro_lightning.models import PolicySource
 from ibro_lightning.modules.base import PolicyModule
 from ibro_lightning.timing import PhaseTimer
 from ibro_lightning.types import Sequences
@@ -15,12 +16,13 @@ class SFTModule(PolicyModule):
     """Maximises the likelihood of the response tokens; cosine learning rate over the whole run.
 
     Args:
+        policy: see :class:`PolicyModule`.
         final_lr_factor: the learning rate ends at this share of its peak.
-        policy_settings: policy, optimizer, warmup_steps, max_grad_norm, policy_options, as in :class:`PolicyModule`.
+        policy_settings: optimizer, warmup_steps, max_grad_norm, policy_options, as in :class:`PolicyModule`.
     """
 
-    def __init__(self, final_lr_factor: float = 0.0, **policy_settings: Any) -> None:
-        super().__init__(**policy_settings)
+    def __init__(self, policy: str | PolicySource, final_lr_factor: float = 0.0, **policy_settings: Any) -> None:
+        super().__init__(policy, **policy_settings)
         self.final_lr_factor = final_lr_factor
 
     def learning_rate_factor(self, step: int) -> float:
