@@ -38,7 +38,12 @@ class SaysEquals(VerifiableReward):
 
 class Raises(VerifiableReward):
     def verify(self, prompt, completion):
-        raise KeyError("oops")
+        raise KeyError("oops\\nsecond line")
+
+
+class NeverRight(VerifiableReward):
+    def verify(self, prompt, completion):
+        return False
 
 
 class ReturnsNaN(VerifiableReward):
@@ -63,6 +68,11 @@ class Starts(PromptSource):
     def problems(self):
         for n in range(10):
             yield Problem(id=str(n), prompt=f"{n}>{n + 1}:", answer=n + 1)
+
+
+class NotProblems(PromptSource):
+    def problems(self):
+        return [{"prompt": "1>2:", "answer": 2}]
 
 
 class NoProblems(PromptSource):
@@ -95,6 +105,7 @@ def workspace(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
             sampling: {{temperature: 1.0, max_tokens: 6}}
             prompts_per_rollout: 4
             group_size: 4
+            allow_overlap: true
             dynamic_sampling: {{max_rounds: 2, on_exhausted: fill}}
             eval_sets:
               starts:

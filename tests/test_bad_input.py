@@ -16,9 +16,11 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as stop:
         main(list(arguments))
     assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1
-    return lines[0]
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    line = errors[errors.index("error:") :]
+    assert line.count("\n") == 1, "one line, and nothing after it"
+    return line
 
 
 CASES = {
@@ -45,6 +47,13 @@ CASES = {
     "negative coefficient": (["--model.regularizer.coef", "-1"], ["coef: -1", "0 or more"]),
     "dual clip below 1": (["--model.dual_clip", "0.5"], ["model.dual_clip: 0.5", "above 1"]),
     "longer than the model": (["--data.sampling.max_tokens", "300"], ["sampling.max_tokens: 300", "256 positions"]),
+    "evaluation on training prompts": (["--data.allow_overlap", "false"], ["eval_sets.starts", "allow_overlap: true"]),
+    "source of something else": (["--data.source", "user_code.NotProblems"], ["data.source", "dict", "Problem"]),
+    "coefficient that is no number": (["--model.regularizer.coef", ".nan"], ["coef: nan", "0 or more"]),
+    "negative learning rate": (["--model.optimizer.lr", "-1"], ["model.optimizer", "-1"]),
+    "missing checkpoint": (["--ckpt_path", "nope.ckpt"], ["ckpt_path: 'nope.ckpt'", "no such checkpoint"]),
+    "something else as checkpoint": (["--ckpt_path", "tiny.yaml"], ["ckpt_path: 'tiny.yaml'", "no checkpoint"]),
+    "a file as run folder": (["--trainer.default_root_dir", "tiny.yaml/x"], ["default_root_dir", "is a file"]),
     "zero threads": (["--num_threads", "0"], ["num_threads: 0", "1 or more"]),
 }
 
@@ -123,3 +132,19 @@ def test_a_run_does_not_move_away_the_policy_it_starts_from(
     line = error_of(capsys, "fit", "--config", "tiny.yaml", "--model.policy", "run/model")
     assert "trainer.default_root_dir" in line
     assert (workspace / "run" / "model" / "config.json").exists()
+
+
+def test_a_refused_run_leaves_the_earlier_one_where_it_was(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "--config", "tiny.yaml", "--trainer.max_epochs", "1"])
+    before = sorted(path.relative_to(workspace) for path in (workspace / "run").rglob("*"))
+    capsys.readouterr()
+    error_of(capsys, "fit", "--config", "tiny.yaml", "--data.group_size", "1")
+    assert sorted(path.relative_to(workspace) for path in (workspace / "run").rglob("*")) == before
+    assert not (workspace / "run.1").exists()
+
+
+def test_a_policy_without_the_tasks_numbers_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tiny policy knows the numbers 0 to 11; with more the tokenizer would split them without a word."""
+    arguments = ["--data.source", "NumberPathSource", "--data.reward", "NumberPathReward"]
+    line = error_of(capsys, "fit", "--config", "tiny.yaml", *arguments)
+    assert "no token" in line

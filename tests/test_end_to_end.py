@@ -44,7 +44,7 @@ def test_fit_leaves_all_that_a_person_needs(workspace: Path, tiny_policy: Path, 
     assert any(not torch.equal(before[name], value) for name, value in weights(run).items()), "nothing was learned"
 
     config = (run / "config.yaml").read_text()
-    assert f"ibro_lightning {__version__}" in config
+    assert config.count(f"ibro_lightning {__version__}") == 1
     assert "dual_clip: 10.0" in config, "defaults are resolved"
 
     events = EventAccumulator(str(run), size_guidance={"tensors": 0})
@@ -55,15 +55,18 @@ def test_fit_leaves_all_that_a_person_needs(workspace: Path, tiny_policy: Path, 
     expected |= {"ib/cov_advantage_entropy", "rollout/zero_variance_groups", "val/starts/avg@4", "val/starts/pass@4"}
     expected |= {f"tokens_per_second/{phase}" for phase in PHASES}
     assert expected <= tags
-    assert [event.step for event in events.Scalars("rollout/reward")] == [0, 1]
-    assert len(events.Scalars("val/starts/avg@4")) == 2, "before and after training"
+    assert [event.step for event in events.Scalars("rollout/reward")] == [1, 2]
+    assert [event.step for event in events.Scalars("val/starts/avg@4")] == [0, 2], "before and after training"
     assert "samples/text_summary" in events.Tags()["tensors"]
 
     rollouts = pandas.read_parquet(run / "rollouts")
     columns = {"iteration", "prompt", "response", "prompt_tokens", "response_tokens", "reward", "reward_accuracy"}
     assert columns <= set(rollouts.columns)
     assert sorted(rollouts.iteration.unique()) == [1, 2]
-    assert len(rollouts) == 2 * 4 * 4
+    assert sum(rollouts.trained_on) == 2 * 4 * 4
+    means = rollouts.groupby("iteration").reward_accuracy.mean().tolist()
+    curve = [event.value for event in events.Scalars("rollout/accuracy")]
+    assert curve == pytest.approx(means), "the curve and the record count every sampled response"
 
     assert not list(run.rglob("*.partial")), "no temporary file is left"
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
@@ -87,6 +90,62 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(workspace: Path) -
     main(["fit", "--config", "tiny.yaml", "--trainer.max_epochs", "4", *resume])
     assert identical(weights(workspace / "whole"), weights(workspace / "halves"))
     assert len(list((workspace / "halves" / "rollouts").iterdir())) == 4
+
+
+def test_a_resumed_run_sums_up_the_whole_run(workspace: Path) -> None:
+    main(["fit", "--config", "tiny.yaml"])
+    first = json.loads((workspace / "run" / "summary.json").read_text())
+    evaluation = (workspace / "run" / "evaluations" / "iteration_000000.json").read_text()
+    main(["fit", "--config", "tiny.yaml", "--trainer.max_epochs", "3", "--ckpt_path", "run/checkpoints/last.ckpt"])
+    whole = json.loads((workspace / "run" / "summary.json").read_text())
+    assert whole["accuracy_before"] == first["accuracy_before"]
+    assert whole["seconds"] > first["seconds"] - 0.2
+    assert (whole["iterations"], first["iterations"]) == (3, 2)
+    assert (workspace / "run" / "evaluations" / "iteration_000000.json").read_text() == evaluation
+    assert sorted(path.name for path in (workspace / "run" / "checkpoints").iterdir()) == [
+        "iteration_000003.ckpt",
+        "last.ckpt",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--trainer.max_epochs", "0"],
+        ["--data.reward", "user_code.NeverRight", "--data.eval_sets.starts.reward", "user_code.NeverRight"],
+    ],
+    ids=["no iterations", "nothing to learn from"],
+)
+def test_a_run_without_any_update_still_gets_its_summary(
+    arguments: list[str], workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["fit", "--config", "tiny.yaml", *arguments])
+    summary = json.loads((workspace / "run" / "summary.json").read_text())
+    assert summary["optimizer_steps"] == 0
+    assert summary["accuracy_before"] == summary["accuracy_after"]
+    assert "no optimizer step" in capsys.readouterr().out
+
+
+def test_without_an_evaluation_before_training_there_is_one_after(workspace: Path) -> None:
+    main(["fit", "--config", "tiny.yaml", "--trainer.num_sanity_val_steps", "0", "--trainer.max_epochs", "1"])
+    summary = json.loads((workspace / "run" / "summary.json").read_text())
+    assert summary["accuracy_before"] is None
+    assert 0 <= summary["accuracy_after"] <= 1
+
+
+def test_looking_at_a_run_does_not_change_its_record(workspace: Path) -> None:
+    main(["fit", "--config", "tiny.yaml"])
+    before = {path: path.read_bytes() for path in (workspace / "run").rglob("*") if path.is_file()}
+    main(["validate", "--config", "tiny.yaml", "--model.policy", "run/model"])
+    main(["predict", "--config", "tiny.yaml", "--model.policy", "run/model"])
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_several_rollouts_per_epoch_count_as_several_iterations(workspace: Path) -> None:
+    main(["fit", "--config", "tiny.yaml", "--data.rollouts_per_epoch", "2"])
+    summary = json.loads((workspace / "run" / "summary.json").read_text())
+    assert summary["iterations"] == len(list((workspace / "run" / "rollouts").iterdir())) == 4
+    assert (workspace / "run" / "evaluations" / "iteration_000004.json").exists()
 
 
 def test_micro_batches_do_not_change_what_is_learned(workspace: Path) -> None:
@@ -125,7 +184,7 @@ def test_a_second_run_moves_the_first_aside(workspace: Path) -> None:
 def test_training_that_does_not_end_on_an_evaluation_gets_one(workspace: Path) -> None:
     main(["fit", "--config", "tiny.yaml", "--trainer.max_epochs", "3"])
     summary = json.loads((workspace / "run" / "summary.json").read_text())
-    after = json.loads((workspace / "run" / "evaluations" / "validate.json").read_text())
+    after = json.loads((workspace / "run" / "evaluations" / "iteration_000003.json").read_text())
     assert summary["accuracy_after"] == after["starts"]["avg_at_k"]["mean"]
 
 

@@ -257,10 +257,15 @@ class TestNumberPathReward:
 
         class Foreign:
             def get_vocab(self):
-                return {"hello": 0, "0": 1, "1": 2, "!": 3}
+                return {token: i for i, token in enumerate(NumberPath().vocabulary()) if token != "="}
 
+            def convert_ids_to_tokens(self, ids):
+                return []
+
+        reward = NumberPathReward()
+        reward.setup(Foreign())
         with pytest.raises(ConfigError, match=r"NumberPathReward.*'='"):
-            NumberPathReward().setup(Foreign())
+            score(reward, prompt(NUMBER_PATH), [completion()])
 
 
 class TestOverlongPenalty:

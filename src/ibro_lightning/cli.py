@@ -6,8 +6,10 @@ import difflib
 import importlib
 import inspect
 import re
+import shutil
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -72,9 +74,15 @@ def _subclasses(base: type) -> Iterator[type]:
 
 
 class SaveResolvedConfig(SaveConfigCallback):
-    """``config.yaml`` in the run folder: every setting as it was used, under a header that says by which versions."""
+    """Every setting as it was used, under a header that says by which versions.
+
+    ``config.yaml`` belongs to training; the other commands write ``validate.yaml`` and so on beside it.
+    """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.already_saved:
+            return
+        self.config_filename = "config.yaml" if stage == "fit" else f"{stage}.yaml"
         super().setup(trainer, pl_module, stage)
         if trainer.is_global_zero and trainer.log_dir is not None:
             path = Path(trainer.log_dir) / self.config_filename
@@ -105,10 +113,23 @@ class IbroCLI(LightningCLI):
                 "checkpoint.every_n_epochs": 20,
                 "checkpoint.save_last": True,
                 "checkpoint.save_on_train_epoch_end": True,
-                "checkpoint.filename": "iteration_{epoch:06d}",
+                "checkpoint.filename": "iteration_{iteration:06.0f}",
+                "checkpoint.enable_version_counter": False,
                 "checkpoint.auto_insert_metric_name": False,
             }
         )
+
+    def _parse_ckpt_path(self) -> None:
+        """In place of LightningCLI's, which reads the whole checkpoint for hyperparameters that ours do not hold."""
+        subcommand = self.config.get("subcommand")
+        checkpoint = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if checkpoint in (None, "last", "best", "hpc", "registry"):
+            return
+        path = Path(checkpoint)
+        if not path.exists():
+            raise ConfigError("ckpt_path", checkpoint, "no such checkpoint: look in checkpoints/ of the run's folder")
+        if path.is_file() and not zipfile.is_zipfile(path):
+            raise ConfigError("ckpt_path", checkpoint, "this file is no checkpoint, or only a part of one")
 
     def before_instantiate_classes(self) -> None:
         if not sys.stderr.isatty():  # bars redraw their line, which a log file cannot
@@ -124,23 +145,30 @@ class IbroCLI(LightningCLI):
         if settings.logger in (None, True):
             root = settings.default_root_dir or "runs/default"
             kwargs["default_root_dir"] = root
-            kwargs["logger"] = TensorBoardLogger(root, name="", version="", default_hp_metric=False)
+            # Only training has curves; the other commands must not add to those of a run they look at.
+            training = self.subcommand == "fit"
+            kwargs["logger"] = (
+                TensorBoardLogger(root, name="", version="", default_hp_metric=False) if training else False
+            )
         return super().instantiate_trainer(**kwargs)
 
-    def before_fit(self) -> None:
-        if self._get(self.config, "ckpt_path") is None:
-            make_room(Path(self.trainer.default_root_dir), self.model)
+    def fit(self, **kwargs: Any) -> None:
+        folder, aside = Path(self.trainer.default_root_dir), None
+        if kwargs.get("ckpt_path") is None:
+            aside = make_room(folder, self.model)
+        else:
+            self.trainer.num_sanity_val_steps = 0  # "before training" is in the checkpoint
+        try:
+            self.trainer.fit(**kwargs)
+        except Exception as error:
+            if aside is not None and _own_error(error) is not None:
+                put_back(folder, aside)
+            raise
 
     def after_fit(self) -> None:
         """Training that did not end with an evaluation gets one, so that the summary tells how it ended."""
-        model = self.model
-        stale = (
-            isinstance(model, PolicyModule)
-            and model.evaluations
-            and model.evaluated_at_step != self.trainer.global_step
-        )
-        if stale and not self.trainer.interrupted:
-            self.trainer.validate(model, datamodule=self.datamodule, verbose=False)
+        if isinstance(self.model, PolicyModule) and not self.model.evaluation_is_current:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def validate(self, **kwargs: Any) -> None:
         self.trainer.validate(**{**kwargs, "verbose": False})  # EvaluationReport prints a better table
@@ -153,10 +181,17 @@ class IbroCLI(LightningCLI):
 
 
 @rank_zero_only
-def make_room(folder: Path, model: pl.LightningModule) -> None:
-    """Move an earlier run out of the way, so that nothing is overwritten and no two runs share their curves."""
+def make_room(folder: Path, model: pl.LightningModule) -> Path | None:
+    """Move an earlier run out of the way, so that no two runs share a folder; returns where it went.
+
+    Raises:
+        ConfigError: the folder cannot be one, or holds the policy that the new run starts from.
+    """
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise ConfigError("trainer.default_root_dir", str(folder), f"{part} is a file: write another folder")
     if not (folder / "config.yaml").exists():
-        return
+        return None
     source = getattr(model, "policy_source", None)
     if isinstance(source, PretrainedPolicy) and folder.resolve() in Path(source.path).resolve().parents:
         raise ConfigError(
@@ -169,6 +204,16 @@ def make_room(folder: Path, model: pl.LightningModule) -> None:
         number += 1
     folder.rename(aside)
     rank_zero_info(f"an earlier run was in {folder}: moved to {aside}")
+    return aside
+
+
+@rank_zero_only
+def put_back(folder: Path, aside: Path) -> None:
+    """Undo :func:`make_room` for a run that was refused before it computed anything."""
+    if folder.exists() and not any((folder / name).exists() for name in ("rollouts", "evaluations", "checkpoints")):
+        shutil.rmtree(folder)
+        aside.rename(folder)
+        rank_zero_info(f"the new run was refused: {aside} is back in {folder}")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -195,7 +240,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:
         if (cause := _own_error(error)) is None:
             raise
-        sys.stderr.write(f"error: {cause}\n")
+        sys.stderr.write(f"error: {' '.join(str(cause).split())}\n")
         raise SystemExit(2) from error
 
 

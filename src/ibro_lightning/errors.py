@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 class ConfigError(ValueError):
     """A setting is wrong. The command line prints it as one line, without a traceback.
@@ -13,6 +15,12 @@ class ConfigError(ValueError):
     def __init__(self, setting: str, value: object, remedy: str) -> None:
         self.setting, self.value, self.remedy = setting, value, remedy
         super().__init__(f"{setting}: {_short(value)} - {remedy}")
+
+
+def check_at_least(setting: str, value: float, minimum: float, advice: str = "") -> None:
+    """Raise a :class:`ConfigError` unless ``value`` is a finite number of at least ``minimum``."""
+    if not (math.isfinite(value) and value >= minimum):
+        raise ConfigError(setting, value, f"write {minimum:g} or more{advice}")
 
 
 class RewardError(RuntimeError):

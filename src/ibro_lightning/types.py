@@ -150,7 +150,7 @@ class Sequences:
         *,
         padding_side: Literal["left", "right"] = "right",
     ) -> Self:
-        """Pad token lists to a batch. Nothing computed from it depends on ``padding_side``."""
+        """Pad token lists to a batch. Engines pad left, the trainer right; nothing computed depends on it."""
         prompt_lengths = torch.tensor([len(ids) for ids in prompts], dtype=torch.long)
         response_lengths = torch.tensor([len(ids) for ids in responses], dtype=torch.long)
         totals = prompt_lengths + response_lengths
@@ -237,13 +237,15 @@ class Rollout:
     """"train", or the evaluation set's name."""
     iteration: int
     temperature: float
+    dropped: tuple[Group, ...] = ()
+    """Groups that were sampled but are not trained on (dynamic sampling); for the record."""
     skip_update: bool = False
     """Dynamic sampling found no group to learn from: the rows are for the record only."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def from_groups(cls, groups: Sequence[Group], **fields: Any) -> Self:
-        """Build from whole groups; ``fields`` are the remaining ones (name, iteration, temperature, …)."""
+    def from_groups(cls, groups: Sequence[Group], **others: Any) -> Self:
+        """Build from whole groups; ``others`` are the remaining fields (name, iteration, temperature, …)."""
         rows = [
             (i, g.prompt, c, r) for i, g in enumerate(groups) for c, r in zip(g.completions, g.results, strict=True)
         ]
@@ -263,7 +265,7 @@ class Rollout:
             reward_parts={name: torch.tensor([float(r.parts.get(name, 0.0)) for r in results]) for name in names},
             groups=torch.tensor([index for index, _, _, _ in rows], dtype=torch.long),
             truncated=torch.tensor([completion.truncated for completion in completions], dtype=torch.bool),
-            **fields,
+            **others,
         )
 
     def __len__(self) -> int:

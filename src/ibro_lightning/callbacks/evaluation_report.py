@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
-from ibro_lightning.callbacks.run_folder import run_folder, write_json
+from ibro_lightning.callbacks.run_folder import run_folder, say, write_json
 from ibro_lightning.metrics import Estimate, Evaluation
 from ibro_lightning.modules import PolicyModule
 
@@ -17,25 +17,26 @@ class EvaluationReport(pl.Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            self._report(trainer, pl_module, "validate", "evaluation")
-        elif trainer.sanity_checking:
+        if not isinstance(pl_module, PolicyModule):
+            return
+        iteration = pl_module.iteration
+        if trainer.sanity_checking:
             self._report(trainer, pl_module, "iteration_000000", "evaluation before training")
+        elif iteration:
+            self._report(trainer, pl_module, f"iteration_{iteration:06d}", f"evaluation after {iteration} iterations")
         else:
-            epochs = trainer.current_epoch + 1
-            self._report(trainer, pl_module, f"iteration_{epochs:06d}", f"evaluation after {epochs} epochs")
+            self._report(trainer, pl_module, "validate", "evaluation")
 
     @rank_zero_only
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._report(trainer, pl_module, "test", "test")
+        if isinstance(pl_module, PolicyModule):
+            self._report(trainer, pl_module, "test", "test")
 
-    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, title: str) -> None:
-        if not isinstance(pl_module, PolicyModule) or not pl_module.evaluations:
-            return
-        bar = trainer.progress_bar_callback
-        (bar.print if bar is not None else print)(f"\n{title}\n{evaluation_table(pl_module.evaluations)}")
-        content = {set_name: evaluation.to_json() for set_name, evaluation in pl_module.evaluations.items()}
-        write_json(run_folder(trainer) / "evaluations" / f"{name}.json", content)
+    def _report(self, trainer: pl.Trainer, module: PolicyModule, name: str, title: str) -> None:
+        if module.evaluations:
+            say(trainer, f"\n{title}\n{evaluation_table(module.evaluations)}")
+            content = {set_name: evaluation.to_json() for set_name, evaluation in module.evaluations.items()}
+            write_json(run_folder(trainer) / "evaluations" / f"{name}.json", content)
 
 
 def evaluation_table(evaluations: Mapping[str, Evaluation]) -> str:

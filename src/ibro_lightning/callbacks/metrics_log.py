@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 
 from ibro_lightning.types import Rollout
 
@@ -28,28 +27,43 @@ class MetricsLog(pl.Callback):
             metrics = {**rollout_metrics(batch), **metrics}
             metrics |= throughput(batch, metrics)
         self.latest = metrics
-        pl_module.log_dict(metrics, batch_size=1)
+        iteration = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=iteration)
+        # For checkpoints: their names carry the iteration, and any metric may choose the best one.
+        pl_module.log_dict({**metrics, "iteration": float(iteration)}, logger=False, batch_size=1)
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Rewards and lengths (response tokens, EOS included) of the rows that are trained on, and how they were generated.
+    """Statistics of *all* responses that were sampled, and (``train/``) of those that are trained on.
 
-    ``rollout/accuracy`` (from the datamodule) counts every sampled response; dynamic sampling keeps a biased part of
-    them.
+    Dynamic sampling keeps a biased part: its accuracy stays near one half while the policy's own rises. Lengths are
+    response tokens, EOS included.
     """
-    lengths, right = rollout.sequences.response_lengths.float(), rollout.accuracy > 0.5
-    metrics = {
-        "rollout/reward": rollout.rewards.mean(),
-        "rollout/reward_std": rollout.rewards.std(correction=0),
-        "rollout/length": lengths.mean(),
-        "rollout/length_right": _mean_where(lengths, right),
-        "rollout/length_wrong": _mean_where(lengths, ~right),
-        "rollout/truncated": rollout.truncated.float().mean(),
-        "rollout/responses": torch.tensor(float(len(rollout))),
-        **{f"reward/{name}": values.mean() for name, values in rollout.reward_parts.items()},
+    dropped = [(c, r) for group in rollout.dropped for c, r in zip(group.completions, group.results, strict=True)]
+    completions = [*rollout.completions, *(completion for completion, _ in dropped)]
+    parts = {
+        name: torch.tensor([*values.tolist(), *(float(result.parts.get(name, 0.0)) for _, result in dropped)])
+        for name, values in rollout.reward_parts.items()
     }
-    values = {name: value.item() for name, value in metrics.items() if value.isfinite()}
-    return {**values, **rollout.metrics}
+    rewards = torch.tensor([*rollout.rewards.tolist(), *(float(result.reward) for _, result in dropped)])
+    lengths = torch.tensor([float(len(completion.token_ids)) for completion in completions])
+    right = parts["accuracy"] > 0.5
+    metrics = {
+        "rollout/reward": rewards.mean(),
+        "rollout/reward_std": rewards.std(correction=0),
+        **{f"rollout/{name}": values.mean() for name, values in parts.items()},
+        "rollout/length": lengths.mean(),
+        "rollout/length_right": lengths[right].mean(),
+        "rollout/length_wrong": lengths[~right].mean(),
+        "rollout/truncated": torch.tensor([float(completion.truncated) for completion in completions]).mean(),
+        "train/responses": torch.tensor(float(len(rollout))),
+        "train/reward": rollout.rewards.mean(),
+        "train/accuracy": rollout.accuracy.mean(),
+        "train/length": rollout.sequences.response_lengths.float().mean(),
+    }
+    # The mean over nothing (no right answer, say) is NaN: such a metric is left out.
+    return {**{name: value.item() for name, value in metrics.items() if value.isfinite()}, **rollout.metrics}
 
 
 def throughput(rollout: Rollout, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -71,8 +85,3 @@ def throughput(rollout: Rollout, metrics: Mapping[str, float]) -> dict[str, floa
     }
     shares = {f"time_share/{phase}": spent / total for phase, spent in seconds.items()}
     return {**speeds, **shares, "tokens_per_second/total": generated / total, "time/total_s": total}
-
-
-def _mean_where(values: Tensor, where: Tensor) -> Tensor:
-    """NaN where nothing is selected; such a metric is left out."""
-    return values[where].mean()

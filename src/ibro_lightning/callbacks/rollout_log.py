@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_only
 
-from ibro_lightning.callbacks.run_folder import run_folder
+from ibro_lightning.callbacks.run_folder import run_folder, say
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.types import Rollout
 
@@ -52,25 +53,43 @@ class RolloutLog(pl.Callback):
     ) -> None:
         write_parquet(run_folder(trainer) / "predictions" / batch.name / f"batch_{batch_idx:04d}.parquet", batch)
 
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        say(trainer, f"responses  {run_folder(trainer) / 'predictions'}")
+
 
 def write_parquet(path: Path, rollout: Rollout) -> Path:
-    """One row per response: prompt, response text, token counts, reward and its parts, iteration."""
+    """One row per sampled response; ``trained_on`` is False for those that dynamic sampling left out."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns: dict[str, Any] = {
-        "iteration": [rollout.iteration] * len(rollout),
-        "group": rollout.groups.tolist(),
-        "prompt_id": [prompt.id for prompt in rollout.prompts],
-        "prompt": [prompt.text for prompt in rollout.prompts],
-        "response": [completion.text for completion in rollout.completions],
-        "prompt_tokens": rollout.sequences.prompt_lengths.tolist(),
-        "response_tokens": rollout.sequences.response_lengths.tolist(),
-        "finish_reason": [completion.finish_reason for completion in rollout.completions],
-        "seed": [completion.seed for completion in rollout.completions],
-        "reward": rollout.rewards.tolist(),
-        **{f"reward_{name}": values.tolist() for name, values in rollout.reward_parts.items()},
-        "mean_logp": [sum(c.logp) / max(1, len(c.logp)) for c in rollout.completions],
-    }
+    kept = [
+        (prompt, completion, reward, {name: values[row].item() for name, values in rollout.reward_parts.items()}, True)
+        for row, (prompt, completion, reward) in enumerate(
+            zip(rollout.prompts, rollout.completions, rollout.rewards.tolist(), strict=True)
+        )
+    ]
+    dropped = [
+        (group.prompt, completion, float(result.reward), dict(result.parts), False)
+        for group in rollout.dropped
+        for completion, result in zip(group.completions, group.results, strict=True)
+    ]
+    rows = [
+        {
+            "iteration": rollout.iteration,
+            "prompt_id": prompt.id,
+            "prompt": prompt.text,
+            "answer": json.dumps(prompt.answer, default=str),
+            "response": completion.text,
+            "prompt_tokens": len(prompt.token_ids),
+            "response_tokens": len(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+            "seed": completion.seed,
+            "reward": reward,
+            **{f"reward_{name}": value for name, value in parts.items()},
+            "mean_logp": sum(completion.logp) / max(1, len(completion.logp)),
+            "trained_on": trained_on,
+        }
+        for prompt, completion, reward, parts, trained_on in (*kept, *dropped)
+    ]
     partial = path.with_name(path.name + ".partial")
-    pq.write_table(pa.table(columns), partial)
+    pq.write_table(pa.Table.from_pylist(rows), partial)
     os.replace(partial, path)
     return path

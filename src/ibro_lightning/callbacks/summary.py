@@ -9,8 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
-from ibro_lightning.callbacks.run_folder import run_folder, write_json
-from ibro_lightning.metrics import Evaluation
+from ibro_lightning.callbacks.run_folder import run_folder, say, write_json
 from ibro_lightning.modules import PolicyModule
 from ibro_lightning.version import __version__
 
@@ -20,15 +19,22 @@ class RunSummary(pl.Callback):
 
     "Before" is the evaluation that precedes training, "after" the last one. With several evaluation sets the accuracy
     is the mean of their avg@k; each set's own numbers are in ``evaluations``. A later evaluation in the same process
-    (the command line runs one if training did not end with one) brings the file up to date.
+    (the command line runs one if training did not end with one) brings the file up to date. "Before" and the time
+    spent are part of the checkpoint, so a resumed run sums up the whole run.
     """
 
     def __init__(self) -> None:
-        self.before: dict[str, Evaluation] = {}
-        self.after: dict[str, Evaluation] = {}
+        self.before: dict[str, Any] = {}
+        self.after: dict[str, Any] = {}
+        self._seconds_before_resume = 0.0
         self._started = time.perf_counter()
-        self._seconds: float | None = None
-        self._iterations = 0
+        self._fitted = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": self.before, "seconds": self._seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before, self._seconds_before_resume = state_dict["before"], state_dict["seconds"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
@@ -36,48 +42,51 @@ class RunSummary(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not isinstance(pl_module, PolicyModule):
             return
+        evaluations = {name: evaluation.to_json() for name, evaluation in pl_module.evaluations.items()}
         if trainer.sanity_checking:
-            self.before = dict(pl_module.evaluations)
-            return
-        self.after = dict(pl_module.evaluations)
-        if self._seconds is not None:
-            self._write(trainer)
+            self.before = evaluations
+        self.after = evaluations
+        if self._fitted:
+            self._write(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seconds = time.perf_counter() - self._started
-        self._iterations = trainer.current_epoch
-        if self.after or not self.before:  # otherwise an evaluation follows
-            self._write(trainer)
+        self._fitted = True
+        if isinstance(pl_module, PolicyModule) and pl_module.evaluation_is_current:
+            self._write(trainer, pl_module)  # otherwise the evaluation that follows does
+
+    @property
+    def _seconds(self) -> float:
+        return self._seconds_before_resume + time.perf_counter() - self._started
 
     @rank_zero_only
-    def _write(self, trainer: pl.Trainer) -> None:
+    def _write(self, trainer: pl.Trainer, module: PolicyModule) -> None:
         folder = run_folder(trainer)
         before, after = _accuracy(self.before), _accuracy(self.after)
         summary: dict[str, Any] = {
             "accuracy_before": before,
             "accuracy_after": after,
-            "seconds": round(self._seconds or 0.0, 1),
-            "iterations": self._iterations,
+            "seconds": round(self._seconds, 1),
+            "iterations": module.iteration,
+            "optimizer_steps": trainer.global_step,
             "model_dir": str(folder / "model") if (folder / "model").is_dir() else None,
             "log_dir": str(folder),
             "version": __version__,
-            "evaluations": {
-                "before": {name: evaluation.to_json() for name, evaluation in self.before.items()},
-                "after": {name: evaluation.to_json() for name, evaluation in self.after.items()},
-            },
+            "evaluations": {"before": self.before, "after": self.after},
         }
         write_json(folder / "summary.json", summary)
         change = "" if before is None or after is None else f"accuracy  {before:.1%} → {after:.1%}\n"
-        text = (
-            f"\n{change}time      {summary['seconds']:.0f} s, {self._iterations} iterations\n"
+        warning = "" if trainer.global_step else "warning   no optimizer step was taken: the policy is unchanged\n"
+        say(
+            trainer,
+            f"\n{change}{warning}"
+            f"time      {summary['seconds']:.0f} s, {module.iteration} iterations\n"
             f"model     {summary['model_dir']}\n"
-            f"curves    tensorboard --logdir {folder}\nsummary   {folder / 'summary.json'}"
+            f"curves    tensorboard --logdir {folder}\n"
+            f"summary   {folder / 'summary.json'}",
         )
-        bar = trainer.progress_bar_callback
-        (bar.print if bar is not None else print)(text)
 
 
-def _accuracy(evaluations: Mapping[str, Evaluation]) -> float | None:
+def _accuracy(evaluations: Mapping[str, Any]) -> float | None:
     if not evaluations:
         return None
-    return sum(evaluation.avg_at_k.mean for evaluation in evaluations.values()) / len(evaluations)
+    return sum(evaluation["avg_at_k"]["mean"] for evaluation in evaluations.values()) / len(evaluations)

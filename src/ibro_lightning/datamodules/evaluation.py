@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 
 from ibro_lightning.datamodules.collector import Collector, check_reward
 from ibro_lightning.datamodules.prompts import PromptLimits, encode_prompts
 from ibro_lightning.datamodules.sources import PromptSource
 from ibro_lightning.engines import HFEngine
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.rewards import Reward
 from ibro_lightning.seeding import derive_seed, run_seed
 from ibro_lightning.timing import PhaseTimer
@@ -67,14 +68,10 @@ class EvaluationDataModule(pl.LightningDataModule):
         for name, eval_set in {**self.eval_sets, **self.test_sets}.items():
             if not re.fullmatch(r"[\w-]+", name):
                 raise ConfigError("data.eval_sets", name, "name sets with letters, digits, '_' and '-' only")
-            if eval_set.samples < 1:
-                raise ConfigError(
-                    f"data.eval_sets.{name}.samples", eval_set.samples, "write 1 or more responses per problem"
-                )
-            if eval_set.limit is not None and eval_set.limit < 1:
-                raise ConfigError(f"data.eval_sets.{name}.limit", eval_set.limit, "write 1 or more problems, or null")
-        if eval_batch_prompts < 1:
-            raise ConfigError("data.eval_batch_prompts", eval_batch_prompts, "write 1 or more prompts")
+            check_at_least(f"data.eval_sets.{name}.samples", eval_set.samples, 1)
+            if eval_set.limit is not None:
+                check_at_least(f"data.eval_sets.{name}.limit", eval_set.limit, 1)
+        check_at_least("data.eval_batch_prompts", eval_batch_prompts, 1)
 
     @property
     def provider(self) -> PolicyProvider:
@@ -87,7 +84,9 @@ class EvaluationDataModule(pl.LightningDataModule):
         provider = self.provider
         sets = self.test_sets if stage in ("test", "predict") else self.eval_sets
         if stage != "fit" and not sets:
-            raise ConfigError("data.eval_sets", "{}", f"name at least one evaluation set to {stage} on")
+            raise ConfigError(
+                "data.eval_sets", "{}", f"name at least one evaluation set to {TrainerFn(stage).value} on"
+            )
         for name, eval_set in sets.items():
             setting = f"data.eval_sets.{name}"
             prompts = encode_prompts(eval_set.source, provider.tokenizer, self.prompt_limits, setting=setting)
@@ -96,6 +95,17 @@ class EvaluationDataModule(pl.LightningDataModule):
             check_reward(eval_set.reward, prompts[0], eval_set.sampling)
         self.engine.setup(provider.model_spec())
         self.collector = Collector(self.engine, provider.tokenizer)
+
+    def refuse_overlap(self, trained_on: Callable[[str], bool], remedy: str) -> None:
+        """Raise if an evaluation prompt is also one to train on: its accuracy would say nothing about new problems."""
+        for name in self.eval_sets:
+            prompts = self._eval_prompts[name]
+            if shared := [prompt.text for prompt in prompts if trained_on(prompt.text)]:
+                raise ConfigError(
+                    f"data.eval_sets.{name}",
+                    shared[0],
+                    f"{len(shared)} of its {len(prompts)} prompts, such as this one, are trained on: {remedy}",
+                )
 
     def val_dataloader(self) -> list[EvalStream]:
         return [EvalStream(self, name, eval_set) for name, eval_set in self.eval_sets.items()]

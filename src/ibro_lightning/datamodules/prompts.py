@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 
 from ibro_lightning.datamodules.sources import PromptSource
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.seeding import derive_seed, permutation
 from ibro_lightning.types import Problem, Prompt
 
@@ -24,6 +24,10 @@ class PromptLimits:
 
     max_tokens: int | None = None
     overlong: Literal["drop", "error"] = "drop"
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            check_at_least("data.prompt_limits.max_tokens", self.max_tokens, 1)
 
 
 def encode_prompts(source: PromptSource, tokenizer: Any, limits: PromptLimits, *, setting: str) -> list[Prompt]:
@@ -61,6 +65,8 @@ def encode_prompts(source: PromptSource, tokenizer: Any, limits: PromptLimits, *
 
 
 def _encode(problem: Problem, tokenizer: Any, setting: str) -> Prompt:
+    if not isinstance(problem, Problem):
+        raise ConfigError(setting, type(problem).__name__, "a source yields ibro_lightning.types.Problem, nothing else")
     if isinstance(problem.prompt, str):
         text, add_special_tokens = problem.prompt, True
     else:

@@ -13,7 +13,7 @@ from ibro_lightning.datamodules.collector import check_reward
 from ibro_lightning.datamodules.evaluation import EvaluationDataModule
 from ibro_lightning.datamodules.prompts import PromptCursor, encode_prompts
 from ibro_lightning.datamodules.sources import PromptSource
-from ibro_lightning.errors import ConfigError, RolloutError
+from ibro_lightning.errors import ConfigError, RolloutError, check_at_least
 from ibro_lightning.functional import informative_groups
 from ibro_lightning.rewards import Reward
 from ibro_lightning.seeding import derive_seed, run_seed
@@ -28,8 +28,8 @@ class DynamicSampling:
     Args:
         max_rounds: rounds of generation per rollout, the first one included.
         on_exhausted: what if the rollout is not full after that. ``smaller``: train on the informative groups there
-            are (none at all: skip the update). ``fill``: complete it with groups of zero variance, which count as
-            tokens but have no advantage. ``stop``: end training with an error.
+            are. ``fill``: complete it with groups of zero variance, which count as tokens but have no advantage.
+            ``stop``: end training with an error. With no informative group at all, the first two skip the update.
         max_skips: end training after so many rollouts in a row without any informative group.
     """
 
@@ -38,10 +38,8 @@ class DynamicSampling:
     max_skips: int = 10
 
     def __post_init__(self) -> None:
-        if self.max_rounds < 1:
-            raise ConfigError("data.dynamic_sampling.max_rounds", self.max_rounds, "write 1 or more rounds")
-        if self.max_skips < 1:
-            raise ConfigError("data.dynamic_sampling.max_skips", self.max_skips, "write 1 or more rollouts")
+        check_at_least("data.dynamic_sampling.max_rounds", self.max_rounds, 1)
+        check_at_least("data.dynamic_sampling.max_skips", self.max_skips, 1)
 
 
 class RolloutDataModule(EvaluationDataModule):
@@ -55,6 +53,7 @@ class RolloutDataModule(EvaluationDataModule):
         group_size: responses per prompt (n, or G in the papers).
         dynamic_sampling: None trains on every group.
         rollouts_per_epoch: batches per Lightning epoch.
+        allow_overlap: permit evaluation sets that share prompts with the training problems.
         evaluation_settings: engine, eval_sets, prompt_limits, …, as in :class:`EvaluationDataModule`.
     """
 
@@ -67,6 +66,7 @@ class RolloutDataModule(EvaluationDataModule):
         group_size: int = 8,
         dynamic_sampling: DynamicSampling | None = None,
         rollouts_per_epoch: int = 1,
+        allow_overlap: bool = False,
         **evaluation_settings: Any,
     ) -> None:
         super().__init__(**evaluation_settings)
@@ -76,11 +76,11 @@ class RolloutDataModule(EvaluationDataModule):
             ("group_size", group_size),
             ("rollouts_per_epoch", rollouts_per_epoch),
         ):
-            if value < 1:
-                raise ConfigError(f"data.{name}", value, "write 1 or more")
+            check_at_least(f"data.{name}", value, 1)
         self.source, self.reward, self.sampling = source, reward, sampling
         self.prompts_per_rollout, self.group_size = prompts_per_rollout, group_size
         self.dynamic_sampling, self.rollouts_per_epoch = dynamic_sampling, rollouts_per_epoch
+        self.allow_overlap = allow_overlap
         self.iteration = 0
         self._position = 0
         self._skips = 0
@@ -101,6 +101,9 @@ class RolloutDataModule(EvaluationDataModule):
             check_reward(self.reward, prompts[0], self.sampling)
             self._cursor = PromptCursor(prompts, run_seed())
         super().setup(stage)
+        if self._cursor is not None and not self.allow_overlap:
+            trained_on = {prompt.text for prompt in self._cursor.prompts}
+            self.refuse_overlap(trained_on.__contains__, "write other splits, or data.allow_overlap: true")
 
     def train_dataloader(self) -> RolloutStream:
         return RolloutStream(self)
@@ -121,22 +124,22 @@ class RolloutDataModule(EvaluationDataModule):
         self.engine.offload()
         sampled = len(kept) + len(spare)
         zero_variance = len(spare) / sampled if self.dynamic_sampling else _zero_variance_share(kept)
-        accuracies = [r.parts["accuracy"] for g in (*kept, *spare) for r in g.results]
         metrics = {
             "rollout/prompts_sampled": float(sampled),
             "rollout/rounds": float(rounds),
             "rollout/zero_variance_groups": zero_variance,
-            "rollout/accuracy": sum(accuracies) / len(accuracies),
             "rollout/generated_tokens": float(sum(len(c.token_ids) for g in (*kept, *spare) for c in g.completions)),
             **timer.metrics(),
         }
         groups, skip = self._resolve(kept, spare)
+        trained = {id(group) for group in groups}
         self.iteration += 1
         return Rollout.from_groups(
             groups,
             name="train",
             iteration=self.iteration,
             temperature=self.sampling.temperature,
+            dropped=tuple(group for group in (*kept, *spare) if id(group) not in trained),
             skip_update=skip,
             metrics=metrics,
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ibro_lightning.datamodules.evaluation import EvaluationDataModule
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.seeding import derive_seed, run_seed
 from ibro_lightning.tasks import NumberPath, in_split
 from ibro_lightning.types import Sequences
@@ -20,6 +20,10 @@ class DemonstrationSource(ABC):
     def demonstration(self, seed: int) -> tuple[str, str]:
         """``(prompt, response)`` as raw text, without EOS; a function of ``seed`` alone."""
 
+    def may_show(self, prompt: str) -> bool:
+        """Could ``prompt`` be among the demonstrations? If so it cannot be evaluated on. False if nobody knows."""
+        return False
+
 
 class NumberPathDemonstrations(DemonstrationSource):
     """Random walks, relabelled with where they ended: no expert, mostly far from the shortest path.
@@ -31,8 +35,7 @@ class NumberPathDemonstrations(DemonstrationSource):
     """
 
     def __init__(self, task: NumberPath | None = None, max_steps: int = 12, heldout_fraction: float = 0.15) -> None:
-        if max_steps < 1:
-            raise ConfigError("source.max_steps", max_steps, "write 1 or more")
+        check_at_least("source.max_steps", max_steps, 1)
         self.task = task or NumberPath()
         if not self.task.distances:
             raise ConfigError(
@@ -48,6 +51,9 @@ class NumberPathDemonstrations(DemonstrationSource):
             if in_split(prompt, "train", self.heldout_fraction):
                 return prompt, "".join(tokens)
             attempt += 1
+
+    def may_show(self, prompt: str) -> bool:
+        return in_split(prompt, "train", self.heldout_fraction)
 
 
 class SFTDataModule(EvaluationDataModule):
@@ -68,11 +74,15 @@ class SFTDataModule(EvaluationDataModule):
         **evaluation_settings: Any,
     ) -> None:
         super().__init__(**evaluation_settings)
-        for name, value in (("batch_size", batch_size), ("steps_per_epoch", steps_per_epoch)):
-            if value < 1:
-                raise ConfigError(f"data.{name}", value, "write 1 or more")
+        check_at_least("data.batch_size", batch_size, 1)
+        check_at_least("data.steps_per_epoch", steps_per_epoch, 1)
         self.source, self.batch_size, self.steps_per_epoch = source, batch_size, steps_per_epoch
         self.step = 0
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            self.refuse_overlap(self.source.may_show, "write split: heldout and the same heldout_fraction in both")
 
     def train_dataloader(self) -> SFTStream:
         return SFTStream(self)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.seeding import derive_seed
 from ibro_lightning.tasks import Countdown, NumberPath, Split, in_split
 from ibro_lightning.types import Problem
@@ -90,11 +90,9 @@ class CountdownSource(PromptSource):
         template: str = COUNTDOWN_TEMPLATE,
         chat: bool = True,
     ) -> None:
-        if num_numbers < 2:
-            raise ConfigError("source.num_numbers", num_numbers, "write 2 or more")
-        if max_number < 2 or num_problems < 1:
-            setting, value = ("max_number", max_number) if max_number < 2 else ("num_problems", num_problems)
-            raise ConfigError(f"source.{setting}", value, "write 10 or more")
+        check_at_least("source.num_numbers", num_numbers, 2)
+        check_at_least("source.max_number", max_number, 2)
+        check_at_least("source.num_problems", num_problems, 1)
         check_template("source.template", template, ("numbers", "target"))
         self.path, self.num_problems, self.num_numbers, self.max_number = path, num_problems, num_numbers, max_number
         self.seed, self.split, self.heldout_fraction = seed, split, heldout_fraction

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import check_at_least
 from ibro_lightning.functional import approximate_kl, token_mean
 from ibro_lightning.models import PolicySource
 from ibro_lightning.modules.base import PolicyModule
@@ -53,8 +54,8 @@ class ActorModule(PolicyModule):
             ("update_epochs", update_epochs),
             ("micro_batch_tokens", micro_batch_tokens),
         ):
-            if value is not None and value < 1:
-                raise ConfigError(f"model.{name}", value, "write 1 or more")
+            if value is not None:
+                check_at_least(f"model.{name}", value, 1)
         self.regularizer = regularizer or NoRegularizer()
         self.mini_batch_prompts, self.update_epochs = mini_batch_prompts, update_epochs
         self.micro_batch_tokens = micro_batch_tokens
@@ -75,6 +76,11 @@ class ActorModule(PolicyModule):
             experience = self.prepare(rollout)
         with timer("update"):
             steps = [self.update(experience.select(rows)) for rows in self._mini_batches(experience, rollout.iteration)]
+        if skipped := sum(step["update/skipped_steps"] for step in steps):
+            rank_zero_warn(
+                f"iteration {rollout.iteration}: {skipped:.0f} of {len(steps)} optimizer steps left out: "
+                "the gradient is not finite"
+            )
         return {
             "update/skipped_rollouts": 0.0,
             "update/steps": float(len(steps)),

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.metrics import Evaluation, SampleAccuracy
 from ibro_lightning.models import Policy, PolicyOptions, PolicySource, as_source, export_folder
 from ibro_lightning.types import ModelSpec, Rollout
@@ -40,8 +40,7 @@ class PolicyModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         for name, value in (("warmup_steps", warmup_steps), ("max_grad_norm", max_grad_norm)):
-            if value < 0:
-                raise ConfigError(f"model.{name}", value, "write 0 or more")
+            check_at_least(f"model.{name}", value, 0)
         self.automatic_optimization = False
         self.policy_source = as_source(policy, policy_options)
         self.policy_options = policy_options
@@ -60,7 +59,12 @@ class PolicyModule(pl.LightningModule):
             self.policy = Policy(model, gradient_checkpointing=self.policy_options.gradient_checkpointing)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_factory(self.policy.parameters())
+        try:
+            optimizer = self.optimizer_factory(self.policy.parameters())
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                "model.optimizer", type(self).__name__, f"the optimizer refuses its settings: {error}"
+            ) from error
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
@@ -80,6 +84,17 @@ class PolicyModule(pl.LightningModule):
         optimizer.zero_grad()
         metrics = {"update/skipped_steps": float(not finite), "update/lr": optimizer.param_groups[0]["lr"]}
         return {**metrics, "update/grad_norm": norm.item()} if finite else metrics
+
+    @property
+    def iteration(self) -> int:
+        """Training batches that are done, over the whole run: the x-axis of every curve."""
+        return self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
+
+    @property
+    def evaluation_is_current(self) -> bool:
+        """Do :attr:`evaluations` describe the weights as they are? True also if there is nothing to evaluate on."""
+        has_sets = bool(getattr(self.trainer.datamodule, "eval_sets", None))  # type: ignore[attr-defined]
+        return not has_sets or self.evaluated_at_step == self.trainer.global_step
 
     # What datamodules and callbacks ask of a policy module (types.PolicyProvider).
 
@@ -113,11 +128,11 @@ class PolicyModule(pl.LightningModule):
             for name, evaluation in self.evaluations.items()
             for key, value in evaluation.scalars().items()
         }
-        if self.trainer.sanity_checking:  # the evaluation before training: Lightning itself would not log it
-            if self.logger is not None:
-                self.logger.log_metrics(scalars, step=0)
-        else:
-            self.log_dict(scalars)
+        # The curves get the iteration as their x-axis, and a point before training, which Lightning would not log.
+        if self.logger is not None:
+            self.logger.log_metrics(scalars, step=self.iteration)
+        if not self.trainer.sanity_checking:
+            self.log_dict(scalars, logger=False)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import check_at_least
 from ibro_lightning.types import TokenStats
 
 
@@ -27,10 +27,7 @@ class EntropyRegularizer(ABC):
     """Whether :meth:`objective` reads ``stats.entropy``; if not, entropies are not computed with a gradient."""
 
     def __init__(self, coef: float) -> None:
-        if coef < 0:
-            raise ConfigError(
-                "regularizer.init_args.coef", coef, "write 0 or more; the sign belongs to the regulariser's objective"
-            )
+        check_at_least("regularizer.init_args.coef", coef, 0, "; the sign belongs to the regulariser's objective")
         self.coef = coef
 
     @abstractmethod

@@ -31,7 +31,7 @@ class InformationBottleneck(EntropyRegularizer):
         super().__init__(coef)
         if transform not in get_args(AdvantageTransform):
             raise ConfigError("regularizer.init_args.transform", transform, "write none, sign or clip")
-        if clip <= 0:
+        if not 0 < clip < float("inf"):
             raise ConfigError("regularizer.init_args.clip", clip, "write a positive bound for the advantage")
         self.transform, self.clip = transform, clip
 

@@ -1,4 +1,4 @@
-"""Self-contained tasks with exact verifiers: the number path (learned in minutes on a CPU), countdown and sums."""
+"""Self-contained tasks with exact verifiers: the number path (learned in minutes on a CPU) and countdown."""
 
 from ibro_lightning.tasks.countdown import Countdown
 from ibro_lightning.tasks.number_path import NumberPath
