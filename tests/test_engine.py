@@ -30,7 +30,8 @@ from ibro_lightning.engines import HFEngine, sampling
 from ibro_lightning.engines.sampling import sample_tokens
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import Policy
-from ibro_lightning.types import Generation, ModelSpec, SamplingParams, Sequences
+from ibro_lightning.sequences import Sequences
+from ibro_lightning.types import Generation, ModelSpec, SamplingParams
 
 torch.set_num_threads(1)
 

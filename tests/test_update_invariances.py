@@ -23,7 +23,8 @@ from ibro_lightning.modules.batching import mini_batches, token_budget_batches
 from ibro_lightning.modules.dapo import DAPOModule
 from ibro_lightning.modules.diagnostics import experience_metrics
 from ibro_lightning.regularizers import EntropyBonus, EntropyRegularizer, InformationBottleneck, NoRegularizer
-from ibro_lightning.types import Completion, Experience, Group, Prompt, RewardResult, Rollout, Sequences, TokenStats
+from ibro_lightning.sequences import Sequences
+from ibro_lightning.types import Completion, Experience, Group, Prompt, RewardResult, Rollout, TokenStats
 
 torch.set_num_threads(1)
 VOCAB = 23

@@ -9,8 +9,8 @@ from typing import Any
 from ibro_lightning.datamodules.evaluation import EvaluationDataModule
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.seeding import derive_seed, run_seed
+from ibro_lightning.sequences import Sequences
 from ibro_lightning.tasks import NumberPath, in_split
-from ibro_lightning.types import Sequences
 
 
 class DemonstrationSource(ABC):

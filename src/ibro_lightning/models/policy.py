@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ibro_lightning.functional import logprob_and_entropy
-from ibro_lightning.types import Sequences
+from ibro_lightning.sequences import Sequences
 
 
 class Policy(nn.Module):

@@ -23,8 +23,9 @@ from ibro_lightning.modules.batching import mini_batches, token_budget_batches
 from ibro_lightning.modules.diagnostics import experience_metrics
 from ibro_lightning.regularizers import EntropyRegularizer, NoRegularizer
 from ibro_lightning.seeding import derive_seed, run_seed
+from ibro_lightning.sequences import Sequences
 from ibro_lightning.timing import PhaseTimer
-from ibro_lightning.types import Experience, Rollout, Sequences, TokenStats
+from ibro_lightning.types import Experience, Rollout, TokenStats
 
 
 class ActorModule(PolicyModule):

@@ -8,8 +8,8 @@ from typing import Any
 from ibro_lightning.functional import token_mean
 from ibro_lightning.models import PolicySource
 from ibro_lightning.modules.base import PolicyModule
+from ibro_lightning.sequences import Sequences
 from ibro_lightning.timing import PhaseTimer
-from ibro_lightning.types import Sequences
 
 
 class SFTModule(PolicyModule):
