@@ -33,4 +33,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf .pytest_cache .mypy_cache .ruff_cache dist

@@ -148,3 +148,11 @@ def test_a_policy_without_the_tasks_numbers_is_refused(workspace: Path, capsys: 
     arguments = ["--data.source", "NumberPathSource", "--data.reward", "NumberPathReward"]
     line = error_of(capsys, "fit", "--config", "tiny.yaml", *arguments)
     assert "no token" in line
+
+
+def test_demonstrations_of_evaluation_problems_are_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The warm start holds out 15 %; an evaluation that holds out more would contain problems it has shown."""
+    arguments = ["--data.eval_sets.number_path.source.heldout_fraction", "0.3"]
+    line = error_of(capsys, "fit", "--config", "sft_quickstart.yaml", *arguments)
+    assert "data.eval_sets.number_path" in line
+    assert "heldout_fraction" in line

@@ -208,6 +208,14 @@ def test_validate_gives_the_same_numbers_every_time_and_test_agrees(workspace: P
     assert results[0] == results[1] == results[2]
 
 
+def test_a_checkpoint_evaluates_like_the_model_that_was_exported_with_it(workspace: Path) -> None:
+    main(["fit", "--config", "tiny.yaml"])
+    main(["validate", "--config", "tiny.yaml", "--ckpt_path", "run/checkpoints/last.ckpt"])
+    after = json.loads((workspace / "run" / "summary.json").read_text())["evaluations"]["after"]
+    validated = json.loads((workspace / "run" / "evaluations" / "validate.json").read_text())
+    assert validated == after
+
+
 def test_predict_writes_every_response(workspace: Path) -> None:
     main(["predict", "--config", "tiny.yaml", "--data.eval_batch_prompts", "4"])
     table = pandas.read_parquet(workspace / "run" / "predictions" / "starts")
