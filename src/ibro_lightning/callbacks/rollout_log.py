@@ -58,10 +58,17 @@ class RolloutLog(pl.Callback):
 
 
 def write_parquet(path: Path, rollout: Rollout) -> Path:
-    """One row per sampled response; ``trained_on`` is False for those that dynamic sampling left out."""
+    """One row per sampled response; ``trained_on`` is True for those that moved the policy."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    learnt = rollout.name == "train" and not rollout.skip_update
     kept = [
-        (prompt, completion, reward, {name: values[row].item() for name, values in rollout.reward_parts.items()}, True)
+        (
+            prompt,
+            completion,
+            reward,
+            {name: values[row].item() for name, values in rollout.reward_parts.items()},
+            learnt,
+        )
         for row, (prompt, completion, reward) in enumerate(
             zip(rollout.prompts, rollout.completions, rollout.rewards.tolist(), strict=True)
         )
