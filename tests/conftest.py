@@ -41,6 +41,11 @@ class Raises(VerifiableReward):
         raise KeyError("oops\\nsecond line")
 
 
+class MinusOne(VerifiableReward):
+    def verify(self, prompt, completion):
+        return -1.0
+
+
 class NeverRight(VerifiableReward):
     def verify(self, prompt, completion):
         return False

@@ -54,6 +54,9 @@ CASES = {
     "missing checkpoint": (["--ckpt_path", "nope.ckpt"], ["ckpt_path: 'nope.ckpt'", "no such checkpoint"]),
     "something else as checkpoint": (["--ckpt_path", "tiny.yaml"], ["ckpt_path: 'tiny.yaml'", "no checkpoint"]),
     "a file as run folder": (["--trainer.default_root_dir", "tiny.yaml/x"], ["default_root_dir", "is a file"]),
+    "the working folder as run folder": (["--trainer.default_root_dir", "."], ["default_root_dir", "runs/mine"]),
+    "no checkpoint to continue from": (["--ckpt_path", "last"], ["ckpt_path: 'last'", "start anew"]),
+    "accuracy out of range": (["--data.reward", "user_code.MinusOne"], ["MinusOne", "between 0"]),
     "zero threads": (["--num_threads", "0"], ["num_threads: 0", "1 or more"]),
 }
 
@@ -64,7 +67,7 @@ def test_is_refused_in_one_line(case: str, workspace: Path, capsys: pytest.Captu
     config = [] if "--config" in arguments else ["--config", "tiny.yaml"]
     line = error_of(capsys, "fit", *config, *arguments)
     assert all(text in line for text in expected), line
-    assert not list(workspace.glob("run/checkpoints/*")), "training must not have begun"
+    assert not list(workspace.glob("run/rollouts/*")), "training must not have begun"
 
 
 def test_a_missing_column_is_named_with_those_that_exist(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +131,7 @@ def test_a_run_does_not_move_away_the_policy_it_starts_from(
     workspace: Path, tiny_policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(tiny_policy, workspace / "run" / "model")
-    (workspace / "run" / "config.yaml").write_text("# an earlier run\n")
+    (workspace / "run" / "config.yaml").write_text("# ibro_lightning 0.1.0\n")
     line = error_of(capsys, "fit", "--config", "tiny.yaml", "--model.policy", "run/model")
     assert "trainer.default_root_dir" in line
     assert (workspace / "run" / "model" / "config.json").exists()
@@ -156,3 +159,13 @@ def test_demonstrations_of_evaluation_problems_are_refused(workspace: Path, caps
     line = error_of(capsys, "fit", "--config", "sft_quickstart.yaml", *arguments)
     assert "data.eval_sets.number_path" in line
     assert "heldout_fraction" in line
+
+
+def test_a_folder_with_settings_of_something_else_is_left_alone(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workspace / "run").mkdir()
+    (workspace / "run" / "config.yaml").write_text("my: settings\n")
+    line = error_of(capsys, "fit", "--config", "tiny.yaml")
+    assert "trainer.default_root_dir" in line
+    assert (workspace / "run" / "config.yaml").read_text() == "my: settings\n"

@@ -415,8 +415,10 @@ def test_informative_groups_are_neither_all_right_nor_all_wrong() -> None:
     assert informative_groups(accuracy, groups).tolist() == [False, True, False, True]
 
 
-def test_a_group_of_one_is_informative_only_with_partial_credit() -> None:
-    assert informative_groups(torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0, 1, 2])).tolist() == [False, False, True]
+def test_a_group_whose_accuracies_are_equal_is_never_informative() -> None:
+    """Not even with partial credit: its advantages are all 0. Different partial credits are informative."""
+    accuracy, groups = torch.tensor([1.0, 0.0, 0.5, 0.5, 0.5, 0.25]), torch.tensor([0, 1, 2, 2, 3, 3])
+    assert informative_groups(accuracy, groups).tolist() == [False, False, False, True]
 
 
 # Evaluation.

@@ -19,7 +19,7 @@ import lightning
 import lightning.pytorch as pl
 import torch
 import transformers
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -142,33 +142,44 @@ class IbroCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         settings = self._get(self.config_init, "trainer")
+        root = kwargs["default_root_dir"] = settings.default_root_dir or "runs/default"
         if settings.logger in (None, True):
-            root = settings.default_root_dir or "runs/default"
-            kwargs["default_root_dir"] = root
             # Only training has curves; the other commands must not add to those of a run they look at.
-            training = self.subcommand == "fit"
-            kwargs["logger"] = (
-                TensorBoardLogger(root, name="", version="", default_hp_metric=False) if training else False
-            )
+            curves = TensorBoardLogger(root, name="", version="", default_hp_metric=False)
+            kwargs["logger"] = curves if self.subcommand == "fit" else False
         return super().instantiate_trainer(**kwargs)
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
+        """Leaves out those of our callbacks that a Trainer flag switches off."""
+        switches = {"enable_progress_bar": ProgressBar, "enable_checkpointing": ModelCheckpoint}
+        off = tuple(kind for flag, kind in switches.items() if config.get(flag) is False)
+        return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, off)])
+
     def fit(self, **kwargs: Any) -> None:
-        folder, aside = Path(self.trainer.default_root_dir), None
-        if kwargs.get("ckpt_path") is None:
-            aside = make_room(folder, self.model)
-        else:
+        folder, checkpoint = Path(self.trainer.default_root_dir), kwargs.get("ckpt_path")
+        if checkpoint == "last" and not (folder / "checkpoints" / "last.ckpt").exists():
+            raise ConfigError("ckpt_path", "last", f"there is no checkpoint in {folder}: leave it out to start anew")
+        if checkpoint is not None:
             self.trainer.num_sanity_val_steps = 0  # "before training" is in the checkpoint
+        continues = checkpoint == "last" or (checkpoint and folder.resolve() in Path(checkpoint).resolve().parents)
+        existed, aside = folder.exists(), None
+        if not continues:
+            aside = make_room(folder, self.model)
         try:
             self.trainer.fit(**kwargs)
         except Exception as error:
-            if aside is not None and _own_error(error) is not None:
+            if _own_error(error) is not None and (aside is not None or not existed):
                 put_back(folder, aside)
             raise
 
     def after_fit(self) -> None:
         """Training that did not end with an evaluation gets one, so that the summary tells how it ended."""
-        if isinstance(self.model, PolicyModule) and not self.model.evaluation_is_current:
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        if isinstance(self.model, PolicyModule):
+            if not self.model.evaluation_is_current:
+                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, RunSummary):
+                    callback.finish(self.trainer, self.model)
 
     def validate(self, **kwargs: Any) -> None:
         self.trainer.validate(**{**kwargs, "verbose": False})  # EvaluationReport prints a better table
@@ -190,8 +201,15 @@ def make_room(folder: Path, model: pl.LightningModule) -> Path | None:
     for part in (folder, *folder.parents):
         if part.exists() and not part.is_dir():
             raise ConfigError("trainer.default_root_dir", str(folder), f"{part} is a file: write another folder")
-    if not (folder / "config.yaml").exists():
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise ConfigError("trainer.default_root_dir", str(folder), "a run needs a folder of its own, such as runs/mine")
+    config = folder / "config.yaml"
+    if not config.exists():
         return None
+    if not config.read_text().startswith(HEADER):
+        raise ConfigError(
+            "trainer.default_root_dir", str(folder), "its config.yaml is none of ours: write another folder for the run"
+        )
     source = getattr(model, "policy_source", None)
     if isinstance(source, PretrainedPolicy) and folder.resolve() in Path(source.path).resolve().parents:
         raise ConfigError(
@@ -208,10 +226,12 @@ def make_room(folder: Path, model: pl.LightningModule) -> Path | None:
 
 
 @rank_zero_only
-def put_back(folder: Path, aside: Path) -> None:
-    """Undo :func:`make_room` for a run that was refused before it computed anything."""
-    if folder.exists() and not any((folder / name).exists() for name in ("rollouts", "evaluations", "checkpoints")):
-        shutil.rmtree(folder)
+def put_back(folder: Path, aside: Path | None) -> None:
+    """Leave no trace of a run that was refused before it computed anything; undo :func:`make_room`."""
+    if any((folder / name).exists() for name in ("rollouts", "evaluations", "checkpoints")):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    if aside is not None:
         aside.rename(folder)
         rank_zero_info(f"the new run was refused: {aside} is back in {folder}")
 
@@ -244,11 +264,15 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
+HEADER = "# ibro_lightning"
+"""How the ``config.yaml`` of a run begins."""
+
 # Warnings that tell a user nothing they could act on.
 NOISE = (".*LeafSpec.*", ".*does not have many workers.*", ".*across ranks is zero.*")
 
 TRAINER_DEFAULTS = {
-    "accelerator": "auto",
+    # "auto" would take Apple's GPUs, which have no float64; sampling and advantages need it.
+    "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
     "devices": 1,
     "num_sanity_val_steps": -1,  # the whole evaluation before training: "accuracy before"
     "log_every_n_steps": 1,
@@ -280,4 +304,4 @@ def _own_error(error: BaseException | None) -> Exception | None:
 
 def _header() -> str:
     versions = f"torch {torch.__version__}, lightning {lightning.__version__}, transformers {transformers.__version__}"
-    return f"# ibro_lightning {__version__}, {versions}\n# python -m ibro_lightning {' '.join(sys.argv[1:])}\n"
+    return f"{HEADER} {__version__}, {versions}\n# python -m ibro_lightning {' '.join(sys.argv[1:])}\n"

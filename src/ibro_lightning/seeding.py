@@ -1,8 +1,8 @@
 """Counter-based seeds: every random number is a function of *where* in the run it is needed, never of what ran before.
 
 There is no generator state to save, so a rollout can be repeated bit for bit, a resumed run continues exactly where it
-stopped, and results do not depend on how samples are batched or spread over ranks. The idea is nanochat's; the hash is
-SplitMix64 (Steele, Lea & Flood, *Fast Splittable Pseudorandom Number Generators*, OOPSLA 2014).
+stopped, and random numbers do not depend on how samples are batched or spread over ranks. The idea is nanochat's; the
+hash is SplitMix64 (Steele, Lea & Flood, *Fast Splittable Pseudorandom Number Generators*, OOPSLA 2014).
 """
 
 from __future__ import annotations

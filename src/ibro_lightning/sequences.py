@@ -34,7 +34,7 @@ class Sequences:
         *,
         padding_side: Literal["left", "right"] = "right",
     ) -> Self:
-        """Pad token lists to a batch. Engines pad left, the trainer right; nothing computed depends on it."""
+        """Pad token lists to a batch. The trainer pads right; nothing computed depends on the side."""
         prompt_lengths = torch.tensor([len(ids) for ids in prompts], dtype=torch.long)
         response_lengths = torch.tensor([len(ids) for ids in responses], dtype=torch.long)
         totals = prompt_lengths + response_lengths

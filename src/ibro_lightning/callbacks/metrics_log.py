@@ -57,11 +57,14 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "rollout/length_right": lengths[right].mean(),
         "rollout/length_wrong": lengths[~right].mean(),
         "rollout/truncated": torch.tensor([float(completion.truncated) for completion in completions]).mean(),
-        "train/responses": torch.tensor(float(len(rollout))),
-        "train/reward": rollout.rewards.mean(),
-        "train/accuracy": rollout.accuracy.mean(),
-        "train/length": rollout.sequences.response_lengths.float().mean(),
     }
+    if not rollout.skip_update:
+        metrics |= {
+            "train/responses": torch.tensor(float(len(rollout))),
+            "train/reward": rollout.rewards.mean(),
+            "train/accuracy": rollout.accuracy.mean(),
+            "train/length": rollout.sequences.response_lengths.float().mean(),
+        }
     # The mean over nothing (no right answer, say) is NaN: such a metric is left out.
     return {**{name: value.item() for name, value in metrics.items() if value.isfinite()}, **rollout.metrics}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ class RolloutLog(pl.Callback):
             write_parquet(run_folder(trainer) / "rollouts" / f"iteration_{batch.iteration:06d}.parquet", batch)
 
     @rank_zero_only
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        shutil.rmtree(run_folder(trainer) / "predictions", ignore_errors=True)  # batches of an earlier call
+
+    @rank_zero_only
     def on_predict_batch_end(
         self,
         trainer: pl.Trainer,
@@ -58,7 +63,7 @@ class RolloutLog(pl.Callback):
 
 
 def write_parquet(path: Path, rollout: Rollout) -> Path:
-    """One row per sampled response; ``trained_on`` is True for those that moved the policy."""
+    """One row per sampled response; ``trained_on`` is True for those in the update's batch."""
     path.parent.mkdir(parents=True, exist_ok=True)
     learnt = rollout.name == "train" and not rollout.skip_update
     kept = [
@@ -97,6 +102,7 @@ def write_parquet(path: Path, rollout: Rollout) -> Path:
         for prompt, completion, reward, parts, trained_on in (*kept, *dropped)
     ]
     partial = path.with_name(path.name + ".partial")
-    pq.write_table(pa.Table.from_pylist(rows), partial)
+    names = dict.fromkeys(name for row in rows for name in row)
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), partial)
     os.replace(partial, path)
     return path

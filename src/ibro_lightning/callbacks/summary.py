@@ -28,7 +28,7 @@ class RunSummary(pl.Callback):
         self.after: dict[str, Any] = {}
         self._seconds_before_resume = 0.0
         self._started = time.perf_counter()
-        self._fitted = False
+        self._fitted = self._written = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"before": self.before, "seconds": self._seconds}
@@ -54,6 +54,11 @@ class RunSummary(pl.Callback):
         if isinstance(pl_module, PolicyModule) and pl_module.evaluation_is_current:
             self._write(trainer, pl_module)  # otherwise the evaluation that follows does
 
+    def finish(self, trainer: pl.Trainer, pl_module: PolicyModule) -> None:
+        """Write now if it has not happened, whatever became of the evaluation."""
+        if not self._written:
+            self._write(trainer, pl_module)
+
     @property
     def _seconds(self) -> float:
         return self._seconds_before_resume + time.perf_counter() - self._started
@@ -74,6 +79,7 @@ class RunSummary(pl.Callback):
             "evaluations": {"before": self.before, "after": self.after},
         }
         write_json(folder / "summary.json", summary)
+        self._written = True
         change = "" if before is None or after is None else f"accuracy  {before:.1%} → {after:.1%}\n"
         warning = "" if trainer.global_step else "warning   no optimizer step was taken: the policy is unchanged\n"
         say(

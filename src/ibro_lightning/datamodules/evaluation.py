@@ -140,14 +140,14 @@ class EvalStream:
     def __iter__(self) -> Iterator[Rollout]:
         self.data.sync_engine()
         prompts, size, seed = self.data.eval_prompts(self.name), self.data.eval_batch_prompts, run_seed()
-        for batch, start in enumerate(range(0, len(prompts), size)):
+        for start in range(0, len(prompts), size):
             timer = PhaseTimer()
             chunk = prompts[start : start + size]
             seeds = [[self._seed(seed, prompt, sample) for sample in range(self.eval_set.samples)] for prompt in chunk]
             groups = self.data.collector.collect(chunk, seeds, self.eval_set.sampling, self.eval_set.reward, timer)
             temperature = self.eval_set.sampling.temperature
             yield Rollout.from_groups(
-                groups, name=self.name, iteration=batch, temperature=temperature, metrics=timer.metrics()
+                groups, name=self.name, iteration=0, temperature=temperature, metrics=timer.metrics()
             )
         self.data.engine.offload()
 

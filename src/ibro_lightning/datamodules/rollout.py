@@ -28,7 +28,8 @@ class DynamicSampling:
     Args:
         max_rounds: rounds of generation per rollout, the first one included.
         on_exhausted: what if the rollout is not full after that. ``smaller``: train on the informative groups there
-            are. ``fill``: complete it with groups of zero variance, which count as tokens but have no advantage.
+            are. ``fill``: complete it with groups that were all right or all wrong; they count as tokens, and
+            have an advantage only where another part of the reward differs.
             ``stop``: end training with an error. With no informative group at all, the first two skip the update.
         max_skips: end training after so many rollouts in a row without any informative group.
     """

@@ -21,16 +21,19 @@ def overlong_penalty(lengths: Tensor, *, max_tokens: int, buffer_tokens: int, fa
 
 
 def informative_groups(accuracy: Tensor, groups: Tensor) -> Tensor:
-    """DAPO's dynamic sampling: which groups have responses that are neither all right nor all wrong.
+    """DAPO's dynamic sampling: which groups have responses that differ in accuracy.
+
+    For right (1) and wrong (0) answers: the mean accuracy is neither 0 nor 1. A group of equal fractions teaches
+    nothing either.
 
     Args:
-        accuracy: ``[B]``, 1 right and 0 wrong (fractions are allowed); ``groups``: ``[B]`` indices 0..G-1.
+        accuracy: ``[B]``; groups: ``[B]`` indices 0..G-1.
 
     Returns:
-        ``[G]`` bool: True where the mean accuracy lies strictly between 0 and 1.
+        ``[G]`` bool.
     """
     size = int(groups.max()) + 1 if groups.numel() else 0
-    accuracy = accuracy.double()
-    zeros = torch.zeros(size, dtype=torch.float64, device=accuracy.device)
-    mean = zeros.index_add(0, groups, accuracy) / zeros.index_add(0, groups, torch.ones_like(accuracy))
-    return (mean > 0) & (mean < 1)
+    start = torch.full((size,), torch.inf, dtype=torch.float64, device=accuracy.device)
+    lowest = start.scatter_reduce(0, groups, accuracy.double(), "amin")
+    highest = (-start).scatter_reduce(0, groups, accuracy.double(), "amax")
+    return lowest < highest

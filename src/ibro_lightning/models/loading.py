@@ -28,7 +28,8 @@ class PolicyOptions:
     """How a policy folder is loaded.
 
     Args:
-        dtype: of the trained weights. float32, or bfloat16 on GPUs that are short of memory.
+        dtype: of the trained weights. Keep float32 for small learning rates (a step of 1e-6 is lost in the rounding of
+            bfloat16 weights) and compute in bfloat16 with trainer.precision: bf16-mixed.
         attn_implementation: transformers' name (sdpa, eager, flash_attention_2, …); None lets transformers choose.
         gradient_checkpointing: recompute activations in the backward pass; slower, much less memory.
         trust_remote_code: run Python code that comes with the model. Only for sources that you trust.

@@ -76,13 +76,14 @@ class PolicyModule(pl.LightningModule):
         """Clip, step, schedule, zero. A step with a non-finite gradient is left out, and counted."""
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
+        learning_rate = optimizer.param_groups[0]["lr"]
         norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm or torch.inf)
         finite = bool(norm.isfinite())
         if finite:
             optimizer.step()
             scheduler.step()
         optimizer.zero_grad()
-        metrics = {"update/skipped_steps": float(not finite), "update/lr": optimizer.param_groups[0]["lr"]}
+        metrics = {"update/skipped_steps": float(not finite), "update/lr": learning_rate}
         return {**metrics, "update/grad_norm": norm.item()} if finite else metrics
 
     @property
@@ -100,7 +101,11 @@ class PolicyModule(pl.LightningModule):
 
     def model_spec(self) -> ModelSpec:
         return ModelSpec(
-            self.policy_source.config(), self.eos_token_ids, self.device, self.policy_options.trust_remote_code
+            config=self.policy_source.config(),
+            eos_token_ids=self.eos_token_ids,
+            # Not self.device: datamodules are set up before the module moves to its device.
+            device=self.trainer.strategy.root_device,
+            trust_remote_code=self.policy_options.trust_remote_code,
         )
 
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ibro_lightning.errors import ConfigError
 from ibro_lightning.functional import token_mean
 from ibro_lightning.models import PolicySource
 from ibro_lightning.modules.base import PolicyModule
@@ -26,7 +27,9 @@ class SFTModule(PolicyModule):
         self.final_lr_factor = final_lr_factor
 
     def learning_rate_factor(self, step: int) -> float:
-        total = max(1, int(self.trainer.estimated_stepping_batches) - self.warmup_steps)
+        if math.isinf(steps := self.trainer.estimated_stepping_batches):
+            raise ConfigError("trainer.max_epochs", self.trainer.max_epochs, "the cosine needs an end: write 1 or more")
+        total = max(1, int(steps) - self.warmup_steps)
         progress = min(1.0, max(0.0, (step - self.warmup_steps) / total))
         cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
         return super().learning_rate_factor(step) * (self.final_lr_factor + (1.0 - self.final_lr_factor) * cosine)

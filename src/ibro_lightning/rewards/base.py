@@ -119,7 +119,12 @@ def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> 
                 f"data.reward: {name} returned {bad} for prompt {prompt.id!r} - "
                 "return finite numbers, 0 for 'cannot tell'"
             )
-    return results
+        if not 0 <= result.parts.get("accuracy", 0.0) <= 1:
+            raise RewardError(
+                f"data.reward: {name} returned the accuracy {result.parts['accuracy']} for prompt {prompt.id!r} - "
+                "an accuracy lies between 0 (wrong) and 1 (right); rewards such as -1 belong into correct and incorrect"
+            )
+    return list(results)
 
 
 def _is_result(value: object) -> bool:
