@@ -60,7 +60,17 @@ def test_fit_leaves_all_that_a_person_needs(workspace: Path, tiny_policy: Path, 
     assert "samples/text_summary" in events.Tags()["tensors"]
 
     rollouts = pandas.read_parquet(run / "rollouts")
-    columns = {"iteration", "prompt", "response", "prompt_tokens", "response_tokens", "reward", "reward_accuracy"}
+    columns = {
+        "iteration",
+        "prompt",
+        "answer",
+        "meta",
+        "response",
+        "prompt_tokens",
+        "response_tokens",
+        "reward",
+        "reward_accuracy",
+    }
     assert columns <= set(rollouts.columns)
     assert sorted(rollouts.iteration.unique()) == [1, 2]
     assert sum(rollouts.trained_on) == 2 * 4 * 4

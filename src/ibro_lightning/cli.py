@@ -239,6 +239,7 @@ def put_back(folder: Path, aside: Path | None) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m ibro_lightning``; ``args`` as on the command line."""
     argv = list(sys.argv[1:] if args is None else args)
+    # Lightning and the parser read sys.argv themselves (for relaunches and messages), so it must hold what is parsed.
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     try:

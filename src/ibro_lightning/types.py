@@ -62,7 +62,8 @@ class Problem:
     """A question as its source states it, before any tokenizer.
 
     ``prompt`` is raw text, or a list of ``{role, content}`` messages for the model's chat template. ``answer`` is what
-    the reward needs to judge a response. ``id`` is unique within the source and stable: seeds derive from it.
+    the reward needs to judge a response. ``id`` is unique within the source and stable: seeds derive from it. ``meta``
+    is kept beside the responses in the rollout log.
     """
 
     id: str

@@ -89,6 +89,7 @@ def write_parquet(path: Path, rollout: Rollout) -> Path:
             "prompt_id": prompt.id,
             "prompt": prompt.text,
             "answer": json.dumps(prompt.answer, default=str),
+            "meta": json.dumps(dict(prompt.meta), default=str),
             "response": completion.text,
             "prompt_tokens": len(prompt.token_ids),
             "response_tokens": len(completion.token_ids),

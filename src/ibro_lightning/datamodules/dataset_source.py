@@ -26,7 +26,8 @@ class DatasetSource(PromptSource):
         split, config: as in ``datasets.load_dataset``. A local file answers to any split name.
         prompt_column: text, or a chat list of ``{role, content}``. Dots reach into nested columns.
         answer_column: likewise, e.g. ``reward_model.ground_truth``.
-        template: how a text prompt is asked; must contain ``{problem}``.
+        template: how a text prompt is asked; must contain ``{problem}``. A chat list is taken as it stands: template,
+            chat and system are for text.
         chat: wrap text prompts as a user message for the model's chat template; False leaves them raw.
         system: a system message (or, raw, a first paragraph).
         limit: take only the first so many rows.
