@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -116,10 +115,9 @@ class TestLastNumber:
         ["9" * 1_000_000, "1," * 500_000, "1,111" * 200_000, "-" * 1_000_000, "1." * 500_000, "0" * 999_999 + "x"],
         ids=lambda text: text[:6],
     )
-    def test_a_megabyte_is_quick(self, text):
-        start = time.perf_counter()
-        last_number(text)
-        assert time.perf_counter() - start < 0.5
+    def test_only_the_end_of_a_megabyte_is_searched(self, text):
+        """Searched whole, a number of a million digits would raise (Python refuses to read it) or take minutes."""
+        assert last_number(text) == last_number(text[-2000:])
 
     def test_a_number_at_the_end_of_a_long_response_is_found(self):
         assert last_number("word " * 100_000 + "the answer is 1,234") == 1234
@@ -210,10 +208,8 @@ class TestCountdownReward:
         assert score(CountdownReward(use_all=True), prompt(answer), [completion(text)])[0].reward == -1.0
 
     @pytest.mark.parametrize("text", ["<answer>" * 200_000, "<answer>" + "(" * 1_000_000 + "</answer>"])
-    def test_hostile_responses_are_wrong_and_quick(self, text):
-        start = time.perf_counter()
+    def test_hostile_responses_are_wrong_rather_than_an_error(self, text):
         assert score(CountdownReward(), prompt(COUNTDOWN), [completion(text)])[0].parts["accuracy"] == 0
-        assert time.perf_counter() - start < 1.0
 
 
 class TestNumberPathReward:

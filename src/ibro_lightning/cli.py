@@ -38,7 +38,7 @@ from ibro_lightning.callbacks import (
     RunSummary,
     SamplesTable,
 )
-from ibro_lightning.errors import ConfigError, RewardError, RolloutError
+from ibro_lightning.errors import ConfigError, RewardError, RolloutError, check_at_least
 from ibro_lightning.models import PretrainedPolicy
 from ibro_lightning.modules import PolicyModule
 from ibro_lightning.recipes import find_config
@@ -136,8 +136,7 @@ class IbroCLI(LightningCLI):
             transformers.utils.logging.disable_progress_bar()
             datasets.disable_progress_bars()
         if (threads := self._get(self.config, "num_threads")) is not None:
-            if threads < 1:
-                raise ConfigError("num_threads", threads, "write 1 or more, or null")
+            check_at_least("num_threads", threads, 1, ", or null")
             torch.set_num_threads(threads)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
