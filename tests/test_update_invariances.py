@@ -134,12 +134,17 @@ def experience(module: DAPOModule) -> Experience:
     return Experience(seqs, old_logp, entropy, expanded, mask, torch.tensor(GROUPS), TEMPERATURE)
 
 
+def weighted(micro: Experience, num_tokens: Tensor) -> Experience:
+    """With the token mean's weights for a step of ``num_tokens``, as :meth:`ActorModule.begin_step` sets them."""
+    return replace(micro, weights=micro.mask.double() / num_tokens, num_tokens=num_tokens)
+
+
 def loss_and_gradients(module: DAPOModule, micro_batches: Iterable[Experience], num_tokens: Tensor) -> list[Tensor]:
     """What :meth:`ActorModule.update` accumulates: the summed loss, then the summed gradient of each parameter."""
     parameters = list(module.policy.parameters())
     total = [torch.zeros((), dtype=torch.float64), *(torch.zeros_like(p) for p in parameters)]
     for micro in micro_batches:
-        loss, _ = module.loss(module.token_stats(micro), num_tokens)
+        loss, _ = module.loss(module.token_stats(micro), weighted(micro, num_tokens))
         for place, value in zip(total, [loss.detach(), *torch.autograd.grad(loss, parameters)], strict=True):
             place += value
     return total
@@ -250,7 +255,8 @@ def test_metrics_of_micro_batches_add_up_to_those_of_the_step(module: DAPOModule
     """Clip shares by hand: tokens beyond each bound over the tokens of the step."""
     num_tokens = experience.mask.sum()
     rows = [torch.tensor([0, 3, 4]), torch.tensor([1, 2]), torch.tensor([5, 6, 7])]
-    parts = [module.loss(module.token_stats(experience.select(some)), num_tokens)[1] for some in rows]
+    micro_batches = [weighted(experience.select(some), num_tokens) for some in rows]
+    parts = [module.loss(module.token_stats(micro), micro)[1] for micro in micro_batches]
     with torch.no_grad():
         ratio = (module.policy(experience.sequences, temperature=TEMPERATURE)[0] - experience.old_logp).exp()
     sign, mask = experience.advantages.sign(), experience.mask
@@ -312,7 +318,8 @@ def test_entropy_is_computed_only_for_a_regularizer_that_counts(
     module = dapo(regularizer=regularizer)
     stats = module.token_stats(experience)
     assert (stats.entropy is not None) == wanted
-    assert ("update/regularizer" in module.loss(stats, experience.mask.sum())[1]) == wanted
+    step = weighted(experience, experience.mask.sum())
+    assert ("update/regularizer" in module.loss(stats, step)[1]) == wanted
 
 
 def test_without_dynamic_sampling_a_group_of_equal_rewards_leaves_the_gradient_alone(

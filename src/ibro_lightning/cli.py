@@ -39,7 +39,6 @@ from ibro_lightning.callbacks import (
     SamplesTable,
 )
 from ibro_lightning.errors import ConfigError, RewardError, RolloutError, check_at_least
-from ibro_lightning.models import PretrainedPolicy
 from ibro_lightning.modules import PolicyModule
 from ibro_lightning.recipes import find_config
 from ibro_lightning.version import __version__
@@ -209,12 +208,12 @@ def make_room(folder: Path, model: pl.LightningModule) -> Path | None:
         raise ConfigError(
             "trainer.default_root_dir", str(folder), "its config.yaml is none of ours: write another folder for the run"
         )
-    source = getattr(model, "policy_source", None)
-    if isinstance(source, PretrainedPolicy) and folder.resolve() in Path(source.path).resolve().parents:
+    needed = model.source_folders if isinstance(model, PolicyModule) else ()
+    if inside := [source for source in needed if folder.resolve() in source.parents]:
         raise ConfigError(
             "trainer.default_root_dir",
             str(folder),
-            f"it holds the run whose policy this run starts from ({source.path}): write another folder for the new run",
+            f"it holds the run that this run starts from ({inside[0]}): write another folder for the new run",
         )
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ibro_lightning.datamodules.sources import PromptSource
 from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.rendering import render
 from ibro_lightning.seeding import derive_seed, permutation
 from ibro_lightning.types import Problem, Prompt
 
@@ -67,22 +68,16 @@ def encode_prompts(source: PromptSource, tokenizer: Any, limits: PromptLimits, *
 def _encode(problem: Problem, tokenizer: Any, setting: str) -> Prompt:
     if not isinstance(problem, Problem):
         raise ConfigError(setting, type(problem).__name__, "a source yields ibro_lightning.types.Problem, nothing else")
-    if isinstance(problem.prompt, str):
-        text, add_special_tokens = problem.prompt, True
-    else:
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                setting, "chat: true", "the policy's tokenizer has no chat template: write chat: false for raw prompts"
-            )
-        messages = [dict(message) for message in problem.prompt]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        add_special_tokens = False  # the template has written them out
-    token_ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+    if not isinstance(problem.prompt, str) and not tokenizer.chat_template:
+        raise ConfigError(
+            setting, "chat: true", "the policy's tokenizer has no chat template: write chat: false for raw prompts"
+        )
+    text, token_ids = render(problem.prompt, tokenizer)
     if not token_ids:
         raise ConfigError(
             setting, problem.id, "this problem's prompt has no tokens: a response needs something to follow"
         )
-    return Prompt(problem.id, text, tuple(token_ids), problem.answer, problem.meta)
+    return Prompt(problem.id, text, token_ids, problem.answer, problem.meta, problem.prompt)
 
 
 class PromptCursor:

@@ -36,6 +36,8 @@ class PromptSource(ABC):
 class NumberPathSource(PromptSource):
     """All number-path problems of a difficulty (see :mod:`ibro_lightning.tasks.number_path`).
 
+    ``meta`` holds the shortest path's length (``distance``) and one such path (``solution``), for hindsight prompts.
+
     Args:
         task: the rules.
         split: which side of the held-out split; training takes "train", evaluation "heldout".
@@ -64,7 +66,8 @@ class NumberPathSource(PromptSource):
                 prompt, self.split, self.heldout_fraction
             ):
                 answer = {"start": start, "target": target, "size": self.task.size, "moves": list(self.task.moves)}
-                yield Problem(id=prompt, prompt=prompt, answer=answer, meta={"distance": distance})
+                meta = {"distance": distance, "solution": self.task.solution(start, target)}
+                yield Problem(id=prompt, prompt=prompt, answer=answer, meta=meta)
 
 
 class CountdownSource(PromptSource):

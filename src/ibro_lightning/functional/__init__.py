@@ -4,25 +4,81 @@ Conventions: ``B`` responses, ``T`` response tokens, ``V`` vocabulary, ``N`` val
 ``mask`` is 1 on response tokens (EOS included) and 0 on padding; log-probs and entropies are in nats.
 """
 
-from ibro_lightning.functional.advantages import group_advantages
-from ibro_lightning.functional.aggregate import masked_covariance, masked_mean, token_mean
+from ibro_lightning.functional.advantages import (
+    GAE,
+    dr_grpo_advantages,
+    gae,
+    group_advantages,
+    length_adaptive_lambda,
+    reinforce_plus_plus_advantages,
+    reward_to_go,
+    rloo_advantages,
+)
+from ibro_lightning.functional.aggregate import (
+    AggregationMode,
+    aggregate,
+    aggregation_weights,
+    explained_variance,
+    masked_covariance,
+    masked_mean,
+    masked_whiten,
+    token_mean,
+)
 from ibro_lightning.functional.evaluation import avg_at_k, bootstrap_interval, pass_at_k
+from ibro_lightning.functional.kl import KLEstimator, kl_divergence
 from ibro_lightning.functional.logprobs import logprob_and_entropy
-from ibro_lightning.functional.policy_loss import ClippedSurrogate, approximate_kl, clipped_surrogate
+from ibro_lightning.functional.mismatch import (
+    MismatchLevel,
+    MismatchMode,
+    MismatchWeights,
+    mismatch_diagnostics,
+    mismatch_weights,
+)
+from ibro_lightning.functional.policy_loss import (
+    ClippedSurrogate,
+    approximate_kl,
+    cispo_surrogate,
+    clipped_surrogate,
+    gspo_surrogate,
+)
 from ibro_lightning.functional.shaping import informative_groups, overlong_penalty
+from ibro_lightning.functional.value_loss import ValueLoss, clipped_value_loss
 
 __all__ = [
+    "GAE",
+    "AggregationMode",
     "ClippedSurrogate",
+    "KLEstimator",
+    "MismatchLevel",
+    "MismatchMode",
+    "MismatchWeights",
+    "ValueLoss",
+    "aggregate",
+    "aggregation_weights",
     "approximate_kl",
     "avg_at_k",
     "bootstrap_interval",
+    "cispo_surrogate",
     "clipped_surrogate",
+    "clipped_value_loss",
+    "dr_grpo_advantages",
+    "explained_variance",
+    "gae",
     "group_advantages",
+    "gspo_surrogate",
     "informative_groups",
+    "kl_divergence",
+    "length_adaptive_lambda",
     "logprob_and_entropy",
     "masked_covariance",
     "masked_mean",
+    "masked_whiten",
+    "mismatch_diagnostics",
+    "mismatch_weights",
     "overlong_penalty",
     "pass_at_k",
+    "reinforce_plus_plus_advantages",
+    "reward_to_go",
+    "rloo_advantages",
     "token_mean",
 ]

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from ibro_lightning.functional.aggregate import masked_whiten
+
+
+class GAE(NamedTuple):
+    """Result of :func:`gae`; both fields ``[B, T]``, exactly 0 on padding."""
+
+    advantages: Tensor
+    """Of each token, not whitened."""
+    returns: Tensor
+    """What the critic should have said: advantages (with the critic's λ) + values."""
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, *, epsilon: float = 1e-6) -> Tensor:
@@ -22,17 +35,201 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, epsilon: float = 1e-6) 
     >>> group_advantages(torch.tensor([1.0, -1.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]))
     tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
     """
+    centred, count = _centre(rewards, groups)
+    variance = torch.zeros_like(count).index_add_(0, groups, centred**2) / (count - 1).clamp(min=1)
+    return (centred / (variance.sqrt()[groups] + epsilon)).to(_float_dtype(rewards))
+
+
+def dr_grpo_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
+    """``A_i = R_i − mean_group R``: the advantage of Dr. GRPO (arXiv 2503.20783), which has no standard deviation.
+
+    Args:
+        rewards: ``[B]``, one per response.
+        groups: ``[B]`` int64, which prompt a response answers, as indices 0..G-1 in any order.
+
+    Returns:
+        ``[B]`` in the rewards' dtype (the default one for integer rewards). A group whose rewards are all equal gets
+        exactly 0; so does a group of one.
+
+    >>> dr_grpo_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]))
+    tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
+    """
+    centred, _ = _centre(rewards, groups)
+    return centred.to(_float_dtype(rewards))
+
+
+def rloo_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
+    """``A_i = R_i − mean of the others of its group``: REINFORCE leave-one-out (arXiv 2402.14740).
+
+    Equal to ``n / (n − 1)`` times :func:`dr_grpo_advantages`; unlike it, the baseline does not depend on the response
+    itself, so the policy gradient is unbiased.
+
+    Args:
+        rewards: ``[B]``, one per response.
+        groups: ``[B]`` int64, which prompt a response answers, as indices 0..G-1 in any order.
+
+    Returns:
+        ``[B]`` in the rewards' dtype (the default one for integer rewards). A group whose rewards are all equal gets
+        exactly 0; so does a group of one, which has no others to compare with.
+
+    >>> rloo_advantages(torch.tensor([1.0, 0.0, 0.0, 5.0]), torch.tensor([0, 0, 0, 1]))
+    tensor([ 1.0000, -0.5000, -0.5000,  0.0000])
+    """
+    centred, count = _centre(rewards, groups)
+    return (centred * (count / (count - 1).clamp(min=1))[groups]).to(_float_dtype(rewards))
+
+
+def reward_to_go(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
+    """``R_t = Σ_l γ^l r_{t+l}``: what a token is followed by, itself included.
+
+    Args:
+        rewards: ``[B, T]`` per token. Those on padding are ignored, even nan.
+        mask: ``[B, T]``, the response mask: 1 on a *prefix* of each row.
+        gamma: discount per token.
+
+    Returns:
+        ``[B, T]`` in at least float32, exactly 0 on padding.
+    """
+    mask = mask.bool()
+    rewards = torch.where(mask, rewards.to(_working_dtype(rewards)), 0.0)
+    return torch.where(mask, _discounted_suffix_sum(rewards, gamma), 0.0)
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float | Tensor = 1.0,
+    critic_lam: float | Tensor | None = None,
+    last_values: Tensor | None = None,
+) -> GAE:
+    """``A_t = Σ_l (γλ)^l δ_{t+l}``, ``δ_t = r_t + γV_{t+1} − V_t``: generalised advantages (arXiv 1506.02438).
+
+    Args:
+        rewards: ``[B, T]`` per token; a verifiable reward stands on the last response token.
+        values: ``[B, T]``, the critic's value *before* each token. What rewards and values hold on padding is
+            ignored, even nan.
+        mask: ``[B, T]``, the response mask: 1 on a *prefix* of each row (a hole would end the response there).
+        gamma: discount per token.
+        lam: λ of the advantages, one number or ``[B]``, for example from :func:`length_adaptive_lambda`.
+        critic_lam: λ of the returns, one number or ``[B]``; ``lam`` if None. 1 is VAPO's decoupled GAE
+            (arXiv 2504.05118), whose critic learns from unbiased returns whatever λ the policy uses.
+        last_values: ``[B]``, the value after each row's last valid token; 0 if None. Give the critic's for responses
+            that were cut off at the length limit, if that should not count as an end.
+
+    Returns:
+        Advantages and returns ``[B, T]`` in at least float32, exactly 0 on padding. ``returns = advantages(critic_lam)
+        + values``, so they are those *before* any whitening.
+    """
+    mask = mask.bool()
+    dtype = _working_dtype(rewards, values)
+    # Chosen before any arithmetic: nan on padding would otherwise spread leftwards over the row.
+    rewards, values = (torch.where(mask, x.to(dtype), 0.0) for x in (rewards, values))
+    bootstrap = values.new_zeros(len(values)) if last_values is None else last_values.to(dtype)
+    next_values = torch.where(_shift_left(mask, 1), _shift_left(values, 1), bootstrap.unsqueeze(1))
+    delta = torch.where(mask, rewards + gamma * next_values - values, 0.0)
+
+    def advantages_with(lam: float | Tensor) -> Tensor:
+        return torch.where(mask, _discounted_suffix_sum(delta, gamma * lam), 0.0)
+
+    advantages = advantages_with(lam)
+    of_critic = advantages if critic_lam is None else advantages_with(critic_lam)
+    return GAE(advantages, of_critic + values)
+
+
+def length_adaptive_lambda(lengths: Tensor, *, alpha: float = 0.05) -> Tensor:
+    """``λ = 1 − 1/(α·l)``, between 0 and 1: VAPO's λ for a response of ``l`` tokens (arXiv 2504.05118).
+
+    It makes ``Σ_t λ^t ≈ 1/(1 − λ) = α·l``: the horizon of an advantage grows with the response.
+
+    Args:
+        lengths: ``[B]`` response lengths in tokens.
+        alpha: larger than 0. Responses of up to ``1/α`` tokens get λ = 0.
+
+    Returns:
+        ``[B]`` in the default dtype (the lengths' one if they are floating).
+
+    Raises:
+        ValueError: for ``alpha`` that is not larger than 0.
+
+    >>> length_adaptive_lambda(torch.tensor([10, 40, 1000]))
+    tensor([0.0000, 0.5000, 0.9800])
+    """
+    if not alpha > 0:
+        raise ValueError(f"alpha must be larger than 0, got {alpha}")
+    return (1.0 - 1.0 / (alpha * lengths.to(_float_dtype(lengths)))).clamp(0.0, 1.0)
+
+
+def reinforce_plus_plus_advantages(
+    token_rewards: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    mean: Tensor | float | None = None,
+    variance: Tensor | float | None = None,
+) -> Tensor:
+    """Reward-to-go whitened over the valid tokens of the whole batch: REINFORCE++ (arXiv 2501.03262).
+
+    Its variant with a baseline is this of the rewards minus their group's mean (:func:`dr_grpo_advantages`).
+
+    Args:
+        token_rewards: ``[B, T]``: the response's reward on its last token and, if there is a reference policy, minus
+            the coefficient times the k1 estimate of the KL on every one.
+        mask: ``[B, T]``, the response mask: 1 on a *prefix* of each row.
+        gamma: discount per token.
+        mean, variance: of the reward-to-go over the valid tokens of all ranks; those of this batch if None.
+
+    Returns:
+        ``[B, T]`` in at least float32, exactly 0 on padding.
+    """
+    return masked_whiten(reward_to_go(token_rewards, mask, gamma=gamma), mask, mean=mean, variance=variance)
+
+
+def _discounted_suffix_sum(x: Tensor, discount: float | Tensor) -> Tensor:
+    """``y_t = Σ_l c^l x_{t+l}`` along dim 1, with ``c`` one number or one per row ``[B]``.
+
+    In log2(T) passes over the whole tensor: a Python loop over 20,000 tokens would launch as many kernels. After a
+    pass with shift s every place holds the sum of its next 2s terms.
+    """
+    # float64, though only here: squared ten times, the rounding of λ = 0.999 to float32 grows a thousandfold.
+    factor = torch.as_tensor(discount, dtype=torch.float64, device=x.device).reshape(-1, 1)
+    shift = 1
+    while shift < x.shape[1]:
+        x = x + factor.to(x.dtype) * _shift_left(x, shift)
+        factor = factor * factor
+        shift *= 2
+    return x
+
+
+def _shift_left(x: Tensor, places: int) -> Tensor:
+    """``[B, T]``: column t of the result is column t + places of ``x``, or 0 where there is none."""
+    kept = x[:, places:]
+    return torch.cat([kept, x.new_zeros(len(x), x.shape[1] - kept.shape[1])], dim=1)
+
+
+def _working_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or more if one of the tensors has it: sums over thousands of tokens fail in half precision."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _float_dtype(x: Tensor) -> torch.dtype:
+    return x.dtype if x.is_floating_point() else torch.get_default_dtype()
+
+
+def _centre(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """``R − mean_group R`` ``[B]``, exactly 0 in groups of equal rewards, and the groups' sizes ``[G]``; float64."""
     size = int(groups.max()) + 1 if groups.numel() else 0
     # float64 inside: equal rewards such as 0.1 must centre to 0, not to a rounding error divided by epsilon.
     values = rewards.double()
     count = torch.zeros(size, dtype=values.dtype, device=values.device).index_add_(0, groups, torch.ones_like(values))
     total = torch.zeros_like(count).index_add_(0, groups, values)
-    centred = values - (total / count)[groups]
-    variance = torch.zeros_like(count).index_add_(0, groups, centred**2) / (count - 1).clamp(min=1)
     constant = _is_constant(values, groups, size)
-    advantages = centred / (variance.sqrt()[groups] + epsilon)
-    dtype = rewards.dtype if rewards.is_floating_point() else torch.get_default_dtype()
-    return torch.where(constant[groups], 0.0, advantages).to(dtype)
+    return torch.where(constant[groups], 0.0, values - (total / count)[groups]), count
 
 
 def _is_constant(values: Tensor, groups: Tensor, size: int) -> Tensor:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
+
+AggregationMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+"""How per-token values become one number; see :func:`aggregation_weights`."""
 
 
 def token_mean(values: Tensor, mask: Tensor, num_tokens: Tensor | float) -> Tensor:
@@ -33,3 +38,145 @@ def masked_covariance(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     bonus: ``mean(A·H) = Ā·H̄ + Cov(A, H)``.
     """
     return masked_mean((x - masked_mean(x, mask)) * (y - masked_mean(y, mask)), mask)
+
+
+def aggregation_weights(
+    mask: Tensor,
+    mode: AggregationMode,
+    *,
+    num_tokens: Tensor | float,
+    num_sequences: Tensor | float,
+    max_tokens: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The weights ``w`` with which ``Σ w·x`` is the aggregate of ``x``; see :func:`aggregate`.
+
+    =========================== ==================================== ==================================
+    mode                        weight of a valid token              as in
+    =========================== ==================================== ==================================
+    ``token-mean``              ``1 / N``                            DAPO (arXiv 2503.14476)
+    ``seq-mean-token-sum``      ``1 / S``                            REINFORCE, RLOO (arXiv 2402.14740)
+    ``seq-mean-token-mean``     ``1 / (S · tokens of its row)``      GRPO, GSPO (arXiv 2402.03300)
+    ``seq-mean-token-sum-norm`` ``1 / (S · max_tokens)``             Dr. GRPO (arXiv 2503.20783)
+    =========================== ==================================== ==================================
+
+    Args:
+        mask: ``[B, T]`` of one micro-batch. A row is never cut over micro-batches.
+        num_tokens, num_sequences: ``N`` and ``S``, the valid tokens, and the rows with at least one of them, of the
+            *whole step* (all micro-batches, all ranks), so that the parts' aggregates add up to the whole's.
+        max_tokens: the constant length of Dr. GRPO, normally the generation limit; the other modes ignore it.
+        dtype: of the weights; torch's default one if None.
+
+    Returns:
+        ``[B, T]``, exactly 0 under a zero mask; a row without valid tokens is all 0.
+
+    Raises:
+        ValueError: for an unknown mode, and for ``seq-mean-token-sum-norm`` without ``max_tokens``.
+    """
+    if mode not in get_args(AggregationMode):
+        raise ValueError(f"aggregation must be one of {', '.join(get_args(AggregationMode))}; got {mode!r}")
+    mask = mask.bool()
+    denominator = num_tokens if mode == "token-mean" else num_sequences
+    divisor = torch.as_tensor(denominator, device=mask.device).to(dtype or torch.get_default_dtype())
+    if mode == "seq-mean-token-mean":
+        divisor = divisor * mask.sum(dim=1, keepdim=True)
+    elif mode == "seq-mean-token-sum-norm":
+        if max_tokens is None:
+            raise ValueError("aggregation seq-mean-token-sum-norm needs max_tokens, the length to divide by")
+        divisor = divisor * max_tokens
+    # Chosen rather than multiplied: the weight of an empty row or step is 1/0, and inf·0 would be nan.
+    return torch.where(mask, divisor.reciprocal(), 0.0)
+
+
+def aggregate(
+    values: Tensor,
+    mask: Tensor,
+    mode: AggregationMode,
+    *,
+    num_tokens: Tensor | float,
+    num_sequences: Tensor | float,
+    max_tokens: float | None = None,
+) -> Tensor:
+    """``Σ w·x`` with the weights of :func:`aggregation_weights`, in at least float32.
+
+    Args:
+        values, mask: ``[B, T]`` of one micro-batch. Values under a zero mask are ignored, even nan and inf, and get
+            a gradient of exactly 0.
+        mode, num_tokens, num_sequences, max_tokens: see :func:`aggregation_weights`.
+
+    Returns:
+        A scalar; 0 for a micro-batch without valid tokens.
+
+    >>> values, mask = torch.tensor([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    >>> aggregate(values, mask, "token-mean", num_tokens=4, num_sequences=2)
+    tensor(3.)
+    >>> aggregate(values, mask, "seq-mean-token-mean", num_tokens=4, num_sequences=2)
+    tensor(4.)
+    """
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    weights = aggregation_weights(
+        mask, mode, num_tokens=num_tokens, num_sequences=num_sequences, max_tokens=max_tokens, dtype=dtype
+    )
+    return (torch.where(mask.bool(), values, 0.0) * weights).sum()
+
+
+def masked_whiten(
+    values: Tensor,
+    mask: Tensor,
+    *,
+    mean: Tensor | float | None = None,
+    variance: Tensor | float | None = None,
+    epsilon: float = 1e-8,
+) -> Tensor:
+    """``(x − mean) / sqrt(variance + ε)`` over valid tokens, so that they have mean 0 and variance 1.
+
+    Args:
+        values, mask: any common shape. Values under a zero mask are ignored, even nan and inf.
+        mean: of all ranks' valid tokens; that of ``values`` if None.
+        variance: of all ranks' valid tokens; if None the mean of ``(x − mean)²`` (divided by n, not n − 1).
+        epsilon: keeps equal values at about 0 rather than 0/0.
+
+    Returns:
+        The shape and dtype of ``values``, exactly 0 under a zero mask.
+    """
+    mask = mask.bool()
+    # float64 inside: rewards with a large common part (a length, a score of 10,000) would lose their differences.
+    x = torch.where(mask, values, 0.0).double()
+    centre = masked_mean(x, mask) if mean is None else torch.as_tensor(mean, device=x.device).double()
+    spread = (
+        masked_mean((x - centre) ** 2, mask)
+        if variance is None
+        else torch.as_tensor(variance, device=x.device).double()
+    )
+    dtype = values.dtype if values.is_floating_point() else torch.get_default_dtype()
+    return torch.where(mask, (x - centre) / (spread + epsilon).sqrt(), 0.0).to(dtype)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """``1 − Var(returns − values) / Var(returns)`` over valid tokens: how much of the returns a critic predicts.
+
+    1 is a perfect critic, 0 one no better than a constant; a bad one is below 0. A constant error does not count.
+
+    Args:
+        values, returns, mask: any common shape. What stands under a zero mask is ignored, even nan and inf.
+
+    Returns:
+        A scalar; 0 if the returns are all equal or there are none.
+    """
+    mask = mask.bool()
+    # Outside the mask there must be no nan before the subtraction: it would come back in the gradient.
+    target = torch.where(mask, returns, 0.0).double()
+    error = target - torch.where(mask, values, 0.0).double()
+    total = masked_covariance(target, target, mask)
+    varies = _varies(target, mask)
+    explained = 1.0 - masked_covariance(error, error, mask) / torch.where(varies, total, 1.0)
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return torch.where(varies, explained, 0.0).to(dtype)
+
+
+def _varies(values: Tensor, mask: Tensor) -> Tensor:
+    """Scalar bool: do valid values differ? A variance would not tell: that of three times 0.1 is a rounding error."""
+    # One more element, because the minimum of nothing is an error.
+    low = torch.cat([torch.where(mask, values, torch.inf).flatten(), values.new_tensor([torch.inf])]).amin()
+    high = torch.cat([torch.where(mask, values, -torch.inf).flatten(), values.new_tensor([-torch.inf])]).amax()
+    return low < high

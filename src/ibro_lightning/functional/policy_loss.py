@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 class ClippedSurrogate(NamedTuple):
-    """Per-token result of :func:`clipped_surrogate`; all fields ``[B, T]``."""
+    """Per-token result of :func:`clipped_surrogate` and its variants; all fields ``[B, T]``.
+
+    What the flags say of the gradient is not so for :func:`cispo_surrogate`, where every token keeps one.
+    """
 
     loss: Tensor
     """To be minimised; carries the gradient."""
@@ -42,6 +45,82 @@ def clipped_surrogate(
     The log-ratio is cut to ±20 before ``exp`` so that a token which became impossible cannot turn the loss into inf.
     """
     ratio = (logp - old_logp).clamp(-20.0, 20.0).exp()
+    return _clip(ratio, advantages, clip_ratio_low, clip_ratio_high, dual_clip)
+
+
+def gspo_surrogate(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_ratio_low: float = 3e-4,
+    clip_ratio_high: float = 4e-4,
+    dual_clip: float | None = None,
+) -> ClippedSurrogate:
+    """:func:`clipped_surrogate` with one ratio per response, ``s = exp(mean_t(logp − old_logp))``.
+
+    GSPO (arXiv 2507.18071) in its token form: ``s_t = sg(s)·exp(logp_t − sg(logp_t))`` has the value of ``s``
+    for each token, so a response is clipped as a whole. Aggregated with ``seq-mean-token-mean`` the loss and its
+    gradient are those of ``max(−sA, −clip(s)A)`` averaged over responses; another aggregation weights them by length.
+
+    Args:
+        logp: ``[B, T]`` log-probs of the response tokens under the current policy (gradient flows here).
+        old_logp: ``[B, T]`` under the policy that the rollout came from.
+        advantages: ``[B, T]`` or broadcastable; GSPO's are equal along a row.
+        mask: ``[B, T]``, 1 on response tokens. What stands elsewhere is ignored, even nan.
+        clip_ratio_low, clip_ratio_high: ε of the paper; far smaller than PPO's since ``s`` is a geometric mean.
+        dual_clip: as in :func:`clipped_surrogate`.
+
+    Returns:
+        All fields ``[B, T]``, with loss 0, no flags and no gradient under a zero mask. Log-ratios are cut to ±20.
+    """
+    mask = mask.bool()
+    # An impossible token (−inf) becomes a very unlikely one: −inf − (−inf) would be nan.
+    lowest = torch.finfo(logp.dtype).min
+    logp, old_logp = (torch.where(mask, x, 0.0).clamp(min=lowest) for x in (logp, old_logp))
+    log_ratio = (logp - old_logp).detach().clamp(-20.0, 20.0)
+    sequence = (log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)).exp()
+    ratio = sequence * (logp - logp.detach()).exp()
+    return _clip(ratio, torch.where(mask, advantages, 0.0), clip_ratio_low, clip_ratio_high, dual_clip)
+
+
+def cispo_surrogate(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    *,
+    clip_ratio_low: float = 1.0,
+    clip_ratio_high: float = 4.0,
+) -> ClippedSurrogate:
+    """``−sg(clip(r, 1−ε_low, 1+ε_high))·A·logp``: CISPO (arXiv 2506.13585, eq. 4-5), REINFORCE with clipped weights.
+
+    Unlike in PPO the *weight* is clipped and not the token: every token keeps a gradient, that of ``−weight·A·logp``.
+
+    Args:
+        logp: ``[B, T]`` log-probs of the response tokens under the current policy (gradient flows here).
+        old_logp: ``[B, T]`` under the policy that the rollout came from.
+        advantages: ``[B, T]`` or broadcastable.
+        clip_ratio_low: 1 or more means no lower bound.
+        clip_ratio_high: one less than the largest weight.
+
+    Returns:
+        All fields ``[B, T]``. ``clipped_low`` and ``clipped_high`` mark tokens whose weight was clipped, whatever the
+        sign of their advantage; **these tokens still have a gradient**. ``clipped_dual`` is all False. The value of
+        the loss means nothing by itself (on policy it is ``−A·logp``); only its gradient does. A token with
+        ``logp = −inf`` gets loss 0 and no gradient.
+    """
+    # As a number, −inf would make the loss infinite however small its weight.
+    possible = torch.where(logp == -torch.inf, 0.0, logp)
+    ratio = (logp - old_logp).detach().clamp(-20.0, 20.0).exp()
+    low, high = 1.0 - clip_ratio_low, 1.0 + clip_ratio_high
+    loss = -ratio.clamp(low, high) * advantages * possible
+    return ClippedSurrogate(loss, ratio < low, ratio > high, torch.zeros_like(ratio, dtype=torch.bool))
+
+
+def _clip(
+    ratio: Tensor, advantages: Tensor, clip_ratio_low: float, clip_ratio_high: float, dual_clip: float | None
+) -> ClippedSurrogate:
     unclipped = -ratio * advantages
     clipped = -ratio.clamp(1.0 - clip_ratio_low, 1.0 + clip_ratio_high) * advantages
     loss = torch.maximum(unclipped, clipped)

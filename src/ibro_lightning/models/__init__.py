@@ -1,9 +1,11 @@
-"""The policy: loading, scoring, exporting."""
+"""The policy and the critic: loading, scoring, exporting."""
 
+from ibro_lightning.models.critic import Critic
 from ibro_lightning.models.loading import PolicyOptions, PolicySource, PretrainedPolicy, Qwen2FromScratch, as_source
 from ibro_lightning.models.policy import Policy, export_folder
 
 __all__ = [
+    "Critic",
     "Policy",
     "PolicyOptions",
     "PolicySource",

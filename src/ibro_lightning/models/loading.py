@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,13 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.utils import logging as transformers_logging
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.tasks import NumberPath
@@ -34,6 +37,9 @@ class PolicyOptions:
         gradient_checkpointing: recompute activations in the backward pass; slower, much less memory.
         trust_remote_code: run Python code that comes with the model. Only for sources that you trust.
         revision: branch, tag or commit on the hub.
+        packing: run each micro-batch as one row without padding; worth it on GPUs with flash_attention_2. Training
+            stops at once if this attention lets packed sequences see each other.
+        fused_head: never hold all logits at once (models whose head is a plain linear layer); False is for comparisons.
     """
 
     dtype: Dtype = "float32"
@@ -41,6 +47,8 @@ class PolicyOptions:
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     revision: str = "main"
+    packing: bool = False
+    fused_head: bool = True
 
 
 class PolicySource(ABC):
@@ -55,6 +63,14 @@ class PolicySource(ABC):
     @abstractmethod
     def build(self, options: PolicyOptions) -> Any:
         """The ``PreTrainedModel``, on CPU."""
+
+    def build_critic(self, options: PolicyOptions) -> Any:
+        """The same backbone, weights included, with a scalar head that starts at 0: so do all values."""
+        config = copy.deepcopy(self.config())
+        config.num_labels = 1
+        critic = _refuse_unknown_architecture(self, AutoModelForTokenClassification.from_config, config)
+        critic.base_model.load_state_dict(self.build(options).base_model.state_dict())
+        return zero_head(critic).to(getattr(torch, options.dtype))
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every token that ends a response: the tokenizer's EOS first, then what the model's generation config adds."""
@@ -120,6 +136,21 @@ class PretrainedPolicy(PolicySource):
             dtype=getattr(torch, options.dtype),
             attn_implementation=options.attn_implementation,
         )
+
+    def build_critic(self, options: PolicyOptions) -> Any:
+        """A critic's folder as it is; from a language model's folder, the backbone with a head that starts at 0."""
+        self.config()  # a folder that cannot be read says so itself
+        critic, report = _refuse_unknown_architecture(
+            self,
+            AutoModelForTokenClassification.from_pretrained,
+            self.path,
+            **self._hub,
+            num_labels=1,
+            dtype=getattr(torch, options.dtype),
+            attn_implementation=options.attn_implementation,
+            output_loading_info=True,
+        )
+        return zero_head(critic) if report["missing_keys"] else critic
 
     def _load(self, auto_class: Any, **kwargs: Any) -> Any:
         try:
@@ -191,6 +222,27 @@ class Qwen2FromScratch(PolicySource):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             return Qwen2ForCausalLM(self._config).to(getattr(torch, options.dtype))
+
+
+def zero_head(critic: Any) -> Any:
+    """``critic`` with every parameter outside its backbone set to 0."""
+    in_backbone = {id(parameter) for parameter in critic.base_model.parameters()}
+    for parameter in critic.parameters():
+        if id(parameter) not in in_backbone:
+            torch.nn.init.zeros_(parameter)
+    return critic
+
+
+def _refuse_unknown_architecture(source: PolicySource, load: Any, *args: Any, **kwargs: Any) -> Any:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # a language model's folder has no scalar head, which is no news
+    try:
+        return load(*args, **kwargs)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError("model.critic", str(source), f"no critic can be made of it: {reason}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def as_source(policy: str | PolicySource, options: PolicyOptions) -> PolicySource:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ibro_lightning.functional import logprob_and_entropy
+from ibro_lightning.models.head import LinearHead, find_linear_head
+from ibro_lightning.models.transformer import check_packing, response_states, scatter_rows
 from ibro_lightning.sequences import Sequences
 
 
@@ -20,15 +20,24 @@ class Policy(nn.Module):
 
     Dropout is switched off for good: with it, the probability ratio to the sampling policy would be noise. The module
     can therefore stay in train mode, which gradient checkpointing needs.
+
+    Args:
+        model: a transformers causal language model.
+        fused_head: compute log-probs and entropies without ever holding all logits, where the head allows it.
+        packing: run micro-batches as one row without padding; see :meth:`check_packing`.
     """
 
-    def __init__(self, model: Any, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self, model: Any, *, gradient_checkpointing: bool = False, fused_head: bool = True, packing: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
+        self.packing = packing
+        self._fused_head = fused_head
+        self._head: tuple[LinearHead | None] | None = None  # looked for once; a tuple, so that it is not a submodule
         remove_dropout(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._parameters_of_forward = frozenset(inspect.signature(model.forward).parameters)
         self.train()
 
     def forward(
@@ -44,30 +53,31 @@ class Policy(nn.Module):
             ``(logp [B, T], entropy [B, T] or None)`` in nats, 0 on padding; float32, or float64 for float64
             weights.
         """
-        # The token at position i is predicted at i − 1: look one step ahead of every response token.
-        predicts_response = sequences.is_response.roll(-1, dims=1)
-        predicts_response[:, -1] = False
         targets = sequences.input_ids[sequences.is_response]
-        first = int(predicts_response.any(dim=0).float().argmax())
-        logits = self._logits(sequences, keep_from=first)[predicts_response[:, first:]]
-        logp, entropy = logprob_and_entropy(logits, targets, temperature=temperature, with_entropy=with_entropy)
+        head = self._linear_head()
+        if head is None:
+            logits = response_states(self.model, sequences, "logits", packing=self.packing)
+            logp, entropy = logprob_and_entropy(logits, targets, temperature=temperature, with_entropy=with_entropy)
+        else:
+            hidden = response_states(head.backbone, sequences, "last_hidden_state", packing=self.packing)
+            logp, entropy = head.logprob_entropy(hidden, targets, temperature=temperature, with_entropy=with_entropy)
         mask = sequences.response_mask
-        return _scatter(logp, mask), None if entropy is None else _scatter(entropy, mask)
+        return scatter_rows(logp, mask), None if entropy is None else scatter_rows(entropy, mask)
 
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Detached weights under their Hugging Face names; tied weights appear under each of their names."""
         for name, tensor in self.model.state_dict().items():
             yield name, tensor.detach()
 
-    def _logits(self, sequences: Sequences, *, keep_from: int) -> Tensor:
-        """``[B, L − keep_from, V]``; models that can do so skip the head on the positions before."""
-        kwargs: dict[str, Any] = {"attention_mask": sequences.attention_mask, "use_cache": False}
-        if "position_ids" in self._parameters_of_forward:
-            kwargs["position_ids"] = sequences.position_ids
-        if "logits_to_keep" not in self._parameters_of_forward:
-            return self.model(input_ids=sequences.input_ids, **kwargs).logits[:, keep_from:]
-        keep = sequences.input_ids.shape[1] - keep_from
-        return self.model(input_ids=sequences.input_ids, logits_to_keep=keep, **kwargs).logits
+    def check_packing(self) -> None:
+        """Try packing, if it is on; raises ConfigError if sequences would see each other."""
+        if self.packing:
+            check_packing(self.model)
+
+    def _linear_head(self) -> LinearHead | None:
+        if self._head is None:
+            self._head = (find_linear_head(self.model) if self._fused_head else None,)
+        return self._head[0]
 
 
 def remove_dropout(model: nn.Module) -> None:
@@ -90,8 +100,3 @@ def export_folder(model: Any, tokenizer: Any, folder: Path) -> Path:
         shutil.rmtree(folder)
     partial.rename(folder)
     return folder
-
-
-def _scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """``[N]`` values in row order → ``[B, T]`` where ``mask``, 0 elsewhere; differentiable."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

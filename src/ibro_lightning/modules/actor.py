@@ -1,14 +1,15 @@
-"""The loop that all policy-gradient algorithms share: prepare → mini-batches → micro-batches → step.
+"""The loop that all policy-gradient algorithms share: prepare → optimizer steps → micro-batches → step.
 
-An algorithm overrides two methods: :meth:`ActorModule.prepare` (a rollout → fixed advantages) and
-:meth:`ActorModule.policy_loss` (a micro-batch → per-token loss). The regulariser's term is added here, once for all.
+An algorithm overrides :meth:`ActorModule.prepare` (a rollout → fixed advantages), and, if none of the options will do,
+:meth:`ActorModule.policy_loss`. The regulariser's term is added here, once for all.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,16 +17,25 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ibro_lightning.errors import check_at_least
-from ibro_lightning.functional import approximate_kl, token_mean
+from ibro_lightning.functional import (
+    AggregationMode,
+    aggregation_weights,
+    approximate_kl,
+    masked_mean,
+    masked_whiten,
+    token_mean,
+)
 from ibro_lightning.models import PolicySource
 from ibro_lightning.modules.base import PolicyModule
-from ibro_lightning.modules.batching import mini_batches, token_budget_batches
+from ibro_lightning.modules.batching import check_aggregation, mini_batches, token_budget_batches, weighted_sum
 from ibro_lightning.modules.diagnostics import experience_metrics
+from ibro_lightning.modules.reference import ReferenceKL
+from ibro_lightning.modules.surrogates import Clips, Surrogate, check_surrogate, surrogate_loss
 from ibro_lightning.regularizers import EntropyRegularizer, NoRegularizer
 from ibro_lightning.seeding import derive_seed, run_seed
 from ibro_lightning.sequences import Sequences
 from ibro_lightning.timing import PhaseTimer
-from ibro_lightning.types import Experience, Rollout, TokenStats
+from ibro_lightning.types import Experience, Rollout, StepContext, TokenStats
 
 
 class ActorModule(PolicyModule):
@@ -33,10 +43,20 @@ class ActorModule(PolicyModule):
 
     Args:
         policy: see :class:`PolicyModule`.
-        regularizer: an entropy term added to the loss.
+        regularizer: an entropy method.
+        kl: a KL penalty to a reference policy; None, as in DAPO and in the paper, has none.
+        surrogate: the policy loss. ``ppo``: each token's clipped ratio (PPO, GRPO, DAPO); ``gspo``: one clipped ratio
+            per sequence (with clip ratios near 3e-4 and aggregation ``seq-mean-token-mean``); ``cispo``: the clipped
+            ratio as a weight, no token loses its gradient.
+        clip_ratio_low, clip_ratio_high: the probability ratio is clipped to [1 − low, 1 + high].
+        dual_clip: bounds the loss of negative advantages by c·|A|; None switches it off. Not in ``cispo``.
+        aggregation: how token losses become one number; denominators count the whole optimizer step.
+        aggregation_max_tokens: the constant length of ``seq-mean-token-sum-norm`` (Dr.GRPO).
+        overlong_filter: leave responses that were cut at the length limit out of the loss. Advantages still compare
+            with them.
         mini_batch_prompts: prompts (whole groups) per optimizer step; None takes the rollout in one step.
         update_epochs: passes over each rollout.
-        micro_batch_tokens: padded tokens in memory at once; changes speed and memory, never the result.
+        micro_batch_tokens: tokens in memory at once, padding included; changes speed and memory, never the result.
         policy_settings: optimizer, warmup_steps, max_grad_norm, policy_options, as in :class:`PolicyModule`.
     """
 
@@ -44,6 +64,14 @@ class ActorModule(PolicyModule):
         self,
         policy: str | PolicySource,
         regularizer: EntropyRegularizer | None = None,
+        kl: ReferenceKL | None = None,
+        surrogate: Surrogate = "ppo",
+        clip_ratio_low: float = 0.2,
+        clip_ratio_high: float = 0.28,
+        dual_clip: float | None = 10.0,
+        aggregation: AggregationMode = "token-mean",
+        aggregation_max_tokens: int | None = None,
+        overlong_filter: bool = False,
         mini_batch_prompts: int | None = None,
         update_epochs: int = 1,
         micro_batch_tokens: int = 16384,
@@ -57,17 +85,24 @@ class ActorModule(PolicyModule):
         ):
             if value is not None:
                 check_at_least(f"model.{name}", value, 1)
-        self.regularizer = regularizer or NoRegularizer()
+        check_aggregation(aggregation, aggregation_max_tokens)
+        self.regularizer, self.kl = regularizer or NoRegularizer(), kl
+        self.surrogate, self.clips = surrogate, Clips(clip_ratio_low, clip_ratio_high, dual_clip)
+        check_surrogate(self.surrogate, self.clips)
+        self.aggregation: AggregationMode = aggregation
+        self.aggregation_max_tokens = aggregation_max_tokens
+        self.overlong_filter = overlong_filter
         self.mini_batch_prompts, self.update_epochs = mini_batch_prompts, update_epochs
         self.micro_batch_tokens = micro_batch_tokens
 
     @abstractmethod
     def prepare(self, rollout: Rollout) -> Experience:
-        """Everything that stays fixed during the update, without gradients."""
+        """Everything that stays fixed during the update, without gradients: :meth:`score_rollout` and advantages."""
 
-    @abstractmethod
-    def policy_loss(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
-        """``(loss [B, T], metrics [B, T] each)`` of one micro-batch; all are averaged over the step's valid tokens."""
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.kl is not None:
+            self.kl.setup(self.policy_source, self.policy_options)
 
     def training_step(self, rollout: Rollout, batch_idx: int) -> dict[str, float]:
         if rollout.skip_update:
@@ -75,9 +110,10 @@ class ActorModule(PolicyModule):
         timer = PhaseTimer()
         with timer("prepare"), torch.no_grad():
             experience = self.prepare(rollout)
+            self.observe(experience)
         with timer("update"):
-            steps = [self.update(experience.select(rows)) for rows in self._mini_batches(experience, rollout.iteration)]
-        if skipped := sum(step["update/skipped_steps"] for step in steps):
+            steps = [self.update(step) for step in self.steps(experience)]
+        if skipped := sum(step.get("update/skipped_steps", 0.0) for step in steps):
             rank_zero_warn(
                 f"iteration {rollout.iteration}: {skipped:.0f} of {len(steps)} optimizer steps left out: "
                 "the gradient is not finite"
@@ -85,70 +121,185 @@ class ActorModule(PolicyModule):
         return {
             "update/skipped_rollouts": 0.0,
             "update/steps": float(len(steps)),
-            **experience_metrics(experience, rollout),
+            **self.experience_metrics(experience, rollout),
             **_mean_of(steps),
             **timer.metrics(),
         }
 
-    def update(self, experience: Experience) -> dict[str, float]:
-        """One optimizer step on one mini-batch, in as many micro-batches as the token budget asks for."""
-        num_tokens = self.sum_over_ranks(experience.mask.sum()).clamp(min=1)
+    # From a rollout to optimizer steps.
+
+    def score_rollout(self, rollout: Rollout) -> Experience:
+        """The rollout as the policy sees it before the update; advantages are still 0.
+
+        ``extra["token_rewards"]`` holds each response's reward at its last token, less a KL penalty in the reward.
+        """
+        sequences = rollout.sequences
+        logp, entropy = self.score(sequences, rollout.temperature)
+        responses = sequences.response_mask
+        rewards = torch.zeros_like(logp)
+        rewards.scatter_(1, sequences.response_lengths[:, None] - 1, rollout.rewards[:, None].to(logp.dtype))
+        extra: dict[str, Tensor] = {}
+        if self.kl is not None:
+            extra["reference_logp"], _ = self.score(sequences, rollout.temperature, self.kl.on(self.device))
+            extra["reference_kl"] = self.kl.penalty(logp, extra["reference_logp"])
+            rewards = self.kl.take_from(rewards, extra["reference_kl"])
+        return Experience(
+            sequences=sequences,
+            old_logp=logp,
+            old_entropy=entropy,
+            advantages=torch.zeros_like(logp),
+            mask=responses & ~rollout.truncated[:, None] if self.overlong_filter else responses,
+            groups=rollout.groups,
+            temperature=rollout.temperature,
+            iteration=rollout.iteration,
+            prompts=rollout.prompts,
+            extra={"token_rewards": rewards, **extra},
+        )
+
+    def observe(self, experience: Experience) -> None:
+        """Tell the coefficients what the policy is like now."""
+        responses = experience.sequences.response_mask
+        context = self.context()
+        samples = int(self.sum_over_ranks(torch.tensor(len(experience), device=self.device)))
+        self.regularizer.coefficient.observe(context.mean(experience.old_entropy, responses).item(), samples)
+        if self.kl is not None:
+            self.kl.coefficient.observe(context.mean(experience.extra["reference_kl"], responses).item(), samples)
+
+    def steps(self, experience: Experience) -> Iterator[Experience]:
+        """The optimizer steps on a rollout, each with its weights and with what the regulariser prepared."""
+        for epoch in range(self.update_epochs):
+            seed = derive_seed(run_seed(), "mini-batches", experience.iteration, epoch)
+            for index, rows in enumerate(mini_batches(experience.groups, self.mini_batch_prompts, seed)):
+                yield self.begin_step(experience.select(rows.to(experience.groups.device)), derive_seed(seed, index))
+
+    @torch.no_grad()
+    def begin_step(self, step: Experience, seed: int = 0) -> Experience:
+        """What depends on the whole step, fixed before it is cut into micro-batches."""
+        num_tokens = self.sum_over_ranks(step.mask.sum()).clamp(min=1)
+        weights = aggregation_weights(
+            step.mask,
+            self.aggregation,
+            num_tokens=num_tokens,
+            num_sequences=self.sum_over_ranks(step.mask.any(dim=1).sum()).clamp(min=1),
+            max_tokens=self.aggregation_max_tokens,
+        )
+        step = replace(step, weights=weights.to(step.old_logp.dtype), num_tokens=num_tokens)
+        prepared = self.regularizer.prepare(step, self.context(seed))
+        added = {name: values for name, values in prepared.extra.items() if name not in step.extra}
+        means = {f"regularizer/{name}": masked_mean(values.float(), step.mask).item() for name, values in added.items()}
+        return replace(prepared, metrics={"regularizer/coef": self.regularizer.coef, **means})
+
+    def context(self, seed: int = 0) -> StepContext:
+        return StepContext(self.policy, self.score, self.sum_over_ranks, self.tokenizer, seed)
+
+    # One optimizer step.
+
+    def update(self, step: Experience) -> dict[str, float]:
+        """One optimizer step of the policy, in as many micro-batches as the token budget asks for."""
+        metrics = self.accumulate(step, lambda micro: self.loss(self.token_stats(micro), micro))
+        return {**step.metrics, **metrics, **self.optimizer_step_clipped()}
+
+    def accumulate(
+        self, step: Experience, loss_of: Callable[[Experience], tuple[Tensor, Mapping[str, float]]]
+    ) -> dict[str, float]:
+        """Add up gradients and metrics over the step's micro-batches."""
         totals: dict[str, float] = defaultdict(float)
-        for rows in token_budget_batches(experience.sequences.lengths.tolist(), self.micro_batch_tokens):
-            stats = self.token_stats(experience.select(rows.to(self.device)))
-            loss, metrics = self.loss(stats, num_tokens)
-            # DDP and FSDP average gradients over ranks; the loss is already divided by the tokens of all ranks.
+        for rows in self.micro_batches(step.sequences):
+            loss, metrics = loss_of(step.select(rows))
+            # DDP and FSDP average gradients over ranks; the weights already divide by the tokens of all ranks.
             self.manual_backward(loss * self.trainer.world_size)
             for name, value in metrics.items():
                 totals[name] += value
-        return {**totals, **self.optimizer_step_clipped()}
+        return totals
 
-    def loss(self, stats: TokenStats, num_tokens: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """``agg(policy loss) − α·agg(regulariser)``, with ``agg`` the token mean over the whole step.
-
-        Args:
-            num_tokens: valid tokens of the whole step, so that the micro-batches' losses add up to the step's loss.
-        """
+    def loss(self, stats: TokenStats, micro: Experience) -> tuple[Tensor, dict[str, float]]:
+        """``agg(policy loss) − α·agg(regulariser)`` of a micro-batch, and its share of the step's metrics."""
         per_token, extra = self.policy_loss(stats)
-        loss = policy_loss = token_mean(per_token, stats.mask, num_tokens)
+        per_token = self.regularizer.shape_policy_loss(per_token, stats)
+        if self.kl is not None:
+            per_token = self.kl.add_to(per_token, stats.logp, stats.extra["reference_logp"])
+        loss = policy_loss = weighted_sum(per_token, micro)
         metrics = {"update/policy_loss": policy_loss.item()}
         if self.regularizer.coef:
-            objective = token_mean(self.regularizer.objective(stats), stats.mask, num_tokens)
+            objective = weighted_sum(self.regularizer.objective(stats), micro)
             loss = policy_loss - self.regularizer.coef * objective
             metrics["update/regularizer"] = objective.item()
         extra["update/approx_kl"] = approximate_kl(stats.logp.detach(), stats.old_logp)
         for name, values in extra.items():
-            metrics[name] = token_mean(values.detach().float(), stats.mask, num_tokens).item()
+            metrics[name] = token_mean(values.detach().float(), stats.mask, micro.num_tokens).item()
         return loss, metrics
+
+    def policy_loss(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
+        """``(loss [B, T], metrics [B, T] each)`` of one micro-batch; metrics are averaged over the step's tokens."""
+        surrogate = surrogate_loss(self.surrogate, stats, self.clips)
+        return surrogate.loss, {
+            "update/clipped_low": surrogate.clipped_low,
+            "update/clipped_high": surrogate.clipped_high,
+            "update/clipped_dual": surrogate.clipped_dual,
+        }
 
     def token_stats(self, micro: Experience) -> TokenStats:
         """Run the current policy over a micro-batch, with gradients."""
-        with_entropy = bool(self.regularizer.coef) and self.regularizer.needs_entropy
+        active = bool(self.regularizer.coef)
+        with_entropy = active and self.regularizer.needs_entropy
         logp, entropy = self.policy(micro.sequences, temperature=micro.temperature, with_entropy=with_entropy)
-        return TokenStats(logp, entropy, micro.old_logp, micro.old_entropy, micro.advantages, micro.mask)
+        extra = {**micro.extra, **(self.regularizer.statistics(micro, self.context()) if active else {})}
+        return TokenStats(logp, entropy, micro.old_logp, micro.old_entropy, micro.advantages, micro.mask, extra)
+
+    # Scoring without gradients.
 
     @torch.no_grad()
-    def score(self, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
-        """``(logp, entropy)`` ``[B, T]`` under the policy as it is now, without gradients."""
+    def score(self, sequences: Sequences, temperature: float, policy: Any = None) -> tuple[Tensor, Tensor]:
+        """``(logp, entropy)`` ``[B, T]`` under the policy as it is now (or another one), without gradients."""
+        policy = policy or self.policy
         mask = sequences.response_mask
-        dtype = torch.float64 if next(self.policy.parameters()).dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if next(policy.parameters()).dtype == torch.float64 else torch.float32
         logp, entropy = (torch.zeros(mask.shape, dtype=dtype, device=mask.device) for _ in range(2))
-        for rows in token_budget_batches(sequences.lengths.tolist(), self.micro_batch_tokens):
-            rows = rows.to(mask.device)
-            some_logp, some_entropy = self.policy(sequences.select(rows), temperature=temperature)
+        for rows in self.micro_batches(sequences):
+            some_logp, some_entropy = policy(sequences.select(rows), temperature=temperature)
             width = some_logp.shape[1]
             logp[rows, :width], entropy[rows, :width] = some_logp, some_entropy
         return logp, entropy
 
+    def micro_batches(self, sequences: Sequences) -> Iterator[Tensor]:
+        """Rows of each micro-batch, as the token budget cuts them."""
+        lengths, padded = sequences.lengths.tolist(), not self.policy_options.packing
+        for rows in token_budget_batches(lengths, self.micro_batch_tokens, padded=padded):
+            yield rows.to(sequences.input_ids.device)
+
+    def whiten(self, values: Tensor, mask: Tensor) -> Tensor:
+        """``[B, T]`` with mean 0 and variance 1 over the rollout's valid tokens on all ranks; 0 elsewhere."""
+        context = self.context()
+        mean = context.mean(values, mask)
+        return masked_whiten(values, mask, mean=mean, variance=context.mean((values - mean) ** 2, mask))
+
     def sum_over_ranks(self, value: Tensor) -> Tensor:
+        if self._trainer is None:  # taken out of its trainer, a module is alone
+            return value
         reduced: Any = self.trainer.strategy.reduce(value, reduce_op="sum")
         return reduced
 
-    def _mini_batches(self, experience: Experience, iteration: int) -> Iterator[Tensor]:
-        for epoch in range(self.update_epochs):
-            seed = derive_seed(run_seed(), "mini-batches", iteration, epoch)
-            for rows in mini_batches(experience.groups, self.mini_batch_prompts, seed):
-                yield rows.to(self.device)
+    def experience_metrics(self, experience: Experience, rollout: Rollout) -> dict[str, float]:
+        """What the curves show of a rollout before the update."""
+        metrics = experience_metrics(experience, rollout)
+        if self.kl is not None:
+            metrics["kl/coef"] = self.kl.coef
+        return metrics
+
+    # The coefficients' state is part of the checkpoint.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["coefficients"] = {name: coef.state_dict() for name, coef in self._coefficients().items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("coefficients", {})
+        for name, coefficient in self._coefficients().items():
+            if name in saved:
+                coefficient.load_state_dict(saved[name])
+
+    def _coefficients(self) -> dict[str, Any]:
+        kl = {} if self.kl is None else {"kl": self.kl.coefficient}
+        return {"regularizer": self.regularizer.coefficient, **kl}
 
 
 def _mean_of(steps: list[dict[str, float]]) -> Mapping[str, float]:

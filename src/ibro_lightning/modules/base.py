@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.metrics import Evaluation, SampleAccuracy
-from ibro_lightning.models import Policy, PolicyOptions, PolicySource, as_source, export_folder
+from ibro_lightning.models import Policy, PolicyOptions, PolicySource, PretrainedPolicy, as_source, export_folder
 from ibro_lightning.types import ModelSpec, Rollout
 
 
@@ -55,29 +55,45 @@ class PolicyModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "policy"):
-            model = self.policy_source.build(self.policy_options)
-            self.policy = Policy(model, gradient_checkpointing=self.policy_options.gradient_checkpointing)
+            options = self.policy_options
+            self.policy = Policy(
+                self.policy_source.build(options),
+                gradient_checkpointing=options.gradient_checkpointing,
+                fused_head=options.fused_head,
+                packing=options.packing,
+            )
+
+    def on_fit_start(self) -> None:
+        self.policy.check_packing()
 
     def configure_optimizers(self) -> Any:
-        try:
-            optimizer = self.optimizer_factory(self.policy.parameters())
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                "model.optimizer", type(self).__name__, f"the optimizer refuses its settings: {error}"
-            ) from error
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
+        optimizer, scheduler = self.optimizer_for(self.policy, self.optimizer_factory, "model.optimizer")
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def optimizer_for(
+        self, network: nn.Module, factory: OptimizerCallable, setting: str
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        """A network's optimizer and its schedule."""
+        if self.trainer.precision == "16-mixed":
+            raise ConfigError("trainer.precision", "16-mixed", "gradient scaling is not supported: write bf16-mixed")
+        try:
+            optimizer = factory(network.parameters())
+        except (TypeError, ValueError) as error:
+            raise ConfigError(setting, type(self).__name__, f"the optimizer refuses its settings: {error}") from error
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
 
     def learning_rate_factor(self, step: int) -> float:
         """What the learning rate is multiplied with before optimizer step ``step`` (from 0)."""
         return min(1.0, (step + 1) / (self.warmup_steps + 1))
 
     def optimizer_step_clipped(self) -> dict[str, float]:
+        """One optimizer step of the policy, which Lightning counts as ``global_step``."""
+        return self.clip_and_step(self.policy, _first(self.optimizers()), _first(self.lr_schedulers()))
+
+    def clip_and_step(self, network: nn.Module, optimizer: Any, scheduler: Any) -> dict[str, float]:
         """Clip, step, schedule, zero. A step with a non-finite gradient is left out, and counted."""
-        optimizer: Any = self.optimizers()
-        scheduler: Any = self.lr_schedulers()
         learning_rate = optimizer.param_groups[0]["lr"]
-        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm or torch.inf)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm or torch.inf)
         finite = bool(norm.isfinite())
         if finite:
             optimizer.step()
@@ -85,6 +101,11 @@ class PolicyModule(pl.LightningModule):
         optimizer.zero_grad()
         metrics = {"update/skipped_steps": float(not finite), "update/lr": learning_rate}
         return {**metrics, "update/grad_norm": norm.item()} if finite else metrics
+
+    @property
+    def source_folders(self) -> tuple[Path, ...]:
+        """Local folders that this run's weights come from, which a new run must not move away."""
+        return local_folders(self.policy_source)
 
     @property
     def iteration(self) -> int:
@@ -145,3 +166,13 @@ class PolicyModule(pl.LightningModule):
 
     def predict_step(self, rollout: Rollout, batch_idx: int, dataloader_idx: int = 0) -> Rollout:
         return rollout
+
+
+def _first(optimizers: Any) -> Any:
+    """The policy's optimizer or scheduler; a module with a critic has two."""
+    return optimizers[0] if isinstance(optimizers, list) else optimizers
+
+
+def local_folders(*sources: PolicySource) -> tuple[Path, ...]:
+    """Those of the sources that are folders on this machine."""
+    return tuple(Path(source.path).resolve() for source in sources if isinstance(source, PretrainedPolicy))

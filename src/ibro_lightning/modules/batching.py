@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.functional import AggregationMode
 from ibro_lightning.seeding import permutation
+from ibro_lightning.types import Experience
 
 
 def mini_batches(groups: Tensor, prompts: int | None, seed: int) -> Iterator[Tensor]:
@@ -22,17 +26,53 @@ def mini_batches(groups: Tensor, prompts: int | None, seed: int) -> Iterator[Ten
         yield torch.isin(groups.cpu(), some).nonzero().squeeze(-1)
 
 
-def token_budget_batches(lengths: Sequence[int], budget: int) -> Iterator[Tensor]:
-    """Rows of each micro-batch: sorted by length, so that little is padded, and at most ``budget`` padded tokens each.
+def token_budget_batches(lengths: Sequence[int], budget: int, *, padded: bool = True) -> Iterator[Tensor]:
+    """Rows of each micro-batch: sorted by length, so that little is padded, at most ``budget`` tokens each, balanced.
 
-    A single sequence longer than the budget gets a micro-batch of its own. Losses are divided by the tokens of the
-    whole step, so the cut changes memory and speed, never the gradient.
+    As few micro-batches as the budget allows, and then as equal ones as possible: the budget is lowered as long as
+    their number stays the same. A single sequence longer than the budget gets a micro-batch of its own. Losses are
+    divided by the tokens of the whole step, so the cut changes memory and speed, never the gradient.
+
+    Args:
+        lengths: tokens of each row.
+        padded: count rows as long as their micro-batch's longest; False (packing) counts the tokens alone.
     """
-    rows: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if rows and lengths[row] * (len(rows) + 1) > budget:  # the newest row is the longest
-            yield torch.tensor(rows)
-            rows = []
-        rows.append(row)
-    if rows:
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    count = len(_cut(order, lengths, budget, padded))
+    low, high = 1, budget
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_cut(order, lengths, middle, padded)) <= count else (middle + 1, high)
+    for rows in _cut(order, lengths, high, padded):
         yield torch.tensor(rows)
+
+
+def _cut(order: Sequence[int], lengths: Sequence[int], budget: int, padded: bool) -> list[list[int]]:
+    """Greedily, in the given order of rising length."""
+    batches: list[list[int]] = []
+    tokens = 0
+    for row in order:
+        tokens = lengths[row] * (len(batches[-1]) + 1 if batches else 1) if padded else tokens + lengths[row]
+        if not batches or tokens > budget:
+            batches.append([])
+            tokens = lengths[row]
+        batches[-1].append(row)
+    return batches
+
+
+def check_aggregation(mode: AggregationMode, max_tokens: int | None) -> None:
+    """Raise :class:`ConfigError` for an unknown aggregation, or one without the number that it needs."""
+    if mode not in get_args(AggregationMode):
+        raise ConfigError("model.aggregation", mode, f"write one of {', '.join(get_args(AggregationMode))}")
+    if mode != "seq-mean-token-sum-norm":
+        return
+    if max_tokens is None or max_tokens < 1:
+        raise ConfigError(
+            "model.aggregation_max_tokens", max_tokens, f"{mode} divides by a constant length: write data.sampling's"
+        )
+
+
+def weighted_sum(values: Tensor, micro: Experience) -> Tensor:
+    """``Σ weights·x`` over the valid tokens of a micro-batch: its share of the step's aggregate."""
+    assert micro.weights is not None, "ActorModule.begin_step sets the weights"
+    return (torch.where(micro.mask, values, 0.0) * micro.weights).sum()

@@ -33,6 +33,8 @@ def experience_metrics(experience: Experience, rollout: Rollout) -> dict[str, fl
         "sampler/logp_difference_mean": masked_mean(mismatch, responses),
         "sampler/logp_difference_max": _largest(mismatch, responses),
     }
+    if "reference_kl" in experience.extra:
+        metrics["kl/reference"] = masked_mean(experience.extra["reference_kl"], responses)
     return {name: value.item() for name, value in metrics.items()}
 
 

@@ -1,8 +1,26 @@
-"""Entropy regularisers, one small class each, chosen in YAML by ``class_path``."""
+"""Entropy regularisers and their relatives, one small class each, chosen in YAML by ``class_path``."""
 
-from ibro_lightning.regularizers.base import EntropyRegularizer
+from ibro_lightning.regularizers.base import EntropyRegularizer, PolicyLossMethod
+from ibro_lightning.regularizers.covariance import ClipCov, KLCov
 from ibro_lightning.regularizers.entropy_bonus import EntropyBonus
-from ibro_lightning.regularizers.information_bottleneck import InformationBottleneck
+from ibro_lightning.regularizers.hindsight import HindsightTemplate
+from ibro_lightning.regularizers.ibro import IBRO
+from ibro_lightning.regularizers.information_bottleneck import CorrectPathEntropySuppression, InformationBottleneck
 from ibro_lightning.regularizers.none import NoRegularizer
+from ibro_lightning.regularizers.shaped_advantage import EntropyShapedAdvantage
+from ibro_lightning.regularizers.top_entropy import TopEntropyTokens
 
-__all__ = ["EntropyBonus", "EntropyRegularizer", "InformationBottleneck", "NoRegularizer"]
+__all__ = [
+    "IBRO",
+    "ClipCov",
+    "CorrectPathEntropySuppression",
+    "EntropyBonus",
+    "EntropyRegularizer",
+    "EntropyShapedAdvantage",
+    "HindsightTemplate",
+    "InformationBottleneck",
+    "KLCov",
+    "NoRegularizer",
+    "PolicyLossMethod",
+    "TopEntropyTokens",
+]

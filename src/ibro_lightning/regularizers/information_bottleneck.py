@@ -1,4 +1,4 @@
-"""IB regularisation: entropy times advantage (arXiv 2507.18391)."""
+"""IB regularisation: entropy times advantage (arXiv 2507.18391), its two parts, and its opposite."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from ibro_lightning.coefficients import Coefficient
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.regularizers.base import EntropyRegularizer
-from ibro_lightning.types import TokenStats
+from ibro_lightning.types import Experience, StepContext, TokenStats
 
 AdvantageTransform = Literal["none", "sign", "clip"]
+Part = Literal["raw", "centred", "uniform"]
 
 
 class InformationBottleneck(EntropyRegularizer):
@@ -21,25 +23,58 @@ class InformationBottleneck(EntropyRegularizer):
     still receives it. In DAPO ``A_t`` is one number per response, so a group whose rewards are all equal contributes
     nothing, and on the first response token, where a full group shares one state, the term cancels.
 
+    ``mean(A·H) = Ā·H̄ + Cov(A, H)``: the first part is a *uniform* entropy bonus or penalty, the second is what the
+    paper is about. ``part`` keeps one of them, to tell which one an effect comes from.
+
     Args:
         coef: α of ``L = L_PG − α·J_IB``; 0.005 in the paper.
+        part: ``raw`` is A·H; ``centred`` is (A − Ā)·H, the covariance alone; ``uniform`` is Ā·H. Ā is the mean over the
+            valid tokens of the optimizer step.
         transform: what is done to the advantage first. ``none``; ``sign`` (only its direction); ``clip`` to ±``clip``.
         clip: bound for ``transform: clip``.
     """
 
-    def __init__(self, coef: float = 0.005, transform: AdvantageTransform = "none", clip: float = 1.0) -> None:
+    def __init__(
+        self,
+        coef: float | Coefficient = 0.005,
+        part: Part = "raw",
+        transform: AdvantageTransform = "none",
+        clip: float = 1.0,
+    ) -> None:
         super().__init__(coef)
+        if part not in get_args(Part):
+            raise ConfigError("regularizer.init_args.part", part, "write raw, centred or uniform")
         if transform not in get_args(AdvantageTransform):
             raise ConfigError("regularizer.init_args.transform", transform, "write none, sign or clip")
         if not 0 < clip < float("inf"):
             raise ConfigError("regularizer.init_args.clip", clip, "write a positive bound for the advantage")
-        self.transform, self.clip = transform, clip
+        self.part, self.transform, self.clip = part, transform, clip
+
+    def prepare(self, step: Experience, context: StepContext) -> Experience:
+        weight = self.weight(step.advantages)
+        return step.with_extra(ib_mean_weight=context.mean(weight, step.mask).expand(weight.shape))
 
     def objective(self, stats: TokenStats) -> Tensor:
         assert stats.entropy is not None
-        weight = stats.advantages.detach()
-        if self.transform == "sign":
-            weight = weight.sign()
-        elif self.transform == "clip":
-            weight = weight.clamp(-self.clip, self.clip)
+        weight = self.weight(stats.advantages.detach())
+        if self.part == "centred":
+            weight = weight - stats.extra["ib_mean_weight"]
+        elif self.part == "uniform":
+            weight = stats.extra["ib_mean_weight"]
         return weight * stats.entropy
+
+    def weight(self, advantages: Tensor) -> Tensor:
+        """What a token's entropy is weighed with, before it is split into parts."""
+        if self.transform == "sign":
+            return advantages.sign()
+        return advantages.clamp(-self.clip, self.clip) if self.transform == "clip" else advantages
+
+
+class CorrectPathEntropySuppression(InformationBottleneck):
+    """The opposite sign (CES, arXiv 2605.19358): ``J = −agg(sg(A_t)·H_t)``, less entropy where it went well.
+
+    The sharpest ablation of IB: whatever helps with both signs does not come from the sign.
+    """
+
+    def objective(self, stats: TokenStats) -> Tensor:
+        return -super().objective(stats)

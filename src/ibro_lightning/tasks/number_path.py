@@ -10,6 +10,7 @@ is EOS.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,18 @@ class NumberPath:
                         queue.append(reached)
             found.update({(start, target): steps for target, steps in seen.items() if steps})
         return found
+
+    def solution(self, start: int, target: int) -> str:
+        """A shortest path as a response without EOS: each move is the first that comes one step nearer."""
+        text, value = "", start
+        while value != target:
+            steps = [(move, reached) for move in self.moves if (reached := self.apply(move, value)) is not None]
+            move, value = min(steps, key=lambda step: self._distance(step[1], target))
+            text += f"{move}={value}"
+        return text
+
+    def _distance(self, start: int, target: int) -> float:
+        return 0 if start == target else self.distances.get((start, target), math.inf)
 
     def verify(self, tokens: Sequence[str], start: int, target: int) -> bool:
         """Is this a right answer: steps ``move = number``, each one true, the last number the target, then EOS?

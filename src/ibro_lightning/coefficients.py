@@ -1,0 +1,213 @@
+"""Coefficients that change during training: of an entropy term, or of a KL penalty.
+
+Each is one small class: :attr:`Coefficient.value` is used during an update, :meth:`Coefficient.observe` is called once
+per iteration before it, with what was measured (the policy's entropy or KL, in nats per token). State is a few numbers
+and goes into the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+from ibro_lightning.errors import ConfigError, check_at_least
+
+
+class Coefficient(ABC):
+    """A number ≥ 0 that may follow the iteration or a measurement. Subclasses keep their state in :attr:`state`."""
+
+    def __init__(self, **state: float) -> None:
+        self.state: dict[str, float] = {"iterations": 0.0, **state}
+
+    @property
+    @abstractmethod
+    def value(self) -> float:
+        """What the term is multiplied with now."""
+
+    def observe(self, measured: float, samples: int = 1) -> None:
+        """One more iteration begins, in which ``measured`` (nats per token) was seen over ``samples`` responses."""
+        self.state["iterations"] += 1
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(self.state)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.state = dict(state)
+
+
+class Constant(Coefficient):
+    """Always ``coef``; what a plain number in a recipe means."""
+
+    def __init__(self, coef: float) -> None:
+        super().__init__()
+        check_at_least("coef", coef, 0, "; the sign belongs to the regulariser's objective")
+        self.coef = coef
+
+    @property
+    def value(self) -> float:
+        return self.coef
+
+
+class _Schedule(Coefficient):
+    """From ``start`` in the first iteration to ``end`` after ``iterations`` of them, then constant."""
+
+    def __init__(self, start: float, end: float, iterations: int) -> None:
+        super().__init__()
+        check_at_least("coef.init_args.start", start, 0)
+        check_at_least("coef.init_args.end", end, 0)
+        check_at_least("coef.init_args.iterations", iterations, 1)
+        self.start, self.end, self.iterations = start, end, iterations
+
+    @property
+    def progress(self) -> float:
+        """0 in the first iteration, 1 after ``iterations``."""
+        return min(1.0, max(0.0, self.state["iterations"] - 1) / self.iterations)
+
+
+class Linear(_Schedule):
+    """A straight line.
+
+    Args:
+        start, end: first and last value.
+        iterations: how long it takes.
+    """
+
+    def __init__(self, start: float, end: float, iterations: int) -> None:
+        super().__init__(start, end, iterations)
+
+    @property
+    def value(self) -> float:
+        return self.start + (self.end - self.start) * self.progress
+
+
+class Cosine(_Schedule):
+    """Half a cosine: flat at both ends.
+
+    Args:
+        start, end: first and last value.
+        iterations: how long it takes.
+    """
+
+    def __init__(self, start: float, end: float, iterations: int) -> None:
+        super().__init__(start, end, iterations)
+
+    @property
+    def value(self) -> float:
+        return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * self.progress))
+
+
+class TargetEntropy(Coefficient):
+    """Skywork-OR1's control (arXiv 2505.22312): one step up while entropy is below its target, one down above it; and
+    the term is active only while entropy is at or below the target.
+
+    Meant for a term that raises entropy (``EntropyBonus``). The entropy is that of the policy that sampled the rollout.
+
+    Args:
+        target: nats per token.
+        step: how much the coefficient moves per iteration.
+        start: its first value.
+        maximum: it stays at or below this.
+    """
+
+    def __init__(self, target: float = 0.2, step: float = 0.005, start: float = 0.0, maximum: float = math.inf) -> None:
+        for name, number in (("target", target), ("step", step), ("start", start)):
+            check_at_least(f"coef.init_args.{name}", number, 0)
+        super().__init__(coef=start, active=1.0)
+        self.target, self.step, self.maximum = target, step, maximum
+
+    @property
+    def value(self) -> float:
+        return self.state["coef"] * self.state["active"]
+
+    def observe(self, measured: float, samples: int = 1) -> None:
+        super().observe(measured, samples)
+        moved = self.state["coef"] + (self.step if measured < self.target else -self.step)
+        self.state["coef"] = min(max(moved, 0.0), self.maximum)
+        self.state["active"] = float(measured <= self.target)
+
+
+class EntropyBand(Coefficient):
+    """A proportional-integral controller that keeps entropy between two bounds; inside them the integral holds.
+
+    ``coef = start + kp·e + ki·Σe``, cut to [0, maximum], with ``e`` how far entropy is below ``low`` (positive) or
+    above ``high`` (negative), in nats. Meant for a term that raises entropy. While the coefficient is at a limit,
+    errors that push further against it are not summed (no wind-up).
+
+    Args:
+        low, high: the band, nats per token.
+        proportional, integral: gains, coefficient per nat (and per iteration).
+        start: the coefficient inside the band at first.
+        maximum: upper limit.
+    """
+
+    def __init__(
+        self,
+        low: float = 0.1,
+        high: float = 0.3,
+        proportional: float = 0.01,
+        integral: float = 0.001,
+        start: float = 0.0,
+        maximum: float = 1.0,
+    ) -> None:
+        if not 0 <= low <= high < math.inf:
+            raise ConfigError("coef.init_args.low", low, f"write a number between 0 and high ({high})")
+        for name, number in (("proportional", proportional), ("integral", integral), ("start", start)):
+            check_at_least(f"coef.init_args.{name}", number, 0)
+        check_at_least("coef.init_args.maximum", maximum, start)
+        super().__init__(coef=start, sum=0.0)
+        self.low, self.high, self.start, self.maximum = low, high, start, maximum
+        self.proportional, self.integral = proportional, integral
+
+    @property
+    def value(self) -> float:
+        return self.state["coef"]
+
+    def observe(self, measured: float, samples: int = 1) -> None:
+        super().observe(measured, samples)
+        error = max(self.low - measured, 0.0) - max(measured - self.high, 0.0)
+        summed = self.state["sum"] + error
+        wanted = self.start + self.proportional * error + self.integral * summed
+        self.state["coef"] = min(max(wanted, 0.0), self.maximum)
+        pushes_against_limit = (wanted > self.maximum and error > 0) or (wanted < 0 and error < 0)
+        if not pushes_against_limit:
+            self.state["sum"] = summed
+
+
+class AdaptiveKL(Coefficient):
+    """``β ← β·(1 + clip(KL/target − 1, ±0.2)·n/horizon)`` (arXiv 1909.08593, section 2.2).
+
+    Args:
+        start: first β.
+        target: KL per token, nats.
+        horizon: responses over which β may change by about 20 %.
+    """
+
+    def __init__(self, start: float = 0.001, target: float = 0.01, horizon: int = 10_000) -> None:
+        check_at_least("coef.init_args.start", start, 0)
+        check_at_least("coef.init_args.horizon", horizon, 1)
+        if not 0 < target < math.inf:
+            raise ConfigError("coef.init_args.target", target, "write a positive number of nats per token")
+        super().__init__(coef=start)
+        self.target, self.horizon = target, horizon
+
+    @property
+    def value(self) -> float:
+        return self.state["coef"]
+
+    def observe(self, measured: float, samples: int = 1) -> None:
+        super().observe(measured, samples)
+        error = min(max(measured / self.target - 1.0, -0.2), 0.2)
+        # n/horizon above 5 would make the factor negative.
+        self.state["coef"] *= max(1.0 + error * samples / self.horizon, 0.0)
+
+
+def as_coefficient(coef: float | Coefficient, setting: str) -> Coefficient:
+    """``coef`` as it stands in a recipe → its object.
+
+    Raises:
+        ConfigError: naming ``setting``, for a number that is negative or not finite.
+    """
+    if isinstance(coef, Coefficient):
+        return coef
+    check_at_least(setting, coef, 0, "; the sign belongs to the regulariser's objective")
+    return Constant(coef)

@@ -1,0 +1,51 @@
+"""Estimates of the KL divergence from tokens that the policy sampled (J. Schulman, *Approximating KL Divergence*)."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+KLEstimator = Literal["k1", "k2", "k3", "k3_k2_grad"]
+"""Which estimate of a KL divergence; see :func:`kl_divergence`."""
+
+
+def kl_divergence(logp: Tensor, ref_logp: Tensor, estimator: KLEstimator = "k3") -> Tensor:
+    """Per-token estimate of ``KL(π ‖ π_ref)`` in nats, for tokens sampled from ``π``.
+
+    With ``r = π/π_ref`` and ``r' = 1/r``:
+
+    ============== =================== =============== =======================================================
+    estimator      value               as an estimate  expected gradient, when used as a loss on policy
+    ============== =================== =============== =======================================================
+    ``k1``         ``log r``           unbiased        0: it pulls nowhere, use it only inside a reward
+    ``k2``         ``½(log r)²``       biased          that of ``KL(π ‖ π_ref)``
+    ``k3``         ``r' − 1 − log r'`` unbiased, ≥ 0   that of ``KL(π_ref ‖ π)``, the *other* direction
+    ``k3_k2_grad`` that of k3          unbiased, ≥ 0   that of ``KL(π ‖ π_ref)``
+    ============== =================== =============== =======================================================
+
+    So for a KL term in the loss the right ones are ``k2`` and ``k3_k2_grad`` (arXiv 2510.01555); ``k3``
+    is what GRPO uses. None of the gradients corrects for tokens from an older policy than ``π``.
+
+    Args:
+        logp: ``[B, T]`` log-probs under the current policy (gradient flows here).
+        ref_logp: ``[B, T]`` under the reference.
+        estimator: one of the above.
+
+    Returns:
+        ``[B, T]``. ``log r`` is cut to ±20, so that an impossible token cannot make it infinite; beyond that there is
+        no gradient.
+
+    Raises:
+        ValueError: for an unknown estimator.
+    """
+    if estimator not in get_args(KLEstimator):
+        raise ValueError(f"KL estimator must be one of {', '.join(get_args(KLEstimator))}; got {estimator!r}")
+    log_ratio = (logp - ref_logp).clamp(-20.0, 20.0)
+    if estimator == "k1":
+        return log_ratio
+    k2 = 0.5 * log_ratio**2
+    if estimator == "k2":
+        return k2
+    k3 = (-log_ratio).expm1() + log_ratio  # exp(x) − 1 cancels for small x, and k3 would come out negative
+    return k3 if estimator == "k3" else k3.detach() + (k2 - k2.detach())

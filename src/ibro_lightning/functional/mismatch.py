@@ -1,0 +1,129 @@
+"""Corrections for a sampler whose probabilities are not quite the trainer's (other kernels, precision or weights)."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ibro_lightning.functional.aggregate import masked_mean
+
+MismatchLevel = Literal["token", "sequence", "geometric"]
+"""What a ratio belongs to: a token, a response, or a response as the geometric mean of its tokens."""
+MismatchMode = Literal["truncate", "mask"]
+"""What happens to a ratio out of bounds: it is cut to the bound, or what it belongs to is dropped."""
+
+
+class MismatchWeights(NamedTuple):
+    """Result of :func:`mismatch_weights`; both fields ``[B, T]``."""
+
+    weights: Tensor
+    """To multiply the policy loss of each token with; detached; 0 on padding and where masked out."""
+    masked: Tensor
+    """bool: valid tokens that were dropped for a ratio out of bounds."""
+
+
+def mismatch_weights(
+    train_logp: Tensor,
+    sampler_logp: Tensor,
+    mask: Tensor,
+    *,
+    level: MismatchLevel = "token",
+    mode: MismatchMode = "truncate",
+    cap: float = 2.0,
+    floor: float | None = None,
+) -> MismatchWeights:
+    """Importance weights ``w = π_trainer / π_sampler`` for a policy gradient on the sampler's tokens.
+
+    ``token`` and ``truncate``: truncated importance sampling (Yao et al., *Your efficient RL framework secretly brings
+    you off-policy RL training*, 2025). ``token`` and ``mask``: IcePop (arXiv 2510.18855). ``sequence``: the exact
+    ratio of the response; ``geometric``: its root of degree length, comparable between lengths.
+
+    Args:
+        train_logp: ``[B, T]`` of the trainer, with the weights that the sampler had (``old_logp``, not the current).
+        sampler_logp: ``[B, T]``, as reported by the sampler. A token for which either one is not finite gets ratio 1.
+        mask: ``[B, T]``, 1 on response tokens. What stands elsewhere is ignored, even nan.
+        level: ``token``: each token's own ratio. ``sequence``: the product over the row's valid tokens, for each of
+            them. ``geometric``: the geometric mean of these, for each of them.
+        mode: ``truncate``: ``min(w, cap)``. ``mask``: ``w`` inside ``[floor, cap]`` and 0 outside.
+        cap: upper bound of a ratio.
+        floor: lower bound in mode ``mask``; ``1 / cap`` if None.
+
+    Raises:
+        ValueError: for an unknown level or mode, a cap that is not larger than 0, and a floor that is larger than the
+            cap or given in mode ``truncate``, which has none.
+    """
+    _check(level, mode, cap, floor)
+    mask = mask.bool()
+    log_ratio, _ = _log_ratio(train_logp, sampler_logp, mask)
+    if level != "token":
+        row = log_ratio.sum(dim=1, keepdim=True)
+        if level == "geometric":
+            row = row / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        log_ratio = row.expand_as(log_ratio)
+    ratio = log_ratio.clamp(-20.0, 20.0).exp()
+    if mode == "truncate":
+        return MismatchWeights(torch.where(mask, ratio.clamp(max=cap), 0.0), torch.zeros_like(mask))
+    outside = (ratio < (1.0 / cap if floor is None else floor)) | (ratio > cap)
+    return MismatchWeights(torch.where(mask & ~outside, ratio, 0.0), mask & outside)
+
+
+def mismatch_diagnostics(
+    train_logp: Tensor, sampler_logp: Tensor, mask: Tensor, result: MismatchWeights | None = None
+) -> dict[str, Tensor]:
+    """How far trainer and sampler are apart, over the valid tokens, *before* any truncation or masking.
+
+    Args:
+        train_logp, sampler_logp, mask: ``[B, T]``, as for :func:`mismatch_weights`.
+        result: what :func:`mismatch_weights` gave for them, for ``masked_share``.
+
+    Returns:
+        Scalars. For no valid token they are those of no mismatch (the ratios and the sample size 1, the rest 0).
+
+        - ``ratio_mean``, ``ratio_max``: of the token ratios ``w = π_trainer/π_sampler``; the mean should be near 1.
+        - ``effective_sample_size``: ``(Σw)² / (n·Σw²)``, the share of the n tokens that the ratios leave in effect.
+        - ``kl_k1``, ``kl_k3``: estimates of ``KL(π_sampler ‖ π_trainer)`` per token in nats, both unbiased (the tokens
+          are the sampler's); k3 has less variance and is never negative.
+        - ``non_finite``: the number of tokens with a log-prob that is not finite; elsewhere they count as ratio 1.
+        - ``masked_share``: the share of tokens that ``result`` dropped; 0 without it.
+    """
+    mask = mask.bool()
+    log_ratio, non_finite = _log_ratio(train_logp, sampler_logp, mask)
+    log_ratio = log_ratio.clamp(-20.0, 20.0)
+    ratio = log_ratio.exp()
+    count, none = mask.sum(), ~mask.any()
+    total, squares = (torch.where(mask, x, 0.0).sum() for x in (ratio, ratio**2))
+    # A ratio is never negative, so the 0 of padding cannot be the largest (and there may be no other place).
+    largest = torch.cat([torch.where(mask, ratio, 0.0).flatten(), ratio.new_zeros(1)]).amax()
+    masked_share = ratio.new_zeros(()) if result is None else masked_mean(result.masked.to(ratio.dtype), mask)
+    return {
+        "ratio_mean": torch.where(none, 1.0, masked_mean(ratio, mask)),
+        "ratio_max": torch.where(none, 1.0, largest),
+        "effective_sample_size": torch.where(none, 1.0, total**2 / (count * squares)),
+        "kl_k1": masked_mean(-log_ratio, mask),
+        "kl_k3": masked_mean(log_ratio.expm1() - log_ratio, mask),
+        "non_finite": non_finite.sum().to(ratio.dtype),
+        "masked_share": masked_share,
+    }
+
+
+def _check(level: str, mode: str, cap: float, floor: float | None) -> None:
+    for name, value, known in (("level", level, MismatchLevel), ("mode", mode, MismatchMode)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}; got {value!r}")
+    if not cap > 0:
+        raise ValueError(f"cap must be larger than 0, got {cap}")
+    if floor is not None and mode == "truncate":
+        raise ValueError(f"floor is a bound of mode 'mask'; mode 'truncate' has only a cap (got floor {floor})")
+    lowest = 1.0 / cap if floor is None else floor
+    if mode == "mask" and lowest > cap:
+        raise ValueError(f"floor must not be larger than cap, got floor {lowest} and cap {cap}")
+
+
+def _log_ratio(train_logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Detached log-ratios ``[B, T]`` in at least float32, 0 on padding and where not finite, and where that was."""
+    dtype = torch.promote_types(torch.promote_types(train_logp.dtype, sampler_logp.dtype), torch.float32)
+    train_logp, sampler_logp = train_logp.detach().to(dtype), sampler_logp.detach().to(dtype)
+    finite = train_logp.isfinite() & sampler_logp.isfinite()
+    return torch.where(mask & finite, train_logp - sampler_logp, 0.0), mask & ~finite

@@ -1,0 +1,43 @@
+"""The critic's loss, per token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ValueLoss(NamedTuple):
+    """Per-token result of :func:`clipped_value_loss`; both fields ``[B, T]``."""
+
+    loss: Tensor
+    """To be minimised; carries the gradient."""
+    clipped: Tensor
+    """bool: the clipped branch was the larger one, so the token has no gradient."""
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None = 0.5) -> ValueLoss:
+    """``½·max((V − R)², (clip(V, V_old ± clip) − R)²)``: the value loss of PPO's reference code (arXiv 1707.06347).
+
+    A value that has already moved by ``clip`` towards its return has no gradient any more; one that moved away from it
+    keeps all of its gradient.
+
+    Args:
+        values: ``[B, T]`` of the current critic (gradient flows here).
+        old_values: ``[B, T]`` of the critic at the time of the rollout.
+        returns: ``[B, T]``, what to regress on, in the same units.
+        clip: how far a value may move per rollout, in units of reward; None switches clipping off.
+
+    Returns:
+        Loss and flags ``[B, T]``. Places on padding must hold finite numbers: a nan there is harmless to the
+        aggregate, but not to its gradient.
+    """
+    loss = (values - returns) ** 2
+    clipped = torch.zeros_like(loss, dtype=torch.bool)
+    if clip is not None:
+        inside = old_values + (values - old_values).clamp(-clip, clip)
+        loss_inside = (inside - returns) ** 2
+        clipped = loss_inside > loss
+        loss = torch.where(clipped, loss_inside, loss)
+    return ValueLoss(0.5 * loss, clipped)

@@ -1,0 +1,90 @@
+"""Running a transformers model over prompts and responses: padded or packed, and only where it is needed."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.sequences import Sequences
+
+
+def response_states(
+    model: nn.Module, sequences: Sequences, output: str, *, after_last: bool = False, packing: bool = False
+) -> Tensor:
+    """What ``model`` says where it predicts the response tokens, in row order: ``[N, …]`` with ``N = Σ lengths``.
+
+    The token at position i is predicted at i − 1, so the first of a row's states is that of the prompt's last token.
+
+    Args:
+        output: which of the model's outputs: ``logits`` or ``last_hidden_state``.
+        after_last: also the state after each row's last token (one more per row).
+        packing: run all rows as one, without padding. Exact only where :func:`check_packing` says so.
+    """
+    attended = sequences.attention_mask.bool()
+    wanted = sequences.is_response.roll(-1, dims=1)
+    wanted[:, -1] = False
+    if after_last:
+        ends = (sequences.starts + sequences.lengths - 1)[:, None]
+        wanted = wanted.scatter(1, ends, True)
+    if packing:
+        # Positions that start again tell transformers where a sequence ends, but only without an attention mask.
+        tokens, positions = sequences.input_ids[attended][None], sequences.position_ids[attended][None]
+        states = getattr(model(input_ids=tokens, position_ids=positions, use_cache=False), output)
+        return states[0][wanted[attended]]
+    accepted = inspect.signature(model.forward).parameters
+    inputs = {"input_ids": sequences.input_ids, "attention_mask": sequences.attention_mask}
+    if "position_ids" in accepted:
+        inputs["position_ids"] = sequences.position_ids
+    first = int(wanted.any(dim=0).float().argmax())
+    if output == "logits" and "logits_to_keep" in accepted:  # the head is left out on the positions before
+        keep = sequences.input_ids.shape[1] - first
+        return getattr(model(**inputs, use_cache=False, logits_to_keep=keep), output)[wanted[:, first:]]
+    return getattr(model(**inputs, use_cache=False), output)[wanted]
+
+
+def backbone_of(model: Any) -> nn.Module | None:
+    """The model without its head, if transformers knows one."""
+    backbone = getattr(model, "base_model", model)
+    return None if backbone is model else backbone
+
+
+@torch.no_grad()
+def check_packing(model: Any) -> None:
+    """Run three short sequences packed and one by one, through the model without its head.
+
+    Raises:
+        ConfigError: packed, they see each other, or the model cannot run them.
+    """
+    device, vocabulary = next(model.parameters()).device, model.config.get_text_config().vocab_size
+    backbone = backbone_of(model)
+    network, output = (model, "logits") if backbone is None else (backbone, "last_hidden_state")
+    lengths = (5, 3, 7)
+    tokens = (torch.arange(sum(lengths)) * 7 + 1).remainder(vocabulary).split(lengths)
+    rows = Sequences.collate([row[:1].tolist() for row in tokens], [row[1:].tolist() for row in tokens]).to(device)
+    try:
+        packed = response_states(network, rows, output, packing=True)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(
+            "model.policy_options.packing", True, f"this model cannot run packed sequences ({error}): write false"
+        ) from error
+    each = torch.arange(len(rows), device=device).split(1)
+    alone = torch.cat([response_states(network, rows.select(row), output) for row in each])
+    difference = (packed - alone).abs().max() / alone.abs().max().clamp(min=1e-6)
+    # Rounding, in the precision of the weights; sequences that see each other differ in the first digit.
+    if not difference < 32 * torch.finfo(packed.dtype).eps ** 0.75:
+        attention = getattr(model.config, "_attn_implementation", "this attention")
+        raise ConfigError(
+            "model.policy_options.packing",
+            True,
+            f"with {attention}, packed sequences see each other (hidden states differ by {difference:.1%}): "
+            "write false, or model.policy_options.attn_implementation: sdpa or flash_attention_2",
+        )
+
+
+def scatter_rows(values: Tensor, mask: Tensor) -> Tensor:
+    """``[N]`` values in row order → ``[B, T]`` where ``mask``, 0 elsewhere; differentiable."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

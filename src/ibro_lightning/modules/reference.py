@@ -1,0 +1,84 @@
+"""A KL penalty to a frozen reference policy: in the reward or in the loss, with a fixed or adaptive coefficient."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ibro_lightning.coefficients import Coefficient, as_coefficient
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.functional import KLEstimator, kl_divergence
+from ibro_lightning.models import Policy, PolicyOptions, PolicySource, as_source
+
+Placement = Literal["loss", "reward"]
+
+
+class ReferenceKL:
+    """``KL(π ‖ π_ref)`` per token, estimated from the sampled tokens.
+
+    Args:
+        coef: β, or :class:`~ibro_lightning.coefficients.AdaptiveKL`, whose state is part of the checkpoint.
+        placement: ``loss`` adds ``β·agg(KL)``; ``reward`` takes ``β·KL_t`` off each token's reward, before advantages.
+        estimator: ``k1`` = log r, ``k2`` = ½(log r)², ``k3``, or ``k3_k2_grad``: k3's value with k2's gradient, the one
+            that is the gradient of the KL. In the loss, the gradient of k1 is 0 on average, so it is refused.
+        policy: folder or hub name of the reference; None takes the policy as it is before training.
+    """
+
+    def __init__(
+        self,
+        coef: float | Coefficient = 0.001,
+        placement: Placement = "loss",
+        estimator: KLEstimator = "k3_k2_grad",
+        policy: str | None = None,
+    ) -> None:
+        self.coefficient = as_coefficient(coef, "model.kl.init_args.coef")
+        if placement not in get_args(Placement):
+            raise ConfigError("model.kl.init_args.placement", placement, "write loss or reward")
+        if estimator not in get_args(KLEstimator):
+            raise ConfigError(
+                "model.kl.init_args.estimator", estimator, f"write one of {', '.join(get_args(KLEstimator))}"
+            )
+        if placement == "loss" and estimator == "k1":
+            raise ConfigError(
+                "model.kl.init_args.estimator", "k1", "its gradient is 0 on average: write k2, k3 or k3_k2_grad"
+            )
+        self.placement, self.estimator, self.policy = placement, estimator, policy
+        self._reference: Policy | None = None
+
+    @property
+    def coef(self) -> float:
+        """β as it is now."""
+        return self.coefficient.value
+
+    def setup(self, policy: PolicySource, options: PolicyOptions) -> None:
+        """Load the reference. It is no submodule of anything: not trained, not checkpointed, not synced."""
+        source = policy if self.policy is None else as_source(self.policy, options)
+        ours, theirs = (s.config().get_text_config().vocab_size for s in (policy, source))
+        if ours != theirs:
+            raise ConfigError(
+                "model.kl.init_args.policy",
+                str(source),
+                f"it has {theirs} tokens and the policy {ours}: name a policy with the same tokenizer",
+            )
+        self._reference = Policy(
+            source.build(options), fused_head=options.fused_head, packing=options.packing
+        ).requires_grad_(False)
+
+    def on(self, device: torch.device) -> Policy:
+        """The reference policy, on ``device``."""
+        assert self._reference is not None, "setup comes first"
+        return self._reference.to(device)
+
+    def penalty(self, logp: Tensor, reference_logp: Tensor) -> Tensor:
+        """The estimate per token, ``[B, T]`` in nats; with a gradient if ``logp`` has one."""
+        return kl_divergence(logp, reference_logp, self.estimator)
+
+    def take_from(self, rewards: Tensor, kl: Tensor) -> Tensor:
+        """Token rewards ``[B, T]`` less the penalty, if that is where it belongs."""
+        return rewards - self.coef * kl if self.placement == "reward" else rewards
+
+    def add_to(self, loss: Tensor, logp: Tensor, reference_logp: Tensor) -> Tensor:
+        """Token losses ``[B, T]`` plus the penalty, if that is where it belongs."""
+        return loss + self.coef * self.penalty(logp, reference_logp) if self.placement == "loss" else loss

@@ -1,0 +1,86 @@
+"""Clip-Cov and KL-Cov (arXiv 2505.22617): leave alone, or hold back, the few tokens that make entropy collapse.
+
+Both look at ``c_t = (A_t − Ā)(log π_t − mean log π)``, means over the valid tokens of the optimizer step. The log-probs
+are those from before the update, so that the choice of tokens does not depend on micro-batches; the authors' code takes
+the current ones, which are the same in the first step of a rollout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.regularizers.base import PolicyLossMethod
+from ibro_lightning.types import Experience, StepContext, TokenStats
+
+
+def token_covariance(step: Experience, context: StepContext) -> Tensor:
+    """``c_t [B, T]``: how much a token adds to the covariance of advantage and log-prob."""
+    centred = [values - context.mean(values, step.mask) for values in (step.advantages, step.old_logp)]
+    return centred[0] * centred[1]
+
+
+class ClipCov(PolicyLossMethod):
+    """A random few of the tokens with high ``c_t`` get no policy gradient.
+
+    Args:
+        fraction: how many, as a share of the step's valid tokens; at least one if any is eligible.
+        low, high: eligible are tokens with ``low < c_t < high``.
+    """
+
+    def __init__(self, fraction: float = 2e-4, low: float = 1.0, high: float = 5.0) -> None:
+        super().__init__()
+        check_fraction(fraction)
+        if not low < high:
+            raise ConfigError("regularizer.init_args.low", low, f"write a number below high ({high})")
+        self.fraction, self.low, self.high = fraction, low, high
+
+    def prepare(self, step: Experience, context: StepContext) -> Experience:
+        covariance = token_covariance(step, context)
+        eligible = ((covariance > self.low) & (covariance < self.high) & step.mask).flatten().nonzero().squeeze(-1)
+        generator = torch.Generator().manual_seed(context.seed % 2**63)
+        chosen = torch.randperm(len(eligible), generator=generator)[: count_of(step.mask, self.fraction)]
+        spared = torch.zeros(covariance.numel(), dtype=torch.bool, device=covariance.device)
+        spared[eligible[chosen.to(eligible.device)]] = True
+        return step.with_extra(clip_cov=spared.view_as(step.mask))
+
+    def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:
+        return torch.where(stats.extra["clip_cov"], 0.0, loss)
+
+
+class KLCov(PolicyLossMethod):
+    """The tokens with the highest ``c_t`` pay ``kl_coef·|log π − log π_old|`` for moving.
+
+    Args:
+        fraction: how many, as a share of the step's valid tokens; at least one.
+        kl_coef: β of the penalty.
+    """
+
+    def __init__(self, fraction: float = 2e-3, kl_coef: float = 1.0) -> None:
+        super().__init__()
+        check_fraction(fraction)
+        check_at_least("regularizer.init_args.kl_coef", kl_coef, 0)
+        self.fraction, self.kl_coef = fraction, kl_coef
+
+    def prepare(self, step: Experience, context: StepContext) -> Experience:
+        covariance = token_covariance(step, context).masked_fill(~step.mask, -torch.inf)
+        highest = covariance.flatten().topk(count_of(step.mask, self.fraction)).indices
+        held = torch.zeros(covariance.numel(), dtype=torch.bool, device=covariance.device)
+        held[highest] = True
+        return step.with_extra(kl_cov=held.view_as(step.mask) & step.mask)
+
+    def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:
+        penalty = self.kl_coef * (stats.logp - stats.old_logp).abs()
+        return loss + torch.where(stats.extra["kl_cov"], penalty, 0.0)
+
+
+def count_of(mask: Tensor, fraction: float) -> int:
+    """``fraction`` of the valid tokens, at least one if there is any."""
+    tokens = int(mask.sum())
+    return min(tokens, max(1, int(tokens * fraction)))
+
+
+def check_fraction(fraction: float, name: str = "fraction") -> None:
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"regularizer.init_args.{name}", fraction, "write a share of the tokens, above 0 and up to 1")

@@ -1,0 +1,76 @@
+"""IBRO itself, with the answer-conditioned entropy that IB regularisation approximates (arXiv 2507.18391)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from ibro_lightning.coefficients import Coefficient
+from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.regularizers.base import EntropyRegularizer
+from ibro_lightning.regularizers.hindsight import HindsightTemplate
+from ibro_lightning.types import Experience, StepContext, TokenStats
+
+Form = Literal["weighted", "two-term"]
+
+
+class IBRO(EntropyRegularizer):
+    """Theorem 1's surrogate: minimise ``Σ_t β·H(o_t | o_<t, q, a) − H(o_t | o_<t, q)``.
+
+    The answer-conditioned entropy ``Hᵃ_t`` is the policy's own on the same response behind a prompt that shows the
+    ground truth. ``weighted`` puts it into a weight on the token's entropy, ``λ_t = β·sg(Hᵃ_t / H_t) − 1``, and
+    minimises ``λ_t·H_t``: one more scoring pass per optimizer step. *This closed form of λ_t is our reading; the paper
+    defines λ_t through the answer-conditioned entropy and then replaces it by −A_t.* ``two-term`` is the surrogate as
+    it stands, with gradients through both entropies: one more forward *and backward* pass.
+
+    Args:
+        coef: α of ``L = L_PG − α·J``.
+        beta: β ≥ 2 of ``I(q; r) − β·I(r; a)``.
+        form: see above.
+        template: how the answer is shown, see :class:`HindsightTemplate`. A model that never saw such prompts may
+            be *less* certain with the answer than without.
+        max_ratio: ``Hᵃ_t / H_t`` is cut here, so that λ_t lies in [−1, β·max_ratio − 1]; knowing more cannot raise
+            entropy on average, but it may on a token, and ``H_t`` may be near 0. For ``weighted`` only.
+    """
+
+    def __init__(
+        self,
+        coef: float | Coefficient = 0.005,
+        beta: float = 2.0,
+        form: Form = "weighted",
+        template: str = "{prompt}\n\nThe correct answer is {answer}.",
+        max_ratio: float = 1.0,
+    ) -> None:
+        super().__init__(coef)
+        check_at_least("regularizer.init_args.beta", beta, 0)
+        check_at_least("regularizer.init_args.max_ratio", max_ratio, 0)
+        if form not in get_args(Form):
+            raise ConfigError("regularizer.init_args.form", form, "write weighted or two-term")
+        self.beta, self.form, self.max_ratio = beta, form, max_ratio
+        self.hindsight = HindsightTemplate(template)
+
+    def prepare(self, step: Experience, context: StepContext) -> Experience:
+        if self.form == "two-term" or not self.coef:
+            return step
+        sequences = self.hindsight.sequences(step.prompts, step.sequences, context.tokenizer)
+        _, entropy = context.score(sequences, step.temperature)
+        return step.with_extra(hindsight_entropy=entropy)
+
+    def statistics(self, micro: Experience, context: StepContext) -> Mapping[str, Tensor]:
+        if self.form == "weighted":
+            return {}
+        sequences = self.hindsight.sequences(micro.prompts, micro.sequences, context.tokenizer)
+        _, entropy = context.policy(sequences, temperature=micro.temperature)
+        assert entropy is not None
+        return {"hindsight_entropy": entropy}
+
+    def objective(self, stats: TokenStats) -> Tensor:
+        assert stats.entropy is not None
+        with_answer = stats.extra["hindsight_entropy"]
+        if self.form == "two-term":
+            return stats.entropy - self.beta * with_answer
+        without = stats.entropy.detach().clamp(min=1e-6)
+        lam = self.beta * (with_answer / without).clamp(max=self.max_ratio) - 1.0
+        return -lam * stats.entropy

@@ -1,0 +1,35 @@
+"""80/20: learn from the uncertain tokens only (arXiv 2506.01939)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ibro_lightning.regularizers.base import PolicyLossMethod
+from ibro_lightning.regularizers.covariance import check_fraction, count_of
+from ibro_lightning.types import Experience, StepContext, TokenStats
+
+
+class TopEntropyTokens(PolicyLossMethod):
+    """The policy loss of all but the most uncertain tokens is 0; the denominator still counts all of them.
+
+    Uncertain are the tokens of the optimizer step with the highest entropy under the policy that the rollout came from.
+    Each rank chooses among its own tokens.
+
+    Args:
+        fraction: share of tokens that are learned from; 0.2 in the paper.
+    """
+
+    def __init__(self, fraction: float = 0.2) -> None:
+        super().__init__()
+        check_fraction(fraction)
+        self.fraction = fraction
+
+    def prepare(self, step: Experience, context: StepContext) -> Experience:
+        entropy = step.old_entropy.masked_fill(~step.mask, -torch.inf)
+        chosen = torch.zeros(entropy.numel(), dtype=torch.bool, device=entropy.device)
+        chosen[entropy.flatten().topk(count_of(step.mask, self.fraction)).indices] = True
+        return step.with_extra(top_entropy=chosen.view_as(step.mask))
+
+    def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:
+        return torch.where(stats.extra["top_entropy"], loss, 0.0)
