@@ -5,12 +5,16 @@ ARGS ?=
 PY = $(VENV)/bin/python
 READY = $(VENV)/.ready
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart quickstart-ppo test lint clean
 
 # DAPO with IB regularisation on the embedded engine, on a CPU. ARGS go to the training command,
 # e.g. make quickstart ARGS="--seed_everything 2".
 quickstart: runs/sft_quickstart/model/config.json
 	$(PY) -m ibro_lightning fit --config quickstart.yaml $(ARGS)
+
+# The same task with PPO and a critic.
+quickstart-ppo: runs/sft_quickstart/model/config.json
+	$(PY) -m ibro_lightning fit --config quickstart_ppo.yaml $(ARGS)
 
 # The base policy is trained once, and kept.
 runs/sft_quickstart/model/config.json: | $(READY)

@@ -211,9 +211,10 @@ def test_equal_values_whiten_to_zero() -> None:
 
 
 def test_a_large_common_part_does_not_blur_small_differences() -> None:
-    values = (10_000 + torch.arange(11.0) / 1024)[None]
-    expected = (torch.arange(11.0) - 5)[None] / math.sqrt(10)  # the population variance of 0..10 is 10
-    torch.testing.assert_close(masked_whiten(values, torch.ones(1, 11), epsilon=0.0), expected, rtol=1e-6, atol=1e-6)
+    """The mean, 10,000 + 4.5/1024, is no float32: rounded to one it would be off by half a step."""
+    values = (10_000 + torch.arange(10.0) / 1024)[None]
+    expected = (torch.arange(10.0) - 4.5)[None] / math.sqrt(8.25)  # the population variance of 0..9
+    torch.testing.assert_close(masked_whiten(values, torch.ones(1, 10), epsilon=0.0), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(torch.bfloat16, torch.bfloat16), (torch.int64, torch.float32)])
@@ -288,8 +289,8 @@ def test_explained_variance_agrees_with_numpy() -> None:
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_explained_variance_of_equal_returns_is_zero(constant: float, size: int) -> None:
     """Their variance in floating point is not 0: dividing by it would give -1e30."""
-    returns = torch.full((2, size), constant)
-    assert explained_variance(doubles(2, size).float(), returns, torch.ones(2, size)).item() == 0.0
+    returns = torch.full((2, size), constant, dtype=torch.float64)
+    assert explained_variance(doubles(2, size), returns, torch.ones(2, size)).item() == 0.0
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 0)])

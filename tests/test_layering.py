@@ -21,18 +21,22 @@ ALLOWED = {
     "seeding": set(),
     "functional": set(),
     "sequences": set(),
+    "rendering": set(),
+    "coefficients": {"errors"},
     "types": {"errors", "sequences"},
     "tasks": {"errors"},
     "recipes": {"errors"},
     "metrics": {"functional", "types"},
-    "regularizers": {"errors", "types"},
+    "regularizers": {"coefficients", "errors", "rendering", "sequences", "types"},
     "models": {"errors", "functional", "sequences", "tasks", "types"},
     "engines": {"errors", "seeding", "types"},
     "rewards": {"errors", "functional", "tasks", "types"},
-    "datamodules": {"engines", "errors", "functional", "rewards", "seeding", "sequences", "tasks", "timing", "types"},
-    "modules": {"errors", "functional", "metrics", "models", "regularizers", "seeding", "sequences", "timing", "types"},
+    "datamodules": {"engines", "errors", "functional", "rendering", "rewards", "seeding", "sequences", "tasks"}
+    | {"timing", "types"},
+    "modules": {"coefficients", "errors", "functional", "metrics", "models", "regularizers", "seeding", "sequences"}
+    | {"timing", "types"},
     "callbacks": {"errors", "metrics", "modules", "types", "version"},
-    "cli": {"callbacks", "datamodules", "engines", "errors", "models", "modules", "recipes", "regularizers", "rewards"}
+    "cli": {"callbacks", "datamodules", "engines", "errors", "modules", "recipes", "regularizers", "rewards"}
     | {"version"},
     "__main__": {"cli"},
     "__init__": {"version"},

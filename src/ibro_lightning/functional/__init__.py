@@ -25,6 +25,7 @@ from ibro_lightning.functional.aggregate import (
     token_mean,
 )
 from ibro_lightning.functional.evaluation import avg_at_k, bootstrap_interval, pass_at_k
+from ibro_lightning.functional.fused_head import linear_logprob_entropy
 from ibro_lightning.functional.kl import KLEstimator, kl_divergence
 from ibro_lightning.functional.logprobs import logprob_and_entropy
 from ibro_lightning.functional.mismatch import (
@@ -69,6 +70,7 @@ __all__ = [
     "informative_groups",
     "kl_divergence",
     "length_adaptive_lambda",
+    "linear_logprob_entropy",
     "logprob_and_entropy",
     "masked_covariance",
     "masked_mean",

@@ -76,9 +76,7 @@ def gspo_surrogate(
         All fields ``[B, T]``, with loss 0, no flags and no gradient under a zero mask. Log-ratios are cut to ±20.
     """
     mask = mask.bool()
-    # An impossible token (−inf) becomes a very unlikely one: −inf − (−inf) would be nan.
-    lowest = torch.finfo(logp.dtype).min
-    logp, old_logp = (torch.where(mask, x, 0.0).clamp(min=lowest) for x in (logp, old_logp))
+    logp, old_logp = (_finite(torch.where(mask, x, 0.0)) for x in (logp, old_logp))
     log_ratio = (logp - old_logp).detach().clamp(-20.0, 20.0)
     sequence = (log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)).exp()
     ratio = sequence * (logp - logp.detach()).exp()
@@ -112,10 +110,15 @@ def cispo_surrogate(
     """
     # As a number, −inf would make the loss infinite however small its weight.
     possible = torch.where(logp == -torch.inf, 0.0, logp)
-    ratio = (logp - old_logp).detach().clamp(-20.0, 20.0).exp()
+    ratio = (_finite(logp) - _finite(old_logp)).detach().clamp(-20.0, 20.0).exp()
     low, high = 1.0 - clip_ratio_low, 1.0 + clip_ratio_high
     loss = -ratio.clamp(low, high) * advantages * possible
     return ClippedSurrogate(loss, ratio < low, ratio > high, torch.zeros_like(ratio, dtype=torch.bool))
+
+
+def _finite(logp: Tensor) -> Tensor:
+    """An impossible token (−inf) as a very unlikely one: −inf − (−inf) would be nan."""
+    return logp.clamp(min=torch.finfo(logp.dtype).min)
 
 
 def _clip(

@@ -1,0 +1,109 @@
+"""What IB regularisation costs: an update step with it over one without, side by side in one process.
+
+    python benchmarks/ib_overhead.py                    # the quick start's model
+    python benchmarks/ib_overhead.py --shape smollm2    # SmolLM2-135M's shapes (49,152 x 576), random weights
+
+A step is what ``ActorModule.update`` does with one mini-batch: forward, loss and backward of every micro-batch,
+gradient clipping, AdamW. Steps with and without alternate, in changing order; the figure is the median of the ratios of
+CPU seconds. ``none / none`` is the same comparison of the method with itself: the noise to read the other ratios against.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ibro_lightning.models import PolicyOptions, PolicySource, Qwen2FromScratch
+from ibro_lightning.modules import DAPOModule
+from ibro_lightning.regularizers import EntropyBonus, InformationBottleneck, NoRegularizer
+from ibro_lightning.sequences import Sequences
+from ibro_lightning.tasks import NumberPath
+from ibro_lightning.types import Experience
+
+
+class SmolLM2Shapes(PolicySource):
+    """SmolLM2-135M, untrained."""
+
+    def tokenizer(self) -> Any:
+        return SimpleNamespace(eos_token_id=0)
+
+    def config(self) -> Any:
+        return LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            intermediate_size=1536,
+            tie_word_embeddings=True,
+        )
+
+    def build(self, options: PolicyOptions) -> Any:
+        torch.manual_seed(0)
+        return LlamaForCausalLM(self.config())
+
+
+SHAPES = {  # source, responses, prompt and response tokens, tokens per micro-batch
+    "quickstart": (lambda: Qwen2FromScratch(NumberPath()), 192, 4, 24, 2048),
+    "smollm2": (SmolLM2Shapes, 8, 32, 96, 1024),
+}
+
+
+def experience_of(module: DAPOModule, responses: int, prompt_tokens: int, response_tokens: int) -> Experience:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = module.policy_source.config().vocab_size
+    tokens = torch.randint(vocabulary, (responses, prompt_tokens + response_tokens), generator=generator)
+    sequences = Sequences.collate(tokens[:, :prompt_tokens].tolist(), tokens[:, prompt_tokens:].tolist())
+    logp, entropy = module.score(sequences, 1.0)
+    advantages = torch.randn(responses, 1, generator=generator).expand(logp.shape)
+    groups = torch.arange(responses) // 8
+    return Experience(sequences, logp, entropy, advantages, sequences.response_mask, groups, 1.0)
+
+
+def step(module: DAPOModule, optimizer: torch.optim.Optimizer, experience: Experience) -> float:
+    """CPU seconds of one update."""
+    start = time.process_time()
+    prepared = module.begin_step(experience)
+    for rows in module.micro_batches(prepared.sequences):
+        micro = prepared.select(rows)
+        loss, _ = module.loss(module.token_stats(micro), micro)
+        loss.backward()
+    torch.nn.utils.clip_grad_norm_(module.policy.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.process_time() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="quickstart")
+    parser.add_argument("--repeats", type=int, default=None, help="pairs of steps per method")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    source, responses, prompt_tokens, response_tokens, budget = SHAPES[arguments.shape]
+    module = DAPOModule(source(), micro_batch_tokens=budget)
+    module.configure_model()
+    experience = experience_of(module, responses, prompt_tokens, response_tokens)
+    optimizer = torch.optim.AdamW(module.policy.parameters(), lr=1e-6)
+    repeats = arguments.repeats or {"quickstart": 40, "smollm2": 5}[arguments.shape]
+    step(module, optimizer, experience)
+    for name, regularizer in (("none", NoRegularizer()), ("IB", InformationBottleneck()), ("naive", EntropyBonus())):
+        ratios = []
+        for repeat in range(repeats):
+            seconds = {}
+            for method in (NoRegularizer(), regularizer)[:: 1 if repeat % 2 else -1]:
+                module.regularizer = method
+                seconds[method is regularizer] = step(module, optimizer, experience)
+            ratios.append(seconds[True] / seconds[False])
+        low, _, high = statistics.quantiles(ratios, n=4)
+        print(f"{arguments.shape}: {name} / none  {statistics.median(ratios):.3f}  (quartiles {low:.3f} to {high:.3f})")
+
+
+if __name__ == "__main__":
+    main()

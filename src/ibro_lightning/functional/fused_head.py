@@ -1,0 +1,260 @@
+"""Log-probs and entropy straight from the hidden states: an output layer that never holds its ``[N, V]`` logits.
+
+The logits are the largest tensor of a language model's step, and only two numbers a row are wanted of them. Here they
+exist for a chunk of rows at a time, over the whole vocabulary, and are computed again in the backward pass. With
+``z = (h Wᵀ + b)/T``, ``p = softmax(z)``, and ``g``, ``u`` the gradients arriving for ``log p_y`` and ``H``:
+
+    dz_j = g (1{j = y} − p_j) − u p_j (log p_j + H)
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Bytes of logits in a chunk. On a CPU, fewer rows make the products slower and more make them hardly faster
+# (benchmarks/README.md). A GPU wants a thousand rows to be busy; its figure is a guess, not a measurement.
+_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+# Eager arithmetic passes over its logits several times: in blocks that the cache holds, and with temporaries as small.
+_CPU_BLOCK_BYTES = 4 << 20
+# What a bias of −inf becomes. p is 0 all the same, and so is p log p, where 0·(−inf) would be nan.
+_IMPOSSIBLE = -1e30
+
+# Device types on which the arithmetic is compiled. One where that fails is taken out; tests put the CPU in.
+_compiled_devices = {"cuda"}
+_compiled: Callable[..., Any] = functools.cache(functools.partial(torch.compile, dynamic=True))
+_precision_lock = threading.Lock()
+
+
+def linear_logprob_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    with_entropy: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """``logprob_and_entropy(hidden @ weight.T + bias, targets)`` without the ``[N, V]`` logits.
+
+    Logits, sums and results are float32 (float64 for float64 inputs) whatever the inputs' dtype, under autocast too.
+    On a CPU, half-precision weights are converted once a pass, which takes ``4·V·D`` bytes until the pass ends.
+
+    Args:
+        hidden: ``[N, D]``; ``weight``: ``[V, D]``; ``bias``: ``[V]``, with −inf for masked tokens.
+        targets: ``[N]`` int64. On a CPU they are checked to lie in the vocabulary; on a GPU that would wait for it.
+        temperature: the *sampling* temperature; scoring at another one than was sampled at is off by nats.
+        chunk_size: rows of logits at a time. By default as many as fit in 32 MiB on a CPU, 512 MiB elsewhere.
+        with_entropy: when False the entropy is neither computed nor returned (None).
+
+    Returns:
+        ``(logp [N], entropy [N] or None)``, in nats, both with exact first derivatives in hidden, weight and bias.
+    """
+    _check(hidden, weight, targets, bias, temperature, chunk_size)
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        bias = bias if bias is None else bias.to(dtype)
+    if chunk_size is None:
+        row_bytes = len(weight) * _wide(dtype).itemsize
+        chunk_size = max(1, _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cuda"]) // row_bytes)
+    # Converted out here, so that autograd converts the gradients back.
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return _LinearLogprobEntropy.apply(hidden, weight, bias, targets, temperature, chunk_size, with_entropy)
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, chunk_size: int | None
+) -> None:
+    if hidden.ndim != 2 or not hidden.is_floating_point():
+        raise ValueError(f"hidden must be floating-point [N, D], got {hidden.dtype} {list(hidden.shape)}")
+    n, d = hidden.shape
+    if weight.ndim != 2 or weight.shape[1] != d or not len(weight) or not weight.is_floating_point():
+        raise ValueError(f"weight must be floating-point [V, D={d}], got {weight.dtype} {list(weight.shape)}")
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        raise ValueError(f"bias must be floating-point [V={len(weight)}], got {bias.dtype} {list(bias.shape)}")
+    if targets.shape != (n,) or targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64 [N={n}], got {targets.dtype} {list(targets.shape)}")
+    if targets.device.type == "cpu" and n and not 0 <= targets.min() <= targets.max() < len(weight):
+        raise ValueError(f"targets must be in [0, V={len(weight)}), got {targets.min()} to {targets.max()}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+
+
+class _LinearLogprobEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.temperature, ctx.chunk_size, with_entropy = options
+        ctx.set_materialize_grads(False)
+        results = []
+        with _exact_products(hidden):
+            for rows, logits in _logit_chunks(*_factors(hidden, weight), bias, ctx.temperature, ctx.chunk_size):
+                for block in _blocks(logits):
+                    results.append(_run(_statistics, logits[block], targets[rows][block], with_entropy))
+        top, log_total, logp, *entropy = (torch.cat(column) for column in zip(*results, strict=True))
+        ctx.save_for_backward(hidden, weight, bias, targets, top, log_total, logp, *entropy)
+        logp = logp.clone() if bias is None else logp.masked_fill(bias[targets] == -torch.inf, -torch.inf)
+        return logp, entropy[0].clone() if entropy else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g_logp is None and g_entropy is None:
+            return (None,) * 7
+        hidden, weight, bias, *statistics = ctx.saved_tensors
+        inputs, (h, w) = (hidden, weight, bias), _factors(hidden, weight)
+        of_rows = [g if g is None else g / ctx.temperature for g in (g_logp, g_entropy)] + statistics
+        sums = [
+            torch.zeros_like(x, dtype=_wide(x.dtype)) if needed else None
+            for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+        ]
+        with _exact_products(hidden):
+            for rows, logits in _logit_chunks(h, w, bias, ctx.temperature, ctx.chunk_size):
+                dz = logits if h.dtype == logits.dtype else torch.empty_like(logits, dtype=h.dtype)
+                for block in _blocks(logits):
+                    out = None if dz is logits else dz[block]
+                    _run(_logit_gradients, logits[block], out, *(x if x is None else x[rows][block] for x in of_rows))
+                _accumulate(sums, rows, dz, h, w)
+        return *(s if s is None else s.to(x.dtype) for s, x in zip(sums, inputs, strict=True)), *(None,) * 4
+
+
+def _statistics(logits: Tensor, targets: Tensor, with_entropy: bool, *, overwrite: bool) -> tuple[Tensor, ...]:
+    """``(max z, log Σ exp(z − max), log p_y[, H])`` of each row; with ``overwrite`` the logits serve as scratch."""
+    scratch = logits if overwrite else None
+    top = logits.amax(dim=1)
+    shifted = torch.sub(logits, top.unsqueeze(1), out=scratch)
+    at_target = shifted.gather(1, targets.unsqueeze(1)).squeeze(1)
+    exps = torch.exp(shifted, out=None if with_entropy else scratch)
+    total = exps.sum(dim=1)
+    log_total = total.log()
+    if not with_entropy:
+        return top, log_total, at_target - log_total
+    return top, log_total, at_target - log_total, log_total - torch.mul(shifted, exps, out=scratch).sum(dim=1) / total
+
+
+def _logit_gradients(
+    logits: Tensor, out: Tensor | None, g: Tensor | None, u: Tensor | None, targets: Tensor, top: Tensor,
+    log_total: Tensor, logp: Tensor, entropy: Tensor | None = None, *, overwrite: bool
+) -> None:  # fmt: skip
+    """``dz`` into ``out``, or over the logits. With ``p = exp(z − max)/Σ``, −1/Σ is a factor of rows, not of logits."""
+    scratch, out = logits if overwrite else None, logits if out is None else out
+    shifted = torch.sub(logits, top.unsqueeze(1), out=scratch)
+    exps = torch.exp(shifted, out=scratch if u is None else None)
+    factor, rest = -torch.exp(-log_total), 0.0 if g is None else g
+    if u is None or entropy is None:
+        torch.mul(exps, (rest * factor).unsqueeze(1), out=out)
+    else:
+        # rest + u (log p + H), where log p = shifted − log Σ.
+        offset = rest + u * (entropy - log_total)
+        inner = torch.mul(shifted, (u * factor).unsqueeze(1), out=scratch)
+        inner = torch.add(inner, (offset * factor).unsqueeze(1), out=scratch)
+        torch.mul(inner, exps, out=out)
+        rest = rest + u * (logp + entropy)
+    if g is not None:
+        # Written, not added: in half precision 1 − p_y would be lost where p_y is close to 1.
+        out.scatter_(1, targets.unsqueeze(1), (g - logp.exp() * rest).unsqueeze(1).to(out.dtype))
+
+
+def _accumulate(sums: list[Tensor | None], rows: slice, dz: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    of_hidden, of_weight, of_bias = sums
+    if of_hidden is not None:
+        _addmm_(of_hidden[rows], dz, weight)
+    if of_weight is not None:
+        _addmm_(of_weight, dz.T, hidden[rows])
+    if of_bias is not None:
+        of_bias += dz.sum(dim=0, dtype=of_bias.dtype)
+
+
+def _addmm_(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> None:
+    """``out ← beta out + alpha a b`` in the dtype of ``out``, which on CUDA may be wider than that of a and b."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b, beta=beta, alpha=alpha)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+
+
+def _factors(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What is multiplied. Only CUDA has products of halves that come out in float32; elsewhere they are converted."""
+    dtype = hidden.dtype if hidden.is_cuda else _wide(hidden.dtype)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+@contextmanager
+def _exact_products(hidden: Tensor) -> Iterator[None]:
+    """No autocast; and, on a CPU, bfloat16 values multiplied as such although they come as float32.
+
+    oneDNN then takes its bfloat16 instructions, 2.6 times as fast, and sums in float32: of the logits nothing is
+    rounded. In the backward products ``dz`` is, to the dtype of the gradients. The setting belongs to the process:
+    the lock is there lest two threads restore each other's.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        if hidden.device.type != "cpu" or hidden.dtype != torch.bfloat16:
+            yield
+            return
+        products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        with _precision_lock:
+            before, products.fp32_precision = products.fp32_precision, "bf16"
+            try:
+                yield
+            finally:
+                products.fp32_precision = before
+
+
+def _logit_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, chunk_size: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """``(rows, their logits / temperature)``, each time in the same buffer, which is the caller's to write over."""
+    buffer = hidden.new_empty((min(chunk_size, len(hidden)), len(weight)), dtype=_wide(hidden.dtype))
+    if bias is not None:
+        bias = (bias.to(buffer.dtype) / temperature).clamp(min=_IMPOSSIBLE)
+    for rows in _slices(len(hidden), chunk_size):
+        logits = buffer[: rows.stop - rows.start]
+        if bias is not None:
+            logits.copy_(bias)
+        _addmm_(logits, hidden[rows], weight.T, beta=0 if bias is None else 1, alpha=1 / temperature)
+        yield rows, logits
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    """The rows of a chunk that the arithmetic takes at a time."""
+    fitting = _CPU_BLOCK_BYTES // (logits.shape[1] * logits.itemsize)
+    return _slices(len(logits), max(1, fitting if logits.device.type == "cpu" else len(logits)))
+
+
+def _slices(count: int, step: int) -> Iterator[slice]:
+    """Of no rows, one empty slice: what is put together from the slices then still has its dtype and device."""
+    for start in range(0, max(count, 1), step):
+        yield slice(start, min(start + step, count))
+
+
+def _run(function: Callable[..., Any], logits: Tensor, *args: Any) -> Any:
+    """A chunk's arithmetic, on a GPU as a kernel or two: there each eager operation is a trip to memory."""
+    device = logits.device.type
+    if device in _compiled_devices:
+        try:
+            return _compiled(function)(logits, *args, overwrite=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            _compiled_devices.discard(device)
+            warnings.warn(
+                f"torch.compile failed on {device}; the output layer goes on without it: {error}", stacklevel=2
+            )
+    return function(logits, *args, overwrite=True)
