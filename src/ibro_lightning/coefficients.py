@@ -48,8 +48,13 @@ class Constant(Coefficient):
         return self.coef
 
 
-class _Schedule(Coefficient):
-    """From ``start`` in the first iteration to ``end`` after ``iterations`` of them, then constant."""
+class Schedule(Coefficient):
+    """From one value in the first iteration to another, then constant.
+
+    Args:
+        start, end: first and last value.
+        iterations: how long it takes.
+    """
 
     def __init__(self, start: float, end: float, iterations: int) -> None:
         super().__init__()
@@ -64,32 +69,16 @@ class _Schedule(Coefficient):
         return min(1.0, max(0.0, self.state["iterations"] - 1) / self.iterations)
 
 
-class Linear(_Schedule):
-    """A straight line.
-
-    Args:
-        start, end: first and last value.
-        iterations: how long it takes.
-    """
-
-    def __init__(self, start: float, end: float, iterations: int) -> None:
-        super().__init__(start, end, iterations)
+class Linear(Schedule):
+    """A straight line from ``start`` to ``end``."""
 
     @property
     def value(self) -> float:
         return self.start + (self.end - self.start) * self.progress
 
 
-class Cosine(_Schedule):
-    """Half a cosine: flat at both ends.
-
-    Args:
-        start, end: first and last value.
-        iterations: how long it takes.
-    """
-
-    def __init__(self, start: float, end: float, iterations: int) -> None:
-        super().__init__(start, end, iterations)
+class Cosine(Schedule):
+    """Half a cosine from ``start`` to ``end``: flat at both."""
 
     @property
     def value(self) -> float:

@@ -22,29 +22,25 @@ from ibro_lightning.functional import (
     aggregation_weights,
     approximate_kl,
     masked_mean,
-    masked_whiten,
     token_mean,
 )
 from ibro_lightning.models import PolicySource
-from ibro_lightning.modules.base import PolicyModule
-from ibro_lightning.modules.batching import check_aggregation, mini_batches, token_budget_batches, weighted_sum
+from ibro_lightning.modules.batching import check_aggregation, mini_batches, weighted_sum
 from ibro_lightning.modules.diagnostics import experience_metrics
-from ibro_lightning.modules.reference import ReferenceKL
+from ibro_lightning.modules.scoring import ScoringModule
 from ibro_lightning.modules.surrogates import Clips, Surrogate, check_surrogate, surrogate_loss
 from ibro_lightning.regularizers import EntropyRegularizer, NoRegularizer
 from ibro_lightning.seeding import derive_seed, run_seed
-from ibro_lightning.sequences import Sequences
 from ibro_lightning.timing import PhaseTimer
-from ibro_lightning.types import Experience, Rollout, StepContext, TokenStats
+from ibro_lightning.types import Experience, Rollout, TokenStats
 
 
-class ActorModule(PolicyModule):
+class ActorModule(ScoringModule):
     """Base of the reinforcement-learning modules. One Lightning batch is one rollout.
 
     Args:
         policy: see :class:`PolicyModule`.
         regularizer: an entropy method.
-        kl: a KL penalty to a reference policy; None, as in DAPO and in the paper, has none.
         surrogate: the policy loss. ``ppo``: each token's clipped ratio (PPO, GRPO, DAPO); ``gspo``: one clipped ratio
             per sequence (with clip ratios near 3e-4 and aggregation ``seq-mean-token-mean``); ``cispo``: the clipped
             ratio as a weight, no token loses its gradient.
@@ -52,57 +48,41 @@ class ActorModule(PolicyModule):
         dual_clip: bounds the loss of negative advantages by c·|A|; None switches it off. Not in ``cispo``.
         aggregation: how token losses become one number; denominators count the whole optimizer step.
         aggregation_max_tokens: the constant length of ``seq-mean-token-sum-norm`` (Dr.GRPO).
-        overlong_filter: leave responses that were cut at the length limit out of the loss. Advantages still compare
-            with them.
         mini_batch_prompts: prompts (whole groups) per optimizer step; None takes the rollout in one step.
         update_epochs: passes over each rollout.
-        micro_batch_tokens: tokens in memory at once, padding included; changes speed and memory, never the result.
-        policy_settings: optimizer, warmup_steps, max_grad_norm, policy_options, as in :class:`PolicyModule`.
+        scoring_settings: kl, overlong_filter, micro_batch_tokens, as in :class:`ScoringModule`, and optimizer,
+            warmup_steps, max_grad_norm, policy_options, as in :class:`PolicyModule`.
     """
 
     def __init__(
         self,
         policy: str | PolicySource,
         regularizer: EntropyRegularizer | None = None,
-        kl: ReferenceKL | None = None,
         surrogate: Surrogate = "ppo",
         clip_ratio_low: float = 0.2,
         clip_ratio_high: float = 0.28,
         dual_clip: float | None = 10.0,
         aggregation: AggregationMode = "token-mean",
         aggregation_max_tokens: int | None = None,
-        overlong_filter: bool = False,
         mini_batch_prompts: int | None = None,
         update_epochs: int = 1,
-        micro_batch_tokens: int = 16384,
-        **policy_settings: Any,
+        **scoring_settings: Any,
     ) -> None:
-        super().__init__(policy, **policy_settings)
-        for name, value in (
-            ("mini_batch_prompts", mini_batch_prompts),
-            ("update_epochs", update_epochs),
-            ("micro_batch_tokens", micro_batch_tokens),
-        ):
+        super().__init__(policy, **scoring_settings)
+        for name, value in (("mini_batch_prompts", mini_batch_prompts), ("update_epochs", update_epochs)):
             if value is not None:
                 check_at_least(f"model.{name}", value, 1)
         check_aggregation(aggregation, aggregation_max_tokens)
-        self.regularizer, self.kl = regularizer or NoRegularizer(), kl
+        self.regularizer = regularizer or NoRegularizer()
         self.surrogate, self.clips = surrogate, Clips(clip_ratio_low, clip_ratio_high, dual_clip)
         check_surrogate(self.surrogate, self.clips)
         self.aggregation: AggregationMode = aggregation
         self.aggregation_max_tokens = aggregation_max_tokens
-        self.overlong_filter = overlong_filter
         self.mini_batch_prompts, self.update_epochs = mini_batch_prompts, update_epochs
-        self.micro_batch_tokens = micro_batch_tokens
 
     @abstractmethod
     def prepare(self, rollout: Rollout) -> Experience:
         """Everything that stays fixed during the update, without gradients: :meth:`score_rollout` and advantages."""
-
-    def configure_model(self) -> None:
-        super().configure_model()
-        if self.kl is not None:
-            self.kl.setup(self.policy_source, self.policy_options)
 
     def training_step(self, rollout: Rollout, batch_idx: int) -> dict[str, float]:
         if rollout.skip_update:
@@ -127,34 +107,6 @@ class ActorModule(PolicyModule):
         }
 
     # From a rollout to optimizer steps.
-
-    def score_rollout(self, rollout: Rollout) -> Experience:
-        """The rollout as the policy sees it before the update; advantages are still 0.
-
-        ``extra["token_rewards"]`` holds each response's reward at its last token, less a KL penalty in the reward.
-        """
-        sequences = rollout.sequences
-        logp, entropy = self.score(sequences, rollout.temperature)
-        responses = sequences.response_mask
-        rewards = torch.zeros_like(logp)
-        rewards.scatter_(1, sequences.response_lengths[:, None] - 1, rollout.rewards[:, None].to(logp.dtype))
-        extra: dict[str, Tensor] = {}
-        if self.kl is not None:
-            extra["reference_logp"], _ = self.score(sequences, rollout.temperature, self.kl.on(self.device))
-            extra["reference_kl"] = self.kl.penalty(logp, extra["reference_logp"])
-            rewards = self.kl.take_from(rewards, extra["reference_kl"])
-        return Experience(
-            sequences=sequences,
-            old_logp=logp,
-            old_entropy=entropy,
-            advantages=torch.zeros_like(logp),
-            mask=responses & ~rollout.truncated[:, None] if self.overlong_filter else responses,
-            groups=rollout.groups,
-            temperature=rollout.temperature,
-            iteration=rollout.iteration,
-            prompts=rollout.prompts,
-            extra={"token_rewards": rewards, **extra},
-        )
 
     def observe(self, experience: Experience) -> None:
         """Tell the coefficients what the policy is like now."""
@@ -182,15 +134,13 @@ class ActorModule(PolicyModule):
             num_tokens=num_tokens,
             num_sequences=self.sum_over_ranks(step.mask.any(dim=1).sum()).clamp(min=1),
             max_tokens=self.aggregation_max_tokens,
+            dtype=step.old_logp.dtype,
         )
-        step = replace(step, weights=weights.to(step.old_logp.dtype), num_tokens=num_tokens)
+        step = replace(step, weights=weights, num_tokens=num_tokens)
         prepared = self.regularizer.prepare(step, self.context(seed))
         added = {name: values for name, values in prepared.extra.items() if name not in step.extra}
         means = {f"regularizer/{name}": masked_mean(values.float(), step.mask).item() for name, values in added.items()}
         return replace(prepared, metrics={"regularizer/coef": self.regularizer.coef, **means})
-
-    def context(self, seed: int = 0) -> StepContext:
-        return StepContext(self.policy, self.score, self.sum_over_ranks, self.tokenizer, seed)
 
     # One optimizer step.
 
@@ -245,39 +195,6 @@ class ActorModule(PolicyModule):
         logp, entropy = self.policy(micro.sequences, temperature=micro.temperature, with_entropy=with_entropy)
         extra = {**micro.extra, **(self.regularizer.statistics(micro, self.context()) if active else {})}
         return TokenStats(logp, entropy, micro.old_logp, micro.old_entropy, micro.advantages, micro.mask, extra)
-
-    # Scoring without gradients.
-
-    @torch.no_grad()
-    def score(self, sequences: Sequences, temperature: float, policy: Any = None) -> tuple[Tensor, Tensor]:
-        """``(logp, entropy)`` ``[B, T]`` under the policy as it is now (or another one), without gradients."""
-        policy = policy or self.policy
-        mask = sequences.response_mask
-        dtype = torch.float64 if next(policy.parameters()).dtype == torch.float64 else torch.float32
-        logp, entropy = (torch.zeros(mask.shape, dtype=dtype, device=mask.device) for _ in range(2))
-        for rows in self.micro_batches(sequences):
-            some_logp, some_entropy = policy(sequences.select(rows), temperature=temperature)
-            width = some_logp.shape[1]
-            logp[rows, :width], entropy[rows, :width] = some_logp, some_entropy
-        return logp, entropy
-
-    def micro_batches(self, sequences: Sequences) -> Iterator[Tensor]:
-        """Rows of each micro-batch, as the token budget cuts them."""
-        lengths, padded = sequences.lengths.tolist(), not self.policy_options.packing
-        for rows in token_budget_batches(lengths, self.micro_batch_tokens, padded=padded):
-            yield rows.to(sequences.input_ids.device)
-
-    def whiten(self, values: Tensor, mask: Tensor) -> Tensor:
-        """``[B, T]`` with mean 0 and variance 1 over the rollout's valid tokens on all ranks; 0 elsewhere."""
-        context = self.context()
-        mean = context.mean(values, mask)
-        return masked_whiten(values, mask, mean=mean, variance=context.mean((values - mean) ** 2, mask))
-
-    def sum_over_ranks(self, value: Tensor) -> Tensor:
-        if self._trainer is None:  # taken out of its trainer, a module is alone
-            return value
-        reduced: Any = self.trainer.strategy.reduce(value, reduce_op="sum")
-        return reduced
 
     def experience_metrics(self, experience: Experience, rollout: Rollout) -> dict[str, float]:
         """What the curves show of a rollout before the update."""

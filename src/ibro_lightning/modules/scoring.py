@@ -1,0 +1,116 @@
+"""A rollout as the policy (and a reference policy) sees it: log-probs, entropies, token rewards, without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ibro_lightning.errors import check_at_least
+from ibro_lightning.functional import masked_whiten
+from ibro_lightning.models import Policy, PolicySource
+from ibro_lightning.modules.base import PolicyModule
+from ibro_lightning.modules.batching import token_budget_batches
+from ibro_lightning.modules.reference import ReferenceKL
+from ibro_lightning.sequences import Sequences
+from ibro_lightning.types import Experience, Rollout, StepContext
+
+
+class ScoringModule(PolicyModule):
+    """Scores sequences in micro-batches, and knows what the whole rollout looks like over all ranks.
+
+    Args:
+        policy: see :class:`PolicyModule`.
+        kl: a KL penalty to a reference policy; None, as in DAPO and in the paper, has none.
+        overlong_filter: leave responses that were cut at the length limit out of the loss. Advantages still compare
+            with them.
+        micro_batch_tokens: tokens in memory at once, padding included; changes speed and memory, never the result.
+        policy_settings: optimizer, warmup_steps, max_grad_norm, policy_options, as in :class:`PolicyModule`.
+    """
+
+    def __init__(
+        self,
+        policy: str | PolicySource,
+        kl: ReferenceKL | None = None,
+        overlong_filter: bool = False,
+        micro_batch_tokens: int = 16384,
+        **policy_settings: Any,
+    ) -> None:
+        super().__init__(policy, **policy_settings)
+        check_at_least("model.micro_batch_tokens", micro_batch_tokens, 1)
+        self.kl, self.overlong_filter, self.micro_batch_tokens = kl, overlong_filter, micro_batch_tokens
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.kl is not None:
+            self.kl.setup(self.policy_source, self.policy_options)
+
+    def score_rollout(self, rollout: Rollout) -> Experience:
+        """The rollout as the policy sees it before the update; advantages are still 0.
+
+        ``extra["token_rewards"]`` holds each response's reward at its last token, less a KL penalty in the reward.
+        """
+        sequences = rollout.sequences
+        logp, entropy = self.score(sequences, rollout.temperature)
+        responses = sequences.response_mask
+        rewards = torch.zeros_like(logp)
+        rewards.scatter_(1, sequences.response_lengths[:, None] - 1, rollout.rewards[:, None].to(logp.dtype))
+        extra: dict[str, Tensor] = {}
+        if self.kl is not None:
+            reference = self.kl.on(self.device)
+            extra["reference_logp"], _ = self.score(sequences, rollout.temperature, reference, with_entropy=False)
+            extra["reference_kl"] = self.kl.penalty(logp, extra["reference_logp"])
+            rewards = self.kl.take_from(rewards, extra["reference_kl"])
+        return Experience(
+            sequences=sequences,
+            old_logp=logp,
+            old_entropy=entropy,
+            advantages=torch.zeros_like(logp),
+            mask=responses & ~rollout.truncated[:, None] if self.overlong_filter else responses,
+            groups=rollout.groups,
+            temperature=rollout.temperature,
+            iteration=rollout.iteration,
+            prompts=rollout.prompts,
+            extra={"token_rewards": rewards, **extra},
+        )
+
+    @torch.no_grad()
+    def score(
+        self, sequences: Sequences, temperature: float, policy: Policy | None = None, with_entropy: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """``(logp, entropy)`` ``[B, T]`` under the policy as it is now (or another one), without gradients; the entropy
+        is 0 if nobody wants it."""
+        policy = policy or self.policy
+        mask = sequences.response_mask
+        dtype = torch.float64 if next(policy.parameters()).dtype == torch.float64 else torch.float32
+        logp, entropy = (torch.zeros(mask.shape, dtype=dtype, device=mask.device) for _ in range(2))
+        for rows in self.micro_batches(sequences):
+            some_logp, some_entropy = policy(sequences.select(rows), temperature=temperature, with_entropy=with_entropy)
+            width = some_logp.shape[1]
+            logp[rows, :width] = some_logp
+            if some_entropy is not None:
+                entropy[rows, :width] = some_entropy
+        return logp, entropy
+
+    def micro_batches(self, sequences: Sequences) -> Iterator[Tensor]:
+        """Rows of each micro-batch, as the token budget cuts them."""
+        lengths, padded = sequences.lengths.tolist(), not self.policy_options.packing
+        for rows in token_budget_batches(lengths, self.micro_batch_tokens, padded=padded):
+            yield rows.to(sequences.input_ids.device)
+
+    def whiten(self, values: Tensor, mask: Tensor) -> Tensor:
+        """``[B, T]`` with mean 0 and variance 1 over the rollout's valid tokens on all ranks; 0 elsewhere."""
+        context = self.context()
+        mean = context.mean(values, mask)
+        return masked_whiten(values, mask, mean=mean, variance=context.mean((values - mean) ** 2, mask))
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        if self._trainer is None:  # taken out of its trainer, a module is alone
+            return value
+        reduced: Any = self.trainer.strategy.reduce(value, reduce_op="sum")
+        return reduced
+
+    def context(self, seed: int = 0) -> StepContext:
+        return StepContext(self.policy, self.score, self.sum_over_ranks, self.tokenizer, seed)
