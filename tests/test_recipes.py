@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import yaml
 
-from ibro_lightning.cli import main
+from ibro_lightning.cli import IbroCLI, main
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.modules import DAPOModule, PPOModule, ReferenceKL
 from ibro_lightning.recipes import find_config, recipe_folder, recipe_names
 
 RECIPES = recipe_names()
@@ -26,6 +28,24 @@ def test_every_shipped_recipe_parses(name: str, capsys: pytest.CaptureFixture[st
     config = printed_config(capsys, "fit", "--config", name)
     assert config["model"]["class_path"].startswith("ibro_lightning.modules.")
     assert config["data"]["class_path"].startswith("ibro_lightning.datamodules.")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_shipped_recipe_instantiates(
+    name: str, tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All classes with all their settings, on the policy and the hardware that there are here."""
+    built: list[IbroCLI] = []
+    monkeypatch.setattr(IbroCLI, "fit", lambda self, **_: built.append(self))
+    monkeypatch.setattr(IbroCLI, "after_fit", lambda self: None)
+    monkeypatch.chdir(tmp_path)
+    policy = [] if name.startswith("sft") else ["--model.policy", str(tiny_policy)]
+    main(["fit", "--config", name, *policy, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"])
+    (cli,) = built
+    cli.model.configure_model()
+    assert sum(parameter.numel() for parameter in cli.model.policy.parameters()) > 0
+    assert hasattr(cli.model, "critic") == (type(cli.model) is PPOModule)
+    assert isinstance(cli.datamodule, pl.LightningDataModule)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -88,3 +108,29 @@ def test_help_of_a_class_shows_its_docstring(capsys: pytest.CaptureFixture[str])
     assert stop.value.code == 0
     assert "clip_ratio_high" in text
     assert "bounds the loss of negative advantages" in text
+
+
+ALGORITHMS = {
+    "GRPO": "clip_ratio_high 0.2, aggregation seq-mean-token-mean, kl ReferenceKL",
+    "Dr.GRPO": "advantage dr_grpo, aggregation seq-mean-token-sum-norm, aggregation_max_tokens 56",
+    "RLOO": "advantage rloo",
+    "REINFORCE++": "advantage reinforce++, kl ReferenceKL, kl.placement reward, kl.estimator k1",
+    "GSPO": "surrogate gspo, aggregation seq-mean-token-mean, clip_ratio_low 3e-4, clip_ratio_high 4e-4",
+    "CISPO": "surrogate cispo",
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_readmes_algorithms_are_options_that_parse_and_build(
+    name: str, tiny_policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (recipe_folder().parent / "README.md").read_text()
+    cells = ", ".join(f"`{option}`" for option in ALGORITHMS[name].split(", "))
+    assert f"| {name} | {cells} |" in readme
+    options = [word for option in ALGORITHMS[name].split(", ") for word in f"--model.{option}".split()]
+    settings = printed_config(capsys, "fit", "--config", "quickstart.yaml", *options)["model"]["init_args"]
+    kl = settings.pop("kl")
+    kl = ReferenceKL(**kl["init_args"]) if kl else None
+    for setting in ("policy", "policy_options", "regularizer", "optimizer"):
+        del settings[setting]
+    DAPOModule(str(tiny_policy), kl=kl, **settings)

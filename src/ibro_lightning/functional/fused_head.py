@@ -1,7 +1,6 @@
 """Log-probs and entropy straight from the hidden states: an output layer that never holds its ``[N, V]`` logits.
 
-The logits are the largest tensor of a language model's step, and only two numbers a row are wanted of them. Here they
-exist for a chunk of rows at a time, over the whole vocabulary, and are computed again in the backward pass. With
+They exist for a chunk of rows at a time, over the whole vocabulary, and are computed again in the backward pass. With
 ``z = (h Wᵀ + b)/T``, ``p = softmax(z)``, and ``g``, ``u`` the gradients arriving for ``log p_y`` and ``H``:
 
     dz_j = g (1{j = y} − p_j) − u p_j (log p_j + H)
@@ -18,16 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-# Bytes of logits in a chunk. On a CPU, fewer rows make the products slower and more make them hardly faster
-# (benchmarks/README.md). A GPU wants a thousand rows to be busy; its figure is a guess, not a measurement.
-_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
-# Eager arithmetic passes over its logits several times: in blocks that the cache holds, and with temporaries as small.
+# Bytes of logits in a chunk: measured for a CPU (benchmarks/README.md), guessed for a GPU, which wants more rows.
+_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+# Eager arithmetic passes over its logits several times: in blocks that a cache holds, with temporaries as small.
 _CPU_BLOCK_BYTES = 4 << 20
 # What a bias of −inf becomes. p is 0 all the same, and so is p log p, where 0·(−inf) would be nan.
 _IMPOSSIBLE = -1e30
-
 # Device types on which the arithmetic is compiled. One where that fails is taken out; tests put the CPU in.
 _compiled_devices = {"cuda"}
 _compiled: Callable[..., Any] = functools.cache(functools.partial(torch.compile, dynamic=True))
@@ -47,13 +43,14 @@ def linear_logprob_entropy(
     """``logprob_and_entropy(hidden @ weight.T + bias, targets)`` without the ``[N, V]`` logits.
 
     Logits, sums and results are float32 (float64 for float64 inputs) whatever the inputs' dtype, under autocast too.
-    On a CPU, half-precision weights are converted once a pass, which takes ``4·V·D`` bytes until the pass ends.
+    On a CPU, half-precision weights are converted once a pass, which takes ``4·V·D`` bytes until the pass ends. On a
+    GPU, float16 gradients below 6e-8 vanish, here as anywhere: use a loss scale.
 
     Args:
         hidden: ``[N, D]``; ``weight``: ``[V, D]``; ``bias``: ``[V]``, with −inf for masked tokens.
         targets: ``[N]`` int64. On a CPU they are checked to lie in the vocabulary; on a GPU that would wait for it.
         temperature: the *sampling* temperature; scoring at another one than was sampled at is off by nats.
-        chunk_size: rows of logits at a time. By default as many as fit in 32 MiB on a CPU, 512 MiB elsewhere.
+        chunk_size: rows of logits at a time. By default as many as fit in 64 MiB on a CPU, 512 MiB elsewhere.
         with_entropy: when False the entropy is neither computed nor returned (None).
 
     Returns:
@@ -64,9 +61,8 @@ def linear_logprob_entropy(
     if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         bias = bias if bias is None else bias.to(dtype)
-    if chunk_size is None:
-        row_bytes = len(weight) * _wide(dtype).itemsize
-        chunk_size = max(1, _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cuda"]) // row_bytes)
+    limit = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cuda"])
+    chunk_size = chunk_size or max(1, limit // (len(weight) * _wide(dtype).itemsize))
     # Converted out here, so that autograd converts the gradients back.
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     return _LinearLogprobEntropy.apply(hidden, weight, bias, targets, temperature, chunk_size, with_entropy)
@@ -79,7 +75,7 @@ def _check(
         raise ValueError(f"hidden must be floating-point [N, D], got {hidden.dtype} {list(hidden.shape)}")
     n, d = hidden.shape
     if weight.ndim != 2 or weight.shape[1] != d or not len(weight) or not weight.is_floating_point():
-        raise ValueError(f"weight must be floating-point [V, D={d}], got {weight.dtype} {list(weight.shape)}")
+        raise ValueError(f"weight must be floating-point [V > 0, D={d}], got {weight.dtype} {list(weight.shape)}")
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
         raise ValueError(f"bias must be floating-point [V={len(weight)}], got {bias.dtype} {list(bias.shape)}")
     if targets.shape != (n,) or targets.dtype != torch.int64:
@@ -110,23 +106,20 @@ class _LinearLogprobEntropy(torch.autograd.Function):
         return logp, entropy[0].clone() if entropy else None
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if g_logp is None and g_entropy is None:
-            return (None,) * 7
         hidden, weight, bias, *statistics = ctx.saved_tensors
         inputs, (h, w) = (hidden, weight, bias), _factors(hidden, weight)
         of_rows = [g if g is None else g / ctx.temperature for g in (g_logp, g_entropy)] + statistics
-        sums = [
-            torch.zeros_like(x, dtype=_wide(x.dtype)) if needed else None
-            for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
-        ]
+        needs = zip(inputs, ctx.needs_input_grad, strict=False)
+        sums = [torch.zeros_like(x, dtype=_wide(x.dtype)) if needed else None for x, needed in needs]
         with _exact_products(hidden):
             for rows, logits in _logit_chunks(h, w, bias, ctx.temperature, ctx.chunk_size):
                 dz = logits if h.dtype == logits.dtype else torch.empty_like(logits, dtype=h.dtype)
                 for block in _blocks(logits):
-                    out = None if dz is logits else dz[block]
-                    _run(_logit_gradients, logits[block], out, *(x if x is None else x[rows][block] for x in of_rows))
+                    z = logits[block]
+                    out = z if dz is logits else dz[block]
+                    _run(_logit_gradients, z, out, *(x if x is None else x[rows][block] for x in of_rows))
                 _accumulate(sums, rows, dz, h, w)
         return *(s if s is None else s.to(x.dtype) for s, x in zip(sums, inputs, strict=True)), *(None,) * 4
 
@@ -146,23 +139,23 @@ def _statistics(logits: Tensor, targets: Tensor, with_entropy: bool, *, overwrit
 
 
 def _logit_gradients(
-    logits: Tensor, out: Tensor | None, g: Tensor | None, u: Tensor | None, targets: Tensor, top: Tensor,
-    log_total: Tensor, logp: Tensor, entropy: Tensor | None = None, *, overwrite: bool
-) -> None:  # fmt: skip
-    """``dz`` into ``out``, or over the logits. With ``p = exp(z − max)/Σ``, −1/Σ is a factor of rows, not of logits."""
-    scratch, out = logits if overwrite else None, logits if out is None else out
+    logits: Tensor, out: Tensor, g: Tensor | None, u: Tensor | None, targets: Tensor, *of_rows: Tensor, overwrite: bool
+) -> None:
+    """``dz`` into ``out``, which may be the logits. Of ``p = exp(z − max)/Σ``, the 1/Σ is applied to row factors."""
+    scratch = logits if overwrite else None
+    top, log_total, logp, *entropy = of_rows
     shifted = torch.sub(logits, top.unsqueeze(1), out=scratch)
     exps = torch.exp(shifted, out=scratch if u is None else None)
     factor, rest = -torch.exp(-log_total), 0.0 if g is None else g
-    if u is None or entropy is None:
+    if u is None:
         torch.mul(exps, (rest * factor).unsqueeze(1), out=out)
     else:
-        # rest + u (log p + H), where log p = shifted − log Σ.
-        offset = rest + u * (entropy - log_total)
+        # g + u (log p + H), where log p = shifted − log Σ.
+        offset = rest + u * (entropy[0] - log_total)
         inner = torch.mul(shifted, (u * factor).unsqueeze(1), out=scratch)
         inner = torch.add(inner, (offset * factor).unsqueeze(1), out=scratch)
         torch.mul(inner, exps, out=out)
-        rest = rest + u * (logp + entropy)
+        rest = rest + u * (entropy[0] + logp)
     if g is not None:
         # Written, not added: in half precision 1 − p_y would be lost where p_y is close to 1.
         out.scatter_(1, targets.unsqueeze(1), (g - logp.exp() * rest).unsqueeze(1).to(out.dtype))
@@ -198,11 +191,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def _exact_products(hidden: Tensor) -> Iterator[None]:
-    """No autocast; and, on a CPU, bfloat16 values multiplied as such although they come as float32.
+    """No autocast; and on a CPU, bfloat16 values in float32 factors are multiplied by bfloat16 instructions.
 
-    oneDNN then takes its bfloat16 instructions, 2.6 times as fast, and sums in float32: of the logits nothing is
-    rounded. In the backward products ``dz`` is, to the dtype of the gradients. The setting belongs to the process:
-    the lock is there lest two threads restore each other's.
+    oneDNN's are 2.6 times as fast and sum in float32, so no logit is rounded; ``dz`` is, to the gradients' own dtype.
+    The setting is the process's: under the lock, no thread restores another's.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         if hidden.device.type != "cpu" or hidden.dtype != torch.bfloat16:
@@ -222,12 +214,10 @@ def _logit_chunks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """``(rows, their logits / temperature)``, each time in the same buffer, which is the caller's to write over."""
     buffer = hidden.new_empty((min(chunk_size, len(hidden)), len(weight)), dtype=_wide(hidden.dtype))
-    if bias is not None:
-        bias = (bias.to(buffer.dtype) / temperature).clamp(min=_IMPOSSIBLE)
     for rows in _slices(len(hidden), chunk_size):
         logits = buffer[: rows.stop - rows.start]
         if bias is not None:
-            logits.copy_(bias)
+            logits.copy_((bias.to(logits.dtype) / temperature).clamp(min=_IMPOSSIBLE))
         _addmm_(logits, hidden[rows], weight.T, beta=0 if bias is None else 1, alpha=1 / temperature)
         yield rows, logits
 
@@ -254,7 +244,5 @@ def _run(function: Callable[..., Any], logits: Tensor, *args: Any) -> Any:
             raise
         except Exception as error:
             _compiled_devices.discard(device)
-            warnings.warn(
-                f"torch.compile failed on {device}; the output layer goes on without it: {error}", stacklevel=2
-            )
+            warnings.warn(f"torch.compile failed on {device}, going on without it: {error}", stacklevel=2)
     return function(logits, *args, overwrite=True)

@@ -70,8 +70,9 @@ def _look(model: Any) -> tuple[LinearHead | None, str]:
 def _measure_scale(model: Any, backbone: nn.Module, linear: nn.Linear) -> float | None:
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.arange(8, device=linear.weight.device).remainder(vocabulary)[None]
-    logits = model(input_ids=tokens, use_cache=False).logits.double()
-    plain = linear(backbone(input_ids=tokens, use_cache=False).last_hidden_state).double()
+    with torch.autocast(tokens.device.type, enabled=False):
+        logits = model(input_ids=tokens, use_cache=False).logits.double()
+        plain = linear(backbone(input_ids=tokens, use_cache=False).last_hidden_state).double()
     size = plain.square().sum()
     scale = float((logits * plain).sum() / size) if size > 0 else 1.0
     tolerance = 100 * torch.finfo(linear.weight.dtype).eps * float(logits.abs().max())
