@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ibro_lightning.experience import Experience
 from ibro_lightning.models import PolicyOptions, PolicySource, Qwen2FromScratch
 from ibro_lightning.modules import DAPOModule
 from ibro_lightning.regularizers import EntropyBonus, InformationBottleneck, NoRegularizer
 from ibro_lightning.sequences import Sequences
 from ibro_lightning.tasks import NumberPath
-from ibro_lightning.types import Experience
 
 
 class SmolLM2Shapes(PolicySource):

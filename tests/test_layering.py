@@ -24,16 +24,27 @@ ALLOWED = {
     "rendering": set(),
     "coefficients": {"errors"},
     "types": {"errors", "sequences"},
+    "experience": {"sequences", "types"},
     "tasks": {"errors"},
     "recipes": {"errors"},
     "metrics": {"functional", "types"},
-    "regularizers": {"coefficients", "errors", "rendering", "sequences", "types"},
+    "regularizers": {"coefficients", "errors", "experience", "rendering", "sequences", "types"},
     "models": {"errors", "functional", "sequences", "tasks", "types"},
     "engines": {"errors", "seeding", "types"},
     "rewards": {"errors", "functional", "tasks", "types"},
     "datamodules": {"engines", "errors", "functional", "rendering", "rewards", "seeding", "sequences", "tasks"}
     | {"timing", "types"},
-    "modules": {"coefficients", "errors", "functional", "metrics", "models", "regularizers", "seeding", "sequences"}
+    "modules": {
+        "coefficients",
+        "errors",
+        "experience",
+        "functional",
+        "metrics",
+        "models",
+        "regularizers",
+        "seeding",
+        "sequences",
+    }
     | {"timing", "types"},
     "callbacks": {"errors", "metrics", "modules", "types", "version"},
     "cli": {"callbacks", "datamodules", "engines", "errors", "modules", "recipes", "regularizers", "rewards"}

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.experience import TokenStats
 from ibro_lightning.functional import group_advantages, logprob_and_entropy, token_mean
 from ibro_lightning.regularizers import EntropyBonus, EntropyRegularizer, InformationBottleneck, NoRegularizer
-from ibro_lightning.types import TokenStats
 
 torch.set_num_threads(1)
 

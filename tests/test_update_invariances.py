@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.experience import Experience, TokenStats
 from ibro_lightning.functional import group_advantages
 from ibro_lightning.models import Policy, PolicyOptions, PolicySource
 from ibro_lightning.modules.batching import mini_batches, token_budget_batches
@@ -24,7 +27,7 @@ from ibro_lightning.modules.dapo import DAPOModule
 from ibro_lightning.modules.diagnostics import experience_metrics
 from ibro_lightning.regularizers import EntropyBonus, EntropyRegularizer, InformationBottleneck, NoRegularizer
 from ibro_lightning.sequences import Sequences
-from ibro_lightning.types import Completion, Experience, Group, Prompt, RewardResult, Rollout, TokenStats
+from ibro_lightning.types import Completion, Group, Prompt, RewardResult, Rollout
 
 torch.set_num_threads(1)
 VOCAB = 23
@@ -69,8 +72,8 @@ def gpt2(seed: int = 0, **overrides: Any) -> GPT2LMHeadModel:
 
 
 class TinyQwen2(PolicySource):
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        self.model = qwen2().to(dtype)
+    def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any) -> None:
+        self.model = qwen2(seed, **overrides).to(dtype)
 
     def tokenizer(self) -> Any:
         return SimpleNamespace(eos_token_id=0)
@@ -79,7 +82,7 @@ class TinyQwen2(PolicySource):
         return self.model.config
 
     def build(self, options: PolicyOptions) -> Any:
-        return self.model
+        return copy.deepcopy(self.model)
 
 
 def dapo(dtype: torch.dtype = torch.float64, **kwargs: Any) -> DAPOModule:
@@ -365,7 +368,7 @@ class Bigrams(nn.Module):
 
 def test_each_token_is_scored_by_the_position_before_it() -> None:
     """Off by one in either direction would read another entry of the table."""
-    policy = Policy(Bigrams([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6], [0.7, 0.2, 0.1]]))
+    policy = Policy(Bigrams([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6], [0.7, 0.2, 0.1]]), fused_head=False)
     prompts, responses = [[0, 1], [2]], [[2, 2, 0], [1]]
     for side in ("left", "right"):
         seqs = Sequences.collate(prompts, responses, padding_side=side)  # type: ignore[arg-type]
@@ -417,6 +420,7 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradient() -> None
     results = []
     for checkpointing in (False, True):
         policy = Policy(qwen2().double(), gradient_checkpointing=checkpointing)
+        policy(sequences(), temperature=TEMPERATURE)  # the first time, it also tries its head
         calls: list[int] = []
         # A hook before the forward: torch stops recomputing as soon as it has what it needs.
         policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
@@ -443,6 +447,48 @@ def test_micro_batches_are_filled_and_sorted_by_length() -> None:
     """Lengths 9, 1, 3, 1, 2, 20 under 10 tokens: 1·3 and 2·3 fit; 3·4 = 12 does not; 9·2 does not; 20 stands alone."""
     cut = [rows.tolist() for rows in token_budget_batches([9, 1, 3, 1, 2, 20], 10)]
     assert cut == [[1, 3, 4], [2], [0], [5]]
+
+
+def cost(rows: Sequence[int], lengths: Sequence[int], padded: bool) -> int:
+    """What a micro-batch holds in memory."""
+    return len(rows) * max(lengths[row] for row in rows) if padded else sum(lengths[row] for row in rows)
+
+
+def contiguous_cuts(order: Sequence[int]) -> Iterable[list[Sequence[int]]]:
+    """Every way to cut ``order`` into runs."""
+    for borders in itertools.product([False, True], repeat=len(order) - 1):
+        places = [0, *(i + 1 for i, border in enumerate(borders) if border), len(order)]
+        yield [order[a:b] for a, b in itertools.pairwise(places)]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=8), budget=st.integers(1, 40))
+def test_micro_batches_are_as_few_and_then_as_equal_as_can_be(padded: bool, lengths: list[int], budget: int) -> None:
+    """Among all cuts of the rows in order of length that keep to the budget (a single row may exceed it)."""
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    allowed = [
+        cut
+        for cut in contiguous_cuts(order)
+        if all(len(rows) == 1 or cost(rows, lengths, padded) <= budget for rows in cut)
+    ]
+    fewest = min(len(cut) for cut in allowed)
+    best = min(max(cost(rows, lengths, padded) for rows in cut) for cut in allowed if len(cut) == fewest)
+    cut = [rows.tolist() for rows in token_budget_batches(lengths, budget, padded=padded)]
+    assert [row for rows in cut for row in rows] == order
+    assert len(cut) == fewest
+    assert max(cost(rows, lengths, padded) for rows in cut) == best
+
+
+def test_the_budget_is_lowered_until_micro_batches_are_equal() -> None:
+    """Greedily, 12 tokens would hold three rows of 4 and leave one alone."""
+    cut = [rows.tolist() for rows in token_budget_batches([4, 4, 4, 4], 12)]
+    assert cut == [[0, 1], [2, 3]]
+    assert [rows.tolist() for rows in token_budget_batches([], 12)] == []
+
+
+def test_a_row_longer_than_the_budget_does_not_unbalance_the_others() -> None:
+    assert [rows.tolist() for rows in token_budget_batches([4, 30, 4, 4, 4], 12)] == [[0, 2], [3, 4], [1]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -476,7 +522,7 @@ def test_mini_batches_are_shuffled_by_their_seed_alone() -> None:
 # From a rollout to an experience.
 
 
-def make_rollout(rewards: Sequence[float] = REWARDS, truncated: Sequence[int] = ()) -> Rollout:
+def make_rollout(rewards: Sequence[float] = REWARDS, truncated: Sequence[int] = (), *, iteration: int = 0) -> Rollout:
     """The rows of PROMPTS and RESPONSES sorted into whole groups; ``truncated`` names rows of the sorted order."""
     order = sorted(range(8), key=lambda row: GROUPS[row])
     groups: list[list[tuple[int, int]]] = [[] for _ in range(4)]
@@ -498,7 +544,7 @@ def make_rollout(rewards: Sequence[float] = REWARDS, truncated: Sequence[int] = 
         )
         results = tuple(RewardResult(rewards[row], {"accuracy": float(rewards[row] > 0)}) for _, row in rows)
         built.append(Group(prompt, completions, results))
-    return Rollout.from_groups(built, name="train", iteration=0, temperature=TEMPERATURE)
+    return Rollout.from_groups(built, name="train", iteration=iteration, temperature=TEMPERATURE)
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 20, 10_000])

@@ -32,6 +32,7 @@ import ibro_lightning.rewards  # noqa: F401  imported so that recipes may name c
 from ibro_lightning.callbacks import (
     EvaluationReport,
     ExportModel,
+    IterationCheckpoint,
     IterationProgress,
     MetricsLog,
     RolloutLog,
@@ -105,7 +106,7 @@ class IbroCLI(LightningCLI):
         parser.add_lightning_class_args(SamplesTable, "samples")
         parser.add_lightning_class_args(EvaluationReport, "evaluation_report")
         parser.add_lightning_class_args(ExportModel, "export")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RunSummary, "summary")
         parser.set_defaults(
             {

@@ -25,14 +25,21 @@ class Coefficient(ABC):
         """What the term is multiplied with now."""
 
     def observe(self, measured: float, samples: int = 1) -> None:
-        """One more iteration begins, in which ``measured`` (nats per token) was seen over ``samples`` responses."""
+        """One more iteration, in which ``measured`` (nats per token) was seen over ``samples`` responses. A measurement
+        that is not finite moves nothing."""
         self.state["iterations"] += 1
+        if math.isfinite(measured):
+            self.move(measured, samples)
+
+    def move(self, measured: float, samples: int) -> None:  # noqa: B027  schedules have nothing to do here
+        """What a controller does about a measurement."""
 
     def state_dict(self) -> dict[str, float]:
         return dict(self.state)
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.state = dict(state)
+        """Take up ``state``; what it does not have (it may be another class's) starts anew."""
+        self.state |= {name: number for name, number in state.items() if name in self.state}
 
 
 class Constant(Coefficient):
@@ -86,7 +93,7 @@ class Cosine(Schedule):
 
 
 class TargetEntropy(Coefficient):
-    """Skywork-OR1's control (arXiv 2505.22312): one step up while entropy is below its target, one down above it; and
+    """Skywork-OR1's control (arXiv 2505.22312): one step up while entropy is below its target, one down otherwise; and
     the term is active only while entropy is at or below the target.
 
     Meant for a term that raises entropy (``EntropyBonus``). The entropy is that of the policy that sampled the rollout.
@@ -101,6 +108,8 @@ class TargetEntropy(Coefficient):
     def __init__(self, target: float = 0.2, step: float = 0.005, start: float = 0.0, maximum: float = math.inf) -> None:
         for name, number in (("target", target), ("step", step), ("start", start)):
             check_at_least(f"coef.init_args.{name}", number, 0)
+        if not maximum >= start:
+            raise ConfigError("coef.init_args.maximum", maximum, f"write start ({start}) or more")
         super().__init__(coef=start, active=1.0)
         self.target, self.step, self.maximum = target, step, maximum
 
@@ -108,8 +117,7 @@ class TargetEntropy(Coefficient):
     def value(self) -> float:
         return self.state["coef"] * self.state["active"]
 
-    def observe(self, measured: float, samples: int = 1) -> None:
-        super().observe(measured, samples)
+    def move(self, measured: float, samples: int) -> None:
         moved = self.state["coef"] + (self.step if measured < self.target else -self.step)
         self.state["coef"] = min(max(moved, 0.0), self.maximum)
         self.state["active"] = float(measured <= self.target)
@@ -138,7 +146,8 @@ class EntropyBand(Coefficient):
         start: float = 0.0,
         maximum: float = 1.0,
     ) -> None:
-        if not 0 <= low <= high < math.inf:
+        check_at_least("coef.init_args.high", high, 0)
+        if not 0 <= low <= high:
             raise ConfigError("coef.init_args.low", low, f"write a number between 0 and high ({high})")
         for name, number in (("proportional", proportional), ("integral", integral), ("start", start)):
             check_at_least(f"coef.init_args.{name}", number, 0)
@@ -151,8 +160,7 @@ class EntropyBand(Coefficient):
     def value(self) -> float:
         return self.state["coef"]
 
-    def observe(self, measured: float, samples: int = 1) -> None:
-        super().observe(measured, samples)
+    def move(self, measured: float, samples: int) -> None:
         error = max(self.low - measured, 0.0) - max(measured - self.high, 0.0)
         summed = self.state["sum"] + error
         wanted = self.start + self.proportional * error + self.integral * summed
@@ -172,7 +180,8 @@ class AdaptiveKL(Coefficient):
     """
 
     def __init__(self, start: float = 0.001, target: float = 0.01, horizon: int = 10_000) -> None:
-        check_at_least("coef.init_args.start", start, 0)
+        if not 0 < start < math.inf:
+            raise ConfigError("coef.init_args.start", start, "write a positive number: 0 would stay 0")
         check_at_least("coef.init_args.horizon", horizon, 1)
         if not 0 < target < math.inf:
             raise ConfigError("coef.init_args.target", target, "write a positive number of nats per token")
@@ -183,15 +192,16 @@ class AdaptiveKL(Coefficient):
     def value(self) -> float:
         return self.state["coef"]
 
-    def observe(self, measured: float, samples: int = 1) -> None:
-        super().observe(measured, samples)
+    def move(self, measured: float, samples: int) -> None:
         error = min(max(measured / self.target - 1.0, -0.2), 0.2)
-        # n/horizon above 5 would make the factor negative.
-        self.state["coef"] *= max(1.0 + error * samples / self.horizon, 0.0)
+        # More responses than the horizon count as many as it: the factor would reach 0, and stay there.
+        self.state["coef"] *= 1.0 + error * min(samples / self.horizon, 1.0)
 
 
-def as_coefficient(coef: float | Coefficient, setting: str) -> Coefficient:
+def as_coefficient(coef: Coefficient | float, setting: str) -> Coefficient:
     """``coef`` as it stands in a recipe → its object.
+
+    In signatures write ``Coefficient | float``, in this order: the parser reports the first member's error.
 
     Raises:
         ConfigError: naming ``setting``, for a number that is negative or not finite.

@@ -1,5 +1,6 @@
 """What a person sees. Callbacks read the returned metrics and the rollout; modules know nothing about them."""
 
+from ibro_lightning.callbacks.checkpoint import IterationCheckpoint
 from ibro_lightning.callbacks.evaluation_report import EvaluationReport
 from ibro_lightning.callbacks.export import ExportModel
 from ibro_lightning.callbacks.metrics_log import MetricsLog
@@ -12,6 +13,7 @@ from ibro_lightning.callbacks.summary import RunSummary
 __all__ = [
     "EvaluationReport",
     "ExportModel",
+    "IterationCheckpoint",
     "IterationProgress",
     "MetricsLog",
     "RolloutLog",

@@ -193,7 +193,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _exact_products(hidden: Tensor) -> Iterator[None]:
     """No autocast; and on a CPU, bfloat16 values in float32 factors are multiplied by bfloat16 instructions.
 
-    oneDNN's are 2.6 times as fast and sum in float32, so no logit is rounded; ``dz`` is, to the gradients' own dtype.
+    They are faster and sum in float32, so no logit is rounded; ``dz`` is, to the gradients' own dtype (oneDNN).
     The setting is the process's: under the lock, no thread restores another's.
     """
     with torch.autocast(hidden.device.type, enabled=False):

@@ -1,7 +1,14 @@
 """The policy and the critic: loading, scoring, exporting."""
 
 from ibro_lightning.models.critic import Critic
-from ibro_lightning.models.loading import PolicyOptions, PolicySource, PretrainedPolicy, Qwen2FromScratch, as_source
+from ibro_lightning.models.loading import (
+    PolicyOptions,
+    PolicySource,
+    PretrainedPolicy,
+    Qwen2FromScratch,
+    as_source,
+    check_same_vocabulary,
+)
 from ibro_lightning.models.policy import Policy, export_folder
 
 __all__ = [
@@ -12,5 +19,6 @@ __all__ = [
     "PretrainedPolicy",
     "Qwen2FromScratch",
     "as_source",
+    "check_same_vocabulary",
     "export_folder",
 ]

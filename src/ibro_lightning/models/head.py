@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from ibro_lightning.functional import linear_logprob_entropy
 from ibro_lightning.models.transformer import backbone_of
+
+# Gemma's, RecurrentGemma's and xLSTM's names, but not that of a cap on attention.
+SOFT_CAP = re.compile(r"(?!att).*logits?_soft_?cap.*")
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def _look(model: Any) -> tuple[LinearHead | None, str]:
         return None, "its head is not a plain linear layer"
     # At small logits a soft cap hides within rounding, so it is looked for by name as well.
     config = model.config.get_text_config()
-    if caps := [name for name in vars(config) if "final" in name and "softcap" in name and getattr(config, name)]:
+    if caps := [name for name, value in vars(config).items() if SOFT_CAP.fullmatch(name) and value]:
         return None, f"its logits are soft-capped ({caps[0]})"
     scale = _measure_scale(model, backbone, linear)
     if scale is None:
@@ -70,12 +75,18 @@ def _look(model: Any) -> tuple[LinearHead | None, str]:
 def _measure_scale(model: Any, backbone: nn.Module, linear: nn.Linear) -> float | None:
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.arange(8, device=linear.weight.device).remainder(vocabulary)[None]
-    with torch.autocast(tokens.device.type, enabled=False):
+    output = backbone(input_ids=tokens, use_cache=False)
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None:  # an adapter's "base model" is a language model again
+        return None
+    output.last_hidden_state = hidden.to(linear.weight.dtype)
+    # From here on the head alone, and exactly: autocast, which the attention may need, would blur a factor.
+    with torch.autocast(tokens.device.type, enabled=False), patch.object(backbone, "forward", lambda *_, **__: output):
         logits = model(input_ids=tokens, use_cache=False).logits.double()
-        plain = linear(backbone(input_ids=tokens, use_cache=False).last_hidden_state).double()
+        plain = linear(output.last_hidden_state).double()
     size = plain.square().sum()
     scale = float((logits * plain).sum() / size) if size > 0 else 1.0
-    tolerance = 100 * torch.finfo(linear.weight.dtype).eps * float(logits.abs().max())
+    tolerance = 4 * torch.finfo(linear.weight.dtype).eps * float(logits.abs().max())
     if scale <= 0 or float((logits - scale * plain).abs().max()) > tolerance:
         return None
     return 1.0 if abs(scale - 1.0) < 1e-3 else scale

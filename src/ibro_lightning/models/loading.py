@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,6 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     Qwen2Config,
-    Qwen2ForCausalLM,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -68,9 +68,17 @@ class PolicySource(ABC):
         """The same backbone, weights included, with a scalar head that starts at 0: so do all values."""
         config = copy.deepcopy(self.config())
         config.num_labels = 1
-        critic = _refuse_unknown_architecture(self, AutoModelForTokenClassification.from_config, config)
+        with torch.random.fork_rng(devices=[]):  # the random weights are replaced at once
+            critic = _load_critic(
+                self,
+                AutoModelForTokenClassification.from_config,
+                config,
+                dtype=getattr(torch, options.dtype),
+                attn_implementation=options.attn_implementation,
+            )
         critic.base_model.load_state_dict(self.build(options).base_model.state_dict())
-        return zero_head(critic).to(getattr(torch, options.dtype))
+        in_backbone = {id(parameter) for parameter in critic.base_model.parameters()}
+        return _zero(critic, [name for name, p in critic.named_parameters() if id(p) not in in_backbone])
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every token that ends a response: the tokenizer's EOS first, then what the model's generation config adds."""
@@ -97,9 +105,10 @@ class PolicySource(ABC):
 
 
 class PretrainedPolicy(PolicySource):
-    """A Hugging Face folder or hub name. What ``policy: NAME`` in a recipe means."""
+    """A Hugging Face folder or hub name. What ``policy: NAME`` in a recipe means; errors name the ``setting``."""
 
-    def __init__(self, path: str, options: PolicyOptions | None = None) -> None:
+    def __init__(self, path: str, options: PolicyOptions | None = None, setting: str = "model.policy") -> None:
+        self.setting = setting
         self.path = str(Path(path).expanduser()) if path.startswith("~") else path
         options = options or PolicyOptions()
         self._hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
@@ -108,12 +117,10 @@ class PretrainedPolicy(PolicySource):
         if folder.exists():
             if not (folder / "config.json").is_file():
                 raise ConfigError(
-                    "model.policy", path, "this folder holds no config.json: name a Hugging Face model folder"
+                    self.setting, path, "this folder holds no config.json: name a Hugging Face model folder"
                 )
         elif looks_like_path or folder.parent.is_dir():
-            raise ConfigError(
-                "model.policy", path, f"no such folder: name a Hugging Face model folder{_hint(self.path)}"
-            )
+            raise ConfigError(self.setting, path, f"no such folder: name a Hugging Face model folder{_hint(self.path)}")
         self._tokenizer: Any = None
         self._config: Any = None
 
@@ -140,7 +147,7 @@ class PretrainedPolicy(PolicySource):
     def build_critic(self, options: PolicyOptions) -> Any:
         """A critic's folder as it is; from a language model's folder, the backbone with a head that starts at 0."""
         self.config()  # a folder that cannot be read says so itself
-        critic, report = _refuse_unknown_architecture(
+        critic, report = _load_critic(
             self,
             AutoModelForTokenClassification.from_pretrained,
             self.path,
@@ -150,7 +157,7 @@ class PretrainedPolicy(PolicySource):
             attn_implementation=options.attn_implementation,
             output_loading_info=True,
         )
-        return zero_head(critic) if report["missing_keys"] else critic
+        return _zero(critic, report["missing_keys"])
 
     def _load(self, auto_class: Any, **kwargs: Any) -> Any:
         try:
@@ -158,7 +165,7 @@ class PretrainedPolicy(PolicySource):
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(
-                "model.policy", self.path, f"cannot load its {auto_class.__name__[4:]}: {reason}{_hint(self.path)}"
+                self.setting, self.path, f"cannot load its {auto_class.__name__[4:]}: {reason}{_hint(self.path)}"
             ) from error
 
     def _generation_eos(self) -> list[int]:
@@ -221,33 +228,45 @@ class Qwen2FromScratch(PolicySource):
     def build(self, options: PolicyOptions) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            return Qwen2ForCausalLM(self._config).to(getattr(torch, options.dtype))
+            config = copy.deepcopy(self._config)  # from_config writes into it
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=options.attn_implementation)
+            return model.to(getattr(torch, options.dtype))
 
 
-def zero_head(critic: Any) -> Any:
-    """``critic`` with every parameter outside its backbone set to 0."""
-    in_backbone = {id(parameter) for parameter in critic.base_model.parameters()}
-    for parameter in critic.parameters():
-        if id(parameter) not in in_backbone:
-            torch.nn.init.zeros_(parameter)
+def _zero(critic: Any, names: Iterable[str]) -> Any:
+    """``critic`` with these parameters, which nothing was loaded into, set to 0."""
+    parameters = dict(critic.named_parameters())
+    for name in names:
+        torch.nn.init.zeros_(parameters[name])
     return critic
 
 
-def _refuse_unknown_architecture(source: PolicySource, load: Any, *args: Any, **kwargs: Any) -> Any:
+def _load_critic(source: PolicySource, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a language model's folder has no scalar head, which is no news
     try:
         return load(*args, **kwargs)
-    except ValueError as error:
+    except (ValueError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError("model.critic", str(source), f"no critic can be made of it: {reason}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 
 
-def as_source(policy: str | PolicySource, options: PolicyOptions) -> PolicySource:
-    """``policy`` as it stands in a recipe → its source."""
-    return PretrainedPolicy(policy, options) if isinstance(policy, str) else policy
+def as_source(policy: str | PolicySource, options: PolicyOptions, setting: str = "model.policy") -> PolicySource:
+    """``policy`` as it stands in a recipe, under ``setting`` → its source."""
+    return PretrainedPolicy(policy, options, setting) if isinstance(policy, str) else policy
+
+
+def check_same_vocabulary(policy: PolicySource, other: PolicySource, setting: str) -> None:
+    """Raise :class:`ConfigError` unless both models have equally many tokens."""
+    ours, theirs = (source.config().get_text_config().vocab_size for source in (policy, other))
+    if ours != theirs:
+        raise ConfigError(
+            setting,
+            str(other),
+            f"it has {theirs} tokens and the policy {ours}: name a model with the policy's tokenizer",
+        )
 
 
 def _hint(path: str) -> str:

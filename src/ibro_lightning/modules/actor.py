@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ibro_lightning.errors import check_at_least
+from ibro_lightning.experience import Experience, TokenStats
 from ibro_lightning.functional import (
     AggregationMode,
     aggregation_weights,
@@ -32,7 +33,9 @@ from ibro_lightning.modules.surrogates import Clips, Surrogate, check_surrogate,
 from ibro_lightning.regularizers import EntropyRegularizer, NoRegularizer
 from ibro_lightning.seeding import derive_seed, run_seed
 from ibro_lightning.timing import PhaseTimer
-from ibro_lightning.types import Experience, Rollout, TokenStats
+from ibro_lightning.types import Rollout
+
+SKIPPED = "/skipped_steps"
 
 
 class ActorModule(ScoringModule):
@@ -90,32 +93,27 @@ class ActorModule(ScoringModule):
         timer = PhaseTimer()
         with timer("prepare"), torch.no_grad():
             experience = self.prepare(rollout)
-            self.observe(experience)
+            self.observe(self.regularizer.coefficient, experience.old_entropy, experience.sequences)
         with timer("update"):
             steps = [self.update(step) for step in self.steps(experience)]
-        if skipped := sum(step.get("update/skipped_steps", 0.0) for step in steps):
+        left_out = [number for step in steps for name, number in step.items() if name.endswith(SKIPPED)]
+        if any(left_out):
             rank_zero_warn(
-                f"iteration {rollout.iteration}: {skipped:.0f} of {len(steps)} optimizer steps left out: "
+                f"iteration {rollout.iteration}: {sum(left_out):.0f} of {len(left_out)} optimizer steps left out: "
                 "the gradient is not finite"
             )
+        metrics = self.experience_metrics(experience, rollout)
+        if self.kl is not None:  # for the next iteration: this one has used the coefficient that is logged
+            self.observe(self.kl.coefficient, experience.extra["reference_kl"], experience.sequences)
         return {
             "update/skipped_rollouts": 0.0,
             "update/steps": float(len(steps)),
-            **self.experience_metrics(experience, rollout),
+            **metrics,
             **_mean_of(steps),
             **timer.metrics(),
         }
 
     # From a rollout to optimizer steps.
-
-    def observe(self, experience: Experience) -> None:
-        """Tell the coefficients what the policy is like now."""
-        responses = experience.sequences.response_mask
-        context = self.context()
-        samples = int(self.sum_over_ranks(torch.tensor(len(experience), device=self.device)))
-        self.regularizer.coefficient.observe(context.mean(experience.old_entropy, responses).item(), samples)
-        if self.kl is not None:
-            self.kl.coefficient.observe(context.mean(experience.extra["reference_kl"], responses).item(), samples)
 
     def steps(self, experience: Experience) -> Iterator[Experience]:
         """The optimizer steps on a rollout, each with its weights and with what the regulariser prepared."""
@@ -140,7 +138,7 @@ class ActorModule(ScoringModule):
         prepared = self.regularizer.prepare(step, self.context(seed))
         added = {name: values for name, values in prepared.extra.items() if name not in step.extra}
         means = {f"regularizer/{name}": masked_mean(values.float(), step.mask).item() for name, values in added.items()}
-        return replace(prepared, metrics={"regularizer/coef": self.regularizer.coef, **means})
+        return replace(prepared, metrics=means)
 
     # One optimizer step.
 
@@ -175,6 +173,8 @@ class ActorModule(ScoringModule):
             loss = policy_loss - self.regularizer.coef * objective
             metrics["update/regularizer"] = objective.item()
         extra["update/approx_kl"] = approximate_kl(stats.logp.detach(), stats.old_logp)
+        added = stats.extra.keys() - micro.extra.keys()
+        extra |= {f"regularizer/{name}": stats.extra[name] for name in added}
         for name, values in extra.items():
             metrics[name] = token_mean(values.detach().float(), stats.mask, micro.num_tokens).item()
         return loss, metrics
@@ -198,10 +198,8 @@ class ActorModule(ScoringModule):
 
     def experience_metrics(self, experience: Experience, rollout: Rollout) -> dict[str, float]:
         """What the curves show of a rollout before the update."""
-        metrics = experience_metrics(experience, rollout)
-        if self.kl is not None:
-            metrics["kl/coef"] = self.kl.coef
-        return metrics
+        kl = {} if self.kl is None else {"kl/coef": self.kl.coef}
+        return {**experience_metrics(experience, rollout), "regularizer/coef": self.regularizer.coef, **kl}
 
     # The coefficients' state is part of the checkpoint.
 
@@ -224,6 +222,5 @@ def _mean_of(steps: list[dict[str, float]]) -> Mapping[str, float]:
     names = dict.fromkeys(name for step in steps for name in step)
     columns = {name: [step[name] for step in steps if name in step] for name in names}
     return {
-        name: sum(values) if name == "update/skipped_steps" else sum(values) / len(values)
-        for name, values in columns.items()
+        name: sum(values) if name.endswith(SKIPPED) else sum(values) / len(values) for name, values in columns.items()
     }

@@ -64,6 +64,12 @@ class PolicyModule(pl.LightningModule):
             )
 
     def on_fit_start(self) -> None:
+        if self.policy_options.packing:
+            with self.trainer.precision_plugin.forward_context():
+                self.check_packing()
+
+    def check_packing(self) -> None:
+        """Refuse to train if packed sequences see each other in any of the networks."""
         self.policy.check_packing()
 
     def configure_optimizers(self) -> Any:

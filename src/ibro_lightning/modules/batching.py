@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.experience import Experience
 from ibro_lightning.functional import AggregationMode
 from ibro_lightning.seeding import permutation
-from ibro_lightning.types import Experience
 
 
 def mini_batches(groups: Tensor, prompts: int | None, seed: int) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.experience import Experience
 from ibro_lightning.functional import (
     dr_grpo_advantages,
     group_advantages,
@@ -25,7 +26,7 @@ from ibro_lightning.functional import (
 )
 from ibro_lightning.models import PolicySource
 from ibro_lightning.modules.actor import ActorModule
-from ibro_lightning.types import Experience, Rollout
+from ibro_lightning.types import Rollout
 
 AdvantageEstimator = Literal["grpo", "dr_grpo", "rloo", "reinforce++"]
 GROUP_RELATIVE = {"grpo": group_advantages, "dr_grpo": dr_grpo_advantages, "rloo": rloo_advantages}
@@ -64,4 +65,4 @@ class DAPOModule(ActorModule):
         if self.advantage in GROUP_RELATIVE:
             per_response = GROUP_RELATIVE[self.advantage](rewards.sum(dim=1), experience.groups)
             return per_response[:, None].expand(rewards.shape)
-        return self.whiten(reward_to_go(rewards, responses), responses)
+        return self.whiten(reward_to_go(rewards, responses), experience.mask)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ibro_lightning.experience import Experience
 from ibro_lightning.functional import masked_covariance, masked_mean
-from ibro_lightning.types import Experience, Rollout
+from ibro_lightning.types import Rollout
 
 
 def experience_metrics(experience: Experience, rollout: Rollout) -> dict[str, float]:

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.experience import Experience
 from ibro_lightning.functional import (
     clipped_value_loss,
     explained_variance,
@@ -24,11 +25,11 @@ from ibro_lightning.functional import (
     reward_to_go,
     token_mean,
 )
-from ibro_lightning.models import Critic, PolicySource, as_source, export_folder
+from ibro_lightning.models import Critic, PolicySource, as_source, check_same_vocabulary, export_folder
 from ibro_lightning.modules.actor import ActorModule
 from ibro_lightning.modules.base import local_folders
 from ibro_lightning.sequences import Sequences
-from ibro_lightning.types import Experience, Rollout
+from ibro_lightning.types import Rollout
 
 
 class PPOModule(ActorModule):
@@ -44,9 +45,10 @@ class PPOModule(ActorModule):
         critic_gae_lambda: λ of the critic's returns; None takes ``gae_lambda``. 1 gives unbiased returns (VAPO).
         length_adaptive_alpha: in place of ``gae_lambda``, λ = 1 − 1/(α·length) for each response (VAPO, 0.05).
         value_clip: a value may leave its old one by this much before the loss stops rewarding it; None: no bound.
-        whiten_advantages: mean 0 and variance 1 over the rollout's tokens.
+        whiten_advantages: mean 0 and variance 1 over the rollout's tokens that take part in the loss.
         bootstrap_truncated: a response cut at the length limit goes on with the critic's value instead of with 0.
-        critic_warmup_iterations: first iterations in which only the critic learns.
+        critic_warmup_iterations: first iterations in which only the critic learns. Schedules of coefficients count
+            them too.
         actor_settings: regularizer, kl, clip_ratio_low, mini_batch_prompts, …, as in :class:`ActorModule`.
     """
 
@@ -73,7 +75,10 @@ class PPOModule(ActorModule):
             if bound is not None and not bound > 0:
                 raise ConfigError(f"model.{name}", bound, "write a positive number, or null to switch it off")
         check_at_least("model.critic_warmup_iterations", critic_warmup_iterations, 0)
-        self.critic_source = self.policy_source if critic is None else as_source(critic, self.policy_options)
+        self.critic_source = self.policy_source
+        if critic is not None:
+            self.critic_source = as_source(critic, self.policy_options, "model.critic")
+            check_same_vocabulary(self.policy_source, self.critic_source, "model.critic")
         self.critic_optimizer_factory = critic_optimizer
         self.gamma, self.gae_lambda, self.critic_gae_lambda = gamma, gae_lambda, critic_gae_lambda
         self.length_adaptive_alpha, self.value_clip = length_adaptive_alpha, value_clip
@@ -112,12 +117,12 @@ class PPOModule(ActorModule):
             critic_lam=self.gae_lambda if self.critic_gae_lambda is None else self.critic_gae_lambda,
             last_values=last_values if self.bootstrap_truncated else None,
         )
-        advantages = self.whiten(advantages, responses) if self.whiten_advantages else advantages
+        advantages = self.whiten(advantages, experience.mask) if self.whiten_advantages else advantages
         return replace(experience, advantages=advantages).with_extra(values=values[:, :-1], returns=returns)
 
     def update(self, step: Experience) -> dict[str, float]:
         """The policy's optimizer step, unless the critic is still warming up, and then the critic's."""
-        warming_up = step.iteration <= self.critic_warmup_iterations
+        warming_up = 0 < step.iteration <= self.critic_warmup_iterations  # iterations count from 1
         return {**({} if warming_up else super().update(step)), **self.update_critic(step)}
 
     def update_critic(self, step: Experience) -> dict[str, float]:
@@ -165,10 +170,10 @@ class PPOModule(ActorModule):
         export_folder(self.critic.model, self.tokenizer, folder.with_name("critic"))
         return super().export(folder)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
+    def check_packing(self) -> None:
+        super().check_packing()
         self.critic.check_packing()
 
     @property
     def source_folders(self) -> tuple[Path, ...]:
-        return local_folders(self.policy_source, self.critic_source)
+        return (*super().source_folders, *local_folders(self.critic_source))

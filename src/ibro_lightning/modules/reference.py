@@ -10,7 +10,7 @@ from torch import Tensor
 from ibro_lightning.coefficients import Coefficient, as_coefficient
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.functional import KLEstimator, kl_divergence
-from ibro_lightning.models import Policy, PolicyOptions, PolicySource, as_source
+from ibro_lightning.models import Policy, PolicyOptions, PolicySource, as_source, check_same_vocabulary
 
 Placement = Literal["loss", "reward"]
 
@@ -28,7 +28,7 @@ class ReferenceKL:
 
     def __init__(
         self,
-        coef: float | Coefficient = 0.001,
+        coef: Coefficient | float = 0.001,
         placement: Placement = "loss",
         estimator: KLEstimator = "k3_k2_grad",
         policy: str | None = None,
@@ -45,6 +45,8 @@ class ReferenceKL:
                 "model.kl.init_args.estimator", "k1", "its gradient is 0 on average: write k2, k3 or k3_k2_grad"
             )
         self.placement, self.estimator, self.policy = placement, estimator, policy
+        self._options = PolicyOptions()
+        self._source: PolicySource | None = None
         self._reference: Policy | None = None
 
     @property
@@ -53,22 +55,26 @@ class ReferenceKL:
         return self.coefficient.value
 
     def setup(self, policy: PolicySource, options: PolicyOptions) -> None:
-        """Load the reference. It is no submodule of anything: not trained, not checkpointed, not synced."""
-        source = policy if self.policy is None else as_source(self.policy, options)
-        ours, theirs = (s.config().get_text_config().vocab_size for s in (policy, source))
-        if ours != theirs:
-            raise ConfigError(
-                "model.kl.init_args.policy",
-                str(source),
-                f"it has {theirs} tokens and the policy {ours}: name a policy with the same tokenizer",
-            )
-        self._reference = Policy(
-            source.build(options), fused_head=options.fused_head, packing=options.packing
-        ).requires_grad_(False)
+        """Find the reference; it is loaded when it is first needed, and kept."""
+        self._options = options
+        self._source = policy
+        if self.policy is not None:
+            self._source = as_source(self.policy, options, "model.kl.init_args.policy")
+            check_same_vocabulary(policy, self._source, "model.kl.init_args.policy")
+
+    @property
+    def source(self) -> PolicySource:
+        """Where the reference comes from."""
+        assert self._source is not None, "setup comes first"
+        return self._source
 
     def on(self, device: torch.device) -> Policy:
-        """The reference policy, on ``device``."""
-        assert self._reference is not None, "setup comes first"
+        """The reference policy, on ``device``. No submodule of anything: not trained, not checkpointed, not synced."""
+        if self._reference is None:
+            options = self._options
+            model = self.source.build(options)
+            self._reference = Policy(model, fused_head=options.fused_head, packing=options.packing)
+            self._reference.requires_grad_(False)
         return self._reference.to(device)
 
     def penalty(self, logp: Tensor, reference_logp: Tensor) -> Tensor:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ibro_lightning.coefficients import Coefficient
 from ibro_lightning.errors import check_at_least
+from ibro_lightning.experience import Experience, StepContext
 from ibro_lightning.functional import masked_whiten
 from ibro_lightning.models import Policy, PolicySource
-from ibro_lightning.modules.base import PolicyModule
+from ibro_lightning.modules.base import PolicyModule, local_folders
 from ibro_lightning.modules.batching import token_budget_batches
 from ibro_lightning.modules.reference import ReferenceKL
 from ibro_lightning.sequences import Sequences
-from ibro_lightning.types import Experience, Rollout, StepContext
+from ibro_lightning.types import Rollout
 
 
 class ScoringModule(PolicyModule):
@@ -42,10 +45,13 @@ class ScoringModule(PolicyModule):
         check_at_least("model.micro_batch_tokens", micro_batch_tokens, 1)
         self.kl, self.overlong_filter, self.micro_batch_tokens = kl, overlong_filter, micro_batch_tokens
 
-    def configure_model(self) -> None:
-        super().configure_model()
+        if kl is not None:
+            kl.setup(self.policy_source, self.policy_options)
+
+    def check_packing(self) -> None:
+        super().check_packing()
         if self.kl is not None:
-            self.kl.setup(self.policy_source, self.policy_options)
+            self.kl.on(self.device).check_packing()
 
     def score_rollout(self, rollout: Rollout) -> Experience:
         """The rollout as the policy sees it before the update; advantages are still 0.
@@ -76,6 +82,11 @@ class ScoringModule(PolicyModule):
             extra={"token_rewards": rewards, **extra},
         )
 
+    @property
+    def source_folders(self) -> tuple[Path, ...]:
+        reference = () if self.kl is None else local_folders(self.kl.source)
+        return (*super().source_folders, *reference)
+
     @torch.no_grad()
     def score(
         self, sequences: Sequences, temperature: float, policy: Policy | None = None, with_entropy: bool = True
@@ -99,6 +110,12 @@ class ScoringModule(PolicyModule):
         lengths, padded = sequences.lengths.tolist(), not self.policy_options.packing
         for rows in token_budget_batches(lengths, self.micro_batch_tokens, padded=padded):
             yield rows.to(sequences.input_ids.device)
+
+    def observe(self, coefficient: Coefficient, measured: Tensor, sequences: Sequences) -> None:
+        """Tell a coefficient the mean of ``measured`` ``[B, T]`` over the rollout's response tokens on all ranks."""
+        mean = self.context().mean(measured, sequences.response_mask).item()
+        samples = self.sum_over_ranks(torch.tensor(len(sequences), device=measured.device))
+        coefficient.observe(mean, int(samples))
 
     def whiten(self, values: Tensor, mask: Tensor) -> Tensor:
         """``[B, T]`` with mean 0 and variance 1 over the rollout's valid tokens on all ranks; 0 elsewhere."""

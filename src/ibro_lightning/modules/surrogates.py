@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, get_args
 
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.experience import TokenStats
 from ibro_lightning.functional import ClippedSurrogate, cispo_surrogate, clipped_surrogate, gspo_surrogate
-from ibro_lightning.types import TokenStats
 
 Surrogate = Literal["ppo", "gspo", "cispo"]
 
@@ -23,7 +23,7 @@ def check_surrogate(name: Surrogate, clips: Clips) -> None:
     """Raise :class:`ConfigError` for an unknown loss or bounds that make no sense."""
     if name not in get_args(Surrogate):
         raise ConfigError("model.surrogate", name, f"write one of {', '.join(get_args(Surrogate))}")
-    if not 0 < clips.low < 1:
+    if not (0 < clips.low < 1 or (name == "cispo" and clips.low == 1)):  # CISPO's paper has no lower bound
         raise ConfigError("model.clip_ratio_low", clips.low, "write a number between 0 and 1, such as 0.2")
     if not clips.high > 0:
         raise ConfigError("model.clip_ratio_high", clips.high, "write a positive number, such as 0.28")

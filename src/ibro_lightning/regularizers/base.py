@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ibro_lightning.coefficients import Coefficient, as_coefficient
-from ibro_lightning.types import Experience, StepContext, TokenStats
+from ibro_lightning.experience import Experience, StepContext, TokenStats
 
 
 class EntropyRegularizer(ABC):
@@ -32,7 +32,7 @@ class EntropyRegularizer(ABC):
     needs_entropy: bool = True
     """Whether :meth:`objective` reads ``stats.entropy``; if not, entropies are not computed with a gradient."""
 
-    def __init__(self, coef: float | Coefficient) -> None:
+    def __init__(self, coef: Coefficient | float) -> None:
         self.coefficient = as_coefficient(coef, "regularizer.init_args.coef")
 
     @property

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.experience import Experience, StepContext, TokenStats
 from ibro_lightning.regularizers.base import PolicyLossMethod
-from ibro_lightning.types import Experience, StepContext, TokenStats
 
 
 def token_covariance(step: Experience, context: StepContext) -> Tensor:
@@ -51,6 +51,9 @@ class ClipCov(PolicyLossMethod):
 
 class KLCov(PolicyLossMethod):
     """The tokens with the highest ``c_t`` pay ``kl_coef·|log π − log π_old|`` for moving.
+
+    A rollout's first optimizer step starts where nothing has moved: there the penalty is 0, and its gradient is that of
+    rounding, of either sign. It takes several steps per rollout (``mini_batch_prompts``, ``update_epochs``) to act.
 
     Args:
         fraction: how many, as a share of the step's valid tokens; at least one.

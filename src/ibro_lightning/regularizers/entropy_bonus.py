@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ibro_lightning.coefficients import Coefficient
+from ibro_lightning.experience import TokenStats
 from ibro_lightning.regularizers.base import EntropyRegularizer
-from ibro_lightning.types import TokenStats
 
 
 class EntropyBonus(EntropyRegularizer):
@@ -16,7 +16,7 @@ class EntropyBonus(EntropyRegularizer):
         coef: α of ``L = L_PG − α·agg(H_t)``; 0.001 in arXiv 2507.18391.
     """
 
-    def __init__(self, coef: float | Coefficient = 0.001) -> None:
+    def __init__(self, coef: Coefficient | float = 0.001) -> None:
         super().__init__(coef)
 
     def objective(self, stats: TokenStats) -> Tensor:

@@ -32,7 +32,7 @@ class HindsightTemplate:
         if "prompt" not in roots or not roots & {"answer", "meta"} or roots - {"prompt", "answer", "meta"}:
             raise ConfigError(SETTING, template, "must contain {prompt}, and {answer} or a part of {meta[...]}")
         self.template = template
-        self._rendered: dict[str, tuple[int, ...]] = {}
+        self._rendered: dict[tuple[str, str], tuple[int, ...]] = {}
 
     def sequences(self, prompts: Sequence[Prompt], responses: Sequences, tokenizer: Any) -> Sequences:
         """The same responses behind prompts that show the answer; row by row."""
@@ -56,7 +56,7 @@ class HindsightTemplate:
     def _fill(self, text: str, prompt: Prompt) -> str:
         try:
             return self.template.format(prompt=text, answer=prompt.answer, meta=prompt.meta)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
             raise ConfigError(
                 SETTING,
                 self.template,
@@ -65,6 +65,7 @@ class HindsightTemplate:
             ) from error
 
     def _token_ids(self, prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
-        if prompt.id not in self._rendered:
-            self._rendered[prompt.id] = render(self.content(prompt), tokenizer)[1]
-        return self._rendered[prompt.id]
+        key = (prompt.id, prompt.text)
+        if key not in self._rendered:
+            self._rendered[key] = render(self.content(prompt), tokenizer)[1]
+        return self._rendered[key]

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ibro_lightning.coefficients import Coefficient
 from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.experience import Experience, StepContext, TokenStats
 from ibro_lightning.regularizers.base import EntropyRegularizer
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
-from ibro_lightning.types import Experience, StepContext, TokenStats
 
 Form = Literal["weighted", "two-term"]
 
@@ -23,7 +23,8 @@ class IBRO(EntropyRegularizer):
     ground truth. ``weighted`` puts it into a weight on the token's entropy, ``λ_t = β·sg(Hᵃ_t / H_t) − 1``, and
     minimises ``λ_t·H_t``: one more scoring pass per optimizer step. *This closed form of λ_t is our reading; the paper
     defines λ_t through the answer-conditioned entropy and then replaces it by −A_t.* ``two-term`` is the surrogate as
-    it stands, with gradients through both entropies: one more forward *and backward* pass.
+    it stands, with gradients through both entropies: one more forward *and backward* pass, on prompts longer than those
+    that ``micro_batch_tokens`` counts.
 
     Args:
         coef: α of ``L = L_PG − α·J``.
@@ -37,7 +38,7 @@ class IBRO(EntropyRegularizer):
 
     def __init__(
         self,
-        coef: float | Coefficient = 0.005,
+        coef: Coefficient | float = 0.005,
         beta: float = 2.0,
         form: Form = "weighted",
         template: str = "{prompt}\n\nThe correct answer is {answer}.",

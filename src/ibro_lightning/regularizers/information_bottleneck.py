@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ibro_lightning.coefficients import Coefficient
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.experience import Experience, StepContext, TokenStats
 from ibro_lightning.regularizers.base import EntropyRegularizer
-from ibro_lightning.types import Experience, StepContext, TokenStats
 
 AdvantageTransform = Literal["none", "sign", "clip"]
 Part = Literal["raw", "centred", "uniform"]
@@ -29,14 +29,14 @@ class InformationBottleneck(EntropyRegularizer):
     Args:
         coef: α of ``L = L_PG − α·J_IB``; 0.005 in the paper.
         part: ``raw`` is A·H; ``centred`` is (A − Ā)·H, the covariance alone; ``uniform`` is Ā·H. Ā is the mean over the
-            valid tokens of the optimizer step.
+            tokens of the optimizer step, each counted as in the loss.
         transform: what is done to the advantage first. ``none``; ``sign`` (only its direction); ``clip`` to ±``clip``.
         clip: bound for ``transform: clip``.
     """
 
     def __init__(
         self,
-        coef: float | Coefficient = 0.005,
+        coef: Coefficient | float = 0.005,
         part: Part = "raw",
         transform: AdvantageTransform = "none",
         clip: float = 1.0,
@@ -52,7 +52,8 @@ class InformationBottleneck(EntropyRegularizer):
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         weight = self.weight(step.advantages)
-        return step.with_extra(ib_mean_weight=context.mean(weight, step.mask).expand(weight.shape))
+        counted = step.mask if step.weights is None else step.weights
+        return step.with_extra(ib_mean_weight=context.mean(weight, counted).expand(weight.shape))
 
     def objective(self, stats: TokenStats) -> Tensor:
         assert stats.entropy is not None

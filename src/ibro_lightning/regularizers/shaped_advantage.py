@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.experience import Experience, StepContext
 from ibro_lightning.regularizers.base import PolicyLossMethod
-from ibro_lightning.types import Experience, StepContext
 
 
 class EntropyShapedAdvantage(PolicyLossMethod):
@@ -31,4 +31,5 @@ class EntropyShapedAdvantage(PolicyLossMethod):
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         addition = torch.minimum(self.scale * step.old_entropy, step.advantages.abs() / self.kappa)
+        addition = torch.where(step.mask, addition, 0.0)
         return replace(step.with_extra(advantage_addition=addition), advantages=step.advantages + addition)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ibro_lightning.experience import Experience, StepContext, TokenStats
 from ibro_lightning.regularizers.base import PolicyLossMethod
 from ibro_lightning.regularizers.covariance import check_fraction, count_of
-from ibro_lightning.types import Experience, StepContext, TokenStats
 
 
 class TopEntropyTokens(PolicyLossMethod):

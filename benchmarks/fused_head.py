@@ -1,0 +1,147 @@
+"""Time, memory and gradient error of ``linear_logprob_entropy``; see README.md.
+
+    python benchmarks/fused_head.py [--bf16] [--n 2048 --d 512 --v 32000] [--chunk_size ROWS] [--repeats 7]
+
+Processor time of one thread. The variants take turns in one process, and each figure is the median over the turns of
+the ratio within a turn, so that what else the machine does falls on all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ibro_lightning.functional.fused_head import linear_logprob_entropy
+from ibro_lightning.functional.logprobs import logprob_and_entropy
+
+MIB = 1 << 20
+
+
+class Problem:
+    """Inputs of the size asked for, and a gradient for each of the two outputs."""
+
+    def __init__(self, n: int, d: int, v: int, dtype: torch.dtype, chunk_size: int | None) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.hidden = torch.randn(n, d, generator=draw).to(dtype).requires_grad_()
+        # Logits with a standard deviation of 3: distributions of some nats, as a trained model has.
+        self.weight = (torch.randn(v, d, generator=draw) * 3 / d**0.5).to(dtype).requires_grad_()
+        self.targets = torch.randint(v, (n,), generator=draw)
+        self.upstream = torch.randn(n, generator=draw), torch.randn(n, generator=draw)
+        self.chunk_size = chunk_size
+        # Made beforehand, so that the bare products are charged with no allocation.
+        self.logits, self.out = (
+            torch.zeros(n, v, dtype=dtype),
+            [torch.zeros_like(x) for x in (self.hidden, self.weight)],
+        )
+
+    def fused(self) -> list[Tensor]:
+        return self.with_gradients(
+            linear_logprob_entropy(self.hidden, self.weight, self.targets, chunk_size=self.chunk_size)
+        )
+
+    def naive(self) -> list[Tensor]:
+        return self.with_gradients(logprob_and_entropy(self.hidden @ self.weight.T, self.targets))
+
+    def with_gradients(self, outputs: tuple[Any, ...]) -> list[Tensor]:
+        gradients = torch.autograd.grad(outputs, (self.hidden, self.weight), self.upstream)
+        return [*(x.detach() for x in outputs), *gradients]
+
+    @torch.no_grad()
+    def products(self, rows: int | None = None) -> None:
+        """What any implementation that recomputes the logits has to multiply."""
+        n = len(self.hidden)
+        for first in range(0, n, rows or n):
+            h = self.hidden[first : first + (rows or n)]
+            logits = self.logits[: len(h)]
+            for _ in range(2):
+                torch.mm(h, self.weight.T, out=logits)
+            torch.mm(logits, self.weight, out=self.out[0][: len(h)])
+            torch.addmm(self.out[1], logits.T, h, beta=float(first > 0), out=self.out[1])
+
+    def exact(self) -> list[Any]:
+        """Outputs and gradients in float64 by the naive formula, on a few rows at a time for the sake of memory."""
+        hidden, weight = (x.detach().double().requires_grad_() for x in (self.hidden, self.weight))
+        outputs: list[Any] = []
+        for rows in torch.arange(len(hidden)).split(256):
+            outputs.append(logprob_and_entropy(hidden[rows] @ weight.T, self.targets[rows]))
+            torch.autograd.backward(outputs[-1], [g[rows].double() for g in self.upstream])
+        return [*(torch.cat(column).detach() for column in zip(*outputs, strict=True)), hidden.grad, weight.grad]
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most that torch's allocator had out at a time, above what it had before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    live = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def cpu_seconds(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def errors(got: list[Tensor], exact: list[Any]) -> str:
+    """Of the outputs, the largest; of the gradients, norm and largest relative to those of the exact gradient."""
+    logp, entropy, *gradients = [x.double() - y for x, y in zip(got, exact, strict=True)]
+    relative = [
+        f"{float(x.norm() / y.norm()):.1e} / {float(x.abs().max() / y.abs().max()):.1e}"
+        for x, y in zip(gradients, exact[2:], strict=True)
+    ]
+    return f"{float(logp.abs().max()):9.1e} {float(entropy.abs().max()):9.1e}   {relative[0]}   {relative[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=2048, help="rows: tokens")
+    parser.add_argument("--d", type=int, default=512, help="width of the hidden states")
+    parser.add_argument("--v", type=int, default=32000, help="vocabulary")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 inputs, instead of float32")
+    parser.add_argument("--chunk_size", type=int, help="rows of logits at a time; by default the function's own choice")
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    problem = Problem(args.n, args.d, args.v, torch.bfloat16 if args.bf16 else torch.float32, args.chunk_size)
+    print(f"N={args.n} D={args.d} V={args.v} {problem.hidden.dtype}, torch {torch.__version__}")
+
+    variants: dict[str, Callable[[], object]] = {
+        "fused": problem.fused,
+        "naive": problem.naive,
+        "four products": problem.products,
+        "four products, 256 rows": lambda: problem.products(256),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(args.repeats + 1):
+        for name, run in variants.items():
+            taken = cpu_seconds(run)
+            if turn:  # The first one warms up.
+                seconds[name].append(taken)
+    # The gradient of the weights is there whatever is done, and not counted.
+    peaks = {name: peak_bytes(variants[name]) - problem.weight.nbytes for name in ("fused", "naive")}
+    print(f"{'':25}{'CPU s':>8}{'/ products':>12}{'/ naive':>9}{'peak MiB':>10}{'/ naive':>9}")
+    for name, own in seconds.items():
+        ratios = [
+            statistics.median(a / b for a, b in zip(own, seconds[of], strict=True)) for of in ("four products", "naive")
+        ]
+        memory = f"{peaks[name] / MIB:10.0f}{peaks[name] / peaks['naive']:9.3f}" if name in peaks else ""
+        print(f"{name:25}{statistics.median(own):8.2f}{ratios[0]:12.2f}{ratios[1]:9.2f}{memory}")
+
+    exact = problem.exact()
+    print("error against float64       logp   entropy   hidden's gradient   weight's gradient  (norm / largest)")
+    for name, run in (("fused", problem.fused), ("naive", problem.naive)):
+        print(f"{name:22}{errors(run(), exact)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Every entropy method with every algorithm: two real iterations through the command line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from ibro_lightning import regularizers
+from ibro_lightning.cli import main
+
+Run = tuple[dict[str, Tensor], dict[str, list[float]]]
+"""Weights and curves."""
+
+SHOWN = "template: '{prompt}{answer}>{prompt}'"
+# name: (class, settings, its own metrics, whom it must not be mistaken for). Settings are large, so that a few tokens
+# show an effect.
+METHODS: dict[str, tuple[str, str, list[str], str]] = {
+    "none": ("NoRegularizer", "", [], ""),
+    "naive": ("EntropyBonus", "coef: 0.5", ["update/regularizer"], "none"),
+    "ib": ("InformationBottleneck", "coef: 0.5", ["update/regularizer", "regularizer/ib_mean_weight"], "naive"),
+    "ib sign": ("InformationBottleneck", "coef: 0.5, transform: sign", ["regularizer/ib_mean_weight"], "ib"),
+    "ib clip": ("InformationBottleneck", "coef: 0.5, transform: clip, clip: 0.3", ["regularizer/ib_mean_weight"], "ib"),
+    "ib centred": ("InformationBottleneck", "coef: 0.5, part: centred", ["regularizer/ib_mean_weight"], "ib"),
+    "ib uniform": ("InformationBottleneck", "coef: 2.0, part: uniform", ["regularizer/ib_mean_weight"], "naive"),
+    "ces": ("CorrectPathEntropySuppression", "coef: 0.5", ["regularizer/ib_mean_weight"], "ib"),
+    "ibro weighted": (
+        "IBRO",
+        f"coef: 0.5, {SHOWN}",
+        ["update/regularizer", "regularizer/hindsight_entropy"],
+        "naive",
+    ),
+    "ibro two-term": ("IBRO", f"coef: 0.5, form: two-term, {SHOWN}", ["update/regularizer"], "ibro weighted"),
+    "clip-cov": ("ClipCov", "fraction: 0.5, low: -100.0, high: 100.0", ["regularizer/clip_cov"], "none"),
+    "kl-cov": ("KLCov", "fraction: 1.0, kl_coef: 5.0", ["regularizer/kl_cov"], "none"),
+    "80/20": ("TopEntropyTokens", "fraction: 0.2", ["regularizer/top_entropy"], "clip-cov"),
+    "shaped": ("EntropyShapedAdvantage", "scale: 4.0", ["regularizer/advantage_addition"], "none"),
+}
+MODULES = ["DAPOModule", "PPOModule"]
+
+
+def fit(workspace: Path, module: str, method: str, *arguments: str) -> Run:
+    """Train in ``workspace`` with the settings of ``method`` → (weights, curves)."""
+    name, settings, _, _ = METHODS[method]
+    changes = {
+        "class_path: DAPOModule": f"class_path: {module}",
+        "regularizer: {class_path: InformationBottleneck}": f"regularizer: {{class_path: {name}, "
+        f"init_args: {{{settings}}}}}",
+    }
+    if module == "PPOModule":  # which needs no groups: twelve prompts, six to an optimizer step
+        changes |= {
+            "mini_batch_prompts: 2": "mini_batch_prompts: 6",
+            "prompts_per_rollout: 4": "prompts_per_rollout: 12",
+            "group_size: 4": "group_size: 1",
+            "dynamic_sampling: {max_rounds: 2, on_exhausted: fill}": "dynamic_sampling: null",
+        }
+    recipe = (workspace / "tiny.yaml").read_text()
+    for old, new in changes.items():
+        assert recipe.count(old) == 1
+        recipe = recipe.replace(old, new)
+    (workspace / "recipe.yaml").write_text(recipe)
+    off = ["--trainer.limit_val_batches", "0", "--trainer.enable_checkpointing", "false"]
+    main(["fit", "--config", "recipe.yaml", *off, "--trainer.enable_progress_bar", "false", *arguments])
+    events = EventAccumulator(str(workspace / "run"))
+    events.Reload()
+    curves = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return load_file(workspace / "run" / "model" / "model.safetensors"), curves
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def test_every_class_of_the_package_is_tried_here() -> None:
+    concrete = {
+        name
+        for name in regularizers.__all__
+        if isinstance(kind := getattr(regularizers, name), type)
+        and issubclass(kind, regularizers.EntropyRegularizer)
+        and not {"EntropyRegularizer", "PolicyLossMethod"} & {name}
+    }
+    assert concrete == {name for name, *_ in METHODS.values()}
+
+
+@pytest.fixture(scope="module")
+def finished() -> dict[tuple[str, str], Run]:
+    """Runs by method and module, each made once, by the first test that needs it."""
+    return {}
+
+
+@pytest.fixture
+def run_of(workspace: Path, finished: dict[tuple[str, str], Run]) -> Callable[[str, str], Run]:
+    def run(method: str, module: str) -> Run:
+        if (method, module) not in finished:
+            finished[method, module] = fit(workspace, module, method)
+        return finished[method, module]
+
+    return run
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("method", METHODS)
+def test_two_iterations(run_of: Callable[[str, str], Run], tiny_policy: Path, method: str, module: str) -> None:
+    """Finite curves, another policy than before, the method's own metrics, and a policy of its own."""
+    weights, curves = run_of(method, module)
+    _, _, own, relative = METHODS[method]
+    for name, values in curves.items():
+        assert all(math.isfinite(value) for value in values), name
+    for name in ("update/policy_loss", "update/grad_norm", "policy/entropy", "regularizer/coef", *own):
+        assert len(curves[name]) == 2, name
+    assert curves["update/steps"] == [2.0, 2.0]
+    assert curves["update/skipped_steps"] == [0.0, 0.0]
+    for name in own:
+        assert all(value != 0 for value in curves[name]), name
+    logged = {name for name in curves if name.startswith("regularizer/")}
+    assert logged - {"regularizer/coef"} == {name for name in own if name.startswith("regularizer/")}
+    assert largest_difference(weights, load_file(tiny_policy / "model.safetensors")) > 1e-3
+    for other in {relative, "none"} - {method, ""}:
+        other_weights, other_curves = run_of(other, module)
+        for name in ("policy/entropy", "rollout/reward", "rollout/length", "advantage/std"):
+            assert curves[name][0] == other_curves[name][0], "they start from the same rollout"
+        assert largest_difference(weights, other_weights) > 1e-4, other
+
+
+@pytest.mark.parametrize(
+    ("method", "module"),
+    [("naive", "DAPOModule"), ("ibro weighted", "DAPOModule"), ("ibro two-term", "DAPOModule"), ("ib", "PPOModule")],
+)
+def test_a_coefficient_of_zero_is_no_regularisation_bit_for_bit(
+    workspace: Path, run_of: Callable[[str, str], Run], method: str, module: str
+) -> None:
+    weights, curves = fit(workspace, module, method, "--model.regularizer.coef", "0")
+    assert largest_difference(weights, run_of("none", module)[0]) == 0.0
+    assert "update/regularizer" not in curves
+
+
+SGD = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1.0", "--model.mini_batch_prompts", "null"]
+
+
+def test_with_whitened_advantages_ib_is_its_covariance_part_alone(workspace: Path) -> None:
+    """PPO, one optimizer step per rollout: Ā = 0, so ``centred`` is ``raw`` and ``uniform`` is nothing."""
+    steps = {
+        method: fit(workspace, "PPOModule", method, *SGD, "--trainer.max_epochs", "1")[0]
+        for method in ("none", "ib", "ib centred", "ib uniform")
+    }
+    assert largest_difference(steps["ib"], steps["none"]) > 1e-3
+    assert largest_difference(steps["ib"], steps["ib centred"]) < 1e-6
+    assert largest_difference(steps["none"], steps["ib uniform"]) < 1e-6
+
+
+def test_with_group_advantages_and_unequal_lengths_ib_also_has_a_uniform_part(workspace: Path) -> None:
+    steps = {
+        method: fit(workspace, "DAPOModule", method, *SGD, "--trainer.max_epochs", "1")[0]
+        for method in ("none", "ib", "ib centred", "ib uniform")
+    }
+    for first, second in (("ib", "none"), ("ib", "ib centred"), ("none", "ib uniform"), ("ib", "ib uniform")):
+        assert largest_difference(steps[first], steps[second]) > 1e-4, (first, second)
