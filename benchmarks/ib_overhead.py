@@ -5,7 +5,7 @@
 
 A step is what ``ActorModule.update`` does with one mini-batch: forward, loss and backward of every micro-batch,
 gradient clipping, AdamW. Steps with and without alternate, in changing order; the figure is the median of the ratios of
-CPU seconds. ``none / none`` is the same comparison of the method with itself: the noise to read the other ratios against.
+CPU seconds. ``none / none`` is the same comparison of the method with itself: the noise to read the others against.
 """
 
 from __future__ import annotations

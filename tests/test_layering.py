@@ -34,18 +34,8 @@ ALLOWED = {
     "rewards": {"errors", "functional", "tasks", "types"},
     "datamodules": {"engines", "errors", "functional", "rendering", "rewards", "seeding", "sequences", "tasks"}
     | {"timing", "types"},
-    "modules": {
-        "coefficients",
-        "errors",
-        "experience",
-        "functional",
-        "metrics",
-        "models",
-        "regularizers",
-        "seeding",
-        "sequences",
-    }
-    | {"timing", "types"},
+    "modules": {"coefficients", "errors", "experience", "functional", "metrics", "models", "regularizers", "seeding"}
+    | {"sequences", "timing", "types"},
     "callbacks": {"errors", "metrics", "modules", "types", "version"},
     "cli": {"callbacks", "datamodules", "engines", "errors", "modules", "recipes", "regularizers", "rewards"}
     | {"version"},

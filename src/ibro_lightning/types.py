@@ -2,7 +2,8 @@
 
 As the data walks one iteration: ``Problem`` (a source's text) → ``Prompt`` (its tokens) → ``Generation`` (the engine's
 tokens) → ``Completion`` (with text) → ``RewardResult`` → ``Rollout`` (one Lightning batch) → ``Experience`` (what one
-update needs, in :mod:`.experience`). Shapes: ``B`` responses, ``L`` prompt + response tokens, ``T`` response tokens, padded.
+update needs, in :mod:`.experience`). Shapes: ``B`` responses, ``L`` prompt + response tokens, ``T`` response tokens,
+padded.
 """
 
 from __future__ import annotations
