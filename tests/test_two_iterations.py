@@ -35,7 +35,12 @@ METHODS: dict[str, tuple[str, str, list[str], str]] = {
         ["update/regularizer", "regularizer/hindsight_entropy"],
         "naive",
     ),
-    "ibro two-term": ("IBRO", f"coef: 0.5, form: two-term, {SHOWN}", ["update/regularizer"], "ibro weighted"),
+    "ibro two-term": (
+        "IBRO",
+        f"coef: 0.5, form: two-term, {SHOWN}",
+        ["update/regularizer", "regularizer/hindsight_entropy"],
+        "ibro weighted",
+    ),
     "clip-cov": ("ClipCov", "fraction: 0.5, low: -100.0, high: 100.0", ["regularizer/clip_cov"], "none"),
     "kl-cov": ("KLCov", "fraction: 1.0, kl_coef: 5.0", ["regularizer/kl_cov"], "none"),
     "80/20": ("TopEntropyTokens", "fraction: 0.2", ["regularizer/top_entropy"], "clip-cov"),
