@@ -45,6 +45,21 @@ CASES = {
     "truncated training (min_p)": (["--data.sampling.min_p", "0.1"], ["data.sampling.min_p: 0.1", "write 0"]),
     "impossible top_p": (["--data.sampling.top_p", "1.5"], ["sampling.top_p: 1.5"]),
     "negative coefficient": (["--model.regularizer.coef", "-1"], ["coef: -1", "0 or more"]),
+    "accumulated batches": (
+        ["--trainer.accumulate_grad_batches", "2"],
+        ["trainer.accumulate_grad_batches: 2", "model.mini_batch_prompts"],
+    ),
+    "Lightning's own clipping": (["--trainer.gradient_clip_val", "1"], ["gradient_clip_val: 1", "model.max_grad_norm"]),
+    "several devices": (["--trainer.devices", "2"], ["trainer.devices: 2", "not there yet"]),
+    "half precision": (["--trainer.precision", "bf16-true"], ["trainer.precision: 'bf16-true'", "bf16-mixed"]),
+    "a controller of KL for an entropy term": (
+        ["--model.regularizer.coef", "AdaptiveKL"],
+        ["regularizer.init_args.coef: 'AdaptiveKL'", "follows KL"],
+    ),
+    "a hindsight prompt that the tokenizer cannot write": (
+        ["--model.regularizer", "IBRO"],
+        ["regularizer.init_args.template", "cannot write"],
+    ),
     "dual clip below 1": (["--model.dual_clip", "0.5"], ["model.dual_clip: 0.5", "above 1"]),
     "longer than the model": (["--data.sampling.max_tokens", "300"], ["sampling.max_tokens: 300", "256 positions"]),
     "evaluation on training prompts": (["--data.allow_overlap", "false"], ["eval_sets.starts", "allow_overlap: true"]),

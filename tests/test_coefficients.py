@@ -260,9 +260,9 @@ def test_resuming_with_another_class_of_coefficient_starts_it_anew(tiny_policy: 
 
 
 def test_a_number_is_a_constant_and_an_object_stays_itself() -> None:
-    assert as_coefficient(0.25, "x").value == 0.25
+    assert as_coefficient(0.25, "x", "entropy").value == 0.25
     moving = Linear(0.1, 0.2, 3)
-    assert as_coefficient(moving, "x") is moving
+    assert as_coefficient(moving, "x", "entropy") is moving
     regularizer = EntropyBonus(moving)
     moving.observe(1.0)
     moving.observe(1.0)
@@ -274,8 +274,8 @@ def test_a_number_is_a_constant_and_an_object_stays_itself() -> None:
     [
         (lambda: Constant(-0.1), "coef"),
         (lambda: Constant(math.nan), "coef"),
-        (lambda: as_coefficient(-1.0, "model.kl.init_args.coef"), "model.kl.init_args.coef"),
-        (lambda: as_coefficient(math.inf, "model.kl.init_args.coef"), "model.kl.init_args.coef"),
+        (lambda: as_coefficient(-1.0, "model.kl.init_args.coef", "KL"), "model.kl.init_args.coef"),
+        (lambda: as_coefficient(math.inf, "model.kl.init_args.coef", "KL"), "model.kl.init_args.coef"),
         (lambda: ReferenceKL(coef=-1.0), "model.kl.init_args.coef"),
         (lambda: EntropyBonus(math.nan), "regularizer.init_args.coef"),
         *((lambda c=c: c(-0.1, 1.0, 3), "coef.init_args.start") for c in (Linear, Cosine)),

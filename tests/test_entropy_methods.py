@@ -606,6 +606,9 @@ class Characters:
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": [*([1] if add_special_tokens else []), *map(ord, text)]}
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join("<s>" if token == 1 else chr(token) for token in token_ids)
+
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, tokenize: bool
     ) -> str:
@@ -956,3 +959,14 @@ def test_defaults_are_those_of_the_papers() -> None:
     assert (kl_cov.fraction, kl_cov.kl_coef) == (2e-3, 1.0)
     assert TopEntropyTokens().fraction == 0.2
     assert (shaped.scale, shaped.kappa) == (0.4, 2.0)
+
+
+def test_a_hindsight_prompt_longer_than_the_model_is_refused() -> None:
+    """BOS, prompt, shown answer and response: 1 + 2 + 3 + 4 tokens. Learned positions would end in an IndexError."""
+
+    prompt = Prompt("p", "ab", (97, 98), answer="xyz", content="ab")
+    responses = Sequences.collate([[97, 98]], [[1, 2, 3, 4]])
+    template = HindsightTemplate("{answer}{prompt}")
+    assert template.sequences([prompt], responses, Characters(), max_length=10).lengths.tolist() == [10]
+    with pytest.raises(ConfigError, match=r"init_args\.template: .* up to 10 tokens.* positions for 8"):
+        template.sequences([prompt], responses, Characters(), max_length=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -889,3 +890,15 @@ def test_reinforce_needs_no_groups_in_a_real_run(workspace: Path) -> None:
     main(["fit", "--config", "tiny.yaml", "--model.mini_batch_prompts", "8", *arguments, *root])
     checkpoint = torch.load(workspace / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 1
+
+
+def test_a_critic_whose_folder_lacks_weights_is_refused(tmp_path: Path, tiny_policy: Path) -> None:
+    """transformers would go on with what it has, and zeros or noise for the rest."""
+    folder = tmp_path / "critic"
+    shutil.copytree(tiny_policy, folder)
+    weights = load_file(folder / "model.safetensors")
+    lost = next(name for name in weights if "down_proj" in name)
+    save_file({k: v for k, v in weights.items() if k != lost}, folder / "model.safetensors", metadata={"format": "pt"})
+    module = PPOModule(str(tiny_policy), critic=str(folder))
+    with pytest.raises(ConfigError, match=r"^model\.critic: .*not complete.*down_proj.*missing"):
+        module.configure_model()

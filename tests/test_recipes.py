@@ -111,12 +111,12 @@ def test_help_of_a_class_shows_its_docstring(capsys: pytest.CaptureFixture[str])
 
 
 ALGORITHMS = {
-    "GRPO": "clip_ratio_high 0.2, aggregation seq-mean-token-mean, kl ReferenceKL",
+    "GRPO": "clip_ratio_high 0.2, dual_clip null, aggregation seq-mean-token-mean, kl ReferenceKL, kl.estimator k3",
     "Dr.GRPO": "advantage dr_grpo, aggregation seq-mean-token-sum-norm, aggregation_max_tokens 56",
     "RLOO": "advantage rloo",
     "REINFORCE++": "advantage reinforce++, kl ReferenceKL, kl.placement reward, kl.estimator k1",
     "GSPO": "surrogate gspo, aggregation seq-mean-token-mean, clip_ratio_low 3e-4, clip_ratio_high 4e-4",
-    "CISPO": "surrogate cispo",
+    "CISPO": "surrogate cispo, clip_ratio_low 1, clip_ratio_high 4",
 }
 
 

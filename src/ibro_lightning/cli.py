@@ -141,6 +141,7 @@ class IbroCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         settings = self._get(self.config_init, "trainer")
+        refuse_trainer_settings(settings)
         root = kwargs["default_root_dir"] = settings.default_root_dir or "runs/default"
         if settings.logger in (None, True):
             # Only training has curves; the other commands must not add to those of a run they look at.
@@ -155,6 +156,10 @@ class IbroCLI(LightningCLI):
         return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, off)])
 
     def fit(self, **kwargs: Any) -> None:
+        if self.trainer.world_size > 1:
+            raise ConfigError(
+                "trainer.devices", self.trainer.world_size, "training on several devices is not there yet"
+            )
         folder, checkpoint = Path(self.trainer.default_root_dir), kwargs.get("ckpt_path")
         if checkpoint == "last" and not (folder / "checkpoints" / "last.ckpt").exists():
             raise ConfigError("ckpt_path", "last", f"there is no checkpoint in {folder}: leave it out to start anew")
@@ -188,6 +193,18 @@ class IbroCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         self.trainer.predict(**{**kwargs, "return_predictions": False})  # they are in the parquet files
+
+
+def refuse_trainer_settings(settings: Any) -> None:
+    """Raise :class:`ConfigError` for Trainer settings whose place is taken, as modules here optimise by hand."""
+    if settings.accumulate_grad_batches not in (None, 1):
+        raise ConfigError(
+            "trainer.accumulate_grad_batches",
+            settings.accumulate_grad_batches,
+            "write model.mini_batch_prompts (an optimizer step's) and model.micro_batch_tokens (what memory holds)",
+        )
+    if settings.gradient_clip_val is not None:
+        raise ConfigError("trainer.gradient_clip_val", settings.gradient_clip_val, "write model.max_grad_norm")
 
 
 @rank_zero_only

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Literal
 
 from ibro_lightning.errors import ConfigError, check_at_least
 
 
 class Coefficient(ABC):
     """A number ≥ 0 that may follow the iteration or a measurement. Subclasses keep their state in :attr:`state`."""
+
+    measures: Literal["entropy", "KL"] | None = None
+    """What :meth:`observe` has to be told; None if that does not matter."""
 
     def __init__(self, **state: float) -> None:
         self.state: dict[str, float] = {"iterations": 0.0, **state}
@@ -38,7 +42,8 @@ class Coefficient(ABC):
         return dict(self.state)
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take up ``state``; what it does not have (it may be another class's) starts anew."""
+        """Take up ``state``. If it is another class's, what both have goes on (all count the run's iterations), and the
+        rest starts anew."""
         self.state |= {name: number for name, number in state.items() if name in self.state}
 
 
@@ -47,7 +52,7 @@ class Constant(Coefficient):
 
     def __init__(self, coef: float) -> None:
         super().__init__()
-        check_at_least("coef", coef, 0, "; the sign belongs to the regulariser's objective")
+        check_at_least("coef", coef, 0)
         self.coef = coef
 
     @property
@@ -105,6 +110,8 @@ class TargetEntropy(Coefficient):
         maximum: it stays at or below this.
     """
 
+    measures = "entropy"
+
     def __init__(self, target: float = 0.2, step: float = 0.005, start: float = 0.0, maximum: float = math.inf) -> None:
         for name, number in (("target", target), ("step", step), ("start", start)):
             check_at_least(f"coef.init_args.{name}", number, 0)
@@ -136,6 +143,8 @@ class EntropyBand(Coefficient):
         start: the coefficient inside the band at first.
         maximum: upper limit.
     """
+
+    measures = "entropy"
 
     def __init__(
         self,
@@ -179,6 +188,8 @@ class AdaptiveKL(Coefficient):
         horizon: responses over which β may change by about 20 %.
     """
 
+    measures = "KL"
+
     def __init__(self, start: float = 0.001, target: float = 0.01, horizon: int = 10_000) -> None:
         if not 0 < start < math.inf:
             raise ConfigError("coef.init_args.start", start, "write a positive number: 0 would stay 0")
@@ -198,15 +209,19 @@ class AdaptiveKL(Coefficient):
         self.state["coef"] *= 1.0 + error * min(samples / self.horizon, 1.0)
 
 
-def as_coefficient(coef: Coefficient | float, setting: str) -> Coefficient:
+def as_coefficient(coef: Coefficient | float, setting: str, measures: Literal["entropy", "KL"]) -> Coefficient:
     """``coef`` as it stands in a recipe → its object.
 
     In signatures write ``Coefficient | float``, in this order: the parser reports the first member's error.
 
     Raises:
-        ConfigError: naming ``setting``, for a number that is negative or not finite.
+        ConfigError: naming ``setting``, for a number that is negative or not finite, or a controller that follows
+            something else than ``measures``.
     """
-    if isinstance(coef, Coefficient):
-        return coef
-    check_at_least(setting, coef, 0, "; the sign belongs to the regulariser's objective")
-    return Constant(coef)
+    if not isinstance(coef, Coefficient):
+        check_at_least(setting, coef, 0)
+        return Constant(coef)
+    if coef.measures not in (None, measures):
+        name = type(coef).__name__
+        raise ConfigError(setting, name, f"it follows {coef.measures}, and here it is told the {measures}")
+    return coef

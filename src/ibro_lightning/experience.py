@@ -100,6 +100,8 @@ class StepContext:
     sum_over_ranks: Callable[[Tensor], Tensor]
     tokenizer: Any
     seed: int
+    max_length: int | None = None
+    """Positions that the policy has; None if it says nothing about it."""
 
     def mean(self, values: Tensor, weights: Tensor) -> Tensor:
         """Mean over the tokens of the whole step, on all ranks; ``weights`` are a mask, or numbers ≥ 0."""

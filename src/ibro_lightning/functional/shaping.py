@@ -16,6 +16,8 @@ def overlong_penalty(lengths: Tensor, *, max_tokens: int, buffer_tokens: int, fa
     >>> overlong_penalty(torch.tensor([39, 48, 56]), max_tokens=56, buffer_tokens=16)
     tensor([ 0.0000, -0.5000, -1.0000])
     """
+    if buffer_tokens < 1:
+        raise ValueError(f"buffer_tokens must be at least 1, got {buffer_tokens}")
     excess = lengths.to(torch.get_default_dtype()) - (max_tokens - buffer_tokens)
     return factor * (-excess / buffer_tokens).clamp(-1.0, 0.0)
 

@@ -77,8 +77,7 @@ class PolicySource(ABC):
                 attn_implementation=options.attn_implementation,
             )
         critic.base_model.load_state_dict(self.build(options).base_model.state_dict())
-        in_backbone = {id(parameter) for parameter in critic.base_model.parameters()}
-        return _zero(critic, [name for name, p in critic.named_parameters() if id(p) not in in_backbone])
+        return _zero_head(critic, self)
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every token that ends a response: the tokenizer's EOS first, then what the model's generation config adds."""
@@ -157,7 +156,7 @@ class PretrainedPolicy(PolicySource):
             attn_implementation=options.attn_implementation,
             output_loading_info=True,
         )
-        return _zero(critic, report["missing_keys"])
+        return _zero_head(critic, self, report["missing_keys"])
 
     def _load(self, auto_class: Any, **kwargs: Any) -> Any:
         try:
@@ -233,11 +232,16 @@ class Qwen2FromScratch(PolicySource):
             return model.to(getattr(torch, options.dtype))
 
 
-def _zero(critic: Any, names: Iterable[str]) -> Any:
-    """``critic`` with these parameters, which nothing was loaded into, set to 0."""
-    parameters = dict(critic.named_parameters())
-    for name in names:
-        torch.nn.init.zeros_(parameters[name])
+def _zero_head(critic: Any, source: PolicySource, missing: Iterable[str] | None = None) -> Any:
+    """``critic`` with its head, or those parameters of it that are ``missing`` from its folder, set to 0."""
+    in_backbone = {id(parameter) for parameter in critic.base_model.parameters()}
+    for name, parameter in critic.named_parameters():
+        if missing is not None and name not in missing:
+            continue
+        if id(parameter) not in in_backbone:
+            torch.nn.init.zeros_(parameter)
+        elif missing is not None:
+            raise ConfigError("model.critic", str(source), f"its weights are not complete: {name} is missing")
     return critic
 
 

@@ -54,37 +54,49 @@ def backbone_of(model: Any) -> nn.Module | None:
 
 @torch.no_grad()
 def check_packing(model: Any) -> None:
-    """Run three short sequences packed and one by one, through the model without its head.
+    """Run three short sequences packed, through the model without its head: neither may they see each other, nor may
+    they differ from the same sequences one by one.
 
     Raises:
-        ConfigError: packed, they see each other, or the model cannot run them.
+        ConfigError: packed, they do, or the model cannot run them.
     """
-    device, vocabulary = next(model.parameters()).device, model.config.get_text_config().vocab_size
+    vocabulary = model.config.get_text_config().vocab_size
     backbone = backbone_of(model)
     network, output = (model, "logits") if backbone is None else (backbone, "last_hidden_state")
-    lengths = (5, 3, 7)
-    tokens = (torch.arange(sum(lengths)) * 7 + 1).remainder(vocabulary).split(lengths)
-    rows = Sequences.collate([row[:1].tolist() for row in tokens], [row[1:].tolist() for row in tokens]).to(device)
+    rows = _probe(vocabulary, model)
     try:
         packed = response_states(network, rows, output, packing=True)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(
             "model.policy_options.packing", True, f"this model cannot run packed sequences ({error}): write false"
         ) from error
-    each = torch.arange(len(rows), device=device).split(1)
+    last = int(rows.response_lengths[-1])
+    with_others = response_states(network, _probe(vocabulary, model, shift=3), output, packing=True)
+    each = torch.arange(len(rows), device=packed.device).split(1)
     alone = torch.cat([response_states(network, rows.select(row), output) for row in each])
-    difference = (packed - alone).abs().max() / alone.abs().max().clamp(min=1e-6)
-    # Rounding differs by much less than this in any precision, sequences that see each other by much more.
-    half = torch.is_autocast_enabled(device.type)
-    precision = torch.finfo(torch.get_autocast_dtype(device.type) if half else packed.dtype).eps
-    if not difference < precision**0.6:
+    size = alone.abs().max().clamp(min=1e-6)
+    contamination = (packed - with_others)[-last:].abs().max() / size
+    difference = (packed - alone).abs().max() / size
+    # The same arithmetic on the same tokens gives the same numbers. Packed and alone, it is rounded differently: by
+    # much less than this bound in any precision, where a wrong position or mask does much more.
+    half = torch.is_autocast_enabled(packed.device.type)
+    precision = torch.finfo(torch.get_autocast_dtype(packed.device.type) if half else packed.dtype).eps
+    if not (contamination < precision and difference < precision**0.6):
         attention = getattr(model.config, "_attn_implementation", "this attention")
         raise ConfigError(
             "model.policy_options.packing",
             True,
-            f"with {attention}, packed sequences see each other (hidden states differ by {difference:.1%}): "
-            "write false, or another model.policy_options.attn_implementation, such as flash_attention_2",
+            f"with {attention}, packed sequences see each other (hidden states differ by "
+            f"{max(contamination, difference):.1%}): write false, or another model.policy_options.attn_implementation, "
+            "such as flash_attention_2",
         )
+
+
+def _probe(vocabulary: int, model: nn.Module, shift: int = 0) -> Sequences:
+    """Three rows of different lengths; ``shift`` changes the tokens of all but the last."""
+    rows = [[(7 * i + 1 + (shift if row < 2 else 0)) % vocabulary for i in range(n)] for row, n in enumerate((5, 3, 7))]
+    sequences = Sequences.collate([row[:1] for row in rows], [row[1:] for row in rows])
+    return sequences.to(next(model.parameters()).device)
 
 
 def scatter_rows(values: Tensor, mask: Tensor) -> Tensor:

@@ -93,7 +93,8 @@ class ActorModule(ScoringModule):
         timer = PhaseTimer()
         with timer("prepare"), torch.no_grad():
             experience = self.prepare(rollout)
-            self.observe(self.regularizer.coefficient, experience.old_entropy, experience.sequences)
+            if self.trains_policy(experience):
+                self.observe(self.regularizer.coefficient, experience.old_entropy, experience.sequences)
         with timer("update"):
             steps = [self.update(step) for step in self.steps(experience)]
         left_out = [number for step in steps for name, number in step.items() if name.endswith(SKIPPED)]
@@ -112,6 +113,10 @@ class ActorModule(ScoringModule):
             **_mean_of(steps),
             **timer.metrics(),
         }
+
+    def trains_policy(self, experience: Experience) -> bool:
+        """Does the policy learn from this rollout?"""
+        return True
 
     # From a rollout to optimizer steps.
 
@@ -164,13 +169,13 @@ class ActorModule(ScoringModule):
         """``agg(policy loss) − α·agg(regulariser)`` of a micro-batch, and its share of the step's metrics."""
         per_token, extra = self.policy_loss(stats)
         per_token = self.regularizer.shape_policy_loss(per_token, stats)
+        loss = weighted_sum(per_token, micro)
+        metrics = {"update/policy_loss": loss.item()}
         if self.kl is not None:
-            per_token = self.kl.add_to(per_token, stats.logp, stats.extra["reference_logp"])
-        loss = policy_loss = weighted_sum(per_token, micro)
-        metrics = {"update/policy_loss": policy_loss.item()}
+            loss = weighted_sum(self.kl.add_to(per_token, stats.logp, stats.extra["reference_logp"]), micro)
         if self.regularizer.coef:
             objective = weighted_sum(self.regularizer.objective(stats), micro)
-            loss = policy_loss - self.regularizer.coef * objective
+            loss = loss - self.regularizer.coef * objective
             metrics["update/regularizer"] = objective.item()
         extra["update/approx_kl"] = approximate_kl(stats.logp.detach(), stats.old_logp)
         added = stats.extra.keys() - micro.extra.keys()

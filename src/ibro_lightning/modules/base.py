@@ -80,8 +80,8 @@ class PolicyModule(pl.LightningModule):
         self, network: nn.Module, factory: OptimizerCallable, setting: str
     ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
         """A network's optimizer and its schedule."""
-        if self.trainer.precision == "16-mixed":
-            raise ConfigError("trainer.precision", "16-mixed", "gradient scaling is not supported: write bf16-mixed")
+        if self.trainer.precision not in ("32-true", "bf16-mixed"):
+            raise ConfigError("trainer.precision", self.trainer.precision, "not supported: write 32-true or bf16-mixed")
         try:
             optimizer = factory(network.parameters())
         except (TypeError, ValueError) as error:

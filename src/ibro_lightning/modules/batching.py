@@ -52,7 +52,8 @@ def _cut(order: Sequence[int], lengths: Sequence[int], budget: int, padded: bool
     batches: list[list[int]] = []
     tokens = 0
     for row in order:
-        tokens = lengths[row] * (len(batches[-1]) + 1 if batches else 1) if padded else tokens + lengths[row]
+        rows = len(batches[-1]) + 1 if batches else 1
+        tokens = lengths[row] * rows if padded else tokens + lengths[row]
         if not batches or tokens > budget:
             batches.append([])
             tokens = lengths[row]
@@ -75,4 +76,6 @@ def check_aggregation(mode: AggregationMode, max_tokens: int | None) -> None:
 def weighted_sum(values: Tensor, micro: Experience) -> Tensor:
     """``Σ weights·x`` over the valid tokens of a micro-batch: its share of the step's aggregate."""
     assert micro.weights is not None, "ActorModule.begin_step sets the weights"
+    if values.shape != micro.mask.shape:
+        raise ValueError(f"losses and objectives are [B, T] = {list(micro.mask.shape)}, got {list(values.shape)}")
     return (torch.where(micro.mask, values, 0.0) * micro.weights).sum()

@@ -47,8 +47,7 @@ class PPOModule(ActorModule):
         value_clip: a value may leave its old one by this much before the loss stops rewarding it; None: no bound.
         whiten_advantages: mean 0 and variance 1 over the rollout's tokens that take part in the loss.
         bootstrap_truncated: a response cut at the length limit goes on with the critic's value instead of with 0.
-        critic_warmup_iterations: first iterations in which only the critic learns. Schedules of coefficients count
-            them too.
+        critic_warmup_iterations: first iterations in which only the critic learns.
         actor_settings: regularizer, kl, clip_ratio_low, mini_batch_prompts, …, as in :class:`ActorModule`.
     """
 
@@ -106,14 +105,15 @@ class PPOModule(ActorModule):
         values = self.score_values(experience.sequences)
         ends = experience.sequences.response_lengths
         last_values = values.gather(1, ends[:, None]).squeeze(1) * rollout.truncated
+        lam: float | Tensor = self.gae_lambda
+        if self.length_adaptive_alpha is not None:
+            lam = length_adaptive_lambda(ends, alpha=self.length_adaptive_alpha)
         advantages, returns = gae(
             experience.extra["token_rewards"],
             values[:, :-1],
             responses,
             gamma=self.gamma,
-            lam=length_adaptive_lambda(ends, alpha=self.length_adaptive_alpha)
-            if self.length_adaptive_alpha
-            else self.gae_lambda,
+            lam=lam,
             critic_lam=self.gae_lambda if self.critic_gae_lambda is None else self.critic_gae_lambda,
             last_values=last_values if self.bootstrap_truncated else None,
         )
@@ -122,8 +122,10 @@ class PPOModule(ActorModule):
 
     def update(self, step: Experience) -> dict[str, float]:
         """The policy's optimizer step, unless the critic is still warming up, and then the critic's."""
-        warming_up = 0 < step.iteration <= self.critic_warmup_iterations  # iterations count from 1
-        return {**({} if warming_up else super().update(step)), **self.update_critic(step)}
+        return {**(super().update(step) if self.trains_policy(step) else {}), **self.update_critic(step)}
+
+    def trains_policy(self, experience: Experience) -> bool:
+        return not 0 < experience.iteration <= self.critic_warmup_iterations  # iterations count from 1
 
     def update_critic(self, step: Experience) -> dict[str, float]:
         metrics = self.accumulate(step, self.value_loss)

@@ -33,7 +33,7 @@ class ReferenceKL:
         estimator: KLEstimator = "k3_k2_grad",
         policy: str | None = None,
     ) -> None:
-        self.coefficient = as_coefficient(coef, "model.kl.init_args.coef")
+        self.coefficient = as_coefficient(coef, "model.kl.init_args.coef", "KL")
         if placement not in get_args(Placement):
             raise ConfigError("model.kl.init_args.placement", placement, "write loss or reward")
         if estimator not in get_args(KLEstimator):

@@ -44,7 +44,6 @@ class ScoringModule(PolicyModule):
         super().__init__(policy, **policy_settings)
         check_at_least("model.micro_batch_tokens", micro_batch_tokens, 1)
         self.kl, self.overlong_filter, self.micro_batch_tokens = kl, overlong_filter, micro_batch_tokens
-
         if kl is not None:
             kl.setup(self.policy_source, self.policy_options)
 
@@ -130,4 +129,5 @@ class ScoringModule(PolicyModule):
         return reduced
 
     def context(self, seed: int = 0) -> StepContext:
-        return StepContext(self.policy, self.score, self.sum_over_ranks, self.tokenizer, seed)
+        positions = getattr(self.policy_source.config(), "max_position_embeddings", None)
+        return StepContext(self.policy, self.score, self.sum_over_ranks, self.tokenizer, seed, positions)

@@ -33,7 +33,7 @@ class EntropyRegularizer(ABC):
     """Whether :meth:`objective` reads ``stats.entropy``; if not, entropies are not computed with a gradient."""
 
     def __init__(self, coef: Coefficient | float) -> None:
-        self.coefficient = as_coefficient(coef, "regularizer.init_args.coef")
+        self.coefficient = as_coefficient(coef, "regularizer.init_args.coef", "entropy")
 
     @property
     def coef(self) -> float:
@@ -42,8 +42,8 @@ class EntropyRegularizer(ABC):
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         """Called once per optimizer step, without gradients, before it is cut into micro-batches: the place for
-        statistics of the whole step, for another advantage or mask, and for ``step.with_extra(name=[B, T])``. The mean
-        of each tensor added is logged as ``regularizer/name``."""
+        statistics of the whole step, for another advantage, and for ``step.with_extra(name=[B, T])``. The mean of each
+        tensor added is logged as ``regularizer/name``."""
         return step
 
     def statistics(self, micro: Experience, context: StepContext) -> Mapping[str, Tensor]:

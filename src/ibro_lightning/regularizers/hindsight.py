@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from string import Formatter
 from typing import Any
@@ -34,12 +35,26 @@ class HindsightTemplate:
         self.template = template
         self._rendered: dict[tuple[str, str], tuple[int, ...]] = {}
 
-    def sequences(self, prompts: Sequence[Prompt], responses: Sequences, tokenizer: Any) -> Sequences:
-        """The same responses behind prompts that show the answer; row by row."""
+    def sequences(
+        self, prompts: Sequence[Prompt], responses: Sequences, tokenizer: Any, max_length: int | None = None
+    ) -> Sequences:
+        """The same responses behind prompts that show the answer; row by row.
+
+        Raises:
+            ConfigError: prompt and response together are longer than ``max_length`` tokens; or the tokenizer has no
+                tokens for what the template adds.
+        """
         tokens = [self._token_ids(prompt, tokenizer) for prompt in prompts]
         on_cpu = responses.to("cpu")
         rows = zip(on_cpu.input_ids, on_cpu.is_response, strict=True)
         shown = Sequences.collate(tokens, [ids[mask].tolist() for ids, mask in rows])
+        if max_length is not None and len(shown) and (longest := int(shown.lengths.max())) > max_length:
+            raise ConfigError(
+                SETTING,
+                self.template,
+                f"with the answer shown, prompt and response take up to {longest} tokens, and the model has positions "
+                f"for {max_length}: show less, or lower data.sampling.max_tokens",
+            )
         return shown.to(responses.input_ids.device)
 
     def content(self, prompt: Prompt) -> str | list[Message]:
@@ -67,5 +82,22 @@ class HindsightTemplate:
     def _token_ids(self, prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
         key = (prompt.id, prompt.text)
         if key not in self._rendered:
-            self._rendered[key] = render(self.content(prompt), tokenizer)[1]
+            self._rendered[key] = self._render(prompt, tokenizer)
         return self._rendered[key]
+
+    def _render(self, prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
+        text, token_ids = render(self.content(prompt), tokenizer)
+        if _is_lost(text, token_ids, tokenizer) and not _is_lost(prompt.text, prompt.token_ids, tokenizer):
+            raise ConfigError(
+                SETTING, self.template, f"the tokenizer cannot write {text!r}: use only words that the model knows"
+            )
+        return token_ids
+
+
+def _is_lost(text: str, token_ids: Sequence[int], tokenizer: Any) -> bool:
+    """Do the tokens say less than the text, letters and digits only? A tokenizer of few words drops the others."""
+
+    def essence(some: str) -> str:
+        return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", some).casefold()))
+
+    return essence(text) not in essence(tokenizer.decode(list(token_ids)))

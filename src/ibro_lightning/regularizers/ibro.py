@@ -55,14 +55,14 @@ class IBRO(EntropyRegularizer):
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         if self.form == "two-term" or not self.coef:
             return step
-        sequences = self.hindsight.sequences(step.prompts, step.sequences, context.tokenizer)
+        sequences = self.hindsight.sequences(step.prompts, step.sequences, context.tokenizer, context.max_length)
         _, entropy = context.score(sequences, step.temperature)
         return step.with_extra(hindsight_entropy=entropy)
 
     def statistics(self, micro: Experience, context: StepContext) -> Mapping[str, Tensor]:
         if self.form == "weighted":
             return {}
-        sequences = self.hindsight.sequences(micro.prompts, micro.sequences, context.tokenizer)
+        sequences = self.hindsight.sequences(micro.prompts, micro.sequences, context.tokenizer, context.max_length)
         _, entropy = context.policy(sequences, temperature=micro.temperature)
         assert entropy is not None
         return {"hindsight_entropy": entropy}
