@@ -27,6 +27,7 @@ ALLOWED = {
     "experience": {"sequences", "types"},
     "tasks": {"errors"},
     "recipes": {"errors"},
+    "run_folders": {"errors"},
     "metrics": {"functional", "types"},
     "regularizers": {"coefficients", "errors", "experience", "rendering", "sequences", "types"},
     "models": {"errors", "functional", "sequences", "tasks", "types"},
@@ -38,7 +39,7 @@ ALLOWED = {
     | {"sequences", "timing", "types"},
     "callbacks": {"errors", "metrics", "modules", "types", "version"},
     "cli": {"callbacks", "datamodules", "engines", "errors", "modules", "recipes", "regularizers", "rewards"}
-    | {"version"},
+    | {"run_folders", "version"},
     "__main__": {"cli"},
     "__init__": {"version"},
 }

@@ -6,7 +6,6 @@ import difflib
 import importlib
 import inspect
 import re
-import shutil
 import sys
 import warnings
 import zipfile
@@ -22,7 +21,6 @@ import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 import ibro_lightning.datamodules
 import ibro_lightning.engines
@@ -42,6 +40,7 @@ from ibro_lightning.callbacks import (
 from ibro_lightning.errors import ConfigError, RewardError, RolloutError, check_at_least
 from ibro_lightning.modules import PolicyModule
 from ibro_lightning.recipes import find_config
+from ibro_lightning.run_folders import HEADER, make_room, put_back
 from ibro_lightning.version import __version__
 
 
@@ -168,7 +167,8 @@ class IbroCLI(LightningCLI):
         continues = checkpoint == "last" or (checkpoint and folder.resolve() in Path(checkpoint).resolve().parents)
         existed, aside = folder.exists(), None
         if not continues:
-            aside = make_room(folder, self.model)
+            needed = self.model.source_folders if isinstance(self.model, PolicyModule) else ()
+            aside = make_room(folder, needed)
         try:
             self.trainer.fit(**kwargs)
         except Exception as error:
@@ -207,51 +207,6 @@ def refuse_trainer_settings(settings: Any) -> None:
         raise ConfigError("trainer.gradient_clip_val", settings.gradient_clip_val, "write model.max_grad_norm")
 
 
-@rank_zero_only
-def make_room(folder: Path, model: pl.LightningModule) -> Path | None:
-    """Move an earlier run out of the way, so that no two runs share a folder; returns where it went.
-
-    Raises:
-        ConfigError: the folder cannot be one, or holds the policy that the new run starts from.
-    """
-    for part in (folder, *folder.parents):
-        if part.exists() and not part.is_dir():
-            raise ConfigError("trainer.default_root_dir", str(folder), f"{part} is a file: write another folder")
-    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise ConfigError("trainer.default_root_dir", str(folder), "a run needs a folder of its own, such as runs/mine")
-    config = folder / "config.yaml"
-    if not config.exists():
-        return None
-    if not config.read_text().startswith(HEADER):
-        raise ConfigError(
-            "trainer.default_root_dir", str(folder), "its config.yaml is none of ours: write another folder for the run"
-        )
-    needed = model.source_folders if isinstance(model, PolicyModule) else ()
-    if inside := [source for source in needed if folder.resolve() in source.parents]:
-        raise ConfigError(
-            "trainer.default_root_dir",
-            str(folder),
-            f"it holds the run that this run starts from ({inside[0]}): write another folder for the new run",
-        )
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    rank_zero_info(f"an earlier run was in {folder}: moved to {aside}")
-    return aside
-
-
-@rank_zero_only
-def put_back(folder: Path, aside: Path | None) -> None:
-    """Leave no trace of a run that was refused before it computed anything; undo :func:`make_room`."""
-    if any((folder / name).exists() for name in ("rollouts", "evaluations", "checkpoints")):
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    if aside is not None:
-        aside.rename(folder)
-        rank_zero_info(f"the new run was refused: {aside} is back in {folder}")
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m ibro_lightning``; ``args`` as on the command line."""
     argv = list(sys.argv[1:] if args is None else args)
@@ -280,9 +235,6 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"error: {' '.join(str(cause).split())}\n")
         raise SystemExit(2) from error
 
-
-HEADER = "# ibro_lightning"
-"""How the ``config.yaml`` of a run begins."""
 
 # Warnings that tell a user nothing they could act on.
 NOISE = (".*LeafSpec.*", ".*does not have many workers.*", ".*across ranks is zero.*")

@@ -1,0 +1,61 @@
+"""No two runs share a folder: an earlier one is moved aside, and comes back if the new one is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from ibro_lightning.errors import ConfigError
+
+HEADER = "# ibro_lightning"
+"""How the ``config.yaml`` of a run begins."""
+
+
+@rank_zero_only
+def make_room(folder: Path, needed: Iterable[Path]) -> Path | None:
+    """Move an earlier run out of the way, so that no two runs share a folder; returns where it went.
+
+    Args:
+        needed: folders that the new run starts from, which must stay where they are.
+
+    Raises:
+        ConfigError: the folder cannot be one, or holds the policy that the new run starts from.
+    """
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise ConfigError("trainer.default_root_dir", str(folder), f"{part} is a file: write another folder")
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise ConfigError("trainer.default_root_dir", str(folder), "a run needs a folder of its own, such as runs/mine")
+    config = folder / "config.yaml"
+    if not config.exists():
+        return None
+    if not config.read_text().startswith(HEADER):
+        raise ConfigError(
+            "trainer.default_root_dir", str(folder), "its config.yaml is none of ours: write another folder for the run"
+        )
+    if inside := [source for source in needed if folder.resolve() in source.parents]:
+        raise ConfigError(
+            "trainer.default_root_dir",
+            str(folder),
+            f"it holds the run that this run starts from ({inside[0]}): write another folder for the new run",
+        )
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    rank_zero_info(f"an earlier run was in {folder}: moved to {aside}")
+    return aside
+
+
+@rank_zero_only
+def put_back(folder: Path, aside: Path | None) -> None:
+    """Leave no trace of a run that was refused before it computed anything; undo :func:`make_room`."""
+    if any((folder / name).exists() for name in ("rollouts", "evaluations", "checkpoints")):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    if aside is not None:
+        aside.rename(folder)
+        rank_zero_info(f"the new run was refused: {aside} is back in {folder}")
