@@ -1,6 +1,7 @@
 """What IB regularisation costs: an update step with it over one without, side by side in one process.
 
     python benchmarks/ib_overhead.py                    # the quick start's model
+    python benchmarks/ib_overhead.py --shape head       # SmolLM2's output layer alone, with its entropy and without
     python benchmarks/ib_overhead.py --shape smollm2    # SmolLM2-135M's shapes (49,152 x 576), random weights
 
 A step is what ``ActorModule.update`` does with one mini-batch: forward, loss and backward of every micro-batch,
@@ -21,6 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ibro_lightning.experience import Experience
+from ibro_lightning.functional import linear_logprob_entropy
 from ibro_lightning.models import PolicyOptions, PolicySource, Qwen2FromScratch
 from ibro_lightning.modules import DAPOModule
 from ibro_lightning.regularizers import EntropyBonus, InformationBottleneck, NoRegularizer
@@ -84,13 +86,37 @@ def step(module: DAPOModule, optimizer: torch.optim.Optimizer, experience: Exper
     return time.process_time() - start
 
 
+def head_ratios(repeats: int) -> list[float]:
+    """CPU seconds of the output layer, forward and backward, with the entropy over those without."""
+    config, generator = SmolLM2Shapes().config(), torch.Generator().manual_seed(0)
+    hidden = torch.randn(768, config.hidden_size, generator=generator).requires_grad_()
+    weight = torch.randn(config.vocab_size, config.hidden_size, generator=generator) * 3 / config.hidden_size**0.5
+    weight.requires_grad_()
+    targets = torch.randint(config.vocab_size, (768,), generator=generator)
+
+    def seconds(with_entropy: bool) -> float:
+        start = time.process_time()
+        logp, entropy = linear_logprob_entropy(hidden, weight, targets, with_entropy=with_entropy)
+        loss = logp.sum() if entropy is None else (logp + entropy).sum()
+        torch.autograd.grad(loss, (hidden, weight))
+        return time.process_time() - start
+
+    seconds(True)
+    turns = [{kind: seconds(kind) for kind in (True, False)[:: 1 if i % 2 else -1]} for i in range(repeats)]
+    return [turn[True] / turn[False] for turn in turns]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="quickstart")
+    parser.add_argument("--shape", choices=[*SHAPES, "head"], default="quickstart")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=None, help="pairs of steps per method")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.shape == "head":
+        low, middle, high = statistics.quantiles(head_ratios(arguments.repeats or 15), n=4)
+        print(f"head: with entropy / without  {middle:.3f}  (quartiles {low:.3f} to {high:.3f})")
+        return
     source, responses, prompt_tokens, response_tokens, budget = SHAPES[arguments.shape]
     module = DAPOModule(source(), micro_batch_tokens=budget)
     module.configure_model()

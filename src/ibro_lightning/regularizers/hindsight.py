@@ -60,7 +60,7 @@ class HindsightTemplate:
     def content(self, prompt: Prompt) -> str | list[Message]:
         """The prompt as text or messages, with the answer shown."""
         if isinstance(prompt.content, str):
-            return self._fill(prompt.content, prompt)
+            return self._fill(prompt.content or prompt.text, prompt)  # a prompt made by hand may have its text alone
         messages = list(prompt.content)
         last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
         if last is None:
