@@ -31,6 +31,10 @@ class RolloutError(RuntimeError):
     """Generation cannot give the update what it needs, e.g. dynamic sampling found no informative group."""
 
 
+class WeightSyncError(RolloutError):
+    """After a sync the engine does not have the policy's weights. Says what is off, by how much, and why."""
+
+
 def _short(value: object, limit: int = 200) -> str:
     text = repr(value) if isinstance(value, str) else str(value)
     text = " ".join(text.split())

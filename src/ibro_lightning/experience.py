@@ -37,6 +37,8 @@ class Experience:
     """Valid tokens of the optimizer step on all ranks: the denominator of its metrics."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """``[B, T]`` each: what an algorithm or a regulariser adds (values, returns, a mask of tokens, …)."""
+    scored: bool = True
+    """Do ``old_logp`` and ``old_entropy`` exist already? If not, the one update fills them in: :meth:`record`."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What was measured while the step was prepared, for the curves."""
 
@@ -63,6 +65,11 @@ class Experience:
             weights=None if self.weights is None else cut(self.weights),
             extra={name: cut(values) for name, values in self.extra.items()},
         )
+
+    def record(self, rows: Tensor, logp: Tensor, entropy: Tensor) -> None:
+        """Write what the policy says of some rows before its only update, in place: for the metrics."""
+        self.old_logp[rows, : logp.shape[1]] = logp
+        self.old_entropy[rows, : entropy.shape[1]] = entropy
 
     def with_extra(self, **extra: Tensor) -> Self:
         """A copy that also holds these ``[B, T]`` tensors."""

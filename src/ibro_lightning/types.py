@@ -19,7 +19,9 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.sequences import Sequences, to_device
 
 Message = Mapping[str, str]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "deadline"]
+"""EOS; the length limit; the engine's deadline, which came first."""
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,10 @@ class Completion:
     def truncated(self) -> bool:
         return self.finish_reason == "length"
 
+    @property
+    def late(self) -> bool:
+        return self.finish_reason == "deadline"
+
 
 @dataclass(frozen=True)
 class RewardResult:
@@ -152,6 +158,8 @@ class Rollout:
     groups: Tensor
     truncated: Tensor
     """bool: cut at the length limit, no EOS."""
+    late: Tensor
+    """bool: cut by the engine's deadline; never trained on."""
     name: str
     """"train", or the evaluation set's name."""
     iteration: int
@@ -184,6 +192,7 @@ class Rollout:
             reward_parts={name: torch.tensor([float(r.parts.get(name, 0.0)) for r in results]) for name in names},
             groups=torch.tensor([index for index, _, _, _ in rows], dtype=torch.long),
             truncated=torch.tensor([completion.truncated for completion in completions], dtype=torch.bool),
+            late=torch.tensor([completion.late for completion in completions], dtype=torch.bool),
             **others,
         )
 
@@ -217,11 +226,15 @@ class ModelSpec:
 class RolloutEngine(Protocol):
     """Generates from the weights it was last given. Speaks token ids only."""
 
+    dtype: Dtype
+    """Of its copy of the weights."""
+
     def setup(self, spec: ModelSpec) -> None:
         """Build the model (once; later calls with the same spec do nothing)."""
 
-    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace all weights. Raises if a weight is missing or unknown."""
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
+        """Replace all weights, or those that are given if ``partial``, and forget what was computed with the old ones.
+        Raises if a weight is missing or unknown."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[Sequence[int]]
@@ -250,3 +263,10 @@ class PolicyProvider(Protocol):
 
     def named_full_weights(self) -> Iterable[tuple[str, Tensor]]:
         """The policy's current weights under their Hugging Face names, gathered if sharded, one at a time."""
+
+    @property
+    def compute_dtype(self) -> Dtype:
+        """What the policy computes in."""
+
+    def response_logp(self, sequences: Sequences, temperature: float) -> Tensor:
+        """``[B, T]`` log-probs of the response tokens under the current policy, without gradients."""

@@ -10,7 +10,7 @@ import torch
 
 from ibro_lightning.types import Rollout
 
-PHASES = ("sync", "generate", "reward", "prepare", "update")
+PHASES = ("sync", "verify", "generate", "reward", "prepare", "update")
 
 
 class MetricsLog(pl.Callback):
@@ -57,6 +57,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "rollout/length_right": lengths[right].mean(),
         "rollout/length_wrong": lengths[~right].mean(),
         "rollout/truncated": torch.tensor([float(completion.truncated) for completion in completions]).mean(),
+        "rollout/late": torch.tensor([float(completion.late) for completion in completions]).mean(),
     }
     if not rollout.skip_update:
         metrics |= {

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from ibro_lightning.datamodules.collector import Collector, check_reward
 from ibro_lightning.datamodules.prompts import PromptLimits, encode_prompts
 from ibro_lightning.datamodules.sources import PromptSource
+from ibro_lightning.datamodules.weight_check import WeightCheck, WeightVerifier
 from ibro_lightning.engines import HFEngine
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.rewards import Reward
@@ -49,6 +50,7 @@ class EvaluationDataModule(pl.LightningDataModule):
         test_sets: used by ``test`` and ``predict``; the evaluation sets if left out.
         eval_batch_prompts: prompts per batch of an evaluation.
         prompt_limits: what happens to prompts that are too long, in every set.
+        weight_check: how it is checked after every sync that the engine has the policy's weights; None skips it.
     """
 
     def __init__(
@@ -58,12 +60,15 @@ class EvaluationDataModule(pl.LightningDataModule):
         test_sets: dict[str, EvalSet] | None = None,
         eval_batch_prompts: int = 64,
         prompt_limits: PromptLimits = PromptLimits(),
+        weight_check: WeightCheck | None = WeightCheck(),
     ) -> None:
         super().__init__()
         self.engine: RolloutEngine = engine or HFEngine()
         self.eval_sets = eval_sets or {}
         self.test_sets = test_sets or self.eval_sets
         self.eval_batch_prompts, self.prompt_limits = eval_batch_prompts, prompt_limits
+        self.weight_check = weight_check
+        self._verifier: WeightVerifier | None = None
         self._eval_prompts: dict[str, list[Prompt]] = {}
         for name, eval_set in {**self.eval_sets, **self.test_sets}.items():
             if not re.fullmatch(r"[\w-]+", name):
@@ -95,6 +100,8 @@ class EvaluationDataModule(pl.LightningDataModule):
             check_reward(eval_set.reward, prompts[0], eval_set.sampling)
         self.engine.setup(provider.model_spec())
         self.collector = Collector(self.engine, provider.tokenizer)
+        if self.weight_check is not None:
+            self._verifier = WeightVerifier(self.weight_check, self.engine, provider, run_seed())
 
     def refuse_overlap(self, trained_on: Callable[[str], bool], remedy: str) -> None:
         """Raise if an evaluation prompt is also one to train on: its accuracy would say nothing about new problems."""
@@ -119,10 +126,19 @@ class EvaluationDataModule(pl.LightningDataModule):
     def teardown(self, stage: str) -> None:
         self.engine.close()
 
-    def sync_engine(self) -> None:
-        """Hand the policy's current weights to the engine."""
-        self.engine.onload()
-        self.engine.load_weights(self.provider.named_full_weights())
+    def sync_engine(self, timer: PhaseTimer) -> dict[str, float]:
+        """Hand the policy's current weights to the engine, and check that it has them; what the check measured.
+
+        Raises:
+            WeightSyncError: it has not.
+        """
+        with timer("sync"):
+            self.engine.onload()
+            self.engine.load_weights(self.provider.named_full_weights())
+        if self._verifier is None:
+            return {}
+        with timer("verify"):
+            return self._verifier.verify()
 
     def eval_prompts(self, name: str) -> list[Prompt]:
         return self._eval_prompts[name]
@@ -138,17 +154,22 @@ class EvalStream:
         return -(-len(self.data.eval_prompts(self.name)) // self.data.eval_batch_prompts)
 
     def __iter__(self) -> Iterator[Rollout]:
-        self.data.sync_engine()
+        timer = PhaseTimer()
+        measured = self.data.sync_engine(timer)
         prompts, size, seed = self.data.eval_prompts(self.name), self.data.eval_batch_prompts, run_seed()
         for start in range(0, len(prompts), size):
-            timer = PhaseTimer()
             chunk = prompts[start : start + size]
             seeds = [[self._seed(seed, prompt, sample) for sample in range(self.eval_set.samples)] for prompt in chunk]
             groups = self.data.collector.collect(chunk, seeds, self.eval_set.sampling, self.eval_set.reward, timer)
             temperature = self.eval_set.sampling.temperature
             yield Rollout.from_groups(
-                groups, name=self.name, iteration=0, temperature=temperature, metrics=timer.metrics()
+                groups,
+                name=self.name,
+                iteration=0,
+                temperature=temperature,
+                metrics={**measured, **timer.metrics()},
             )
+            timer, measured = PhaseTimer(), {}
         self.data.engine.offload()
 
     def _seed(self, seed: int, prompt: Prompt, sample: int) -> int:

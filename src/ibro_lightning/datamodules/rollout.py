@@ -119,8 +119,7 @@ class RolloutDataModule(EvaluationDataModule):
     def next_rollout(self) -> Rollout:
         """Generate one rollout from the policy's current weights."""
         timer = PhaseTimer()
-        with timer("sync"):
-            self.sync_engine()
+        measured = self.sync_engine(timer)
         kept, spare, rounds = self._collect_groups(timer)
         self.engine.offload()
         sampled = len(kept) + len(spare)
@@ -130,6 +129,7 @@ class RolloutDataModule(EvaluationDataModule):
             "rollout/rounds": float(rounds),
             "rollout/zero_variance_groups": zero_variance,
             "rollout/generated_tokens": float(sum(len(c.token_ids) for g in (*kept, *spare) for c in g.completions)),
+            **measured,
             **timer.metrics(),
         }
         groups, skip = self._resolve(kept, spare)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from ibro_lightning.engines.sampling import sample_tokens
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.types import FinishReason, Generation, ModelSpec, RolloutEngine, SamplingParams
+from ibro_lightning.types import Dtype, FinishReason, Generation, ModelSpec, RolloutEngine, SamplingParams
 
 
 class HFEngine(RolloutEngine):
@@ -31,14 +31,15 @@ class HFEngine(RolloutEngine):
     def __init__(
         self,
         max_batch_size: int = 256,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: Dtype = "float32",
         compact_below: float = 0.8,
     ) -> None:
         if max_batch_size < 1:
             raise ConfigError("engine.max_batch_size", max_batch_size, "write 1 or more responses")
         if not 0 < compact_below <= 1:
             raise ConfigError("engine.compact_below", compact_below, "write a share above 0 and up to 1")
-        self.max_batch_size, self.dtype, self.compact_below = max_batch_size, dtype, compact_below
+        self.dtype: Dtype = dtype
+        self.max_batch_size, self.compact_below = max_batch_size, compact_below
         self._model: Any = None
         self._eos: Tensor
         self._device: torch.device
@@ -57,7 +58,7 @@ class HFEngine(RolloutEngine):
         self._device = spec.device
 
     @torch.no_grad()
-    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
         own = self._model.state_dict()
         missing = {tensor.data_ptr(): name for name, tensor in own.items()}  # by storage: tied names count once
         for name, tensor in named_tensors:
@@ -67,7 +68,7 @@ class HFEngine(RolloutEngine):
                 raise ValueError(f"weight {name!r} has shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}")
             own[name].copy_(tensor)
             missing.pop(own[name].data_ptr(), None)
-        if missing:
+        if missing and not partial:
             raise KeyError(f"the engine got no new values for {len(missing)} weights, e.g. {min(missing.values())!r}")
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import (
@@ -22,8 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.tasks import NumberPath
-
-Dtype = Literal["float32", "bfloat16", "float16"]
+from ibro_lightning.types import Dtype
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from ibro_lightning.coefficients import Constant
 from ibro_lightning.errors import check_at_least
 from ibro_lightning.experience import Experience, TokenStats
 from ibro_lightning.functional import (
@@ -27,6 +28,7 @@ from ibro_lightning.functional import (
 )
 from ibro_lightning.models import PolicySource
 from ibro_lightning.modules.batching import check_aggregation, mini_batches, weighted_sum
+from ibro_lightning.modules.correction import SamplerCorrection
 from ibro_lightning.modules.diagnostics import experience_metrics
 from ibro_lightning.modules.scoring import ScoringModule
 from ibro_lightning.modules.surrogates import Clips, Surrogate, check_surrogate, surrogate_loss
@@ -53,6 +55,8 @@ class ActorModule(ScoringModule):
         aggregation_max_tokens: the constant length of ``seq-mean-token-sum-norm`` (Dr.GRPO).
         mini_batch_prompts: prompts (whole groups) per optimizer step; None takes the rollout in one step.
         update_epochs: passes over each rollout.
+        sampler_correction: weighs the policy loss for an engine whose probabilities are not quite the policy's; None
+            leaves it as it is. How far they are apart is in the curves as ``sampler/…`` in any case.
         scoring_settings: kl, overlong_filter, micro_batch_tokens, as in :class:`ScoringModule`, and optimizer,
             warmup_steps, max_grad_norm, policy_options, as in :class:`PolicyModule`.
     """
@@ -69,6 +73,7 @@ class ActorModule(ScoringModule):
         aggregation_max_tokens: int | None = None,
         mini_batch_prompts: int | None = None,
         update_epochs: int = 1,
+        sampler_correction: SamplerCorrection | None = SamplerCorrection(),
         **scoring_settings: Any,
     ) -> None:
         super().__init__(policy, **scoring_settings)
@@ -82,6 +87,7 @@ class ActorModule(ScoringModule):
         self.aggregation: AggregationMode = aggregation
         self.aggregation_max_tokens = aggregation_max_tokens
         self.mini_batch_prompts, self.update_epochs = mini_batch_prompts, update_epochs
+        self.sampler_correction = sampler_correction
 
     @abstractmethod
     def prepare(self, rollout: Rollout) -> Experience:
@@ -93,7 +99,7 @@ class ActorModule(ScoringModule):
         timer = PhaseTimer()
         with timer("prepare"), torch.no_grad():
             experience = self.prepare(rollout)
-            if self.trains_policy(experience):
+            if self.trains_policy(rollout.iteration) and experience.scored:
                 self.observe(self.regularizer.coefficient, experience.old_entropy, experience.sequences)
         with timer("update"):
             steps = [self.update(step) for step in self.steps(experience)]
@@ -109,14 +115,35 @@ class ActorModule(ScoringModule):
         return {
             "update/skipped_rollouts": 0.0,
             "update/steps": float(len(steps)),
+            "update/scored_first": float(experience.scored),
             **metrics,
             **_mean_of(steps),
             **timer.metrics(),
         }
 
-    def trains_policy(self, experience: Experience) -> bool:
-        """Does the policy learn from this rollout?"""
+    def trains_policy(self, iteration: int) -> bool:
+        """Does the policy learn in this iteration (from 1)?"""
         return True
+
+    advantages_need_scores = True
+    """Whether :meth:`prepare` reads ``old_logp`` or ``old_entropy``; a module that does not can save a forward pass."""
+
+    def scores_first(self, rollout: Rollout) -> bool:
+        """Are the old log-probs computed before the update?
+
+        With one optimizer step, which sees the policy as it sampled, they are the update's own: a forward pass is
+        saved. Not if anything else asks for them earlier.
+        """
+        size = self.mini_batch_prompts
+        steps = self.update_epochs * (1 if size is None else -(-rollout.num_groups // size))
+        return (
+            steps > 1
+            or not self.trains_policy(rollout.iteration)
+            or self.advantages_need_scores
+            or self.kl is not None
+            or not isinstance(self.regularizer.coefficient, Constant)
+            or type(self.regularizer).prepare is not EntropyRegularizer.prepare
+        )
 
     # From a rollout to optimizer steps.
 
@@ -125,7 +152,13 @@ class ActorModule(ScoringModule):
         for epoch in range(self.update_epochs):
             seed = derive_seed(run_seed(), "mini-batches", experience.iteration, epoch)
             for index, rows in enumerate(mini_batches(experience.groups, self.mini_batch_prompts, seed)):
-                yield self.begin_step(experience.select(rows.to(experience.groups.device)), derive_seed(seed, index))
+                if experience.scored:
+                    step = experience.select(rows.to(experience.groups.device))
+                else:
+                    if (epoch, index) != (0, 0):
+                        raise RuntimeError("a second optimizer step needs log-probs from before the first")
+                    step = experience  # itself: the update writes into it
+                yield self.begin_step(step, derive_seed(seed, index))
 
     @torch.no_grad()
     def begin_step(self, step: Experience, seed: int = 0) -> Experience:
@@ -149,16 +182,23 @@ class ActorModule(ScoringModule):
 
     def update(self, step: Experience) -> dict[str, float]:
         """One optimizer step of the policy, in as many micro-batches as the token budget asks for."""
-        metrics = self.accumulate(step, lambda micro: self.loss(self.token_stats(micro), micro))
+
+        def loss_of(micro: Experience, rows: Tensor) -> tuple[Tensor, dict[str, float]]:
+            stats = self.token_stats(micro)
+            if not step.scored:
+                step.record(rows, stats.old_logp, stats.old_entropy)
+            return self.loss(stats, micro)
+
+        metrics = self.accumulate(step, loss_of)
         return {**step.metrics, **metrics, **self.optimizer_step_clipped()}
 
     def accumulate(
-        self, step: Experience, loss_of: Callable[[Experience], tuple[Tensor, Mapping[str, float]]]
+        self, step: Experience, loss_of: Callable[[Experience, Tensor], tuple[Tensor, Mapping[str, float]]]
     ) -> dict[str, float]:
-        """Add up gradients and metrics over the step's micro-batches."""
+        """Add up gradients and metrics over the step's micro-batches; ``loss_of`` gets each, and its rows."""
         totals: dict[str, float] = defaultdict(float)
         for rows in self.micro_batches(step.sequences):
-            loss, metrics = loss_of(step.select(rows))
+            loss, metrics = loss_of(step.select(rows), rows)
             # DDP and FSDP average gradients over ranks; the weights already divide by the tokens of all ranks.
             self.manual_backward(loss * self.trainer.world_size)
             for name, value in metrics.items():
@@ -168,6 +208,10 @@ class ActorModule(ScoringModule):
     def loss(self, stats: TokenStats, micro: Experience) -> tuple[Tensor, dict[str, float]]:
         """``agg(policy loss) − α·agg(regulariser)`` of a micro-batch, and its share of the step's metrics."""
         per_token, extra = self.policy_loss(stats)
+        if self.sampler_correction is not None and "sampler_logp" in stats.extra:
+            per_token = (
+                per_token * self.sampler_correction(stats.old_logp, stats.extra["sampler_logp"], stats.mask).weights
+            )
         per_token = self.regularizer.shape_policy_loss(per_token, stats)
         loss = weighted_sum(per_token, micro)
         metrics = {"update/policy_loss": loss.item()}
@@ -196,15 +240,20 @@ class ActorModule(ScoringModule):
     def token_stats(self, micro: Experience) -> TokenStats:
         """Run the current policy over a micro-batch, with gradients."""
         active = bool(self.regularizer.coef)
-        with_entropy = active and self.regularizer.needs_entropy
+        with_entropy = (active and self.regularizer.needs_entropy) or not micro.scored
         logp, entropy = self.policy(micro.sequences, temperature=micro.temperature, with_entropy=with_entropy)
         extra = {**micro.extra, **(self.regularizer.statistics(micro, self.context()) if active else {})}
-        return TokenStats(logp, entropy, micro.old_logp, micro.old_entropy, micro.advantages, micro.mask, extra)
+        old_logp, old_entropy = micro.old_logp, micro.old_entropy
+        if not micro.scored:
+            assert entropy is not None
+            old_logp, old_entropy = logp.detach(), entropy.detach()
+        return TokenStats(logp, entropy, old_logp, old_entropy, micro.advantages, micro.mask, extra)
 
     def experience_metrics(self, experience: Experience, rollout: Rollout) -> dict[str, float]:
         """What the curves show of a rollout before the update."""
         kl = {} if self.kl is None else {"kl/coef": self.kl.coef}
-        return {**experience_metrics(experience, rollout), "regularizer/coef": self.regularizer.coef, **kl}
+        measured = experience_metrics(experience, rollout, self.sampler_correction)
+        return {**measured, "regularizer/coef": self.regularizer.coef, **kl}
 
     # The coefficients' state is part of the checkpoint.
 

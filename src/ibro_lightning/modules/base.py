@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.metrics import Evaluation, SampleAccuracy
 from ibro_lightning.models import Policy, PolicyOptions, PolicySource, PretrainedPolicy, as_source, export_folder
-from ibro_lightning.types import ModelSpec, Rollout
+from ibro_lightning.sequences import Sequences
+from ibro_lightning.types import Dtype, ModelSpec, Rollout
 
 
 class PolicyModule(pl.LightningModule):
@@ -137,6 +138,17 @@ class PolicyModule(pl.LightningModule):
 
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
         return self.policy.named_full_weights()
+
+    @property
+    def compute_dtype(self) -> Dtype:
+        return "bfloat16" if self.trainer.precision == "bf16-mixed" else self.policy_options.dtype
+
+    @torch.no_grad()
+    def response_logp(self, sequences: Sequences, temperature: float) -> Tensor:
+        # Called while a batch is being made, where Lightning has not set the precision.
+        with self.trainer.precision_plugin.forward_context():
+            logp, _ = self.policy(sequences.to(self.device), temperature=temperature, with_entropy=False)
+        return logp
 
     def export(self, folder: Path) -> Path:
         """Write the policy as a Hugging Face folder."""

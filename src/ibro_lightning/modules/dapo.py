@@ -55,6 +55,12 @@ class DAPOModule(ActorModule):
         if advantage not in GROUP_RELATIVE:
             self.min_group_size = 1
 
+    @property
+    def advantages_need_scores(self) -> bool:  # type: ignore[override]
+        """Not ours, but perhaps those of a subclass."""
+        ours = type(self).prepare is DAPOModule.prepare and type(self).advantages is DAPOModule.advantages
+        return not ours
+
     def prepare(self, rollout: Rollout) -> Experience:
         experience = self.score_rollout(rollout)
         return replace(experience, advantages=self.advantages(experience))

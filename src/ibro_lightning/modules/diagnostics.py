@@ -6,10 +6,13 @@ from torch import Tensor
 
 from ibro_lightning.experience import Experience
 from ibro_lightning.functional import masked_covariance, masked_mean
+from ibro_lightning.modules.correction import SamplerCorrection, mismatch_metrics
 from ibro_lightning.types import Rollout
 
 
-def experience_metrics(experience: Experience, rollout: Rollout) -> dict[str, float]:
+def experience_metrics(
+    experience: Experience, rollout: Rollout, correction: SamplerCorrection | None = None
+) -> dict[str, float]:
     """Statistics of the policy that the rollout came from, over its valid tokens.
 
     ``ib/mean_product`` is ``mean(A·H)``, the IB objective; it is the sum of a uniform part ``Ā·H̄`` and of
@@ -33,6 +36,7 @@ def experience_metrics(experience: Experience, rollout: Rollout) -> dict[str, fl
         "ib/mean_product": covariance + mean_advantage * mean_entropy,
         "sampler/logp_difference_mean": masked_mean(mismatch, responses),
         "sampler/logp_difference_max": _largest(mismatch, responses),
+        **mismatch_metrics(correction, experience.old_logp, rollout.sampler_logp, responses),
     }
     if "reference_kl" in experience.extra:
         metrics["kl/reference"] = masked_mean(experience.extra["reference_kl"], responses)

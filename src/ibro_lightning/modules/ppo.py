@@ -99,6 +99,11 @@ class PPOModule(ActorModule):
         critic = self.optimizer_for(self.critic, self.critic_optimizer_factory, "model.critic_optimizer")
         return [policy[0], critic[0]], [policy[1], critic[1]]
 
+    @property
+    def advantages_need_scores(self) -> bool:  # type: ignore[override]
+        """Not ours, but perhaps those of a subclass."""
+        return type(self).prepare is not PPOModule.prepare
+
     def prepare(self, rollout: Rollout) -> Experience:
         experience = self.score_rollout(rollout)
         responses = experience.sequences.response_mask
@@ -122,13 +127,13 @@ class PPOModule(ActorModule):
 
     def update(self, step: Experience) -> dict[str, float]:
         """The policy's optimizer step, unless the critic is still warming up, and then the critic's."""
-        return {**(super().update(step) if self.trains_policy(step) else {}), **self.update_critic(step)}
+        return {**(super().update(step) if self.trains_policy(step.iteration) else {}), **self.update_critic(step)}
 
-    def trains_policy(self, experience: Experience) -> bool:
-        return not 0 < experience.iteration <= self.critic_warmup_iterations  # iterations count from 1
+    def trains_policy(self, iteration: int) -> bool:
+        return not 0 < iteration <= self.critic_warmup_iterations
 
     def update_critic(self, step: Experience) -> dict[str, float]:
-        metrics = self.accumulate(step, self.value_loss)
+        metrics = self.accumulate(step, lambda micro, _: self.value_loss(micro))
         # Not through Lightning's wrapper: global_step counts policy updates.
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         schedulers: Any = self.lr_schedulers()

@@ -52,32 +52,44 @@ class ScoringModule(PolicyModule):
         if self.kl is not None:
             self.kl.on(self.device).check_packing()
 
+    def scores_first(self, rollout: Rollout) -> bool:
+        """Is the rollout scored before the update? An update that can do without says so."""
+        return True
+
     def score_rollout(self, rollout: Rollout) -> Experience:
         """The rollout as the policy sees it before the update; advantages are still 0.
 
-        ``extra["token_rewards"]`` holds each response's reward at its last token, less a KL penalty in the reward.
+        ``extra["token_rewards"]`` holds each response's reward at its last token, less a KL penalty in the reward;
+        ``extra["sampler_logp"]`` what the engine sampled with.
         """
         sequences = rollout.sequences
-        logp, entropy = self.score(sequences, rollout.temperature)
+        scored = self.scores_first(rollout)
+        if scored:
+            logp, entropy = self.score(sequences, rollout.temperature)
+        else:
+            logp, entropy = self._unscored(sequences), self._unscored(sequences)
         responses = sequences.response_mask
         rewards = torch.zeros_like(logp)
-        rewards.scatter_(1, sequences.response_lengths[:, None] - 1, rollout.rewards[:, None].to(logp.dtype))
-        extra: dict[str, Tensor] = {}
+        last = (sequences.response_lengths - 1).clamp(min=0)  # an engine's deadline may leave a response empty
+        rewards.scatter_(1, last[:, None], rollout.rewards[:, None].to(logp.dtype))
+        extra = {"sampler_logp": rollout.sampler_logp}
         if self.kl is not None:
             reference = self.kl.on(self.device)
             extra["reference_logp"], _ = self.score(sequences, rollout.temperature, reference, with_entropy=False)
             extra["reference_kl"] = self.kl.penalty(logp, extra["reference_logp"])
             rewards = self.kl.take_from(rewards, extra["reference_kl"])
+        counts = responses & ~rollout.late[:, None]
         return Experience(
             sequences=sequences,
             old_logp=logp,
             old_entropy=entropy,
             advantages=torch.zeros_like(logp),
-            mask=responses & ~rollout.truncated[:, None] if self.overlong_filter else responses,
+            mask=counts & ~rollout.truncated[:, None] if self.overlong_filter else counts,
             groups=rollout.groups,
             temperature=rollout.temperature,
             iteration=rollout.iteration,
             prompts=rollout.prompts,
+            scored=scored,
             extra={"token_rewards": rewards, **extra},
         )
 
@@ -93,9 +105,7 @@ class ScoringModule(PolicyModule):
         """``(logp, entropy)`` ``[B, T]`` under the policy as it is now (or another one), without gradients; the entropy
         is 0 if nobody wants it."""
         policy = policy or self.policy
-        mask = sequences.response_mask
-        dtype = torch.float64 if next(policy.parameters()).dtype == torch.float64 else torch.float32
-        logp, entropy = (torch.zeros(mask.shape, dtype=dtype, device=mask.device) for _ in range(2))
+        logp, entropy = self._unscored(sequences), self._unscored(sequences)
         for rows in self.micro_batches(sequences):
             some_logp, some_entropy = policy(sequences.select(rows), temperature=temperature, with_entropy=with_entropy)
             width = some_logp.shape[1]
@@ -103,6 +113,11 @@ class ScoringModule(PolicyModule):
             if some_entropy is not None:
                 entropy[rows, :width] = some_entropy
         return logp, entropy
+
+    def _unscored(self, sequences: Sequences) -> Tensor:
+        """``[B, T]`` zeros for scores, which are in float32, or in float64 for float64 weights."""
+        dtype = torch.float64 if next(self.policy.parameters()).dtype == torch.float64 else torch.float32
+        return torch.zeros(sequences.response_mask.shape, dtype=dtype, device=sequences.input_ids.device)
 
     def micro_batches(self, sequences: Sequences) -> Iterator[Tensor]:
         """Rows of each micro-batch, as the token budget cuts them."""

@@ -1,0 +1,181 @@
+"""Does the engine have the policy's weights? Asked after every sync, and answered with the cause if it has not.
+
+The engine continues two long prompts, and the trainer scores what it wrote. A stale output head, a layer that did not
+arrive, a sync that did nothing: all show as log-probs that differ. One prompt is the same at every sync, so that keys
+and values cached under old weights would be used and noticed; the other is always new, which tells a stale cache from
+stale weights. Prompts are long because caches work on whole blocks of tokens.
+
+In bfloat16 the engines' rounding hides small changes of the weights. A sync that did nothing is still noticed there:
+the engine then answers exactly as before while the trainer's own log-probs of that answer have moved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ibro_lightning.errors import ConfigError, WeightSyncError, check_at_least
+from ibro_lightning.seeding import counter_uniforms, derive_seed
+from ibro_lightning.sequences import Sequences
+from ibro_lightning.types import Dtype, Generation, PolicyProvider, RolloutEngine, SamplingParams
+
+TOLERANCES: dict[Dtype, float] = {"float32": 1e-3, "float16": 0.2, "bfloat16": 1.0}
+"""Largest |Δlogp| of a token in nats. In bfloat16, sound engines were seen 0.34 apart."""
+MOVED = 0.05
+"""The trainer has moved if its log-probs changed by more than this share of the tolerance."""
+
+
+@dataclass(frozen=True)
+class WeightCheck:
+    """How the check after a sync is done.
+
+    Args:
+        prompt_tokens: length of the two prompts (cut to what the model takes); longer than a block of the engine's
+            prefix cache, which is 128 tokens in vLLM on CPUs and 16 on GPUs.
+        new_tokens: tokens that the engine adds to each, and the trainer scores.
+        tolerance: largest |Δlogp| in nats; None takes it from the coarser dtype of engine and trainer: 1e-3 in
+            float32, 0.2 in float16, 1 in bfloat16.
+    """
+
+    prompt_tokens: int = 144
+    new_tokens: int = 8
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least("data.weight_check.prompt_tokens", self.prompt_tokens, 1)
+        check_at_least("data.weight_check.new_tokens", self.new_tokens, 1)
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise ConfigError("data.weight_check.tolerance", self.tolerance, "write a positive number of nats, or null")
+
+
+class Answer(NamedTuple):
+    """What the engine wrote after a prompt, and both opinions on it, ``[new tokens]`` each."""
+
+    generation: Generation
+    engine_logp: Tensor
+    trainer_logp: Tensor
+
+    @property
+    def difference(self) -> float:
+        """Largest |Δlogp|; infinite if one is not a number."""
+        return float((self.engine_logp - self.trainer_logp).abs().nan_to_num(torch.inf).max())
+
+
+class WeightVerifier:
+    """Compares engine and trainer; one per run, as it remembers what the engine answered before."""
+
+    def __init__(self, check: WeightCheck, engine: RolloutEngine, provider: PolicyProvider, seed: int) -> None:
+        self.check, self.engine, self.provider, self.seed = check, engine, provider, seed
+        config = provider.model_spec().config.get_text_config()
+        self._vocabulary = int(config.vocab_size)
+        limits = (getattr(config, "max_position_embeddings", None), getattr(engine, "max_model_len", None))
+        longest = min((int(limit) for limit in limits if limit), default=check.prompt_tokens + check.new_tokens)
+        self._prompt_tokens = max(1, min(check.prompt_tokens, longest - check.new_tokens))
+        self._asked = 0
+        self._first: Answer | None = None
+
+    @property
+    def tolerance(self) -> float:
+        """In nats."""
+        if self.check.tolerance is not None:
+            return self.check.tolerance
+        return max(TOLERANCES[self.engine.dtype], TOLERANCES[self.provider.compute_dtype])
+
+    def verify(self) -> dict[str, float]:
+        """Raise :class:`WeightSyncError` unless the engine has the policy's weights; what was measured otherwise."""
+        same, new = self._ask()
+        differences = torch.cat([answer.engine_logp - answer.trainer_logp for answer in (same, new)]).abs()
+        unchanged = self._unchanged(same)
+        if not max(same.difference, new.difference) <= self.tolerance or unchanged:
+            raise WeightSyncError(self._explain(same, new, unchanged))
+        return {
+            "sync/logp_difference_max": float(differences.max()),
+            "sync/logp_difference_mean": float(differences.mean()),
+        }
+
+    def _ask(self) -> tuple[Answer, Answer]:
+        """The engine's answers to the prompt that is always the same and to one that is always new."""
+        self._asked += 1
+        prompts = [self._prompt("same"), self._prompt("new", self._asked)]
+        seeds = [[derive_seed(self.seed, "weight check")], [derive_seed(self.seed, "weight check", self._asked)]]
+        generations = [own[0] for own in self.engine.generate(prompts, self._sampling, seeds)]
+        sequences = Sequences.collate(prompts, [generation.token_ids for generation in generations])
+        scored = self.provider.response_logp(sequences, self._sampling.temperature).float().cpu()
+        same, new = (
+            Answer(generation, torch.tensor(generation.logp), scored[row, : len(generation.logp)])
+            for row, generation in enumerate(generations)
+        )
+        return same, new
+
+    @property
+    def _sampling(self) -> SamplingParams:
+        return SamplingParams(temperature=1.0, max_tokens=self.check.new_tokens)
+
+    def _prompt(self, *counters: str | int) -> list[int]:
+        """Random tokens: a context in which every weight matters, whatever the task."""
+        seed = torch.tensor([derive_seed(self.seed, "weight check prompt", *counters)])
+        draws = [counter_uniforms(seed, place).item() for place in range(self._prompt_tokens)]
+        return [min(int(draw * self._vocabulary), self._vocabulary - 1) for draw in draws]
+
+    def _unchanged(self, same: Answer) -> bool:
+        """Is this, to the last bit, what the engine said under weights that the trainer no longer has?"""
+        if self._first is None or self._first.generation != same.generation:
+            self._first = same
+            return False
+        moved = float((same.trainer_logp - self._first.trainer_logp).abs().max())
+        return moved > MOVED * self.tolerance
+
+    def _explain(self, same: Answer, new: Answer, unchanged: bool) -> str:
+        """One sentence on what is wrong, and the cause: what mends it."""
+        difference = max(same.difference, new.difference)
+        found = f"the engine does not have the policy's weights: |Δlogp| is up to {difference:.3g} nats"
+        found += f" (tolerance {self.tolerance:g})"
+        if unchanged:
+            return f"{found}. Cause: the sync did not reach the engine, which answers exactly as before the last update"
+        if same.difference > self.tolerance >= new.difference:
+            return (
+                f"{found}. Cause: the prefix cache was not reset, as a prompt seen before is continued wrongly and a "
+                "new one is not"
+            )
+        if stale := self._stale_groups():
+            head = (
+                " (the output head is tied to the embedding, and the engine keeps a copy)" if stale == ["head"] else ""
+            )
+            return f"{found}. Cause: stale weights in the engine, mended by sending again: {', '.join(stale)}{head}"
+        return (
+            f"{found}. Sending all weights again did not mend it, so the engine computes something else: another "
+            "precision (raise data.weight_check.tolerance if it is harmless), another implementation of this "
+            "architecture, or a config that does not belong to the weights"
+        )
+
+    def _stale_groups(self) -> list[str]:
+        """Send the weights again, group by group, and name the groups that made a difference; none if it never fits."""
+        stale: list[str] = []
+        before = self._ask()
+        for group in self._groups():
+            weights = ((name, tensor) for name, tensor in self.provider.named_full_weights() if _group(name) == group)
+            self.engine.load_weights(weights, partial=True)
+            after = self._ask()
+            if before[0].generation != after[0].generation:
+                stale.append(group)
+            if max(after[0].difference, after[1].difference) <= self.tolerance:
+                return stale
+            before = after
+        return []
+
+    def _groups(self) -> Iterator[str]:
+        names = [name for name, _ in self.provider.named_full_weights()]
+        groups = dict.fromkeys(_group(name) for name in names)
+        yield from sorted(groups, key=lambda group: group != "head")  # the usual suspect first
+
+
+def _group(name: str) -> str:
+    """``head``, ``layer 3`` or the name of whatever else a weight belongs to."""
+    if match := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name):
+        return f"layer {match[1]}"
+    return "head" if re.match(r"(lm_head|embed_out|output)\b", name) else name.rsplit(".", 1)[0]
