@@ -33,6 +33,21 @@ class MetricsLog(pl.Callback):
         # For checkpoints: their names carry the iteration, and any metric may choose the best one.
         pl_module.log_dict({**metrics, "iteration": float(iteration)}, logger=False, batch_size=1)
 
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Evaluations sync the engine, too; what that check measured is with the first batch of each set."""
+        measured = batch.metrics if isinstance(batch, Rollout) else {}
+        measured = {f"val/{batch.name}/{name}": value for name, value in measured.items() if name.startswith("sync/")}
+        for logger in trainer.loggers if measured else ():
+            logger.log_metrics(measured, step=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """Statistics of *all* responses that were sampled, and (``train/``) of those that are trained on.

