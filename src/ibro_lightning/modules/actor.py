@@ -142,7 +142,7 @@ class ActorModule(ScoringModule):
             or self.advantages_need_scores
             or self.kl is not None
             or not isinstance(self.regularizer.coefficient, Constant)
-            or type(self.regularizer).prepare is not EntropyRegularizer.prepare
+            or self.regularizer.prepare_needs_scores
         )
 
     # From a rollout to optimizer steps.

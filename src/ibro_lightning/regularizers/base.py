@@ -46,6 +46,12 @@ class EntropyRegularizer(ABC):
         tensor added is logged as ``regularizer/name``."""
         return step
 
+    @property
+    def prepare_needs_scores(self) -> bool:
+        """Does :meth:`prepare` read ``old_logp`` or ``old_entropy``? Whoever overrides it is taken to, unless they say
+        otherwise; if not, an update of one optimizer step saves a forward pass."""
+        return type(self).prepare is not EntropyRegularizer.prepare
+
     def statistics(self, micro: Experience, context: StepContext) -> Mapping[str, Tensor]:
         """More of a micro-batch, *with* gradients, ``[B, T]`` each: they join ``stats.extra``. Only if α > 0."""
         return {}
