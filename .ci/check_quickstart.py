@@ -16,6 +16,10 @@ parser.add_argument("--final", type=float, required=True, help="held-out accurac
 parser.add_argument(
     "--explained-variance", type=float, help="of the critic, mean over the last 20 iterations, at least"
 )
+parser.add_argument("--base-below", type=float, default=0.4, help="held-out accuracy before training, at most")
+parser.add_argument(
+    "--sync-difference", type=float, help="|logp difference| of engine and trainer after a sync, at most"
+)
 arguments = parser.parse_args()
 
 summary = json.loads(arguments.summary.read_text())
@@ -31,7 +35,9 @@ def curve(name: str) -> list[float]:
 
 entropy = curve("policy/entropy")
 checks = {
-    f"base accuracy {before:.1%} lies between 10 % and 40 %": 0.10 <= before <= 0.40,
+    f"base accuracy {before:.1%} lies between 10 % and {arguments.base_below:.0%}": 0.1
+    <= before
+    <= arguments.base_below,
     f"accuracy after training {after:.1%} is at least {arguments.final:.0%}": after >= arguments.final,
     f"it rose by {after - before:.1%}, at least {arguments.rise:.0%}": after - before >= arguments.rise,
     f"entropy stayed finite and above 0 (lowest {min(entropy):.3f} nats)": all(
@@ -41,6 +47,11 @@ checks = {
 if arguments.explained_variance is not None:
     explained = sum(curve("critic/explained_variance")[-20:]) / 20
     checks[f"the critic explains {explained:.2f} of the return's variance"] = explained > arguments.explained_variance
+if arguments.sync_difference is not None:
+    measured = curve("sync/logp_difference_max")
+    checks[f"after {len(measured)} syncs |logp difference| was at most {max(measured):.1e} nats"] = (
+        len(measured) > 0 and max(measured) <= arguments.sync_difference
+    )
 for text, holds in checks.items():
     print(("ok    " if holds else "FAIL  ") + text)
 print(f"reinforcement learning took {summary['seconds']:.0f} s")

@@ -11,7 +11,7 @@ from ibro_lightning.datamodules.sources import PromptSource
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.rendering import render
 from ibro_lightning.seeding import derive_seed, permutation
-from ibro_lightning.types import Problem, Prompt
+from ibro_lightning.types import ModelSpec, Problem, Prompt
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,19 @@ def _encode(problem: Problem, tokenizer: Any, setting: str) -> Prompt:
             setting, problem.id, "this problem's prompt has no tokens: a response needs something to follow"
         )
     return Prompt(problem.id, text, token_ids, problem.answer, problem.meta, problem.prompt)
+
+
+def check_vocabulary(prompts: list[Prompt], spec: ModelSpec, *, setting: str) -> None:
+    """Raise :class:`ConfigError` if the tokenizer gives tokens that the model has not: it is another model's."""
+    vocabulary = int(spec.config.get_text_config().vocab_size)
+    for prompt in prompts:
+        if (largest := max(prompt.token_ids)) >= vocabulary:
+            raise ConfigError(
+                "model.policy",
+                f"token id {largest}",
+                f"{setting} has a prompt with this token ({prompt.id}), but the model has {vocabulary}: the tokenizer "
+                "in its folder is another model's",
+            )
 
 
 class PromptCursor:
