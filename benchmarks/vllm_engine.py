@@ -3,7 +3,7 @@
     .venv-vllm/bin/python benchmarks/vllm_engine.py                       # the quick start's model, random weights
     .venv-vllm/bin/python benchmarks/vllm_engine.py --policy FOLDER       # any Hugging Face folder
 
-Both calls get the same prompts and end in the same vLLM engine, in turns and in changing order; the figure is the median
+The calls get the same prompts and end in the same vLLM engine, in turns and in changing order; the figure is the median
 of the ratios of CPU seconds over pairs of calls. ``bare`` asks for one seeded sample per request, as we must, with the
 log-prob of each token; ``bare / bare`` is the same comparison of that call with itself: the noise to read it against.
 ``n samples per request`` is what one would write without seeds: fewer requests, and no log-probs.

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ibro_lightning.errors import ConfigError, WeightSyncError, check_at_least
+from ibro_lightning.errors import ConfigError, RolloutError, WeightSyncError, check_at_least
 from ibro_lightning.seeding import counter_uniforms, derive_seed
 from ibro_lightning.sequences import Sequences
 from ibro_lightning.types import Dtype, Generation, PolicyProvider, RolloutEngine, SamplingParams
@@ -104,6 +104,8 @@ class WeightVerifier:
         prompts = [self._prompt("same"), self._prompt("new", self._asked)]
         seeds = [[derive_seed(self.seed, "weight check")], [derive_seed(self.seed, "weight check", self._asked)]]
         generations = [own[0] for own in self.engine.generate(prompts, self._sampling, seeds)]
+        if not all(generation.token_ids for generation in generations):
+            raise RolloutError("the engine's deadline passed before it could be checked: raise data.engine.deadline_s")
         sequences = Sequences.collate(prompts, [generation.token_ids for generation in generations])
         scored = self.provider.response_logp(sequences, self._sampling.temperature).float().cpu()
         same, new = (

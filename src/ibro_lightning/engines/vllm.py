@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibro_lightning.engines.vllm_build import VLLMSettings, build, one_line, release, torch_rng_kept
+from ibro_lightning.engines.vllm_build import VLLMSettings, build, is_dead, one_line, release, torch_rng_kept
 from ibro_lightning.engines.vllm_worker import chunks
 from ibro_lightning.engines.weights import checked_weights, weight_shapes
 from ibro_lightning.errors import ConfigError, RolloutError, check_at_least
@@ -92,7 +92,7 @@ class VLLMEngine(RolloutEngine):
         self._engine = build(self.settings, spec, sleep_mode=self._sleeps)
         self.max_model_len = int(self._engine.model_config.max_model_len)
         try:  # models that its attention cannot run are found out here, and the first real call is not the slow one
-            self.generate([[0]], SamplingParams(max_tokens=1), [[0]])
+            self._generate([[0]], SamplingParams(max_tokens=1), [[0]], deadline_s=None)
         except RolloutError as error:
             self.close()
             raise ConfigError(
@@ -118,6 +118,15 @@ class VLLMEngine(RolloutEngine):
         if self._engine is None:
             raise RuntimeError("VLLMEngine.setup(spec) and load_weights(...) must be called before generate(...)")
         self._check_prompts(prompts, sampling)
+        return self._generate(prompts, sampling, seeds, self.deadline_s)
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        seeds: Sequence[Sequence[int]],
+        deadline_s: float | None,
+    ) -> list[list[Generation]]:
         owners = [index for index, own in enumerate(seeds) for _ in own]
         responses = [_Response() for _ in owners]
         with self._errors("generating"), torch_rng_kept():
@@ -125,9 +134,9 @@ class VLLMEngine(RolloutEngine):
             for number, (index, seed) in enumerate((index, seed) for index, own in enumerate(seeds) for seed in own):
                 prompt = {"prompt_token_ids": list(prompts[index])}
                 self._engine.add_request(str(number), prompt, self._sampling_params(sampling, seed))
-            self._run(responses)
+            self._run(responses, deadline_s)
         if responses and not any(response.token_ids for response in responses):
-            raise RolloutError(f"data.engine.deadline_s: {self.deadline_s:g} s passed before any response had a token")
+            raise RolloutError(f"data.engine.deadline_s: {deadline_s} s passed before any response had a token")
         results: list[list[Generation]] = [[] for _ in prompts]
         for index, response in zip(owners, responses, strict=True):
             results[index].append(response.generation())
@@ -182,9 +191,9 @@ class VLLMEngine(RolloutEngine):
             skip_clone=True,
         )
 
-    def _run(self, responses: list[_Response]) -> None:
+    def _run(self, responses: list[_Response], deadline_s: float | None) -> None:
         """Step the engine until every response is finished or late."""
-        deadline = None if self.deadline_s is None else time.monotonic() + self.deadline_s
+        deadline = None if deadline_s is None else time.monotonic() + deadline_s
         try:
             while self._engine.has_unfinished_requests():
                 if deadline is not None and time.monotonic() > deadline:
@@ -218,17 +227,16 @@ class VLLMEngine(RolloutEngine):
     @contextmanager
     def _errors(self, doing: str) -> Iterator[None]:
         """Say in one line what happened to vLLM; our own errors pass."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         try:
             yield
         except (ConfigError, RolloutError, KeyError):
             raise
-        except EngineDeadError as error:
-            raise RolloutError(
-                f"the vLLM engine died while {doing}; its own messages are above. The last checkpoint is intact"
-            ) from error
         except Exception as error:
+            if is_dead(self._engine):
+                raise RolloutError(
+                    f"the vLLM engine died while {doing}: its process is gone, its messages are above; the last "
+                    "checkpoint is intact, and --ckpt_path continues from it"
+                ) from error
             raise RolloutError(f"vLLM failed while {doing}: {one_line(error)}") from error
 
 

@@ -129,6 +129,11 @@ def release(engine: Any, *, owns_process_group: bool) -> None:
         torch.cuda.empty_cache()
 
 
+def is_dead(engine: Any) -> bool:
+    """Has an engine in a process of its own lost that process?"""
+    return bool(getattr(getattr(engine.engine_core, "resources", None), "engine_dead", False))
+
+
 @contextmanager
 def torch_rng_kept() -> Iterator[None]:
     """vLLM draws from torch's global generators even where every sample has a seed."""
