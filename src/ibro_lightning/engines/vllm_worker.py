@@ -31,7 +31,8 @@ def chunks(weights: Iterable[tuple[str, Tensor]], limit: int = CHUNK_BYTES) -> I
 def tensors(chunk: Iterable[Piece]) -> Iterator[tuple[str, Tensor]]:
     """The inverse of :func:`chunks`."""
     for name, dtype, shape, data in chunk:
-        yield name, torch.frombuffer(bytearray(data), dtype=torch.uint8).view(getattr(torch, dtype)).view(shape)
+        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        yield name, raw.view(getattr(torch, dtype)).view(shape)
 
 
 class WeightReceiver:

