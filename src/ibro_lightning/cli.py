@@ -237,7 +237,12 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 # Warnings that tell a user nothing they could act on.
-NOISE = (".*LeafSpec.*", ".*does not have many workers.*", ".*across ranks is zero.*")
+NOISE = (
+    ".*LeafSpec.*",
+    ".*does not have many workers.*",
+    ".*across ranks is zero.*",
+    ".*sync_dist=True.*",  # vLLM opens a process group, even of one; evaluations are reduced by torchmetrics
+)
 
 TRAINER_DEFAULTS = {
     # "auto" would take Apple's GPUs, which have no float64; sampling and advantages need it.
