@@ -53,7 +53,7 @@ def main() -> None:
 
     llm = bare_llm(spec)
     engine = VLLMEngine(dtype="float32", enforce_eager=True)
-    with mock.patch("ibro_lightning.engines.vllm.build", lambda *_, **__: llm.llm_engine):
+    with mock.patch("ibro_lightning.engines.vllm.build", return_value=llm.llm_engine):
         engine.setup(spec)
     sampling = SamplingParams(max_tokens=options.max_tokens)
 

@@ -368,8 +368,11 @@ class TestDatasetSource:
 class ScriptedEngine(RolloutEngine):
     """Answers right (``1!``) or wrong (``0!``) as the script says, and remembers everything it was told.
 
-    ``rights`` gives, for each group in the order they are asked for, how many of its responses are right.
+    ``rights`` gives, for each group in the order they are asked for, how many of its responses are right. It has no
+    weights that a check could find wanting: :mod:`test_weight_check` is about that.
     """
+
+    dtype = "float32"
 
     def __init__(self, tokenizer, rights: Sequence[int] | None = None) -> None:
         self.tokenizer = tokenizer
@@ -383,7 +386,7 @@ class ScriptedEngine(RolloutEngine):
         assert isinstance(spec, ModelSpec)
         self.events.append("setup")
 
-    def load_weights(self, named_tensors):
+    def load_weights(self, named_tensors, *, partial=False):
         self.events.append("load")
         self.weights.append({name: tensor.item() for name, tensor in named_tensors}["version"])
 
@@ -427,7 +430,9 @@ class Provider(SimpleNamespace):
         self.version = 0.0
 
     def model_spec(self):
-        return ModelSpec(None, self.eos_token_ids, torch.device("cpu"))
+        config = SimpleNamespace(vocab_size=len(self.tokenizer))
+        config.get_text_config = lambda: config
+        return ModelSpec(config, self.eos_token_ids, torch.device("cpu"))
 
     def named_full_weights(self):
         yield "version", torch.tensor(self.version)
@@ -441,6 +446,7 @@ def build(tokenizer, rights: Sequence[int] | None = None, *, attach: bool = True
         "engine": ScriptedEngine(tokenizer, rights),
         "prompts_per_rollout": 3,
         "group_size": 4,
+        "weight_check": None,
     }
     data = RolloutDataModule(**{**defaults, **settings})
     if attach:
@@ -780,6 +786,7 @@ class TestEvaluation:
             "engine": ScriptedEngine(tokenizer),
             "eval_sets": {"aime": EvalSet(Paths(10), IsOne(), samples=3, sampling=sampling)},
             "eval_batch_prompts": 4,
+            "weight_check": None,
         }
         data = EvaluationDataModule(**{**defaults, **settings})
         data.trainer = SimpleNamespace(lightning_module=Provider(tokenizer))

@@ -55,6 +55,7 @@ from test_update_invariances import (
     padded_further,
     qwen2,
     reference_scores,
+    scored_first,
     sequences,
 )
 
@@ -351,7 +352,7 @@ def test_after_whitening_the_ib_objective_is_the_covariance() -> None:
     """Ā = 0, so that nothing of mean(A·H) is a uniform bonus; without whitening something is."""
     rollout = make_rollout()
     for whiten in (True, False):
-        module = ppo(whiten_advantages=whiten, gae_lambda=0.8)
+        module = scored_first(ppo(whiten_advantages=whiten, gae_lambda=0.8))
         experience = module.prepare(rollout)
         metrics = module.experience_metrics(experience, rollout)
         valid = rollout.sequences.response_mask.numpy()
@@ -807,7 +808,7 @@ def test_each_surrogate_reaches_the_loss_with_the_modules_clips() -> None:
 
 def off_policy(module: DAPOModule, seed: int = 1) -> Experience:
     """Ratios spread around 1, one response left out of the loss and one with a masked token."""
-    experience = module.prepare(make_rollout(truncated=[4]))
+    experience = scored_first(module).prepare(make_rollout(truncated=[4]))
     noise = torch.randn(experience.old_logp.shape, generator=torch.Generator().manual_seed(seed)).double()
     mask = experience.mask.clone()
     mask[1, 2] = False
@@ -838,6 +839,7 @@ def test_the_steps_loss_by_hand_for_each_surrogate_and_aggregation(surrogate: An
         aggregation_max_tokens=12 if aggregation == "seq-mean-token-sum-norm" else None,
         regularizer=EntropyBonus(0.3),
         overlong_filter=True,
+        sampler_correction=None,
     )
     experience = off_policy(module)
     order = sorted(range(8), key=lambda row: GROUPS[row])
@@ -878,7 +880,8 @@ def test_the_expected_losses_differ_so_that_none_stands_for_another() -> None:
     values = set()
     for surrogate in ("ppo", "gspo", "cispo"):
         for aggregation in ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
-            module = dapo(surrogate=surrogate, aggregation=aggregation, aggregation_max_tokens=12)
+            options = {"aggregation": aggregation, "aggregation_max_tokens": 12, "sampler_correction": None}
+            module = dapo(surrogate=surrogate, **options)
             step = module.begin_step(off_policy(module))
             values.add(round(module.loss(module.token_stats(step), step)[0].item(), 4))
     assert len(values) == 12

@@ -22,7 +22,7 @@ from ibro_lightning.models import PolicyOptions
 from ibro_lightning.modules import ActorModule, DAPOModule, PPOModule, ReferenceKL
 from ibro_lightning.regularizers import NoRegularizer
 from test_ppo import CUTS, TinySource, adamw, fit, rollouts, summed
-from test_update_invariances import GROUPS, TEMPERATURE, assert_same, make_rollout, reference_scores
+from test_update_invariances import GROUPS, TEMPERATURE, assert_same, make_rollout, reference_scores, scored_first
 
 torch.set_num_threads(1)
 BETA = 0.3
@@ -108,7 +108,7 @@ def test_ppo_sums_penalties_into_advantages_and_returns(estimator: Any) -> None:
 
 def step_of(module: Any) -> Experience:
     """A step whose ratios are not 1."""
-    experience = module.prepare(make_rollout())
+    experience = scored_first(module).prepare(make_rollout())
     noise = torch.randn(experience.old_logp.shape, generator=torch.Generator().manual_seed(1)).double()
     result: Experience = module.begin_step(replace(experience, old_logp=experience.old_logp + 0.3 * noise))
     return result
@@ -157,7 +157,8 @@ def test_the_loss_knows_nothing_of_a_penalty_in_the_reward() -> None:
     module = build(DAPOModule, elsewhere(placement="reward"))
     step = step_of(module)
     plain = build(DAPOModule, None)
-    expected = policy_gradient(plain, replace(step, extra={}))
+    sampled = {"sampler_logp": step.extra["sampler_logp"]}  # for the correction, which has nothing to do with it
+    expected = policy_gradient(plain, replace(step, extra=sampled))
     assert_same(policy_gradient(module, step), expected)
 
 

@@ -91,6 +91,13 @@ def dapo(dtype: torch.dtype = torch.float64, **kwargs: Any) -> DAPOModule:
     return module
 
 
+def scored_first(module: Any) -> Any:
+    """``module``, made to score a rollout before the update, as with several optimizer steps; neither its scores nor
+    its loss depend on how many there are."""
+    module.update_epochs = 2
+    return module
+
+
 @pytest.fixture(scope="module")
 def module() -> DAPOModule:
     """With an IB coefficient so large that an error in its term could not hide."""
@@ -570,7 +577,7 @@ def test_score_keeps_the_precision_of_a_float64_policy() -> None:
 
 def test_prepare_gives_every_token_its_responses_advantage() -> None:
     """Sorted groups: (−1, 1), (1, −0.5), (1, 0), (0.1, 0.1). A pair's advantages are ±½d / (d/√2 + ε)."""
-    module = dapo(torch.float32)
+    module = scored_first(dapo(torch.float32))
     rollout = make_rollout()
     with torch.no_grad():
         experience = module.prepare(rollout)
@@ -623,7 +630,8 @@ def test_experience_metrics_agree_with_numpy(experience: Experience) -> None:
     metrics = experience_metrics(replace(experience, mask=mask), rollout)
     valid, responses = mask.numpy(), experience.sequences.response_mask.numpy()
     a, h = experience.advantages.numpy()[valid], experience.old_entropy.numpy()[valid]
-    mismatch = np.abs(experience.old_logp.numpy() - rollout.sampler_logp.numpy())[responses]
+    log_ratio = (experience.old_logp.numpy() - rollout.sampler_logp.numpy())[responses]
+    mismatch, ratio = np.abs(log_ratio), np.exp(log_ratio)
     expected = {
         "ib/mean_product": (a * h).mean(),
         "ib/cov_advantage_entropy": np.cov(a, h, bias=True)[0, 1],
@@ -637,8 +645,15 @@ def test_experience_metrics_agree_with_numpy(experience: Experience) -> None:
         "policy/logp": experience.old_logp.numpy()[responses].mean(),
         "sampler/logp_difference_mean": mismatch.mean(),
         "sampler/logp_difference_max": mismatch.max(),
+        "sampler/ratio_mean": ratio.mean(),
+        "sampler/ratio_max": ratio.max(),
+        "sampler/effective_sample_size": ratio.sum() ** 2 / (ratio.size * (ratio**2).sum()),
+        "sampler/kl_k1": -log_ratio.mean(),
+        "sampler/kl_k3": (ratio - 1 - log_ratio).mean(),
     }
     assert min(abs(value) for value in expected.values()) > 1e-3  # nothing is right for being 0
+    # These are 0: all log-probs are finite, and without a correction nothing is dropped.
+    expected |= {"sampler/non_finite": 0.0, "sampler/masked_share": 0.0}
     assert metrics == pytest.approx(expected, rel=1e-9)
 
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
 from ibro_lightning.datamodules.collector import Collector, check_reward
-from ibro_lightning.datamodules.prompts import PromptLimits, encode_prompts
+from ibro_lightning.datamodules.prompts import PromptLimits, check_vocabulary, encode_prompts
 from ibro_lightning.datamodules.sources import PromptSource
 from ibro_lightning.datamodules.weight_check import WeightCheck, WeightVerifier
 from ibro_lightning.engines import HFEngine
@@ -92,13 +92,15 @@ class EvaluationDataModule(pl.LightningDataModule):
             raise ConfigError(
                 "data.eval_sets", "{}", f"name at least one evaluation set to {TrainerFn(stage).value} on"
             )
+        spec = provider.model_spec()
         for name, eval_set in sets.items():
             setting = f"data.eval_sets.{name}"
             prompts = encode_prompts(eval_set.source, provider.tokenizer, self.prompt_limits, setting=setting)
+            check_vocabulary(prompts, spec, setting=setting)
             self._eval_prompts[name] = prompts[: eval_set.limit]
             eval_set.reward.setup(provider.tokenizer)
             check_reward(eval_set.reward, prompts[0], eval_set.sampling)
-        self.engine.setup(provider.model_spec())
+        self.engine.setup(spec)
         self.collector = Collector(self.engine, provider.tokenizer)
 
     def refuse_overlap(self, trained_on: Callable[[str], bool], remedy: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from ibro_lightning.datamodules.collector import check_reward
 from ibro_lightning.datamodules.evaluation import EvaluationDataModule
-from ibro_lightning.datamodules.prompts import PromptCursor, encode_prompts
+from ibro_lightning.datamodules.prompts import PromptCursor, check_vocabulary, encode_prompts
 from ibro_lightning.datamodules.sources import PromptSource
 from ibro_lightning.errors import ConfigError, RolloutError, check_at_least
 from ibro_lightning.functional import informative_groups
@@ -98,6 +98,7 @@ class RolloutDataModule(EvaluationDataModule):
                     f"write {provider.min_group_size} or more",
                 )
             prompts = encode_prompts(self.source, provider.tokenizer, self.prompt_limits, setting="data.source")
+            check_vocabulary(prompts, provider.model_spec(), setting="data.source")
             self.reward.setup(provider.tokenizer)
             check_reward(self.reward, prompts[0], self.sampling)
             self._cursor = PromptCursor(prompts, run_seed())

@@ -94,7 +94,7 @@ class ActorModule(ScoringModule):
         """Everything that stays fixed during the update, without gradients: :meth:`score_rollout` and advantages."""
 
     def training_step(self, rollout: Rollout, batch_idx: int) -> dict[str, float]:
-        if rollout.skip_update:
+        if rollout.skip_update or bool(rollout.late.all()):
             return {"update/skipped_rollouts": 1.0}
         timer = PhaseTimer()
         with timer("prepare"), torch.no_grad():
@@ -103,6 +103,8 @@ class ActorModule(ScoringModule):
                 self.observe(self.regularizer.coefficient, experience.old_entropy, experience.sequences)
         with timer("update"):
             steps = [self.update(step) for step in self.steps(experience)]
+        if not experience.scored:
+            self.observe(self.regularizer.coefficient, experience.old_entropy, experience.sequences)
         left_out = [number for step in steps for name, number in step.items() if name.endswith(SKIPPED)]
         if any(left_out):
             rank_zero_warn(
@@ -242,12 +244,11 @@ class ActorModule(ScoringModule):
         active = bool(self.regularizer.coef)
         with_entropy = (active and self.regularizer.needs_entropy) or not micro.scored
         logp, entropy = self.policy(micro.sequences, temperature=micro.temperature, with_entropy=with_entropy)
-        extra = {**micro.extra, **(self.regularizer.statistics(micro, self.context()) if active else {})}
-        old_logp, old_entropy = micro.old_logp, micro.old_entropy
-        if not micro.scored:
+        if not micro.scored:  # this is the only update: the policy is still the old one
             assert entropy is not None
-            old_logp, old_entropy = logp.detach(), entropy.detach()
-        return TokenStats(logp, entropy, old_logp, old_entropy, micro.advantages, micro.mask, extra)
+            micro = replace(micro, old_logp=logp.detach(), old_entropy=entropy.detach())
+        extra = {**micro.extra, **(self.regularizer.statistics(micro, self.context()) if active else {})}
+        return TokenStats(logp, entropy, micro.old_logp, micro.old_entropy, micro.advantages, micro.mask, extra)
 
     def experience_metrics(self, experience: Experience, rollout: Rollout) -> dict[str, float]:
         """What the curves show of a rollout before the update."""

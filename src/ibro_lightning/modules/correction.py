@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from torch import Tensor
 
@@ -37,6 +38,10 @@ class SamplerCorrection:
     floor: float | None = None
 
     def __post_init__(self) -> None:
+        for name, known in (("level", MismatchLevel), ("mode", MismatchMode)):
+            if getattr(self, name) not in get_args(known):
+                value, remedy = getattr(self, name), f"write one of {', '.join(get_args(known))}"
+                raise ConfigError(f"model.sampler_correction.{name}", value, remedy)
         if not self.cap >= 1:
             raise ConfigError("model.sampler_correction.cap", self.cap, "write 1 or more: equal log-probs have ratio 1")
         if self.floor is not None and (self.mode == "truncate" or not 0 <= self.floor <= 1):

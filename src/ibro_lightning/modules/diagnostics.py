@@ -25,7 +25,7 @@ def experience_metrics(
     mismatch = (experience.old_logp - rollout.sampler_logp).abs()
     metrics = {
         "policy/entropy": masked_mean(entropy, responses),
-        "policy/entropy_first_token": entropy[:, 0].mean(),
+        "policy/entropy_first_token": masked_mean(entropy[:, :1], responses[:, :1]),
         "policy/logp": masked_mean(experience.old_logp, responses),
         "advantage/mean": mean_advantage,
         "advantage/std": masked_covariance(advantages, advantages, mask).sqrt(),

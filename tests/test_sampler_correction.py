@@ -1,0 +1,440 @@
+"""The policy loss is weighted for a sampler that is not quite the policy: by hand, for every level and mode."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from ibro_lightning.cli import main
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.experience import Experience
+from ibro_lightning.modules import DAPOModule, ReferenceKL
+from ibro_lightning.modules.correction import SamplerCorrection
+from ibro_lightning.regularizers import EntropyBonus, NoRegularizer
+from ibro_lightning.types import Rollout
+from test_ppo import CUTS, TinySource, fit, ppo, summed, token_losses
+from test_update_invariances import (
+    GROUPS,
+    TEMPERATURE,
+    TinyQwen2,
+    assert_same,
+    make_rollout,
+    reference_scores,
+    scored_first,
+)
+
+torch.set_num_threads(1)
+LEVELS, MODES = ("token", "sequence", "geometric"), ("truncate", "mask")
+ORDER = sorted(range(8), key=lambda row: GROUPS[row])
+"""The rows of PROMPTS and RESPONSES as a rollout sorts them."""
+
+
+def dapo(correction: SamplerCorrection | None, **settings: Any) -> DAPOModule:
+    module = DAPOModule(TinyQwen2(), sampler_correction=correction, **settings)
+    module.configure_model()
+    return module
+
+
+@cache
+def scores() -> list[tuple[np.ndarray, np.ndarray]]:
+    """(log-probs, entropies) of each response of the rollout, one unpadded sequence at a time."""
+    of_rows = reference_scores(TinyQwen2().model, TEMPERATURE)
+    return [of_rows[row] for row in ORDER]
+
+
+def noise(seed: int, size: float) -> Tensor:
+    return size * torch.randn(8, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rollout_of(sampler_logp: Tensor, **settings: Any) -> Rollout:
+    """The rollout of the other tests, from a sampler that says so."""
+    rollout = make_rollout(**settings)
+    return replace(rollout, sampler_logp=torch.where(rollout.sequences.response_mask, sampler_logp, 0.0))
+
+
+SHIFTS = [0.05, 0.3, 0.9, -0.15, 0.5, 0.02, -1.0, 0.15]
+"""log(π_old / π_sampler) of each response, mean over its tokens: some are inside of all bounds, some outside."""
+
+
+def sampler_near(logp: Tensor) -> Tensor:
+    """``SHIFTS`` below ``logp``, and spread around that."""
+    responses = make_rollout().sequences.response_mask
+    spread = torch.where(responses, noise(3, 0.4), 0.0)
+    spread = spread - spread.sum(dim=1, keepdim=True) / responses.sum(dim=1, keepdim=True)
+    return logp - torch.tensor(SHIFTS, dtype=torch.float64)[:, None] - spread
+
+
+def apart(module: Any) -> Rollout:
+    """From a sampler that is not quite the policy."""
+    logp, _ = module.score(make_rollout().sequences, TEMPERATURE)
+    return rollout_of(sampler_near(logp))
+
+
+def off_policy(module: Any) -> Experience:
+    """Three policies: the one that learns, the one that the rollout was scored with, and the sampler's; one response
+    takes no part in the loss, and one token of another."""
+    experience = scored_first(module).prepare(make_rollout())
+    mask = experience.mask.clone()
+    mask[1, 2] = mask[4] = False
+    old_logp = experience.old_logp + noise(1, 0.3)
+    return replace(experience, old_logp=old_logp, mask=mask).with_extra(sampler_logp=sampler_near(old_logp))
+
+
+def weights_by_hand(old: np.ndarray, sampler: np.ndarray, valid: np.ndarray, settings: Any) -> np.ndarray:
+    """One response's weights; 0 where a ratio is out of bounds and dropped."""
+    log_ratio = old - sampler
+    if settings["level"] == "sequence":
+        log_ratio = np.full_like(log_ratio, log_ratio[valid].sum())
+    elif settings["level"] == "geometric":
+        log_ratio = np.full_like(log_ratio, log_ratio[valid].mean())
+    ratio, cap = np.exp(log_ratio), settings.get("cap", 2.0)
+    if settings["mode"] == "truncate":
+        return np.minimum(ratio, cap)
+    floor = settings.get("floor") if settings.get("floor") is not None else 1 / cap
+    return np.where((floor <= ratio) & (ratio <= cap), ratio, 0.0)
+
+
+def rows_by_hand(experience: Experience) -> list[tuple[np.ndarray, ...]]:
+    """``(logp, entropy, old, sampler, valid, advantages)`` of each response that takes part in the loss."""
+    rows = []
+    for row, (logp, entropy) in enumerate(scores()):
+        fixed = (experience.old_logp, experience.extra["sampler_logp"], experience.mask, experience.advantages)
+        old, sampler, valid, advantages = (values[row, : len(logp)].numpy() for values in fixed)
+        if valid.any():
+            rows.append((logp, entropy, old, sampler, valid, advantages))
+    return rows
+
+
+def loss_and_gradients(module: Any, step: Experience, cut: Sequence[Sequence[int]] = CUTS[0]) -> list[Tensor]:
+    parts = [step.select(torch.tensor(rows)) for rows in cut]
+    return summed(lambda micro: module.loss(module.token_stats(micro), micro), parts, list(module.policy.parameters()))
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"level": level, "mode": mode, "cap": cap} for level, mode, cap in itertools.product(LEVELS, MODES, [1.2, 2.0])
+]
+SETTINGS += [{"level": level, "mode": "mask", "cap": 1.5, "floor": 0.9} for level in LEVELS]
+
+
+@pytest.mark.parametrize("surrogate", ["ppo", "gspo", "cispo"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_the_steps_loss_by_hand_for_each_level_and_mode(settings: dict[str, Any], surrogate: Any) -> None:
+    """Σ w·L / N − 0.3·Σ H / N: the bonus has no weight, and dropped tokens still count in N. The same for any cut."""
+    module = dapo(SamplerCorrection(**settings), surrogate=surrogate, regularizer=EntropyBonus(0.3))
+    experience = off_policy(module)
+    total = tokens = bounded = 0
+    for logp, entropy, old, sampler, valid, advantages in rows_by_hand(experience):
+        weights = weights_by_hand(old, sampler, valid, settings)
+        losses = token_losses(surrogate, logp, old, valid, advantages[0])
+        total += (weights * losses - 0.3 * entropy)[valid].sum()
+        tokens += valid.sum()
+        bounded += np.isin(weights, [0.0, settings["cap"]])[valid].sum()
+    assert tokens == experience.mask.sum()
+    assert 0 < bounded < tokens, "some ratios are out of bounds, and some are not"
+
+    step = module.begin_step(experience)
+    whole, *others = (loss_and_gradients(module, step, cut) for cut in CUTS)
+    assert whole[0].item() == pytest.approx(total / tokens, rel=1e-9)
+    for other in others:
+        assert_same(other, whole)
+
+
+def test_the_expected_losses_differ_so_that_none_stands_for_another() -> None:
+    values = set()
+    for settings in [None, *SETTINGS]:
+        module = dapo(None if settings is None else SamplerCorrection(**settings))
+        step = module.begin_step(off_policy(module))
+        values.add(round(module.loss(module.token_stats(step), step)[0].item(), 7))
+    assert len(values) == 1 + len(SETTINGS)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_gradient_is_weighted_like_the_loss(level: Any) -> None:
+    """At the policy that the rollout came from, where nothing is clipped: −Σ w·A·∇logπ / N."""
+    settings = {"level": level, "mode": "truncate"}
+    module = dapo(SamplerCorrection(**settings))
+    step = module.begin_step(scored_first(module).prepare(apart(module)))
+    by_hand = torch.zeros_like(step.advantages)
+    for row, (_, _, old, sampler, valid, advantages) in enumerate(rows_by_hand(step)):
+        by_hand[row, : len(old)] = torch.tensor(weights_by_hand(old, sampler, valid, settings) * advantages)
+    logp, _ = module.policy(step.sequences, temperature=TEMPERATURE)
+    expected = torch.autograd.grad(-(by_hand * logp).sum() / step.mask.sum(), list(module.policy.parameters()))
+    assert_same(loss_and_gradients(module, step)[1:], expected)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_a_sampler_that_is_the_policy_changes_nothing(settings: dict[str, Any]) -> None:
+    """To the last bit."""
+    losses = []
+    for correction in (None, SamplerCorrection(**settings)):
+        module = dapo(correction)
+        experience = off_policy(module)
+        step = module.begin_step(experience.with_extra(sampler_logp=experience.old_logp))
+        losses.append(loss_and_gradients(module, step))
+    assert all(torch.equal(one, other) for one, other in zip(*losses, strict=True))
+
+
+def test_none_knows_nothing_of_the_sampler() -> None:
+    module = dapo(None)
+    experience = off_policy(module)
+    expected = sum(
+        token_losses("ppo", logp, old, valid, advantages[0])[valid].sum()
+        for logp, _, old, _, valid, advantages in rows_by_hand(experience)
+    ) / int(experience.mask.sum())
+    step = module.begin_step(experience)
+    assert loss_and_gradients(module, step)[0].item() == pytest.approx(expected, rel=1e-9)
+    elsewhere = step.with_extra(sampler_logp=noise(9, 3.0))
+    assert all(map(torch.equal, loss_and_gradients(module, elsewhere), loss_and_gradients(module, step)))
+
+
+def test_token_level_truncation_is_the_default() -> None:
+    assert SamplerCorrection() == SamplerCorrection("token", "truncate", 2.0, None)
+    module = DAPOModule(TinyQwen2())
+    assert module.sampler_correction == SamplerCorrection()
+
+
+def test_what_takes_no_part_in_the_loss_has_no_say_in_a_responses_weight() -> None:
+    """Rows of whole-response levels: the masked token's ratio would change the weight of all others."""
+    for level in ("sequence", "geometric"):
+        module = dapo(SamplerCorrection(level=level))
+        step = module.begin_step(off_policy(module))
+        garbage = torch.where(step.mask, step.extra["sampler_logp"], -7.0)
+        expected = loss_and_gradients(module, step)
+        assert_same(loss_and_gradients(module, step.with_extra(sampler_logp=garbage)), expected)
+
+
+def test_a_penalty_to_a_reference_is_not_weighted() -> None:
+    """It is an expectation of its own, of the policy that learns."""
+    differences = []
+    for correction in (None, SamplerCorrection()):
+        losses = []
+        for kl in (None, ReferenceKL(0.5, policy=TinySource(seed=1))):  # type: ignore[arg-type]
+            module = dapo(correction, kl=kl)
+            losses.append(loss_and_gradients(module, module.begin_step(off_policy(module)))[0])
+        differences.append((losses[1] - losses[0]).item())
+    assert differences[0] == pytest.approx(differences[1], rel=1e-9)
+    assert abs(differences[0]) > 1e-3
+
+
+def test_a_step_of_which_nothing_is_left_has_no_gradient_and_no_nan() -> None:
+    module = dapo(SamplerCorrection(mode="mask", cap=1.0), regularizer=NoRegularizer())
+    step = module.begin_step(off_policy(module))
+    assert all((value == 0).all() for value in loss_and_gradients(module, step))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_log_prob_that_is_not_finite_counts_as_ratio_one(level: Any) -> None:
+    """−inf and nan on two tokens of one response."""
+    settings = {"level": level, "mode": "truncate"}
+    module = dapo(SamplerCorrection(**settings))
+    experience = off_policy(module)
+    broken = experience.extra["sampler_logp"].clone()
+    broken[0, 0], broken[0, 3] = -math.inf, math.nan
+    total = 0.0
+    for index, (logp, _, old, sampler, valid, advantages) in enumerate(rows_by_hand(experience)):
+        said = sampler.copy()
+        if index == 0:
+            said[[0, 3]] = old[[0, 3]]
+        weights = weights_by_hand(old, said, valid, settings)
+        total += (weights * token_losses("ppo", logp, old, valid, advantages[0]))[valid].sum()
+    step = module.begin_step(experience.with_extra(sampler_logp=broken))
+    found = loss_and_gradients(module, step)
+    assert found[0].item() == pytest.approx(total / int(step.mask.sum()), rel=1e-9)
+    assert all(gradient.isfinite().all() for gradient in found)
+
+
+# What the curves show.
+
+
+@pytest.mark.parametrize("correction", [None, SamplerCorrection(), SamplerCorrection(mode="mask", cap=1.2)], ids=str)
+def test_how_far_sampler_and_policy_are_apart_is_measured_with_and_without(
+    correction: SamplerCorrection | None,
+) -> None:
+    """By numpy, before anything is cut or dropped, over all response tokens: those out of the loss, too."""
+    module = dapo(correction, overlong_filter=True)
+    rollout = replace(apart(module), truncated=torch.arange(8) == 4)
+    _, recorder = fit(module, [rollout])
+    (metrics,) = recorder.metrics
+    assert metrics["update/steps"] == 1
+    pairs = zip(scores(), rollout.sampler_logp, strict=True)
+    log_ratio = np.concatenate([logp - sampler[: len(logp)].numpy() for (logp, _), sampler in pairs])
+    ratio = np.exp(log_ratio)
+    dropped = (ratio < 1 / 1.2) | (ratio > 1.2)
+    expected = {
+        "sampler/ratio_mean": ratio.mean(),
+        "sampler/ratio_max": ratio.max(),
+        "sampler/effective_sample_size": ratio.sum() ** 2 / (ratio.size * (ratio**2).sum()),
+        "sampler/kl_k1": -log_ratio.mean(),
+        "sampler/kl_k3": (ratio - 1 - log_ratio).mean(),
+        "sampler/logp_difference_mean": np.abs(log_ratio).mean(),
+        "sampler/logp_difference_max": np.abs(log_ratio).max(),
+        "sampler/non_finite": 0.0,
+        "sampler/masked_share": dropped.mean() if correction is not None and correction.mode == "mask" else 0.0,
+    }
+    assert 0 < dropped.mean() < 1
+    assert {name: value for name, value in metrics.items() if name.startswith("sampler/")} == pytest.approx(
+        expected, rel=1e-9
+    )
+
+
+def test_log_probs_that_are_not_finite_are_counted_and_the_step_is_taken() -> None:
+    module = dapo(SamplerCorrection())
+    rollout = apart(module)
+    broken = rollout.sampler_logp.clone()
+    broken[0, 0], broken[2, 1], broken[5, 0] = -math.inf, math.nan, math.inf
+    _, recorder = fit(module, [replace(rollout, sampler_logp=broken)])
+    (metrics,) = recorder.metrics
+    assert metrics["sampler/non_finite"] == 3
+    assert metrics["update/skipped_steps"] == 0
+    assert not recorder.unchanged(0, 1, "policy.")
+    for name in ("ratio_mean", "ratio_max", "effective_sample_size", "kl_k1", "kl_k3"):
+        assert math.isfinite(metrics[f"sampler/{name}"])
+
+
+def test_ppos_policy_loss_is_weighted_and_its_value_loss_is_not() -> None:
+    """With a sampler that is far off everywhere, truncated at 2: twice the policy loss, the same critic's."""
+    metrics = []
+    for correction in (None, SamplerCorrection()):
+        module = ppo(sampler_correction=correction, gae_lambda=0.8)
+        logp, _ = module.score(make_rollout().sequences, TEMPERATURE)
+        _, recorder = fit(module, [rollout_of(logp - 3.0)])
+        metrics.append(recorder.metrics[0])
+    plain, weighted = metrics
+    assert weighted["update/policy_loss"] == pytest.approx(2 * plain["update/policy_loss"], rel=1e-9, abs=1e-12)
+    assert weighted["critic/loss"] == plain["critic/loss"]
+    assert weighted["sampler/ratio_max"] == pytest.approx(math.exp(3.0), rel=1e-6)
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"cap": 0.99}, "cap: 0.99"),
+        ({"cap": -1.0}, "cap: -1.0"),
+        ({"cap": math.nan}, "cap: nan"),
+        ({"floor": 0.5}, "floor: 0.5"),
+        ({"mode": "mask", "floor": 1.1}, "floor: 1.1"),
+        ({"mode": "mask", "floor": -0.1}, "floor: -0.1"),
+        ({"mode": "mask", "floor": math.nan}, "floor: nan"),
+        ({"level": "word"}, "level: 'word'"),
+        ({"mode": "cut"}, "mode: 'cut'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(settings: Any, name: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        SamplerCorrection(**settings)
+    assert str(refused.value).startswith(f"model.sampler_correction.{name} - ")
+
+
+FLAG = "--model.sampler_correction"
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a recipe and flags come to."""
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "tiny.yaml", *arguments, "--print_config"])
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    return " ".join(out[out.index("sampler_correction:") :].split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "level: token mode: truncate cap: 2.0 floor: null"),
+        ([f"{FLAG}.level", "sequence", f"{FLAG}.mode", "mask"], "level: sequence mode: mask cap: 2.0 floor: null"),
+        (
+            [f"{FLAG}.mode", "mask", f"{FLAG}.cap", "5", f"{FLAG}.floor", "0.5"],
+            "level: token mode: mask cap: 5.0 floor: 0.5",
+        ),
+        ([FLAG, "null"], "null"),
+    ],
+)
+def test_settings_are_read_from_the_command_line(
+    workspace: Path, capsys: pytest.CaptureFixture[str], flags: list[str], expected: str
+) -> None:
+    assert printed(capsys, *flags).startswith(f"sampler_correction: {expected} ")
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{level: geometric, cap: 1.5}", "level: geometric mode: truncate cap: 1.5 floor: null"),
+        ("{mode: mask, floor: 0.25}", "level: token mode: mask cap: 2.0 floor: 0.25"),
+        ("null", "null"),
+    ],
+)
+def test_settings_are_read_from_a_recipe(
+    workspace: Path, capsys: pytest.CaptureFixture[str], written: str, expected: str
+) -> None:
+    recipe, anchor = (workspace / "tiny.yaml").read_text(), "    mini_batch_prompts: 2\n"
+    assert anchor in recipe
+    (workspace / "tiny.yaml").write_text(recipe.replace(anchor, f"{anchor}    sampler_correction: {written}\n"))
+    assert printed(capsys).startswith(f"sampler_correction: {expected} ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ([f"{FLAG}.cap", "0.5"], ["model.sampler_correction.cap: 0.5"]),
+        ([f"{FLAG}.floor", "0.5"], ["model.sampler_correction.floor: 0.5"]),
+        ([f"{FLAG}.level", "word"], ["level", "word", "'token', 'sequence', 'geometric'"]),
+        ([f"{FLAG}.mode", "cut"], ["mode", "cut", "'truncate', 'mask'"]),
+    ],
+)
+def test_bad_settings_on_the_command_line_end_in_one_line(
+    workspace: Path, capsys: pytest.CaptureFixture[str], flags: list[str], named: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "tiny.yaml", *flags])
+    assert stop.value.code == 2
+    errors = capsys.readouterr().err
+    line = errors[errors.index("error:") :]
+    assert line.count("\n") == 1
+    assert all(name in line for name in named)
+
+
+# Whole runs.
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_a_coarse_sampler_shows_in_the_curves_and_the_correction_in_the_weights(workspace: Path) -> None:
+    """An engine in bfloat16 for a policy in float32."""
+    quick = ["fit", "--config", "tiny.yaml", "--trainer.limit_val_batches", "0", "--trainer.max_epochs", "3"]
+    quick += ["--data.engine", "HFEngine", "--data.engine.dtype", "bfloat16"]
+    weights = {}
+    runs = {"plain": [FLAG, "null"], "token": [], "mask": [f"{FLAG}.mode", "mask", f"{FLAG}.cap", "1"]}
+    for name, flags in runs.items():
+        main([*quick, *flags, "--trainer.default_root_dir", name])
+        logged = curves(workspace / name)
+        for metric in ("ratio_mean", "ratio_max", "effective_sample_size", "kl_k1", "kl_k3", "masked_share"):
+            assert [step for step, _ in logged[f"sampler/{metric}"]] == [1, 2, 3]
+        for _, ratio in logged["sampler/ratio_mean"]:
+            assert ratio == pytest.approx(1, abs=0.05)
+        for _, share in logged["sampler/effective_sample_size"]:
+            assert 0.99 < share < 1
+        assert {value for _, value in logged["sampler/non_finite"]} == {0.0}
+        dropped = [value for _, value in logged["sampler/masked_share"]]
+        assert min(dropped) > 0.5 if name == "mask" else max(dropped) == 0
+        weights[name] = load_file(workspace / name / "model" / "model.safetensors")
+    for one, other in itertools.combinations(weights, 2):
+        assert any(not torch.equal(weights[one][name], weights[other][name]) for name in weights[one]), (one, other)

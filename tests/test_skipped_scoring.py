@@ -1,0 +1,378 @@
+"""With one optimizer step per rollout the old log-probs are the update's own, and a forward pass is saved: the update
+is the same as if the rollout had been scored first, and wherever anything asks for the scores earlier, it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from ibro_lightning.cli import main
+from ibro_lightning.coefficients import Constant, EntropyBand, Linear, TargetEntropy
+from ibro_lightning.experience import Experience, StepContext, TokenStats
+from ibro_lightning.models import PolicyOptions
+from ibro_lightning.modules import ActorModule, DAPOModule, PPOModule, ReferenceKL
+from ibro_lightning.modules.correction import SamplerCorrection
+from ibro_lightning.regularizers import (
+    IBRO,
+    ClipCov,
+    CorrectPathEntropySuppression,
+    EntropyBonus,
+    EntropyRegularizer,
+    EntropyShapedAdvantage,
+    InformationBottleneck,
+    KLCov,
+    NoRegularizer,
+    TopEntropyTokens,
+)
+from ibro_lightning.types import Rollout
+from test_ppo import Recorder, TinySource, adamw, fit
+from test_sampler_correction import noise, rollout_of, sampler_near, scores
+from test_update_invariances import make_rollout
+
+torch.set_num_threads(1)
+
+
+class EagerDAPO(DAPOModule):
+    """Scores first whatever the settings are: what the other one is compared with."""
+
+    advantages_need_scores = True
+
+
+class EagerPPO(PPOModule):
+    advantages_need_scores = True
+
+
+EAGER: dict[type[ActorModule], type[ActorModule]] = {DAPOModule: EagerDAPO, PPOModule: EagerPPO}
+
+
+class ByOldEntropy(EntropyRegularizer):
+    """A user's: reads what the policy said before the update, and holds on to the policy that sampled."""
+
+    def objective(self, stats: TokenStats) -> Tensor:
+        assert stats.entropy is not None
+        return stats.entropy * (stats.old_entropy > 0.5) - (stats.logp - stats.old_logp) ** 2 + stats.old_logp
+
+
+REGULARIZERS = {
+    "none": NoRegularizer,
+    "ib": lambda: InformationBottleneck(0.5),
+    "ib centred": lambda: InformationBottleneck(0.5, part="centred"),
+    "ib uniform": lambda: InformationBottleneck(0.5, part="uniform", transform="sign"),
+    "ces": lambda: CorrectPathEntropySuppression(0.5),
+    "bonus": lambda: EntropyBonus(0.3),
+    "a user's": lambda: ByOldEntropy(0.3),
+}
+
+
+@cache
+def sampled() -> tuple[Rollout, ...]:
+    """Two iterations, from a sampler near the policy; in the second, two responses are cut."""
+    logp = torch.zeros(8, 6, dtype=torch.float64)
+    for row, (of_row, _) in enumerate(scores()):
+        logp[row, : len(of_row)] = torch.tensor(of_row)
+    first, second = (rollout_of(sampler_near(logp + noise(7, size)), iteration=n) for n, size in ((1, 0.0), (2, 0.1)))
+    return first, replace(second, truncated=torch.arange(8) % 5 == 1)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def run(
+    kind: type[ActorModule],
+    *,
+    rollouts: Sequence[Rollout] | None = None,
+    dtype: torch.dtype = torch.float64,
+    trainer: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Recorder:
+    settings = {"optimizer": sgd, **settings}
+    if issubclass(kind, PPOModule):
+        settings = {"critic_optimizer": adamw(0.01), "gae_lambda": 0.8, **settings}
+    module = kind(TinySource(dtype), **settings)
+    _, recorder = fit(module, rollouts or sampled(), **(trainer or {}))
+    recorder.module = module  # type: ignore[attr-defined]
+    return recorder
+
+
+def assert_same_run(skipped: Recorder, scored: Recorder, tolerance: float) -> None:
+    """The same weights after each iteration, and the same curves."""
+    for before, after in zip(skipped.weights, scored.weights, strict=True):
+        for name, value in after.items():
+            torch.testing.assert_close(before[name], value, rtol=tolerance, atol=tolerance, msg=name)
+    assert any(not torch.equal(skipped.weights[0][name], value) for name, value in skipped.weights[-1].items())
+    for before, after in zip(skipped.metrics, scored.metrics, strict=True):
+        assert (before["update/scored_first"], after["update/scored_first"]) == (0, 1)
+        one, other = (
+            {k: v for k, v in m.items() if not k.startswith("time/") and k != "update/scored_first"}
+            for m in (before, after)
+        )
+        assert one == pytest.approx(other, rel=tolerance, abs=tolerance)
+        assert before["update/approx_kl"] == 0
+        assert {"policy/entropy", "policy/logp", "sampler/ratio_mean", "ib/mean_product"} <= before.keys()
+        assert before["policy/entropy"] > 0.1
+        assert before["policy/logp"] < -0.1
+
+
+@pytest.mark.parametrize("budget", [1, 20, 10_000])
+@pytest.mark.parametrize("name", REGULARIZERS)
+@pytest.mark.parametrize("kind", EAGER)
+def test_the_update_and_its_curves_are_those_of_scoring_first(kind: type[ActorModule], name: str, budget: int) -> None:
+    runs = [
+        run(k, regularizer=REGULARIZERS[name](), micro_batch_tokens=budget, overlong_filter=True)
+        for k in (kind, EAGER[kind])
+    ]
+    assert_same_run(*runs, tolerance=1e-10)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gspo": {"surrogate": "gspo", "aggregation": "seq-mean-token-mean"},
+    "cispo": {"surrogate": "cispo"},
+    "dr_grpo": {"advantage": "dr_grpo", "aggregation": "seq-mean-token-sum-norm", "aggregation_max_tokens": 6},
+    "reinforce++": {"advantage": "reinforce++"},
+    "all groups in one step": {"mini_batch_prompts": 4},
+    "more than there are": {"mini_batch_prompts": 100},
+    "no correction": {"sampler_correction": None},
+    "whole sequences dropped": {"sampler_correction": SamplerCorrection("sequence", "mask")},
+    "a head of full logits": {"policy_options": PolicyOptions(fused_head=False)},
+    "checkpointing": {"policy_options": PolicyOptions(gradient_checkpointing=True)},
+    "a coefficient object": {"regularizer": EntropyBonus(Constant(0.3))},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_whatever_the_options_are(name: str) -> None:
+    runs = [run(kind, micro_batch_tokens=20, **OPTIONS[name]) for kind in (DAPOModule, EagerDAPO)]
+    assert_same_run(*runs, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_in_single_and_mixed_precision(precision: str) -> None:
+    settings = {"dtype": torch.float32, "regularizer": EntropyBonus(0.3), "micro_batch_tokens": 20}
+    runs = [run(kind, trainer={"precision": precision}, **settings) for kind in (DAPOModule, EagerDAPO)]
+    assert_same_run(*runs, tolerance=1e-6)
+
+
+def test_a_rollout_without_a_finite_gradient_is_still_measured() -> None:
+    """The update that is left out is the one that measures."""
+    metrics = []
+    for kind in (DAPOModule, EagerDAPO):
+        module = kind(TinySource())
+        module.configure_model()
+        for parameter in module.policy.parameters():
+            parameter.register_hook(lambda gradient: gradient * math.inf)
+        with pytest.warns(UserWarning, match="not finite"):
+            _, recorder = fit(module, sampled()[:1])
+        assert recorder.metrics[0]["update/skipped_steps"] == 1
+        metrics.append({k: v for k, v in recorder.metrics[0].items() if k.startswith(("policy/", "ib/", "sampler/"))})
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-10)
+    assert metrics[0]["policy/entropy"] > 0.1
+
+
+@pytest.mark.parametrize("budget", [1, 20, 10_000])
+@pytest.mark.parametrize("kind", EAGER)
+def test_every_micro_batch_goes_through_the_policy_once_instead_of_twice(kind: type[ActorModule], budget: int) -> None:
+    passes = {}
+    for k in (kind, EAGER[kind]):
+        module = k(TinySource(), micro_batch_tokens=budget)
+        module.configure_model()
+        calls: list[bool] = []
+        module.policy.register_forward_pre_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        fit(module, sampled()[:1])
+        passes[k] = calls
+        micro_batches = len(list(module.micro_batches(make_rollout().sequences)))
+    assert passes[kind] == [True] * micro_batches
+    assert passes[EAGER[kind]] == [False] * micro_batches + [True] * micro_batches
+
+
+# Where it is not skipped.
+
+
+class ReadsOldEntropy(InformationBottleneck):
+    def prepare(self, step: Experience, context: StepContext) -> Experience:
+        return super().prepare(step, context).with_extra(surprise=step.old_entropy - step.old_logp)
+
+
+class SaysItDoesNot(InformationBottleneck):
+    prepare_needs_scores = False  # type: ignore[assignment]
+
+    def prepare(self, step: Experience, context: StepContext) -> Experience:
+        return super().prepare(step, context).with_extra(size=step.advantages.abs())
+
+
+class OwnPrepareDAPO(DAPOModule):
+    def prepare(self, rollout: Rollout) -> Experience:
+        experience = super().prepare(rollout)
+        return replace(experience, advantages=experience.advantages * experience.old_entropy)
+
+
+class OwnAdvantages(DAPOModule):
+    def advantages(self, experience: Experience) -> Tensor:
+        return super().advantages(experience) - experience.old_logp
+
+
+class OwnPreparePPO(PPOModule):
+    def prepare(self, rollout: Rollout) -> Experience:
+        experience = super().prepare(rollout)
+        return replace(experience, advantages=experience.advantages * experience.old_entropy)
+
+
+class OtherLoss(DAPOModule):
+    """Of a subclass that changes neither: it is skipped."""
+
+    def policy_loss(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
+        return -stats.logp * stats.advantages, {}
+
+
+SHOWN = "{prompt}{answer}>{prompt}"
+CASES: dict[str, tuple[type[ActorModule], dict[str, Any], bool]] = {
+    "DAPO": (DAPOModule, {}, False),
+    "PPO": (PPOModule, {}, False),
+    "a loss of one's own": (OtherLoss, {}, False),
+    "a prepare that says it reads no scores": (DAPOModule, {"regularizer": SaysItDoesNot()}, False),
+    "two epochs": (DAPOModule, {"update_epochs": 2}, True),
+    "two epochs of PPO": (PPOModule, {"update_epochs": 2}, True),
+    "two steps": (DAPOModule, {"mini_batch_prompts": 2}, True),
+    "two unequal steps": (DAPOModule, {"mini_batch_prompts": 3}, True),
+    "a penalty in the loss": (DAPOModule, {"kl": lambda: ReferenceKL(0.1)}, True),
+    "a penalty in the reward": (PPOModule, {"kl": lambda: ReferenceKL(0.1, "reward")}, True),
+    "a schedule": (DAPOModule, {"regularizer": EntropyBonus(Linear(0.1, 0.2, 5))}, True),
+    "a target": (DAPOModule, {"regularizer": EntropyBonus(TargetEntropy())}, True),
+    "a band": (PPOModule, {"regularizer": InformationBottleneck(EntropyBand())}, True),
+    "ClipCov": (DAPOModule, {"regularizer": ClipCov()}, True),
+    "KLCov": (DAPOModule, {"regularizer": KLCov()}, True),
+    "80/20": (PPOModule, {"regularizer": TopEntropyTokens()}, True),
+    "shaped": (DAPOModule, {"regularizer": EntropyShapedAdvantage()}, True),
+    "IBRO": (DAPOModule, {"regularizer": IBRO(template=SHOWN)}, True),
+    "a prepare of one's own": (DAPOModule, {"regularizer": ReadsOldEntropy()}, True),
+    "a subclass's prepare": (OwnPrepareDAPO, {}, True),
+    "a subclass's advantages": (OwnAdvantages, {}, True),
+    "a subclass of PPO": (OwnPreparePPO, {}, True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scores_come_first_where_anything_reads_them(name: str) -> None:
+    kind, settings, first = CASES[name]
+    built = {key: value() if key == "kl" else value for key, value in settings.items()}
+    module = kind(TinySource(), **built)
+    module.configure_model()
+    rollout = sampled()[0]
+    assert module.scores_first(rollout) == first
+    experience = module.score_rollout(rollout)
+    assert experience.scored == first
+    responses = rollout.sequences.response_mask
+    for row, (logp, entropy) in enumerate(scores()):
+        expected = (logp, entropy) if first else (0 * logp, 0 * entropy)
+        for found, values in zip((experience.old_logp, experience.old_entropy), expected, strict=True):
+            torch.testing.assert_close(found[row, : len(logp)], torch.tensor(values), rtol=1e-9, atol=1e-12)
+    assert (experience.old_logp[~responses] == 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "IBRO"])  # whose prompts these rollouts lack
+def test_what_is_done_is_what_the_curves_say(name: str) -> None:
+    kind, settings, first = CASES[name]
+    recorder = run(kind, rollouts=sampled()[:1], **{k: v() if k == "kl" else v for k, v in settings.items()})
+    assert recorder.metrics[0]["update/scored_first"] == first
+    expected = sum(entropy.sum() for _, entropy in scores()) / sum(len(entropy) for _, entropy in scores())
+    assert recorder.metrics[0]["policy/entropy"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_subclass_reads_real_scores_in_its_advantages() -> None:
+    """0.71·H and so on; with zeros in their place nothing would be learned."""
+    module = OwnPrepareDAPO(TinySource())
+    module.configure_model()
+    experience = module.prepare(sampled()[0])
+    plain = DAPOModule(TinySource())
+    plain.configure_model()
+    for row, (_, entropy) in enumerate(scores()):
+        advantage = plain.prepare(sampled()[0]).advantages[row, 0].item()
+        expected = torch.tensor(advantage * entropy)
+        torch.testing.assert_close(experience.advantages[row, : len(entropy)], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_while_the_critic_warms_up_the_policy_is_scored_for_the_curves() -> None:
+    """No update of the policy comes that could do it."""
+    recorder = run(PPOModule, critic_warmup_iterations=1)
+    assert [metrics["update/scored_first"] for metrics in recorder.metrics] == [1, 0]
+    assert recorder.unchanged(0, 1, "policy.")
+    assert not recorder.unchanged(1, 2, "policy.")
+    eager = run(EagerPPO, critic_warmup_iterations=1)
+    for one, other in zip(recorder.metrics, eager.metrics, strict=True):
+        for name in ("policy/entropy", "policy/logp", "sampler/kl_k3", "ib/cov_advantage_entropy"):
+            assert one[name] == pytest.approx(other[name], rel=1e-9)
+
+
+def test_statistics_of_ones_own_see_the_old_scores() -> None:
+    """A regulariser's hook that gets the micro-batch before anyone wrote its scores into it would read zeros."""
+
+    class BySurprise(EntropyRegularizer):
+        def statistics(self, micro: Experience, context: StepContext) -> Mapping[str, Tensor]:
+            return {"surprise": micro.old_entropy + micro.old_logp}
+
+        def objective(self, stats: TokenStats) -> Tensor:
+            assert stats.entropy is not None
+            return stats.extra["surprise"] * stats.entropy
+
+    runs = [run(kind, regularizer=BySurprise(0.5)) for kind in (DAPOModule, EagerDAPO)]
+    for name, value in runs[1].weights[-1].items():
+        torch.testing.assert_close(runs[0].weights[-1][name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("kind", [*EAGER, *EAGER.values()])
+def test_a_constant_coefficient_counts_the_iterations_in_any_case(kind: type[ActorModule]) -> None:
+    """A run that goes on with a schedule takes it up where the run is."""
+    module = run(kind, regularizer=InformationBottleneck(0.5)).module  # type: ignore[attr-defined]
+    assert module.regularizer.coefficient.state["iterations"] == 2
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    resumed = DAPOModule(TinySource(), regularizer=InformationBottleneck(Linear(0.0, 1.0, 10)))
+    resumed.on_load_checkpoint(checkpoint)
+    resumed.regularizer.coefficient.observe(1.0)
+    assert resumed.regularizer.coef == pytest.approx(0.2), "the third iteration's"
+
+
+def test_a_second_step_on_scores_that_never_were_is_refused() -> None:
+    class Wrong(DAPOModule):
+        def scores_first(self, rollout: Rollout) -> bool:
+            return False
+
+    with pytest.raises(RuntimeError, match="second optimizer step"):
+        run(Wrong, update_epochs=2)
+
+
+def test_scores_are_written_where_their_rows_are() -> None:
+    """Rows 2 and 0 of a micro-batch narrower than the step; the rest, and the step's own tensors, stay."""
+    module = DAPOModule(TinySource())
+    module.configure_model()
+    experience = module.prepare(sampled()[0])
+    old_logp = experience.old_logp
+    logp, entropy = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).double(), torch.tensor([[5.0], [6.0]]).double()
+    experience.record(torch.tensor([2, 0]), logp, entropy)
+    expected_logp, expected_entropy = torch.zeros(8, 6, dtype=torch.float64), torch.zeros(8, 6, dtype=torch.float64)
+    expected_logp[2, :2], expected_logp[0, :2] = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    expected_entropy[2, 0], expected_entropy[0, 0] = 5.0, 6.0
+    assert torch.equal(experience.old_logp, expected_logp)
+    assert torch.equal(experience.old_entropy, expected_entropy)
+    assert experience.old_logp is old_logp
+
+
+def test_a_run_from_the_command_line_says_which_it_was(workspace: Path) -> None:
+    """The workspace's recipe takes two steps per rollout."""
+    shown = {}
+    for name, flags in (("two", []), ("one", ["--model.mini_batch_prompts", "null"])):
+        main(["fit", "--config", "tiny.yaml", "--trainer.default_root_dir", name, *flags])
+        events = EventAccumulator(str(workspace / name))
+        events.Reload()
+        shown[name] = [event.value for event in events.Scalars("update/scored_first")]
+        assert [event.value for event in events.Scalars("policy/entropy")] == pytest.approx([2.5, 2.5], abs=0.5)
+    assert shown == {"two": [1, 1], "one": [0, 0]}
