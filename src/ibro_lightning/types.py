@@ -233,8 +233,8 @@ class RolloutEngine(Protocol):
         """Build the model (once; later calls with the same spec do nothing)."""
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
-        """Replace all weights, or those that are given if ``partial``, and forget what was computed with the old ones.
-        Raises if a weight is missing or unknown."""
+        """Replace all weights, or (``partial``) those of whole layers, the head or the embedding, and forget what was
+        computed with the old ones. Raises if a weight is missing or unknown."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[Sequence[int]]

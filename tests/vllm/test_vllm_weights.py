@@ -33,7 +33,7 @@ EXACT = 1e-4
 GROUPS = {
     "everything of a layer": ["model.layers.1."],
     "one of three matrices that vLLM fuses": ["model.layers.1.self_attn.q_proj.weight"],
-    "the middle one of them": ["model.layers.0.self_attn.k_proj.weight"],
+    "the middle one of three": ["model.layers.0.self_attn.k_proj.weight"],
     "one of two matrices that vLLM fuses": ["model.layers.0.mlp.up_proj.weight"],
     "a norm": ["model.layers.1.input_layernorm.weight"],
     "embedding and head": ["model.embed_tokens.weight", "lm_head.weight"],
@@ -91,11 +91,20 @@ class TestSync:
         engine, model, new = serve(name), changeable(name), changeable(name, seed=1)
         given = [(n, t) for n, t in weights_of(new) if any(n.startswith(start) for start in GROUPS[group])]
         assert len(given) >= len(GROUPS[group])
-        engine.load_weights(iter(given), partial=True)
-        with torch.no_grad():
-            for key, tensor in given:
-                model.get_parameter(key).copy_(tensor)
-        assert difference(engine, model) < EXACT
+        refusal = ""
+        try:
+            engine.load_weights(iter(given), partial=True)
+        except (KeyError, RolloutError) as error:
+            refusal = str(error)
+        if refusal:
+            # A part of what vLLM fuses may be refused, and what else must come said; never taken, and the rest lost.
+            assert "one of" in group
+            assert "proj" in refusal
+        else:
+            with torch.no_grad():
+                for key, tensor in given:
+                    model.get_parameter(key).copy_(tensor)
+            assert difference(engine, model) < EXACT
         # Whatever it left behind does not disturb the next full sync.
         engine.load_weights(weights_of(new))
         assert difference(engine, new) < EXACT

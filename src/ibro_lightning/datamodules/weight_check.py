@@ -11,7 +11,6 @@ the engine then answers exactly as before while the trainer's own log-probs of t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ibro_lightning.engines.weights import weight_group
 from ibro_lightning.errors import ConfigError, RolloutError, WeightSyncError, check_at_least
 from ibro_lightning.seeding import counter_uniforms, derive_seed
 from ibro_lightning.sequences import Sequences
@@ -171,7 +171,9 @@ class WeightVerifier:
         stale: list[str] = []
         before = self._ask()
         for group in self._groups():
-            weights = ((name, tensor) for name, tensor in self.provider.named_full_weights() if _group(name) == group)
+            weights = (
+                (name, tensor) for name, tensor in self.provider.named_full_weights() if weight_group(name) == group
+            )
             self.engine.load_weights(weights, partial=True)
             after = self._ask()
             if before[0].generation != after[0].generation:
@@ -183,12 +185,5 @@ class WeightVerifier:
 
     def _groups(self) -> Iterator[str]:
         names = [name for name, _ in self.provider.named_full_weights()]
-        groups = dict.fromkeys(_group(name) for name in names)
+        groups = dict.fromkeys(weight_group(name) for name in names)
         yield from sorted(groups, key=lambda group: group != "head")  # the usual suspect first
-
-
-def _group(name: str) -> str:
-    """``head``, ``layer 3`` or the name of whatever else a weight belongs to."""
-    if match := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name):
-        return f"layer {match[1]}"
-    return "head" if re.match(r"(lm_head|embed_out|output)\b", name) else name.rsplit(".", 1)[0]

@@ -79,11 +79,13 @@ class VLLMEngine(RolloutEngine):
             check_at_least("data.engine.deadline_s", deadline_s, 0.001, ", or null to wait")
         self.deadline_s = deadline_s
         self._engine: Any = None
+        self._spec: ModelSpec | None = None
         self._asleep = False
 
     def setup(self, spec: ModelSpec) -> None:
         if self._engine is not None:
             return
+        self._spec = spec
         self._shapes = weight_shapes(spec)
         self._vocab_size = int(spec.config.get_text_config().vocab_size)
         self._eos = list(spec.eos_token_ids)
@@ -102,9 +104,19 @@ class VLLMEngine(RolloutEngine):
             ) from error
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
+        """See :class:`RolloutEngine`. A failure leaves vLLM with some of the weights: it is closed, and started anew by
+        the next call."""
+        if self._engine is None and self._spec is not None:
+            self.setup(self._spec)
         weights = checked_weights(named_tensors, self._shapes, partial=partial)
-        with self._errors("taking new weights"):
-            self._reload(weights)
+        done = False
+        try:
+            with self._errors("taking new weights"):
+                self._reload(weights)
+            done = True
+        finally:  # Ctrl-C, too
+            if not done:
+                self.close()
         self.reset_cache()
 
     def reset_cache(self) -> None:
@@ -116,7 +128,9 @@ class VLLMEngine(RolloutEngine):
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[Sequence[int]]
     ) -> list[list[Generation]]:
         if self._engine is None:
-            raise RuntimeError("VLLMEngine.setup(spec) and load_weights(...) must be called before generate(...)")
+            raise RuntimeError(
+                "VLLMEngine: setup(spec) and a load_weights(...) that succeeds come before generate(...)"
+            )
         self._check_prompts(prompts, sampling)
         return self._generate(prompts, sampling, seeds, self.deadline_s)
 
@@ -129,12 +143,14 @@ class VLLMEngine(RolloutEngine):
     ) -> list[list[Generation]]:
         owners = [index for index, own in enumerate(seeds) for _ in own]
         responses = [_Response() for _ in owners]
+        # One request per sample, each with its own seed; samples of a prompt share its cached prefix.
+        requests = [
+            ({"prompt_token_ids": list(prompts[index])}, self._sampling_params(sampling, seed))
+            for index, own in enumerate(seeds)
+            for seed in own
+        ]
         with self._errors("generating"), torch_rng_kept():
-            # One request per sample, each with its own seed; samples of a prompt share its cached prefix.
-            for number, (index, seed) in enumerate((index, seed) for index, own in enumerate(seeds) for seed in own):
-                prompt = {"prompt_token_ids": list(prompts[index])}
-                self._engine.add_request(str(number), prompt, self._sampling_params(sampling, seed))
-            self._run(responses, deadline_s)
+            self._run(requests, responses, deadline_s)
         if responses and not any(response.token_ids for response in responses):
             raise RolloutError(f"data.engine.deadline_s: {deadline_s} s passed before any response had a token")
         results: list[list[Generation]] = [[] for _ in prompts]
@@ -191,10 +207,12 @@ class VLLMEngine(RolloutEngine):
             skip_clone=True,
         )
 
-    def _run(self, responses: list[_Response], deadline_s: float | None) -> None:
+    def _run(self, requests: list[tuple[Any, Any]], responses: list[_Response], deadline_s: float | None) -> None:
         """Step the engine until every response is finished or late."""
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
         try:
+            for number, (prompt, params) in enumerate(requests):
+                self._engine.add_request(str(number), prompt, params)
             while self._engine.has_unfinished_requests():
                 if deadline is not None and time.monotonic() > deadline:
                     break
@@ -202,7 +220,7 @@ class VLLMEngine(RolloutEngine):
                     responses[int(output.request_id)].take(output.outputs[0])
         finally:  # after an error or Ctrl-C, too: what is left would answer the next call
             late = [str(number) for number, response in enumerate(responses) if response.finish_reason == "deadline"]
-            if late:
+            if late and not is_dead(self._engine):
                 self._engine.abort_request(late)
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
@@ -232,7 +250,7 @@ class VLLMEngine(RolloutEngine):
         except (ConfigError, RolloutError, KeyError):
             raise
         except Exception as error:
-            if is_dead(self._engine):
+            if is_dead(self._engine, patience_s=5):
                 raise RolloutError(
                     f"the vLLM engine died while {doing}: its process is gone, its messages are above; the last "
                     "checkpoint is intact, and --ckpt_path continues from it"

