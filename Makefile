@@ -34,7 +34,7 @@ runs/sft_quickstart_vllm/model/config.json: | $(VLLM_READY)
 
 # What needs the real vLLM; nothing in these tests is a mock.
 test-vllm: $(VLLM_READY)
-	$(VLLM_PY) -m pytest tests/vllm
+	$(VLLM_PY) -m pytest -n 2 --dist loadfile tests/vllm
 
 test: $(READY) lint
 	$(PY) -m pytest -n 2

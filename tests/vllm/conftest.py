@@ -31,24 +31,40 @@ class Engines:
     and end together: closing one takes the others' process groups away."""
 
     def __init__(self) -> None:
-        self._running: dict[str, VLLMEngine] = {}
+        self._running: dict[str, tuple[VLLMEngine, Any]] = {}
 
     def __call__(
         self, name: str, *, eos: Sequence[int] = EOS, cls: type[VLLMEngine] = VLLMEngine, **settings: Any
     ) -> VLLMEngine:
         """An engine for ``tiny_model(name)`` that holds its weights."""
         key = repr((name, tuple(eos), cls, sorted({**SETTINGS, **settings}.items())))
+        self._forget_closed_ones()
         if key not in self._running:
             engine = vllm_engine(cls, **settings)
             engine.setup(spec_of(tiny_model(name), eos))
-            self._running[key] = engine
-        self._running[key].load_weights(weights_of(tiny_model(name)))
-        return self._running[key]
+            self._running[key] = engine, engine._engine
+        engine, _ = self._running[key]
+        engine.load_weights(weights_of(tiny_model(name)))
+        return engine
+
+    def _forget_closed_ones(self) -> None:
+        """An engine that a sync broke has closed itself, started anew perhaps, and is alone since."""
+        closed = [key for key, (engine, inner) in self._running.items() if engine._engine is not inner]
+        if not closed:
+            return
+        for key, (engine, _) in list(self._running.items()):
+            if key not in closed:
+                engine._engine = None  # closing it would take the process groups of the one that was started anew
+            if engine._engine is None:
+                del self._running[key]
+            else:
+                self._running[key] = engine, engine._engine
 
     def stop(self) -> None:
+        self._forget_closed_ones()
         with mock.patch("gc.collect"):  # two seconds for each
             while self._running:
-                self._running.popitem()[1].close()
+                self._running.popitem()[1][0].close()
         gc.collect()
 
 

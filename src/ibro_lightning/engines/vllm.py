@@ -22,7 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibro_lightning.engines.vllm_build import VLLMSettings, build, is_dead, one_line, release, torch_rng_kept
+from ibro_lightning.engines.vllm_build import (
+    VLLMSettings,
+    build,
+    deaths_noticed,
+    is_dead,
+    one_line,
+    release,
+    torch_rng_kept,
+)
 from ibro_lightning.engines.vllm_worker import chunks
 from ibro_lightning.engines.weights import checked_weights, weight_shapes
 from ibro_lightning.errors import ConfigError, RolloutError, check_at_least
@@ -128,7 +136,7 @@ class VLLMEngine(RolloutEngine):
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[Sequence[int]]
     ) -> list[list[Generation]]:
         if self._engine is None:
-            raise RuntimeError(
+            raise RolloutError(
                 "VLLMEngine: setup(spec) and a load_weights(...) that succeeds come before generate(...)"
             )
         self._check_prompts(prompts, sampling)
@@ -246,7 +254,8 @@ class VLLMEngine(RolloutEngine):
     def _errors(self, doing: str) -> Iterator[None]:
         """Say in one line what happened to vLLM; our own errors pass."""
         try:
-            yield
+            with deaths_noticed(self._engine):
+                yield
         except (ConfigError, RolloutError, KeyError):
             raise
         except Exception as error:

@@ -8,10 +8,12 @@ import os
 import random
 import shutil
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import InvalidStateError
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from importlib import metadata
@@ -107,6 +109,7 @@ def build(settings: VLLMSettings, spec: ModelSpec, *, sleep_mode: bool) -> Any:
         ConfigError: vLLM is missing or too old, refuses an argument, or finds too little memory.
     """
     check_installed()
+    had_group = torch.distributed.is_initialized()
     folder = tempfile.mkdtemp(prefix="ibro-vllm-")  # vLLM reads a config from a folder, and never looks there again
     try:
         config = deepcopy(spec.config)
@@ -114,6 +117,13 @@ def build(settings: VLLMSettings, spec: ModelSpec, *, sleep_mode: bool) -> Any:
         config.save_pretrained(folder)
         with _process_left_alone(settings.same_process):
             return _engine(settings, spec, folder, sleep_mode)
+    except BaseException:
+        if not had_group and torch.distributed.is_initialized():  # vLLM's, of an engine that will not be
+            from vllm.distributed import parallel_state
+
+            parallel_state.destroy_model_parallel()
+            parallel_state.destroy_distributed_environment()
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -151,6 +161,36 @@ def is_dead(engine: Any, patience_s: float = 0) -> bool:
     while resources is not None and not resources.engine_dead and time.monotonic() < end:
         time.sleep(0.05)
     return resources is not None and bool(resources.engine_dead)
+
+
+@contextmanager
+def deaths_noticed(engine: Any) -> Iterator[None]:
+    """vLLM waits for ever for the answer of an engine process that is killed while it waits: give it one."""
+    client = engine.engine_core
+    resources = getattr(client, "resources", None)
+    if resources is None:  # the engine lives here
+        yield
+        return
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            if resources.engine_dead:
+                client.outputs_queue.put_nowait(EngineDeadError())
+                for future in list(client.utility_results.values()):
+                    with suppress(InvalidStateError):  # answered after all
+                        future.set_exception(EngineDeadError())
+                return
+
+    watcher = threading.Thread(target=watch, name="vllm-watch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
 
 
 @contextmanager
