@@ -213,3 +213,18 @@ class TestDeath:
         with soon():
             running.close()
         assert not vllm_processes("VLLM"), "a process is left behind"
+
+
+def test_two_processes_that_share_each_layer_answer_like_the_plain_model(expected, monkeypatch):
+    """Tensor parallelism: every weight arrives in pieces, and each process keeps its part."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    engine = vllm_engine(tensor_parallel_size=2)
+    engine.setup(spec_of(tiny_model("tied")))
+    try:
+        for seed in range(2):
+            model = changeable("tied", seed)
+            engine.load_weights(weights_of(model))
+            assert difference(engine, model) < 1e-4
+    finally:
+        engine.close()
+    assert not vllm_processes("VLLM")

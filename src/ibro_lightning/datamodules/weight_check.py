@@ -11,6 +11,7 @@ the engine then answers exactly as before while the trainer's own log-probs of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -50,7 +51,7 @@ class WeightCheck:
     def __post_init__(self) -> None:
         check_at_least("data.weight_check.prompt_tokens", self.prompt_tokens, 1)
         check_at_least("data.weight_check.new_tokens", self.new_tokens, 1)
-        if self.tolerance is not None and not self.tolerance > 0:
+        if self.tolerance is not None and not 0 < self.tolerance < math.inf:
             raise ConfigError("data.weight_check.tolerance", self.tolerance, "write a positive number of nats, or null")
 
 
