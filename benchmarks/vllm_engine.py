@@ -29,7 +29,7 @@ from ibro_lightning.tasks import NumberPath
 from ibro_lightning.types import ModelSpec, SamplingParams
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", help="Hugging Face folder; the quick start's model with random weights if left out")
     parser.add_argument("--prompts", type=int, default=48)
@@ -37,7 +37,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--max_tokens", type=int, default=56)
     parser.add_argument("--pairs", type=int, default=21)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
     torch.set_num_threads(1)
 
     source = (
