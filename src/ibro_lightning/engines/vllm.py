@@ -96,7 +96,7 @@ class VLLMEngine(RolloutEngine):
         self._spec = spec
         self._shapes = weight_shapes(spec)
         self._vocab_size = int(spec.config.get_text_config().vocab_size)
-        self._eos = list(spec.eos_token_ids)
+        self._eos = [token for token in spec.eos_token_ids if token < self._vocab_size]  # vLLM refuses others
         self._sleeps = spec.device.type != "cpu"
         self._owns_process_group = not torch.distributed.is_initialized()
         self._engine = build(self.settings, spec, sleep_mode=self._sleeps)
@@ -114,8 +114,9 @@ class VLLMEngine(RolloutEngine):
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
         """See :class:`RolloutEngine`. A failure leaves vLLM with some of the weights: it is closed, and started anew by
         the next call."""
-        if self._engine is None and self._spec is not None:
-            self.setup(self._spec)
+        if self._spec is None:
+            raise RolloutError("VLLMEngine: setup(spec) comes before load_weights(...)")
+        self.setup(self._spec)
         weights = checked_weights(named_tensors, self._shapes, partial=partial)
         done = False
         try:
@@ -139,6 +140,8 @@ class VLLMEngine(RolloutEngine):
             raise RolloutError(
                 "VLLMEngine: setup(spec) and a load_weights(...) that succeeds come before generate(...)"
             )
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many lists of seeds, not {len(seeds)}")
         self._check_prompts(prompts, sampling)
         return self._generate(prompts, sampling, seeds, self.deadline_s)
 
@@ -193,9 +196,8 @@ class VLLMEngine(RolloutEngine):
         self._engine.collective_rpc("ibro_finish_reload")
 
     def _sampling_params(self, sampling: SamplingParams, seed: int) -> Any:
-        from vllm.sampling_params import RequestOutputKind
-
         from vllm import SamplingParams as VLLMSamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         return VLLMSamplingParams(
             temperature=sampling.temperature,
@@ -241,11 +243,11 @@ class VLLMEngine(RolloutEngine):
                 f"{self.max_model_len - longest}, raise data.engine.max_model_len as far as the model allows, or "
                 "lower data.prompt_limits.max_tokens",
             )
-        largest = max((token for prompt in prompts for token in prompt), default=0)
-        if largest >= self._vocab_size:
+        unknown = [token for prompt in prompts for token in prompt if not 0 <= token < self._vocab_size]
+        if unknown:
             raise ConfigError(
                 "model.policy",
-                f"token id {largest}",
+                f"token id {unknown[0]}",
                 f"a prompt holds it, but the model has {self._vocab_size} tokens: its folder has another model's "
                 "tokenizer",
             )

@@ -207,9 +207,11 @@ def one_line(error: BaseException, limit: int = 400) -> str:
 
 
 def _engine(settings: VLLMSettings, spec: ModelSpec, folder: str, sleep_mode: bool) -> Any:
+    from vllm import envs
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    envs.disable_envs_cache()  # an engine that runs already has had it read
     known = {field.name for field in fields(EngineArgs)}
     for name in settings.engine_args:
         if name not in known:
