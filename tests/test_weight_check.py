@@ -262,8 +262,9 @@ def test_prompts_are_cut_to_what_model_and_engine_can_take(
     positions: int, engines: int | None, settings: dict[str, int], length: int
 ) -> None:
     trainer, engine = Trainer(qwen2(max_position_embeddings=positions)), Recording()
+    engine.setup(trainer.model_spec())
     if engines is not None:
-        engine.max_model_len = engines  # type: ignore[attr-defined]
+        engine.max_model_len = engines
     sync(verifier_of(trainer, engine, **settings))
     assert [len(asked.prompt) for asked in engine.asked] == [length, length]
 

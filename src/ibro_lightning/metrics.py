@@ -73,7 +73,7 @@ class SampleAccuracy(Metric):
         samples = int(sizes[0])
         self.correct.append(rollout.accuracy.reshape(rollout.num_groups, samples))
         self.lengths.append(rollout.sequences.response_lengths)
-        self.truncated.append(rollout.truncated)
+        self.truncated.append(rollout.truncated | rollout.late)
 
     def compute(self) -> Evaluation:
         correct = _cat(self.correct).cpu()

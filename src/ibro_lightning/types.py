@@ -228,6 +228,8 @@ class RolloutEngine(Protocol):
 
     dtype: Dtype
     """Of its copy of the weights."""
+    max_model_len: int | None
+    """Longest prompt + response in tokens, known after :meth:`setup`; None: no limit."""
 
     def setup(self, spec: ModelSpec) -> None:
         """Build the model (once; later calls with the same spec do nothing)."""

@@ -304,3 +304,19 @@ class TestLimits:
         """61 to 63 have a row in vLLM's padded embedding: it would answer."""
         with pytest.raises(ConfigError, match=f"token id {token}.*61 tokens"):
             serve("tied").generate([[5], [7, token, 8]], SamplingParams(max_tokens=2), [[1], [2]])
+
+
+def test_samples_of_a_prompt_share_the_whole_blocks_of_it(serve, monkeypatch):
+    """300 tokens are nine blocks of 32 and a rest; only the first sample computes them."""
+    engine = serve("tied")
+    cached, step = {}, engine._engine.step
+
+    def watched():
+        outputs = step()
+        cached.update({int(output.request_id): output.num_cached_tokens for output in outputs})
+        return outputs
+
+    engine.reset_cache()
+    monkeypatch.setattr(engine._engine, "step", watched)
+    engine.generate([LONG], SamplingParams(max_tokens=2), [[1, 2, 3, 4]])
+    assert [cached[sample] for sample in range(4)] == [0, 288, 288, 288]

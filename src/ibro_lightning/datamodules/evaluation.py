@@ -9,9 +9,10 @@ from typing import cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ibro_lightning.datamodules.collector import Collector, check_reward
-from ibro_lightning.datamodules.prompts import PromptLimits, check_vocabulary, encode_prompts
+from ibro_lightning.datamodules.prompts import PromptLimits, check_lengths, check_vocabulary, encode_prompts
 from ibro_lightning.datamodules.sources import PromptSource
 from ibro_lightning.datamodules.weight_check import WeightCheck, WeightVerifier
 from ibro_lightning.engines import HFEngine
@@ -101,6 +102,9 @@ class EvaluationDataModule(pl.LightningDataModule):
             eval_set.reward.setup(provider.tokenizer)
             check_reward(eval_set.reward, prompts[0], eval_set.sampling)
         self.engine.setup(spec)
+        for name, eval_set in sets.items():
+            setting = f"data.eval_sets.{name}.sampling"
+            check_lengths(self._eval_prompts[name], eval_set.sampling, self.engine.max_model_len, setting=setting)
         self.collector = Collector(self.engine, provider.tokenizer)
 
     def refuse_overlap(self, trained_on: Callable[[str], bool], remedy: str) -> None:
@@ -165,6 +169,10 @@ class EvalStream:
             seeds = [[self._seed(seed, prompt, sample) for sample in range(self.eval_set.samples)] for prompt in chunk]
             groups = self.data.collector.collect(chunk, seeds, self.eval_set.sampling, self.eval_set.reward, timer)
             temperature = self.eval_set.sampling.temperature
+            if late := sum(completion.late for group in groups for completion in group.completions):
+                rank_zero_warn(f"{self.name}: data.engine.deadline_s cut {late} responses, which count as they are")
+            if start + size >= len(prompts):  # nobody asks for more than the last batch
+                self.data.engine.offload()
             yield Rollout.from_groups(
                 groups,
                 name=self.name,
@@ -173,7 +181,6 @@ class EvalStream:
                 metrics={**measured, **timer.metrics()},
             )
             timer, measured = PhaseTimer(), {}
-        self.data.engine.offload()
 
     def _seed(self, seed: int, prompt: Prompt, sample: int) -> int:
         # Not a function of the iteration: the same random numbers before and after make the difference clearer.

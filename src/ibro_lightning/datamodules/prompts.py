@@ -11,7 +11,7 @@ from ibro_lightning.datamodules.sources import PromptSource
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.rendering import render
 from ibro_lightning.seeding import derive_seed, permutation
-from ibro_lightning.types import ModelSpec, Problem, Prompt
+from ibro_lightning.types import ModelSpec, Problem, Prompt, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,18 @@ def check_vocabulary(prompts: list[Prompt], spec: ModelSpec, *, setting: str) ->
                 f"{setting} has a prompt with this token ({prompt.id}), but the model has {vocabulary}: the tokenizer "
                 "in its folder is another model's",
             )
+
+
+def check_lengths(prompts: list[Prompt], sampling: SamplingParams, limit: int | None, *, setting: str) -> None:
+    """Raise :class:`ConfigError` if a prompt and its response may be longer than the engine can take."""
+    longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+    if limit is not None and longest + sampling.max_tokens > limit:
+        raise ConfigError(
+            f"{setting}.max_tokens",
+            sampling.max_tokens,
+            f"with the longest prompt, {longest} tokens, this exceeds the {limit} positions that engine and model have: write at "
+            f"most {limit - longest}, or lower data.prompt_limits.max_tokens",
+        )
 
 
 class PromptCursor:

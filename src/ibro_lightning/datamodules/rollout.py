@@ -11,7 +11,7 @@ import torch
 
 from ibro_lightning.datamodules.collector import check_reward
 from ibro_lightning.datamodules.evaluation import EvaluationDataModule
-from ibro_lightning.datamodules.prompts import PromptCursor, check_vocabulary, encode_prompts
+from ibro_lightning.datamodules.prompts import PromptCursor, check_lengths, check_vocabulary, encode_prompts
 from ibro_lightning.datamodules.sources import PromptSource
 from ibro_lightning.errors import ConfigError, RolloutError, check_at_least
 from ibro_lightning.functional import informative_groups
@@ -103,6 +103,9 @@ class RolloutDataModule(EvaluationDataModule):
             check_reward(self.reward, prompts[0], self.sampling)
             self._cursor = PromptCursor(prompts, run_seed())
         super().setup(stage)
+        if self._cursor is not None:
+            limit = self.engine.max_model_len
+            check_lengths(self._cursor.prompts, self.sampling, limit, setting="data.sampling")
         if self._cursor is not None and not self.allow_overlap:
             trained_on = {prompt.text for prompt in self._cursor.prompts}
             self.refuse_overlap(trained_on.__contains__, "write other splits, or data.allow_overlap: true")

@@ -75,7 +75,7 @@ class WeightVerifier:
         self.check, self.engine, self.provider, self.seed = check, engine, provider, seed
         config = provider.model_spec().config.get_text_config()
         self._vocabulary = int(config.vocab_size)
-        limits = (getattr(config, "max_position_embeddings", None), getattr(engine, "max_model_len", None))
+        limits = (getattr(config, "max_position_embeddings", None), engine.max_model_len)
         longest = min((int(limit) for limit in limits if limit), default=check.prompt_tokens + check.new_tokens)
         self._prompt_tokens = min(check.prompt_tokens, longest - check.new_tokens)
         if self._prompt_tokens < 1:
@@ -86,7 +86,8 @@ class WeightVerifier:
             )
         self._tied = bool(getattr(config, "tie_word_embeddings", False))
         self._asked = 0
-        self._first: Answer | None = None
+        self._reference: Answer | None = None
+        """The first of the answers that the engine has given since it last moved."""
 
     @property
     def tolerance(self) -> float:
@@ -135,14 +136,14 @@ class WeightVerifier:
 
     def _unchanged(self, same: Answer) -> bool:
         """Is this what the engine said under weights that the trainer no longer has?"""
-        first, moved = self._first, MOVED * self.tolerance
-        if first is None or first.generation.token_ids != same.generation.token_ids:
-            self._first = same
+        reference, moved = self._reference, MOVED * self.tolerance
+        if reference is None or reference.generation.token_ids != same.generation.token_ids:
+            self._reference = same
             return False
-        if not float((same.engine_logp - first.engine_logp).abs().max()) <= 0.1 * moved:
-            self._first = same
+        if not float((same.engine_logp - reference.engine_logp).abs().max()) <= 0.1 * moved:
+            self._reference = same
             return False
-        return float((same.trainer_logp - first.trainer_logp).abs().max()) > moved
+        return float((same.trainer_logp - reference.trainer_logp).abs().max()) > moved
 
     def _explain(self, same: Answer, new: Answer, unchanged: bool) -> str:
         """One sentence on what is wrong, and the cause: what mends it."""

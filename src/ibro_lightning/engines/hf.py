@@ -40,6 +40,7 @@ class HFEngine(RolloutEngine):
             raise ConfigError("engine.compact_below", compact_below, "write a share above 0 and up to 1")
         self.dtype: Dtype = dtype
         self.max_batch_size, self.compact_below = max_batch_size, compact_below
+        self.max_model_len: int | None = None
         self._model: Any = None
         self._eos: Tensor
         self._device: torch.device
@@ -54,6 +55,7 @@ class HFEngine(RolloutEngine):
         self._model = model.to(spec.device).eval().requires_grad_(False)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.max_model_len = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._eos = torch.tensor(spec.eos_token_ids, device=spec.device)
         self._device = spec.device
 
@@ -99,7 +101,7 @@ class HFEngine(RolloutEngine):
         self._model = None
 
     def _check_length(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
-        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        limit = self.max_model_len
         longest = max((len(prompt) for prompt in prompts), default=0)
         if limit is not None and prompts and longest + sampling.max_tokens > limit:
             raise ConfigError(

@@ -36,6 +36,9 @@ from ibro_lightning.engines.weights import checked_weights, weight_shapes
 from ibro_lightning.errors import ConfigError, RolloutError, check_at_least
 from ibro_lightning.types import Dtype, FinishReason, Generation, ModelSpec, RolloutEngine, SamplingParams
 
+LOOK_EVERY = 16
+"""Tokens between two looks at a response that has a deadline."""
+
 
 class VLLMEngine(RolloutEngine):
     """vLLM as a rollout engine. It is imported when the engine is set up, not before.
@@ -47,12 +50,13 @@ class VLLMEngine(RolloutEngine):
         max_model_len: longest prompt + response in tokens; None takes the model's own limit.
         max_num_seqs: responses generated at the same time.
         tensor_parallel_size: GPUs that share each layer.
-        enforce_eager: no CUDA graphs, no compilation. Starts sooner; better for tiny models.
+        enforce_eager: no CUDA graphs, no compilation. Starts sooner; better for tiny models. None: on CPUs.
         seed: vLLM's own. Samples do not depend on it: each has a seed from the datamodule.
         in_process: False runs vLLM in a process of its own, which it may then take down with it; the weights are
             copied over in pieces.
         deadline_s: seconds that one call of :meth:`generate` may take. What is unfinished then is aborted, and comes
-            back as it is with the finish reason ``deadline``: counted, and masked in training. None waits.
+            back as it was when last looked at (every 16 tokens), with the finish reason ``deadline``: counted, and
+            masked in training. An evaluation that it cuts warns. None waits.
         engine_args: any other argument of vLLM's ``EngineArgs``, e.g. ``{enable_chunked_prefill: false}``.
     """
 
@@ -64,13 +68,14 @@ class VLLMEngine(RolloutEngine):
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
         tensor_parallel_size: int = 1,
-        enforce_eager: bool = False,
+        enforce_eager: bool | None = None,
         seed: int = 0,
         in_process: bool = True,
         deadline_s: float | None = None,
         engine_args: dict[str, Any] | None = None,
     ) -> None:
         self.dtype: Dtype = dtype
+        self.max_model_len = max_model_len
         self.settings = VLLMSettings(
             dtype=dtype,
             gpu_memory_utilization=gpu_memory_utilization,
@@ -212,8 +217,9 @@ class VLLMEngine(RolloutEngine):
             ignore_eos=True,
             stop_token_ids=self._eos,
             detokenize=False,
-            # Only what may be aborted must be followed token by token.
+            # Only what may be aborted must be followed, and looking at every token would cost a tiny model a quarter.
             output_kind=RequestOutputKind.FINAL_ONLY if self.deadline_s is None else RequestOutputKind.DELTA,
+            stream_interval=None if self.deadline_s is None else LOOK_EVERY,
             skip_clone=True,
         )
 
@@ -235,12 +241,13 @@ class VLLMEngine(RolloutEngine):
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
         longest = max((len(prompt) for prompt in prompts), default=0)
-        if prompts and longest + sampling.max_tokens > self.max_model_len:
+        limit = self.max_model_len
+        if limit is not None and prompts and longest + sampling.max_tokens > limit:
             raise ConfigError(
                 "sampling.max_tokens",
                 sampling.max_tokens,
-                f"with a prompt of {longest} tokens this exceeds the engine's {self.max_model_len}: write at most "
-                f"{self.max_model_len - longest}, raise data.engine.max_model_len as far as the model allows, or "
+                f"with a prompt of {longest} tokens this exceeds the engine's {limit}: write at most "
+                f"{limit - longest}, raise data.engine.max_model_len as far as the model allows, or "
                 "lower data.prompt_limits.max_tokens",
             )
         unknown = [token for prompt in prompts for token in prompt if not 0 <= token < self._vocab_size]
@@ -280,8 +287,10 @@ class _Response:
     def take(self, output: Any) -> None:
         self.token_ids += output.token_ids
         self.logp += output.logprobs.logprobs
-        if output.finish_reason is not None:
+        if output.finish_reason in ("stop", "length"):
             self.finish_reason = output.finish_reason
+        elif output.finish_reason is not None:
+            raise RuntimeError(f"a response ended with {output.finish_reason!r}")
 
     def generation(self) -> Generation:
         return Generation(tuple(self.token_ids), tuple(self.logp), self.finish_reason)

