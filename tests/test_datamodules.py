@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,7 @@ from ibro_lightning.datamodules import (
     encode_prompts,
 )
 from ibro_lightning.errors import ConfigError, RewardError, RolloutError
+from ibro_lightning.metrics import SampleAccuracy
 from ibro_lightning.rewards import OverlongPenalty, VerifiableReward
 from ibro_lightning.tasks import NumberPath
 from ibro_lightning.types import Generation, ModelSpec, Problem, Prompt, Rollout, RolloutEngine, SamplingParams
@@ -840,6 +842,42 @@ class TestEvaluation:
         rollouts = list(data.val_dataloader()[0])
         assert {(s.temperature, s.top_p, s.max_tokens) for _, _, s in data.engine.calls} == {(0.6, 0.95, 7)}
         assert {r.temperature for r in rollouts} == {0.6}
+
+    def test_the_engine_sleeps_once_the_last_batch_is_there(self, tokenizer):
+        """Lightning asks for as many batches as there are, and never again: nothing after the last one would run."""
+        data = self.build(tokenizer)
+        (stream,) = data.val_dataloader()
+        batches = iter(stream)
+        for _ in range(len(stream)):
+            assert data.engine.events[-1] != "offload"
+            next(batches)
+        assert data.engine.events[-1] == "offload"
+
+    def test_late_responses_are_reported_as_cut_and_warned_of(self, tokenizer):
+        class Late(ScriptedEngine):
+            def generate(self, prompts, sampling, seeds):
+                groups = super().generate(prompts, sampling, seeds)
+                return [[replace(sample, finish_reason="deadline") for sample in group] for group in groups]
+
+        (stream,) = self.build(tokenizer, engine=Late(tokenizer)).val_dataloader()
+        metric = SampleAccuracy()
+        with pytest.warns(UserWarning, match="aime: data.engine.deadline_s cut 12 responses"):
+            rollouts = list(stream)
+        for rollout in rollouts:
+            metric.update(rollout)
+        assert metric.compute().truncated == 1
+
+    @pytest.mark.parametrize("limit", [None, 12, 11])
+    def test_prompts_and_responses_must_fit_the_engine(self, tokenizer, limit):
+        """The longest prompt is 0>10: of 4 tokens, responses have up to 7."""
+        engine = ScriptedEngine(tokenizer)
+        engine.max_model_len = limit
+        longest = max(len(tokenizer(f"0>{number}:")["input_ids"]) for number in range(1, 11))
+        if limit is None or longest + 7 <= limit:
+            self.build(tokenizer, engine=engine)
+            engine.max_model_len = longest + 6
+        with pytest.raises(ConfigError, match=r"data\.eval_sets\.aime\.sampling\.max_tokens: 7 - .* write at most 6"):
+            self.build(tokenizer, engine=engine)
 
     def test_evaluates_the_current_weights(self, tokenizer):
         data = self.build(tokenizer)

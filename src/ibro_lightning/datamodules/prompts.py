@@ -100,8 +100,8 @@ def check_lengths(prompts: list[Prompt], sampling: SamplingParams, limit: int | 
         raise ConfigError(
             f"{setting}.max_tokens",
             sampling.max_tokens,
-            f"with the longest prompt, {longest} tokens, this exceeds the {limit} positions that engine and model have: write at "
-            f"most {limit - longest}, or lower data.prompt_limits.max_tokens",
+            f"with the longest prompt ({longest} tokens) this exceeds the {limit} positions of engine and model: "
+            f"write at most {limit - longest}, or lower data.prompt_limits.max_tokens",
         )
 
 
