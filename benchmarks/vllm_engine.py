@@ -37,6 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--max_tokens", type=int, default=56)
     parser.add_argument("--pairs", type=int, default=21)
+    parser.add_argument("--deadline_s", type=float, help="watch a deadline, one that does not strike")
     return parser.parse_args()
 
 
@@ -56,7 +57,7 @@ def main() -> None:
     seeds = [[row * options.samples + sample for sample in range(options.samples)] for row in range(options.prompts)]
 
     llm = bare_llm(spec)
-    engine = VLLMEngine(dtype="float32", enforce_eager=True)
+    engine = VLLMEngine(dtype="float32", enforce_eager=True, deadline_s=options.deadline_s)
     with mock.patch("ibro_lightning.engines.vllm.build", return_value=llm.llm_engine):
         engine.setup(spec)
     sampling = SamplingParams(max_tokens=options.max_tokens)

@@ -191,7 +191,8 @@ class VLLMEngine(RolloutEngine):
             release(engine, owns_process_group=self._owns_process_group)
 
     def _reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Hand the weights to vLLM one at a time; it keeps no second copy."""
+        """Hand the weights to vLLM one at a time; it holds those of a layer until the layer is whole, and the embedding
+        and the head until the end if it pads them."""
         if self.settings.same_process:
             self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             return
@@ -217,7 +218,7 @@ class VLLMEngine(RolloutEngine):
             ignore_eos=True,
             stop_token_ids=self._eos,
             detokenize=False,
-            # Only what may be aborted must be followed, and looking at every token would cost a tiny model a quarter.
+            # Only what may be aborted must be followed, and not at every token: benchmarks/vllm_engine.py --deadline_s.
             output_kind=RequestOutputKind.FINAL_ONLY if self.deadline_s is None else RequestOutputKind.DELTA,
             stream_interval=None if self.deadline_s is None else LOOK_EVERY,
             skip_clone=True,
