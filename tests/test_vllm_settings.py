@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import subprocess
 import sys
 from importlib import metadata
@@ -10,12 +12,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
-from ibro_lightning.engines import VLLMEngine
+from ibro_lightning.engines import VLLMEngine, vllm_build
 from ibro_lightning.engines.vllm_build import check_installed
 from ibro_lightning.engines.vllm_worker import chunks, tensors
 from ibro_lightning.engines.weights import checked_weights, weight_shapes
-from ibro_lightning.errors import ConfigError
-from ibro_lightning.types import ModelSpec
+from ibro_lightning.errors import ConfigError, RolloutError
+from ibro_lightning.types import ModelSpec, SamplingParams
 
 SIZES = {
     "vocab_size": 11,
@@ -81,12 +83,37 @@ class TestInstallation:
         ({"deadline_s": 0.0}, r"data\.engine\.deadline_s: 0\.0 - write 0\.001 or more, or null to wait"),
         ({"engine_args": {"dtype": "half"}}, r"engine_args: 'dtype' - write data\.engine\.dtype"),
         ({"engine_args": {"logprobs_mode": "raw_logprobs"}}, r"engine_args: 'logprobs_mode' - it is set here"),
+        ({"engine_args": {"disable_log_stats": False}}, r"engine_args: 'disable_log_stats' - it is set here"),
+        ({"engine_args": {"pipeline_parallel_size": 2}}, r"it is set here; write data\.engine\.tensor_parallel_size"),
         ({"engine_args": {"tokenizer": "x"}}, r"engine_args: 'tokenizer' - it is set here; write model\.policy"),
     ],
 )
 def test_refused_settings_are_named(settings, message):
     with pytest.raises(ConfigError, match=message):
         VLLMEngine(**settings)
+
+
+def test_calls_in_the_wrong_order_say_what_comes_first():
+    engine = VLLMEngine()
+    with pytest.raises(RolloutError, match=r"setup\(spec\) comes before load_weights"):
+        engine.load_weights([])
+    with pytest.raises(RolloutError, match=r"setup\(spec\) and a load_weights\(\.\.\.\) that succeeds come before"):
+        engine.generate([[1]], SamplingParams(), [[0]])
+    engine.offload(), engine.onload(), engine.close()  # nothing to do, and no harm
+
+
+def test_every_argument_that_is_passed_to_vllm_is_refused_as_an_extra_one():
+    """Else the second would be a TypeError of Python's."""
+    (call,) = [
+        node
+        for node in ast.walk(ast.parse(inspect.getsource(vllm_build._engine)))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "EngineArgs"
+    ]
+    passed = [keyword.arg for keyword in call.keywords if keyword.arg is not None]
+    assert len(passed) > 10
+    for name in passed:
+        with pytest.raises(ConfigError, match=rf"engine_args: '{name}' - "):
+            VLLMEngine(engine_args={name: 1})
 
 
 class TestWeights:

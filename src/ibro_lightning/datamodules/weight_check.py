@@ -6,7 +6,7 @@ and values cached under old weights would be used and noticed; the other is alwa
 stale weights. Prompts are long because caches work on whole blocks of tokens.
 
 In bfloat16 the engines' rounding hides small changes of the weights. A sync that did nothing is still noticed there:
-the engine then answers exactly as before while the trainer's own log-probs of that answer have moved.
+the engine then answers as before while the trainer's own log-probs of that answer have moved.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ibro_lightning.sequences import Sequences
 from ibro_lightning.types import Dtype, Generation, PolicyProvider, RolloutEngine, SamplingParams
 
 TOLERANCES: dict[Dtype, float] = {"float32": 1e-3, "float16": 0.2, "bfloat16": 1.0}
-"""Largest |Δlogp| of a token in nats. In bfloat16, sound engines were seen 0.34 apart."""
+"""Largest |Δlogp| of a token in nats. In bfloat16, sound engines were seen 0.4 apart."""
 MOVED = 0.05
 """The trainer has moved if its log-probs changed by more than this share of the tolerance, and an engine that moved by
 less than a tenth of that has stood still: how its batches are put together may show in the last digits."""
