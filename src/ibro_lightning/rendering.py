@@ -15,3 +15,8 @@ def render(content: str | Sequence[Mapping[str, str]], tokenizer: Any) -> tuple[
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         add_special_tokens = False  # the template has written them out
     return text, tuple(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+
+def last_message(content: str | Sequence[Mapping[str, str]]) -> str:
+    """What is asked: raw text itself, or the last of the messages."""
+    return content if isinstance(content, str) else content[-1]["content"]

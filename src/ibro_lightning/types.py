@@ -10,142 +10,50 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.responses import (
+    Completion,
+    Dtype,
+    FinishReason,
+    Generation,
+    Group,
+    Message,
+    Problem,
+    Prompt,
+    RewardResult,
+    SamplingParams,
+)
 from ibro_lightning.sequences import Sequences, to_device
 
-Message = Mapping[str, str]
-FinishReason = Literal["stop", "length", "deadline"]
-"""EOS; the length limit; the engine's deadline, which came first."""
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How responses are sampled.
-
-    Args:
-        temperature: divides the logits; 0 is greedy decoding (evaluation only).
-        top_p: keep the most likely tokens whose probabilities sum to this; 1 keeps all.
-        top_k: keep this many most likely tokens; 0 keeps all.
-        min_p: drop tokens less likely than this share of the most likely one; 0 keeps all.
-        max_tokens: response length limit in tokens, EOS included.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    max_tokens: int = 256
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError("sampling.temperature", self.temperature, "write 0 (greedy) or a positive number")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError("sampling.top_p", self.top_p, "write a number above 0 and up to 1 (1 keeps all tokens)")
-        if self.top_k < 0:
-            raise ConfigError("sampling.top_k", self.top_k, "write 0 (all tokens) or a positive number")
-        if not 0 <= self.min_p < 1:
-            raise ConfigError("sampling.min_p", self.min_p, "write 0 (all tokens) or a number below 1")
-        if self.max_tokens < 1:
-            raise ConfigError("sampling.max_tokens", self.max_tokens, "write 1 or more")
-
-    @property
-    def truncates_distribution(self) -> bool:
-        """True if some tokens cannot be sampled, which makes every importance ratio of training wrong."""
-        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A question as its source states it, before any tokenizer.
-
-    ``prompt`` is raw text, or a list of ``{role, content}`` messages for the model's chat template. ``answer`` is what
-    the reward needs to judge a response. ``id`` is unique within the source and stable: seeds derive from it. ``meta``
-    is kept beside the responses in the rollout log.
-    """
-
-    id: str
-    prompt: str | Sequence[Message]
-    answer: Any
-    meta: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A :class:`Problem` ready for an engine: ``text`` is exactly what ``token_ids`` decode to.
-
-    ``content`` is the problem's own prompt, before the chat template: what a hindsight prompt is built from.
-    """
-
-    id: str
-    text: str
-    token_ids: tuple[int, ...]
-    answer: Any
-    meta: Mapping[str, Any] = field(default_factory=dict)
-    content: str | Sequence[Message] = ""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What an engine returns for one sample: token ids, EOS included if it was produced, and their log-probs.
-
-    ``logp`` are nats under the distribution actually sampled (temperature and truncation included).
-    """
-
-    token_ids: tuple[int, ...]
-    logp: tuple[float, ...]
-    finish_reason: FinishReason
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A generation with its text, as rewards see it. ``max_tokens`` is the limit under which it was sampled."""
-
-    token_ids: tuple[int, ...]
-    logp: tuple[float, ...]
-    finish_reason: FinishReason
-    text: str
-    max_tokens: int
-    seed: int
-
-    @property
-    def truncated(self) -> bool:
-        return self.finish_reason == "length"
-
-    @property
-    def late(self) -> bool:
-        return self.finish_reason == "deadline"
-
-
-@dataclass(frozen=True)
-class RewardResult:
-    """A response's reward, and the named parts it is made of. ``parts["accuracy"]`` in [0, 1] is what is reported,
-    and what dynamic sampling filters on; ``reward`` is what is trained on."""
-
-    reward: float
-    parts: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Group:
-    """The responses to one prompt, as the algorithms compare them."""
-
-    prompt: Prompt
-    completions: tuple[Completion, ...]
-    results: tuple[RewardResult, ...]
+__all__ = [
+    "Completion",
+    "Dtype",
+    "FinishReason",
+    "Generation",
+    "Group",
+    "Message",
+    "ModelSpec",
+    "PolicyProvider",
+    "Problem",
+    "Prompt",
+    "RewardResult",
+    "Rollout",
+    "RolloutEngine",
+    "SamplingParams",
+]
 
 
 @dataclass(frozen=True)
 class Rollout:
     """One Lightning batch: responses sampled from the current policy, with their rewards.
 
-    Tensors are ``[B]`` unless said otherwise; ``prompts`` and ``completions`` are the same rows for people and
-    callbacks. ``groups`` numbers the prompt that each response answers, 0..G-1. ``metrics`` says how generation went.
+    Tensors are ``[B]`` unless said otherwise; ``prompts``, ``completions`` and ``results`` are the same rows for
+    people and callbacks. ``groups`` numbers the prompt that each response answers, 0..G-1. ``metrics`` says how
+    generation went.
     """
 
     prompts: tuple[Prompt, ...]
@@ -155,6 +63,7 @@ class Rollout:
     """``[B, T]`` log-probs the engine sampled with; 0 on padding."""
     rewards: Tensor
     reward_parts: Mapping[str, Tensor]
+    results: tuple[RewardResult, ...]
     groups: Tensor
     truncated: Tensor
     """bool: cut at the length limit, no EOS."""
@@ -190,6 +99,7 @@ class Rollout:
             sampler_logp=sampler_logp,
             rewards=torch.tensor([float(result.reward) for result in results]),
             reward_parts={name: torch.tensor([float(r.parts.get(name, 0.0)) for r in results]) for name in names},
+            results=tuple(results),
             groups=torch.tensor([index for index, _, _, _ in rows], dtype=torch.long),
             truncated=torch.tensor([completion.truncated for completion in completions], dtype=torch.bool),
             late=torch.tensor([completion.late for completion in completions], dtype=torch.bool),

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ibro_lightning.datamodules.sources import PromptSource
 from ibro_lightning.errors import ConfigError, check_at_least
-from ibro_lightning.rendering import render
+from ibro_lightning.rendering import last_message, render
 from ibro_lightning.seeding import derive_seed, permutation
 from ibro_lightning.types import ModelSpec, Problem, Prompt, SamplingParams
 
@@ -77,7 +77,8 @@ def _encode(problem: Problem, tokenizer: Any, setting: str) -> Prompt:
         raise ConfigError(
             setting, problem.id, "this problem's prompt has no tokens: a response needs something to follow"
         )
-    return Prompt(problem.id, text, token_ids, problem.answer, problem.meta, problem.prompt)
+    question = problem.question or last_message(problem.prompt)
+    return Prompt(problem.id, text, token_ids, problem.answer, problem.meta, problem.prompt, question, problem.part)
 
 
 def check_vocabulary(prompts: list[Prompt], spec: ModelSpec, *, setting: str) -> None:

@@ -1,6 +1,7 @@
 """Verifiers and reward shaping. A reward is ``(prompt, completions) → RewardResult`` with named parts."""
 
-from ibro_lightning.rewards.base import Reward, RewardSum, VerifiableReward, score
+from ibro_lightning.rewards.base import Reward, Verdict, VerifiableReward, score
+from ibro_lightning.rewards.combine import RewardByPart, RewardSum, judge_here
 from ibro_lightning.rewards.number_path import NumberPathReward
 from ibro_lightning.rewards.shaping import OverlongPenalty
 from ibro_lightning.rewards.text import CountdownReward, LastNumberReward, last_number
@@ -11,8 +12,11 @@ __all__ = [
     "NumberPathReward",
     "OverlongPenalty",
     "Reward",
+    "RewardByPart",
     "RewardSum",
+    "Verdict",
     "VerifiableReward",
+    "judge_here",
     "last_number",
     "score",
 ]

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, TypeAlias
 
 from ibro_lightning.errors import ConfigError, RewardError
-from ibro_lightning.types import Completion, Prompt, RewardResult
+from ibro_lightning.responses import Completion, Prompt, RewardResult
+
+Answered: TypeAlias = tuple[Prompt, Sequence[Completion]]
+"""A prompt with the responses to judge."""
+Judge: TypeAlias = Callable[["Reward", Sequence[Answered]], list[list[RewardResult]]]
+"""Has one reward judge many responses: in this process, or in the worker processes of a pool."""
 
 
 class Reward(ABC):
     """Judges the completions of one prompt. Subclass :class:`VerifiableReward` if answers are right or wrong."""
+
+    pooled: bool = True
+    """Judge in the worker processes of ``data.reward_pool``, which stop what takes too long. False keeps the reward in
+    the trainer's process: it is quick whatever a response says, or it holds something that cannot leave (a model)."""
+    deadline_s: float | None = None
+    """Seconds after which the pool stops it; None takes the pool's own deadline."""
+    one_by_one: bool = False
+    """Each response is judged without a look at the others: the deadline is then for one response."""
 
     def setup(self, tokenizer: Any) -> None:  # noqa: B027  optional
         """Called once before the first response, with the policy's tokenizer, for rewards that read tokens."""
@@ -21,6 +35,27 @@ class Reward(ABC):
     @abstractmethod
     def __call__(self, prompt: Prompt, completions: Sequence[Completion]) -> list[RewardResult]:
         """One result per completion, in order."""
+
+    def leaves(self) -> Iterator[Reward]:
+        """The rewards this one is made of; itself, if it is not made of others."""
+        yield self
+
+    def judge(self, answered: Sequence[Answered], judge: Judge) -> list[list[RewardResult]]:
+        """All responses to many prompts. A reward made of others has ``judge`` call each of them, and combines."""
+        return judge(self, answered)
+
+    def stopped(self, score: float) -> RewardResult:
+        """The result of a response whose verification had to be stopped, given the configured ``score``."""
+        return RewardResult(score, {}, timed_out=True)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier says of one response: ``accuracy`` in [0, 1], and the answer it read (see
+    :class:`~ibro_lightning.responses.RewardResult`)."""
+
+    accuracy: float
+    answer: str | None = None
 
 
 class VerifiableReward(Reward):
@@ -34,55 +69,29 @@ class VerifiableReward(Reward):
         correct, incorrect: the rewards at accuracy 1 and 0; fractions of an accuracy lie between them.
     """
 
+    one_by_one = True
+
     def __init__(self, correct: float = 1.0, incorrect: float = -1.0) -> None:
         if not correct > incorrect:
             raise ConfigError("reward.init_args.correct", correct, f"write a number above incorrect ({incorrect})")
         self.correct, self.incorrect = correct, incorrect
 
     @abstractmethod
-    def verify(self, prompt: Prompt, completion: Completion) -> bool | float:
-        """True or 1 for right, False or 0 for wrong."""
+    def verify(self, prompt: Prompt, completion: Completion) -> bool | float | Verdict:
+        """True or 1 for right, False or 0 for wrong; or a :class:`Verdict`, which names the answer, too."""
 
     def __call__(self, prompt: Prompt, completions: Sequence[Completion]) -> list[RewardResult]:
-        accuracies = [float(self.verify(prompt, completion)) for completion in completions]
-        return [
-            RewardResult(self.incorrect + (self.correct - self.incorrect) * accuracy, {"accuracy": accuracy})
-            for accuracy in accuracies
-        ]
+        return [self._result(self.verify(prompt, completion)) for completion in completions]
 
+    def _result(self, said: bool | float | Verdict, timed_out: bool = False) -> RewardResult:
+        verdict = said if isinstance(said, Verdict) else Verdict(said)
+        accuracy = float(verdict.accuracy)
+        reward = self.incorrect + (self.correct - self.incorrect) * accuracy
+        return RewardResult(reward, {"accuracy": accuracy}, verdict.answer, timed_out)
 
-class RewardSum(Reward):
-    """Several rewards added up; their parts are kept side by side.
-
-    Args:
-        rewards: each contributes its reward and its parts. Exactly one of them must give the part "accuracy".
-        weights: factors of the rewards in the sum (not of the parts); all 1 if left out.
-    """
-
-    def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
-        if not rewards:
-            raise ConfigError("reward.init_args.rewards", rewards, "name at least one reward")
-        if weights is not None and len(weights) != len(rewards):
-            raise ConfigError("reward.init_args.weights", weights, f"write {len(rewards)} numbers, one per reward")
-        self.rewards = rewards
-        self.weights = weights if weights is not None else [1.0] * len(rewards)
-
-    def setup(self, tokenizer: Any) -> None:
-        for reward in self.rewards:
-            reward.setup(tokenizer)
-
-    def __call__(self, prompt: Prompt, completions: Sequence[Completion]) -> list[RewardResult]:
-        columns = [score(reward, prompt, completions) for reward in self.rewards]
-        return [self._add(results) for results in zip(*columns, strict=True)]
-
-    def _add(self, results: Sequence[RewardResult]) -> RewardResult:
-        parts: dict[str, float] = {}
-        for result in results:
-            if twice := parts.keys() & result.parts.keys():
-                raise RewardError(f"data.reward: two rewards both name a part {sorted(twice)}: rename one of them")
-            parts |= result.parts
-        total = sum(weight * result.reward for weight, result in zip(self.weights, results, strict=True))
-        return RewardResult(total, parts)
+    def stopped(self, score: float) -> RewardResult:
+        """``score`` is an accuracy here."""
+        return self._result(Verdict(score, ""), timed_out=True)
 
 
 def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> list[RewardResult]:

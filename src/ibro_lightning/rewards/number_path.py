@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.responses import Completion, Prompt
 from ibro_lightning.rewards.base import VerifiableReward
 from ibro_lightning.tasks import NumberPath
-from ibro_lightning.types import Completion, Prompt
 
 
 class NumberPathReward(VerifiableReward):
@@ -16,6 +16,7 @@ class NumberPathReward(VerifiableReward):
     ``prompt.answer`` holds the problem: ``{start, target, size, moves}`` (see :class:`NumberPathSource`).
     """
 
+    pooled = False  # a walk over the tokens, bounded by construction
     _tokenizer: Any = None
 
     def setup(self, tokenizer: Any) -> None:

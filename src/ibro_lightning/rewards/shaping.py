@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.functional import overlong_penalty
+from ibro_lightning.responses import Completion, Prompt, RewardResult
 from ibro_lightning.rewards.base import Reward
-from ibro_lightning.types import Completion, Prompt, RewardResult
 
 
 class OverlongPenalty(Reward):
@@ -21,6 +18,8 @@ class OverlongPenalty(Reward):
         buffer_tokens: ``L_buffer``, the last stretch before the limit in which the penalty grows.
         factor: the penalty at the limit.
     """
+
+    pooled = False  # arithmetic, bounded by construction
 
     def __init__(self, buffer_tokens: int, factor: float = 1.0) -> None:
         if buffer_tokens < 1:
@@ -36,11 +35,7 @@ class OverlongPenalty(Reward):
                     self.buffer_tokens,
                     f"write at most sampling.max_tokens ({completion.max_tokens})",
                 )
-            penalty = overlong_penalty(
-                torch.tensor([len(completion.token_ids)]),
-                max_tokens=completion.max_tokens,
-                buffer_tokens=self.buffer_tokens,
-                factor=self.factor,
-            ).item()
+            excess = len(completion.token_ids) - (completion.max_tokens - self.buffer_tokens)
+            penalty = -self.factor * min(1.0, max(0.0, excess / self.buffer_tokens))  # as functional.overlong_penalty
             results.append(RewardResult(penalty, {"overlong": penalty}))
         return results

@@ -6,9 +6,9 @@ import re
 from fractions import Fraction
 
 from ibro_lightning.errors import RewardError
-from ibro_lightning.rewards.base import VerifiableReward
+from ibro_lightning.responses import Completion, Prompt
+from ibro_lightning.rewards.base import Verdict, VerifiableReward
 from ibro_lightning.tasks import Countdown
-from ibro_lightning.types import Completion, Prompt
 
 # A minus sign (hyphen or U+2212) belongs to the number unless it follows a digit, a letter or a bracket: "5-3" ends in
 # 3, not in -3. The groups of three digits are for "1,234".
@@ -26,13 +26,16 @@ def last_number(text: str) -> Fraction | None:
 class LastNumberReward(VerifiableReward):
     """Right if the last number in the response equals the answer, compared as exact values (``8`` = ``8.0``)."""
 
-    def verify(self, prompt: Prompt, completion: Completion) -> bool:
+    pooled = False  # reads the response's end only, bounded by construction
+
+    def verify(self, prompt: Prompt, completion: Completion) -> Verdict:
         gold = last_number(str(prompt.answer))
         if gold is None:
             raise RewardError(
                 f"data.reward: LastNumberReward finds no number in the answer {prompt.answer!r} of prompt {prompt.id!r}"
             )
-        return last_number(completion.text) == gold
+        number = last_number(completion.text)
+        return Verdict(number == gold, "" if number is None else str(number))
 
 
 class CountdownReward(VerifiableReward):
@@ -45,13 +48,17 @@ class CountdownReward(VerifiableReward):
         use_all: every number must be used exactly once; otherwise at most once.
     """
 
+    pooled = False  # its parser bounds length and depth
+
     def __init__(self, use_all: bool = True, correct: float = 1.0, incorrect: float = -1.0) -> None:
         super().__init__(correct, incorrect)
         self.task = Countdown(use_all)
 
-    def verify(self, prompt: Prompt, completion: Completion) -> bool:
+    def verify(self, prompt: Prompt, completion: Completion) -> Verdict:
         _, opening, rest = completion.text.rpartition("<answer>")
         expression, closing, _ = rest.partition("</answer>")
         if not opening or not closing:
-            return False
-        return self.task.verify(expression.split("=")[0], prompt.answer["numbers"], prompt.answer["target"])
+            return Verdict(0.0, "")
+        expression = expression.split("=")[0]
+        right = self.task.verify(expression, prompt.answer["numbers"], prompt.answer["target"])
+        return Verdict(right, "".join(expression[:200].split()))

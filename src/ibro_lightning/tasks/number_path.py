@@ -15,9 +15,9 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from ibro_lightning.errors import ConfigError
 
@@ -118,13 +118,15 @@ class NumberPath:
         yield from (PAD, UNKNOWN, EOS, ">", ":", "=", *self.moves)
         yield from (str(number) for number in range(self.size))
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """An ordinary transformers tokenizer with one token per number and per move.
+    def tokenizer(self) -> Any:
+        """An ordinary transformers tokenizer (``PreTrainedTokenizerFast``) with one token per number and per move.
 
         Every token is also registered as an "added token", which is matched before any pre-tokenizer. That keeps the
         saved folder right under ``AutoTokenizer``, which (transformers 5) opens any folder of model type qwen2 as
         Qwen2Tokenizer, whose own pre-tokenizer would split numbers into digits.
         """
+        from transformers import PreTrainedTokenizerFast  # slow to import; verifiers in worker processes do not need it
+
         vocabulary = {token: index for index, token in enumerate(self.vocabulary())}
         backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[+\-*]\d+|\d+|[>:=!]"), behavior="isolated")
