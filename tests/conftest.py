@@ -111,6 +111,7 @@ def workspace(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
             prompts_per_rollout: 4
             group_size: 4
             allow_overlap: true
+            reward_pool: null  # starting its processes, which import user_code, takes longer than these runs
             dynamic_sampling: {{max_rounds: 2, on_exhausted: fill}}
             eval_sets:
               starts:

@@ -30,6 +30,8 @@ ALLOWED = {
     "recipes": {"errors"},
     "run_folders": {"errors"},
     "answers": set(),
+    "records": {"run_folders", "types"},
+    "compare": {"errors", "functional", "records", "run_folders"},
     "metrics": {"functional", "types"},
     "regularizers": {"coefficients", "errors", "experience", "rendering", "sequences", "types"},
     "models": {"errors", "functional", "sequences", "tasks", "types"},
@@ -46,11 +48,11 @@ ALLOWED = {
         "sequences",
         "tasks",
     }
-    | {"timing", "types"},
+    | {"records", "run_folders", "timing", "types", "version"},
     "modules": {"coefficients", "errors", "experience", "functional", "metrics", "models", "regularizers", "seeding"}
     | {"sequences", "timing", "types"},
-    "callbacks": {"errors", "metrics", "modules", "types", "version"},
-    "cli": {"callbacks", "datamodules", "engines", "errors", "modules", "recipes", "regularizers", "rewards"}
+    "callbacks": {"errors", "metrics", "modules", "records", "run_folders", "types", "version"},
+    "cli": {"callbacks", "compare", "datamodules", "engines", "errors", "modules", "recipes", "regularizers", "rewards"}
     | {"run_folders", "version"},
     "__main__": {"cli"},
     "__init__": {"version"},

@@ -637,8 +637,8 @@ def test_a_module_scores_with_the_precision_that_it_trains_with() -> None:
 class TestSyncEngine:
     def build(self, engine: Any, **settings: Any) -> tuple[EvaluationDataModule, Trainer]:
         trainer = Trainer()
-        data = EvaluationDataModule(engine, {"paths": EvalSet(Paths(), IsOne())}, **settings)
-        data.trainer = SimpleNamespace(lightning_module=trainer)  # type: ignore[assignment]
+        data = EvaluationDataModule(engine, {"paths": EvalSet(Paths(), IsOne())}, reward_pool=None, **settings)
+        data.trainer = SimpleNamespace(lightning_module=trainer, predicting=True)  # type: ignore[assignment]
         engine.setup(trainer.model_spec())
         return data, trainer
 

@@ -27,6 +27,7 @@ import ibro_lightning.engines
 import ibro_lightning.modules
 import ibro_lightning.regularizers
 import ibro_lightning.rewards  # noqa: F401  imported so that recipes may name classes without their module
+from ibro_lightning import compare
 from ibro_lightning.callbacks import (
     EvaluationReport,
     ExportModel,
@@ -214,6 +215,9 @@ def main(args: Sequence[str] | None = None) -> None:
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     try:
+        if argv[:1] == ["compare"]:
+            compare.main(argv[1:])
+            return
         sys.argv[1:] = resolve_configs(argv)
         IbroCLI(
             model_class=pl.LightningModule,

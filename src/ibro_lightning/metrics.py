@@ -1,7 +1,8 @@
-"""avg@k, pass@k and the rest of an evaluation, as a torchmetrics metric that reduces over ranks."""
+"""avg@k, pass@k, maj@k and the rest of an evaluation, as a torchmetrics metric that reduces over ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from ibro_lightning.functional import avg_at_k, bootstrap_interval, pass_at_k
+from ibro_lightning.functional import avg_at_k, bootstrap_interval, majority_at_k, pass_at_k
 from ibro_lightning.types import Rollout
 
 
@@ -31,20 +32,30 @@ class Evaluation:
     """k, the responses per question."""
     avg_at_k: Estimate
     pass_at_k: dict[int, Estimate]
-    """For j = 1, 2, 4, … and k: the unbiased estimate that one of j fresh samples is right."""
+    """For every j from 1 to k: the unbiased estimate that one of j fresh samples is right."""
+    maj_at_k: Estimate | None
+    """Accuracy of the answer given most often; None if the verifier does not say which answers it read."""
     mean_length: float
     """Response tokens, EOS included."""
     truncated: float
-    """Share of responses cut at the length limit."""
+    """Share of responses cut at the length limit, or at the engine's deadline."""
+    extracted: float | None
+    """Share of responses in which the verifier found an answer; None if it does not say."""
+    timed_out: int
+    """Responses whose verification was stopped; they count with the configured score."""
 
     def scalars(self) -> dict[str, float]:
-        """The numbers that are drawn as curves."""
+        """The numbers that are drawn as curves: pass@j for j = 1, 2, 4, … and k."""
         k = self.samples
+        attempts = [j for j in self.pass_at_k if j == k or j & (j - 1) == 0]
+        optional = {f"maj@{k}": self.maj_at_k.mean if self.maj_at_k else None, "extracted": self.extracted}
         return {
             f"avg@{k}": self.avg_at_k.mean,
-            f"pass@{k}": self.pass_at_k[k].mean,
+            **{f"pass@{j}": self.pass_at_k[j].mean for j in attempts if j > 1 or k == 1},
+            **{name: value for name, value in optional.items() if value is not None},
             "length": self.mean_length,
             "truncated": self.truncated,
+            "timed_out": float(self.timed_out),
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -52,41 +63,76 @@ class Evaluation:
 
 
 class SampleAccuracy(Metric):
-    """Collects ``[questions, k]`` accuracies from rollouts; :meth:`compute` gives an :class:`Evaluation`."""
+    """Collects ``[questions, k]`` accuracies from rollouts; :meth:`compute` gives an :class:`Evaluation`.
+
+    Every state is a table with a row per question, so ranks may have any number of questions, and the result does not
+    depend on how they were shared out.
+    """
 
     full_state_update = False
     correct: list[Tensor]
     lengths: list[Tensor]
-    truncated: list[Tensor]
+    cut: list[Tensor]
+    answered: list[Tensor]
+    majority: list[Tensor]
+    timed_out: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("correct", default=[], dist_reduce_fx="cat")
-        self.add_state("lengths", default=[], dist_reduce_fx="cat")
-        self.add_state("truncated", default=[], dist_reduce_fx="cat")
+        for name in ("correct", "lengths", "cut", "answered", "majority"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+        self.add_state("timed_out", default=torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, rollout: Rollout) -> None:
         """Add whole groups, all of the same size."""
         sizes = rollout.groups.bincount()
         if not bool((sizes == sizes[0]).all()) or not bool((rollout.groups.diff() >= 0).all()):
             raise ValueError("an evaluation needs the same number of responses to every prompt, prompt after prompt")
-        samples = int(sizes[0])
-        self.correct.append(rollout.accuracy.reshape(rollout.num_groups, samples))
-        self.lengths.append(rollout.sequences.response_lengths)
-        self.truncated.append(rollout.truncated | rollout.late)
+        shape = (rollout.num_groups, int(sizes[0]))
+        correct = rollout.accuracy.reshape(shape)
+        votes = _votes([result.answer for result in rollout.results], shape).to(correct.device)
+        says = (votes != SILENT).all(dim=1)
+        self.correct.append(correct)
+        self.lengths.append(rollout.sequences.response_lengths.reshape(shape))
+        self.cut.append((rollout.truncated | rollout.late).reshape(shape))
+        # NaN where the verifier does not say what it read.
+        self.answered.append(torch.where(says, (votes >= 0).double().mean(dim=1), torch.nan))
+        self.majority.append(torch.where(says, majority_at_k(votes, correct).to(correct.device), torch.nan))
+        self.timed_out += sum(result.timed_out for result in rollout.results)
 
     def compute(self) -> Evaluation:
+        """Raises ValueError if no rank has seen a response."""
         correct = _cat(self.correct).cpu()
+        if correct.numel() == 0:
+            raise ValueError("no response was evaluated")
         questions, k = correct.shape
-        attempts = sorted({2**power for power in range(k.bit_length()) if 2**power <= k} | {k})
+        majority, answered = _cat(self.majority).cpu(), _cat(self.answered).cpu()
+        says = not bool(majority.isnan().any())
         return Evaluation(
             questions=questions,
             samples=k,
             avg_at_k=_estimate(avg_at_k(correct)),
-            pass_at_k={j: _estimate(pass_at_k(correct, j)) for j in attempts},
+            pass_at_k={j: _estimate(pass_at_k(correct, j)) for j in range(1, k + 1)},
+            maj_at_k=_estimate(majority) if says else None,
             mean_length=_cat(self.lengths).double().mean().item(),
-            truncated=_cat(self.truncated).double().mean().item(),
+            truncated=_cat(self.cut).double().mean().item(),
+            extracted=answered.mean().item() if says else None,
+            timed_out=int(self.timed_out),
         )
+
+
+NO_ANSWER, SILENT = -1, -2
+"""Votes of a response in which no answer was found, and of one whose verifier does not say."""
+
+
+def _votes(answers: Sequence[str | None], shape: tuple[int, int]) -> Tensor:
+    """``[Q, k]``: equal answers have equal numbers."""
+    numbers: dict[str, int] = {}
+    votes = [
+        SILENT if answer is None else NO_ANSWER if not answer else numbers.setdefault(answer, len(numbers))
+        for answer in answers
+    ]
+    return torch.tensor(votes, dtype=torch.long).reshape(shape)
 
 
 def _estimate(per_question: Tensor) -> Estimate:
@@ -95,4 +141,4 @@ def _estimate(per_question: Tensor) -> Estimate:
 
 def _cat(values: list[Tensor] | Tensor) -> Tensor:
     """A "cat" state is a list before it is reduced over ranks, and a tensor afterwards."""
-    return values if isinstance(values, Tensor) else torch.cat(values)
+    return values if isinstance(values, Tensor) else torch.cat(values) if values else torch.zeros(0)

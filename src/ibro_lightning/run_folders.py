@@ -1,17 +1,54 @@
-"""No two runs share a folder: an earlier one is moved aside, and comes back if the new one is refused."""
+"""The folder in which a run leaves everything: curves, rollouts, evaluations, checkpoints, model, summary.
+
+No two runs share a folder: an earlier one is moved aside, and comes back if the new one is refused.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ibro_lightning.errors import ConfigError
 
 HEADER = "# ibro_lightning"
 """How the ``config.yaml`` of a run begins."""
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """The logger's folder if there is one, otherwise the trainer's ``default_root_dir``."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def evaluation_name(trainer: pl.Trainer) -> str:
+    """What the evaluation that is running is called: ``iteration_000020`` in training, otherwise the command."""
+    if trainer.testing:
+        return "test"
+    iteration = 0 if trainer.sanity_checking else trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    return f"iteration_{iteration:06d}" if iteration or trainer.sanity_checking else "validate"
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write whole or not at all: a reader, or a crash, never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def free_name(path: Path) -> Path:
+    """``path`` with the first number behind it that is not taken: ``runs/quickstart.1``."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return aside
 
 
 @rank_zero_only
@@ -42,9 +79,7 @@ def make_room(folder: Path, needed: Iterable[Path]) -> Path | None:
             str(folder),
             f"it holds the run that this run starts from ({inside[0]}): write another folder for the new run",
         )
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
+    aside = free_name(folder)
     folder.rename(aside)
     rank_zero_info(f"an earlier run was in {folder}: moved to {aside}")
     return aside

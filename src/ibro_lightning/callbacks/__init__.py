@@ -6,9 +6,9 @@ from ibro_lightning.callbacks.export import ExportModel
 from ibro_lightning.callbacks.metrics_log import MetricsLog
 from ibro_lightning.callbacks.progress import IterationProgress
 from ibro_lightning.callbacks.rollout_log import RolloutLog
-from ibro_lightning.callbacks.run_folder import run_folder
 from ibro_lightning.callbacks.samples import SamplesTable
 from ibro_lightning.callbacks.summary import RunSummary
+from ibro_lightning.run_folders import run_folder
 
 __all__ = [
     "EvaluationReport",

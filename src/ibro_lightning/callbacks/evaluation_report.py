@@ -5,59 +5,76 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-from ibro_lightning.callbacks.run_folder import run_folder, say, write_json
+from ibro_lightning.callbacks.say import say
 from ibro_lightning.metrics import Estimate, Evaluation
 from ibro_lightning.modules import PolicyModule
+from ibro_lightning.records import mark_complete
+from ibro_lightning.run_folders import evaluation_name, run_folder, write_json
 
 
 class EvaluationReport(pl.Callback):
-    """Prints avg@k and pass@k with 95 % bootstrap intervals and writes them to ``evaluations/*.json``."""
+    """Prints avg@k, pass@k and maj@k with 95 % bootstrap intervals and writes them to ``evaluations/*.json``.
+
+    The samples are beside it: the datamodule has written them.
+    """
 
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not isinstance(pl_module, PolicyModule):
-            return
-        iteration = pl_module.iteration
-        if trainer.sanity_checking:
-            self._report(trainer, pl_module, "iteration_000000", "evaluation before training")
-        elif iteration:
-            self._report(trainer, pl_module, f"iteration_{iteration:06d}", f"evaluation after {iteration} iterations")
-        else:
-            self._report(trainer, pl_module, "validate", "evaluation")
+        if isinstance(pl_module, PolicyModule):
+            iteration = pl_module.iteration
+            when = " before training" if trainer.sanity_checking else f" after {iteration} iterations" * bool(iteration)
+            self._report(trainer, pl_module, f"evaluation{when}")
 
     @rank_zero_only
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(pl_module, PolicyModule):
-            self._report(trainer, pl_module, "test", "test")
+            self._report(trainer, pl_module, "test")
 
-    def _report(self, trainer: pl.Trainer, module: PolicyModule, name: str, title: str) -> None:
-        if module.evaluations:
-            say(trainer, f"\n{title}\n{evaluation_table(module.evaluations)}")
-            content = {set_name: evaluation.to_json() for set_name, evaluation in module.evaluations.items()}
-            write_json(run_folder(trainer) / "evaluations" / f"{name}.json", content)
+    def _report(self, trainer: pl.Trainer, module: PolicyModule, title: str) -> None:
+        if not module.evaluations:
+            return
+        say(trainer, f"\n{title}\n{evaluation_table(module.evaluations)}")
+        folder = run_folder(trainer) / "evaluations" / evaluation_name(trainer)
+        content = {set_name: evaluation.to_json() for set_name, evaluation in module.evaluations.items()}
+        path = write_json(folder.with_name(folder.name + ".json"), content)
+        mark_complete(folder)
+        if trainer.state.fn != TrainerFn.FITTING:
+            say(trainer, f"results   {path}\nsamples   {folder}")
 
 
 def evaluation_table(evaluations: Mapping[str, Evaluation]) -> str:
-    """One line per evaluation set; percentages with their 95 % intervals."""
-    header = ("set", "questions", "avg@k", "pass@k", "k", "length", "cut")
-    rows = [
+    """One line per evaluation set; percentages with their 95 % intervals. "read" is the share of responses in which the
+    verifier found an answer, "cut" that of responses at the length limit."""
+    header: tuple[str, ...] = ("set", "questions", "avg@k", "pass@k", "maj@k", "k", "length", "cut", "read")
+    rows: list[tuple[str, ...]] = [
         (
             name,
             str(e.questions),
             _percent(e.avg_at_k),
             _percent(e.pass_at_k[e.samples]),
+            _percent(e.maj_at_k) if e.maj_at_k else "-",
             str(e.samples),
             f"{e.mean_length:.1f}",
             f"{100 * e.truncated:.1f} %",
+            "-" if e.extracted is None else f"{100 * e.extracted:.1f} %",
         )
         for name, e in evaluations.items()
     ]
+    if all(e.extracted is None for e in evaluations.values()):  # no verifier says what it reads: nothing to show
+        header, rows = _without(header, 4, 8), [_without(row, 4, 8) for row in rows]
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
     lines.insert(1, "  ".join("-" * width for width in widths))
+    if stopped := sum(e.timed_out for e in evaluations.values()):
+        lines.append(f"{stopped} verifications were stopped (data.reward_pool) and count with its timeout_score")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _without(cells: tuple[str, ...], *columns: int) -> tuple[str, ...]:
+    return tuple(cell for column, cell in enumerate(cells) if column not in columns)
 
 
 def _percent(estimate: Estimate) -> str:

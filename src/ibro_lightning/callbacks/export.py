@@ -5,8 +5,8 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
-from ibro_lightning.callbacks.run_folder import run_folder
 from ibro_lightning.modules import PolicyModule
+from ibro_lightning.run_folders import run_folder
 
 
 class ExportModel(pl.Callback):

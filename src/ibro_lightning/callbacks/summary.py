@@ -9,8 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
-from ibro_lightning.callbacks.run_folder import run_folder, say, write_json
+from ibro_lightning.callbacks.say import say
 from ibro_lightning.modules import PolicyModule
+from ibro_lightning.run_folders import run_folder, write_json
 from ibro_lightning.version import __version__
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ibro_lightning.errors import RewardError
-from ibro_lightning.rewards import Reward, score
+from ibro_lightning.rewards import Judge, Reward, judge_here
 from ibro_lightning.timing import PhaseTimer
 from ibro_lightning.types import Completion, Generation, Group, Prompt, RewardResult, RolloutEngine, SamplingParams
 
@@ -17,10 +17,11 @@ class Collector:
     Args:
         engine: set up and holding the weights to sample from.
         tokenizer: turns a response's tokens into the text that rewards read, special tokens left out.
+        judge: has a reward judge responses, here or in the reward pool.
     """
 
-    def __init__(self, engine: RolloutEngine, tokenizer: Any) -> None:
-        self.engine, self.tokenizer = engine, tokenizer
+    def __init__(self, engine: RolloutEngine, tokenizer: Any, judge: Judge = judge_here) -> None:
+        self.engine, self.tokenizer, self.judge = engine, tokenizer, judge
 
     def collect(
         self,
@@ -34,35 +35,34 @@ class Collector:
         with timer("generate"):
             generations = self.engine.generate([p.token_ids for p in prompts], sampling, seeds)
         with timer("reward"):
-            return [
-                self._group(prompt, samples, sample_seeds, sampling, reward)
+            answered = [
+                (prompt, self._completions(samples, sample_seeds, sampling))
                 for prompt, samples, sample_seeds in zip(prompts, generations, seeds, strict=True)
             ]
+            judged = reward.judge(answered, self.judge)
+        return [
+            Group(prompt, completions, tuple(results))
+            for (prompt, completions), results in zip(answered, judged, strict=True)
+        ]
 
-    def _group(
-        self,
-        prompt: Prompt,
-        samples: Sequence[Generation],
-        seeds: Sequence[int],
-        sampling: SamplingParams,
-        reward: Reward,
-    ) -> Group:
+    def _completions(
+        self, samples: Sequence[Generation], seeds: Sequence[int], sampling: SamplingParams
+    ) -> tuple[Completion, ...]:
         texts = self.tokenizer.batch_decode([list(sample.token_ids) for sample in samples], skip_special_tokens=True)
-        completions = tuple(
+        return tuple(
             Completion(sample.token_ids, sample.logp, sample.finish_reason, text, sampling.max_tokens, seed)
             for sample, text, seed in zip(samples, texts, seeds, strict=True)
         )
-        return Group(prompt, completions, tuple(score(reward, prompt, completions)))
 
 
-def check_reward(reward: Reward, prompt: Prompt, sampling: SamplingParams) -> None:
+def check_reward(reward: Reward, prompt: Prompt, sampling: SamplingParams, judge: Judge = judge_here) -> None:
     """Judge an empty response before anything expensive starts, so that a broken reward is found in the first second.
 
     Raises:
         RewardError: it raised, returned NaN, or does not say how accurate a response is.
     """
     empty = Completion((), (), "length", "", sampling.max_tokens, seed=0)
-    result: RewardResult = score(reward, prompt, [empty])[0]
+    result: RewardResult = reward.judge([(prompt, [empty])], judge)[0][0]
     if "accuracy" not in result.parts:
         raise RewardError(
             f"data.reward: {type(reward).__name__} names the parts {sorted(result.parts)} but no 'accuracy', "

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ibro_lightning.datamodules.collector import Collector, check_reward
+from ibro_lightning.datamodules.contamination import TrainingTexts
+from ibro_lightning.datamodules.evaluation_record import EvaluationRecord, fingerprint
 from ibro_lightning.datamodules.prompts import PromptLimits, check_lengths, check_vocabulary, encode_prompts
 from ibro_lightning.datamodules.sources import PromptSource
 from ibro_lightning.datamodules.weight_check import WeightCheck, WeightVerifier
 from ibro_lightning.engines import HFEngine
 from ibro_lightning.errors import ConfigError, check_at_least
-from ibro_lightning.rewards import Reward
+from ibro_lightning.rewards import Judge, PoolOptions, Reward, RewardPool, judge_here
+from ibro_lightning.run_folders import evaluation_name, run_folder
 from ibro_lightning.seeding import derive_seed, run_seed
 from ibro_lightning.timing import PhaseTimer
-from ibro_lightning.types import PolicyProvider, Prompt, Rollout, RolloutEngine, SamplingParams
+from ibro_lightning.types import Group, PolicyProvider, Prompt, Rollout, RolloutEngine, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class EvaluationDataModule(pl.LightningDataModule):
         eval_batch_prompts: prompts per batch of an evaluation.
         prompt_limits: what happens to prompts that are too long, in every set.
         weight_check: how it is checked after every sync that the engine has the policy's weights; None skips it.
+        reward_pool: worker processes for rewards, which stop what hangs; None judges everything in this process.
     """
 
     def __init__(
@@ -62,13 +66,16 @@ class EvaluationDataModule(pl.LightningDataModule):
         eval_batch_prompts: int = 64,
         prompt_limits: PromptLimits = PromptLimits(),
         weight_check: WeightCheck | None = WeightCheck(),
+        reward_pool: PoolOptions | None = PoolOptions(),
     ) -> None:
         super().__init__()
         self.engine: RolloutEngine = engine or HFEngine()
         self.eval_sets = eval_sets or {}
         self.test_sets = test_sets or self.eval_sets
         self.eval_batch_prompts, self.prompt_limits = eval_batch_prompts, prompt_limits
-        self.weight_check = weight_check
+        self.weight_check, self.reward_pool = weight_check, reward_pool
+        self._pool: RewardPool | None = None
+        self._record: EvaluationRecord | None = None
         self._verifier: WeightVerifier | None = None
         self._eval_prompts: dict[str, list[Prompt]] = {}
         for name, eval_set in {**self.eval_sets, **self.test_sets}.items():
@@ -88,35 +95,83 @@ class EvaluationDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         provider = self.provider
-        sets = self.test_sets if stage in ("test", "predict") else self.eval_sets
+        sets = self.sets_of(stage)
         if stage != "fit" and not sets:
             raise ConfigError(
                 "data.eval_sets", "{}", f"name at least one evaluation set to {TrainerFn(stage).value} on"
             )
+        judge = self.start_judging(stage)
         spec = provider.model_spec()
         for name, eval_set in sets.items():
             setting = f"data.eval_sets.{name}"
             prompts = encode_prompts(eval_set.source, provider.tokenizer, self.prompt_limits, setting=setting)
             check_vocabulary(prompts, spec, setting=setting)
             self._eval_prompts[name] = prompts[: eval_set.limit]
-            eval_set.reward.setup(provider.tokenizer)
-            check_reward(eval_set.reward, prompts[0], eval_set.sampling)
+            check_reward(eval_set.reward, prompts[0], eval_set.sampling, judge)
         self.engine.setup(spec)
         for name, eval_set in sets.items():
             setting = f"data.eval_sets.{name}.sampling"
             check_lengths(self._eval_prompts[name], eval_set.sampling, self.engine.max_model_len, setting=setting)
-        self.collector = Collector(self.engine, provider.tokenizer)
+        self.collector = Collector(self.engine, provider.tokenizer, judge)
 
-    def refuse_overlap(self, trained_on: Callable[[str], bool], remedy: str) -> None:
-        """Raise if an evaluation prompt is also one to train on: its accuracy would say nothing about new problems."""
+    def sets_of(self, stage: str) -> dict[str, EvalSet]:
+        """The sets that a stage evaluates on."""
+        return self.test_sets if stage in ("test", "predict") else self.eval_sets
+
+    def rewards_of(self, stage: str) -> list[Reward]:
+        """The rewards that a stage judges with."""
+        return [eval_set.reward for eval_set in self.sets_of(stage).values()]
+
+    def start_judging(self, stage: str) -> Judge:
+        """Make the rewards ready, and the pool's processes if any of them wants one."""
+        rewards = self.rewards_of(stage)
+        if self._pool is None or self._pool.rewards != rewards:
+            self.stop_judging()
+            for reward in rewards:
+                reward.setup(self.provider.tokenizer)
+            if self.reward_pool is not None:
+                self._pool = RewardPool(rewards, self.reward_pool)
+        return self._pool or judge_here
+
+    def verifications_stopped(self) -> dict[str, float]:
+        """How many verifications the pool has stopped so far, by reason."""
+        return {why: float(count) for why, count in self._pool.counts.items()} if self._pool else {}
+
+    def stop_judging(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def refuse_overlap(
+        self, trained_on: Sequence[Prompt] | Callable[[str], bool], remedy: str, *, warn: bool = False
+    ) -> None:
+        """Raise if an evaluation question is trained on, too: its accuracy would say nothing about new problems.
+
+        Args:
+            trained_on: the training prompts, compared as :func:`~ibro_lightning.datamodules.overlaps` says; or whether
+                a prompt with this text may be trained on.
+            remedy: what to write instead.
+            warn: warn instead of raising.
+        """
+        look_up: Callable[[Prompt], object]
+        if isinstance(trained_on, Sequence):
+            look_up = TrainingTexts(trained_on).find
+        else:
+            look_up = lambda prompt: prompt.id if trained_on(prompt.text) else None  # noqa: E731
         for name in self.eval_sets:
             prompts = self._eval_prompts[name]
-            if shared := [prompt.text for prompt in prompts if trained_on(prompt.text)]:
-                raise ConfigError(
-                    f"data.eval_sets.{name}",
-                    shared[0],
-                    f"{len(shared)} of its {len(prompts)} prompts, such as this one, are trained on: {remedy}",
-                )
+            found = [str(hit) for prompt in prompts if (hit := look_up(prompt))]
+            if not found:
+                continue
+            named = "; ".join(found[:3]) + ("; …" if len(found) > 3 else "")
+            error = ConfigError(
+                f"data.eval_sets.{name}",
+                f"{len(found)} of {len(prompts)} questions",
+                f"they are trained on: {named}: {remedy}",
+            )
+            if not warn:
+                raise error
+            rank_zero_warn(str(error))
 
     def val_dataloader(self) -> list[EvalStream]:
         return [EvalStream(self, name, eval_set) for name, eval_set in self.eval_sets.items()]
@@ -129,6 +184,8 @@ class EvaluationDataModule(pl.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         self.engine.close()
+        self.stop_judging()
+        self._record = None
         self._verifier = None
 
     def sync_engine(self, timer: PhaseTimer) -> dict[str, float]:
@@ -150,6 +207,31 @@ class EvaluationDataModule(pl.LightningDataModule):
     def eval_prompts(self, name: str) -> list[Prompt]:
         return self._eval_prompts[name]
 
+    def record(self) -> EvaluationRecord | None:
+        """Where the samples of the evaluation that is running go; None in ``predict``, which keeps its own."""
+        assert self.trainer is not None
+        if self.trainer.predicting:
+            return None
+        folder = run_folder(self.trainer) / "evaluations" / evaluation_name(self.trainer)
+        if self._record is None or self._record.folder != folder:
+            fitting = self.trainer.state.fn == TrainerFn.FITTING
+            self._record = EvaluationRecord(folder, None if fitting else self._fingerprint())
+        return self._record
+
+    def _fingerprint(self) -> dict[str, str]:
+        """All that the samples and verdicts of the running evaluation depend on."""
+        sets = self.sets_of("test" if self.trainer and self.trainer.testing else "validate")
+        return fingerprint(
+            self.provider.named_full_weights(),
+            seed=run_seed(),
+            batch_prompts=self.eval_batch_prompts,
+            engine=[type(self.engine), self.engine.dtype],
+            prompts={name: [[p.id, p.token_ids, p.answer] for p in self._eval_prompts[name]] for name in sets},
+            sampling={name: [eval_set.samples, eval_set.sampling] for name, eval_set in sets.items()},
+            rewards={name: eval_set.reward for name, eval_set in sets.items()},
+            reward_pool=self.reward_pool,
+        )
+
 
 class EvalStream:
     """One evaluation set as a sized iterable of rollouts, generated as Lightning asks for them."""
@@ -161,26 +243,37 @@ class EvalStream:
         return -(-len(self.data.eval_prompts(self.name)) // self.data.eval_batch_prompts)
 
     def __iter__(self) -> Iterator[Rollout]:
-        timer = PhaseTimer()
-        measured = self.data.sync_engine(timer)
         prompts, size, seed = self.data.eval_prompts(self.name), self.data.eval_batch_prompts, run_seed()
-        for start in range(0, len(prompts), size):
+        record, synced = self.data.record(), False
+        for batch, start in enumerate(range(0, len(prompts), size)):
+            timer, measured = PhaseTimer(), dict[str, float]()
             chunk = prompts[start : start + size]
             seeds = [[self._seed(seed, prompt, sample) for sample in range(self.eval_set.samples)] for prompt in chunk]
-            groups = self.data.collector.collect(chunk, seeds, self.eval_set.sampling, self.eval_set.reward, timer)
-            temperature = self.eval_set.sampling.temperature
-            if late := sum(completion.late for group in groups for completion in group.completions):
-                rank_zero_warn(f"{self.name}: data.engine.deadline_s cut {late} responses, which count as they are")
-            if start + size >= len(prompts):  # nobody asks for more than the last batch
+            groups = record.read(self.name, batch, chunk, seeds) if record else None
+            if done := groups is not None:
+                rank_zero_info(f"{self.name}: batch {batch + 1} of {len(self)} is there already")
+            else:
+                if not synced:
+                    measured, synced = self.data.sync_engine(timer), True
+                groups = self._generate(chunk, seeds, timer)
+            if synced and start + size >= len(prompts):  # nobody asks for more than the last batch
                 self.data.engine.offload()
-            yield Rollout.from_groups(
+            rollout = Rollout.from_groups(
                 groups,
                 name=self.name,
                 iteration=0,
-                temperature=temperature,
+                temperature=self.eval_set.sampling.temperature,
                 metrics={**measured, **timer.metrics()},
             )
-            timer, measured = PhaseTimer(), {}
+            if record and not done:
+                record.write(self.name, batch, rollout)
+            yield rollout
+
+    def _generate(self, prompts: list[Prompt], seeds: list[list[int]], timer: PhaseTimer) -> list[Group]:
+        groups = self.data.collector.collect(prompts, seeds, self.eval_set.sampling, self.eval_set.reward, timer)
+        if late := sum(completion.late for group in groups for completion in group.completions):
+            rank_zero_warn(f"{self.name}: data.engine.deadline_s cut {late} responses, which count as they are")
+        return groups
 
     def _seed(self, seed: int, prompt: Prompt, sample: int) -> int:
         # Not a function of the iteration: the same random numbers before and after make the difference clearer.

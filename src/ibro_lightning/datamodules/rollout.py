@@ -99,16 +99,18 @@ class RolloutDataModule(EvaluationDataModule):
                 )
             prompts = encode_prompts(self.source, provider.tokenizer, self.prompt_limits, setting="data.source")
             check_vocabulary(prompts, provider.model_spec(), setting="data.source")
-            self.reward.setup(provider.tokenizer)
-            check_reward(self.reward, prompts[0], self.sampling)
-            self._cursor = PromptCursor(prompts, run_seed())
+            check_reward(self.reward, prompts[0], self.sampling, self.start_judging(stage))
+            self._cursor = PromptCursor(prompts, run_seed(), self.source.weights)
         super().setup(stage)
         if self._cursor is not None:
             limit = self.engine.max_model_len
             check_lengths(self._cursor.prompts, self.sampling, limit, setting="data.sampling")
-        if self._cursor is not None and not self.allow_overlap:
-            trained_on = {prompt.text for prompt in self._cursor.prompts}
-            self.refuse_overlap(trained_on.__contains__, "write other splits, or data.allow_overlap: true")
+        if self._cursor is not None:
+            remedy = "write other splits, or data.allow_overlap: true"
+            self.refuse_overlap(self._cursor.prompts, remedy, warn=self.allow_overlap)
+
+    def rewards_of(self, stage: str) -> list[Reward]:
+        return [*([self.reward] if stage == "fit" else []), *super().rewards_of(stage)]
 
     def train_dataloader(self) -> RolloutStream:
         return RolloutStream(self)
@@ -123,6 +125,7 @@ class RolloutDataModule(EvaluationDataModule):
     def next_rollout(self) -> Rollout:
         """Generate one rollout from the policy's current weights."""
         timer = PhaseTimer()
+        stopped = self.verifications_stopped()
         measured = self.sync_engine(timer)
         kept, spare, rounds = self._collect_groups(timer)
         self.engine.offload()
@@ -133,6 +136,7 @@ class RolloutDataModule(EvaluationDataModule):
             "rollout/rounds": float(rounds),
             "rollout/zero_variance_groups": zero_variance,
             "rollout/generated_tokens": float(sum(len(c.token_ids) for g in (*kept, *spare) for c in g.completions)),
+            **{f"verifier/{why}": count - stopped[why] for why, count in self.verifications_stopped().items()},
             **measured,
             **timer.metrics(),
         }

@@ -24,7 +24,13 @@ from ibro_lightning.functional.aggregate import (
     masked_whiten,
     token_mean,
 )
-from ibro_lightning.functional.evaluation import avg_at_k, bootstrap_interval, pass_at_k
+from ibro_lightning.functional.evaluation import (
+    avg_at_k,
+    bootstrap_interval,
+    majority_at_k,
+    pass_at_k,
+    sign_flip_p_value,
+)
 from ibro_lightning.functional.fused_head import linear_logprob_entropy
 from ibro_lightning.functional.kl import KLEstimator, kl_divergence
 from ibro_lightning.functional.logprobs import logprob_and_entropy
@@ -72,6 +78,7 @@ __all__ = [
     "length_adaptive_lambda",
     "linear_logprob_entropy",
     "logprob_and_entropy",
+    "majority_at_k",
     "masked_covariance",
     "masked_mean",
     "masked_whiten",
@@ -82,5 +89,6 @@ __all__ = [
     "reinforce_plus_plus_advantages",
     "reward_to_go",
     "rloo_advantages",
+    "sign_flip_p_value",
     "token_mean",
 ]

@@ -103,7 +103,7 @@ def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> 
     name = type(reward).__name__
     try:
         results = reward(prompt, completions)
-    except (RewardError, ConfigError):
+    except (RewardError, ConfigError, MemoryError):  # the last is the pool's to handle
         raise
     except Exception as error:
         raise RewardError(

@@ -1,0 +1,126 @@
+"""Two evaluations of the same questions, compared question by question: ``python -m ibro_lightning compare A B``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.functional import bootstrap_interval, sign_flip_p_value
+from ibro_lightning.records import read_manifest
+from ibro_lightning.run_folders import write_json
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The second policy against the first on one set; accuracies are means over each question's samples."""
+
+    questions: int
+    first: float
+    second: float
+    difference: float
+    """second − first"""
+    low: float
+    high: float
+    """95 % bootstrap interval of the difference, over questions."""
+    p_value: float
+    """Paired sign-flip test, two-sided."""
+    per_question: dict[str, tuple[float, float]]
+    """``question id: (first, second)``"""
+
+
+def compare(first: Mapping[str, float], second: Mapping[str, float]) -> Comparison:
+    """Pair two policies' accuracies by question; questions that only one of them has are left out."""
+    shared = [question for question in first if question in second]
+    if not shared:
+        raise ConfigError("compare", "no question in common", "name two evaluations of the same sets")
+    a = torch.tensor([first[question] for question in shared], dtype=torch.float64)
+    b = torch.tensor([second[question] for question in shared], dtype=torch.float64)
+    low, high = bootstrap_interval(b - a)
+    return Comparison(
+        questions=len(shared),
+        first=a.mean().item(),
+        second=b.mean().item(),
+        difference=(b - a).mean().item(),
+        low=low,
+        high=high,
+        p_value=sign_flip_p_value(b - a),
+        per_question={question: (first[question], second[question]) for question in shared},
+    )
+
+
+def compare_evaluations(first: Path, second: Path) -> dict[str, Comparison]:
+    """By set, and over all questions of all shared sets as ``all`` (if there are several).
+
+    Args:
+        first, second: what ``validate`` or ``test`` left: ``evaluations/validate.json``, or the folder
+            ``evaluations/validate`` with the samples.
+    """
+    a, b = question_accuracies(first), question_accuracies(second)
+    shared = [name for name in a if name in b]
+    if not shared:
+        raise ConfigError("compare", f"{first} has {sorted(a)}, {second} has {sorted(b)}", "they share no set")
+    results = {name: compare(a[name], b[name]) for name in shared}
+    if len(shared) > 1:
+        results["all"] = compare(_together(a, shared), _together(b, shared))
+    return results
+
+
+def question_accuracies(path: Path) -> dict[str, dict[str, float]]:
+    """``{set: {question id: mean accuracy over its samples}}`` of a finished evaluation.
+
+    Raises:
+        ConfigError: there is no evaluation, or it is not finished.
+    """
+    folder = path.with_suffix("") if path.suffix == ".json" else path
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ConfigError(
+            "compare", str(path), "no evaluation there: name evaluations/validate.json of a run, its samples beside it"
+        )
+    if not manifest.get("complete"):
+        raise ConfigError("compare", str(path), "this evaluation is not finished: run the same command again")
+    return {part.name: _read_set(part) for part in sorted(folder.iterdir()) if part.is_dir()}
+
+
+def _read_set(folder: Path) -> dict[str, float]:
+    table = pq.read_table(folder, columns=["prompt_id", "reward_accuracy"])
+    samples: dict[str, list[float]] = {}
+    for question, accuracy in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
+        samples.setdefault(question, []).append(accuracy)
+    return {question: sum(values) / len(values) for question, values in samples.items()}
+
+
+def _together(sets: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+    return {f"{name}/{question}": accuracy for name in names for question, accuracy in sets[name].items()}
+
+
+def comparison_table(comparisons: Mapping[str, Comparison]) -> str:
+    """One line per set; percentages."""
+    lines = [f"{'set':16} {'questions':>9}  {'first':>7}  {'second':>7}  {'difference':22}  {'p':>6}"]
+    for name, c in comparisons.items():
+        difference = f"{100 * c.difference:+.1f} [{100 * c.low:+.1f}, {100 * c.high:+.1f}]"
+        lines.append(
+            f"{name:16} {c.questions:>9}  {100 * c.first:>5.1f} %  {100 * c.second:>5.1f} %  {difference:22}  "
+            f"{c.p_value:>6.4f}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m ibro_lightning compare", description=__doc__)
+    parser.add_argument("first", type=Path, help="evaluations/validate.json of the first policy's run")
+    parser.add_argument("second", type=Path, help="the same of the second")
+    parser.add_argument("--json", type=Path, help="write the comparison there, with every question's accuracies")
+    arguments = parser.parse_args(argv)
+    comparisons = compare_evaluations(arguments.first, arguments.second)
+    print(comparison_table(comparisons))
+    if arguments.json:
+        write_json(arguments.json, {name: asdict(comparison) for name, comparison in comparisons.items()})
+        print(f"\nper question: {arguments.json}")

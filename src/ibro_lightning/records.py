@@ -1,0 +1,125 @@
+"""Responses as parquet, one row each: written whole or not at all, and read back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ibro_lightning.run_folders import write_json
+from ibro_lightning.types import Completion, Group, Prompt, RewardResult, Rollout
+
+MANIFEST = "_manifest.json"
+"""Says what the samples of an evaluation are of. Readers of parquet folders pass over names that begin with "_"."""
+_PART = "reward_"
+# Of columns that may be empty in one file and not in the next; log-probs are float32 in the engines.
+_TYPES = {"answer_read": pa.string(), "token_ids": pa.list_(pa.int32()), "logp": pa.list_(pa.float32())}
+
+
+def write_parquet(path: Path, rollout: Rollout, *, tokens: bool = False) -> Path:
+    """One row per sampled response; ``trained_on`` is True for those in the update's batch.
+
+    Args:
+        tokens: keep token ids and their log-probs, too, which :func:`read_groups` needs.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    learnt = rollout.name == "train" and not rollout.skip_update
+    kept = [
+        (prompt, completion, result, learnt)
+        for prompt, completion, result in zip(rollout.prompts, rollout.completions, rollout.results, strict=True)
+    ]
+    dropped = [
+        (group.prompt, completion, result, False)
+        for group in rollout.dropped
+        for completion, result in zip(group.completions, group.results, strict=True)
+    ]
+    rows = [
+        {
+            "iteration": rollout.iteration,
+            **_row(prompt, completion, result),
+            "trained_on": trained_on,
+            **({"token_ids": completion.token_ids, "logp": completion.logp} if tokens else {}),
+        }
+        for prompt, completion, result, trained_on in (*kept, *dropped)
+    ]
+    partial = path.with_name(path.name + ".partial")
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: pa.array([row.get(name) for row in rows], _TYPES.get(name)) for name in names}
+    pq.write_table(pa.table(columns), partial)
+    os.replace(partial, path)
+    return path
+
+
+def _row(prompt: Prompt, completion: Completion, result: RewardResult) -> dict[str, Any]:
+    return {
+        "prompt_id": prompt.id,
+        "part": prompt.part,
+        "prompt": prompt.text,
+        "answer": json.dumps(prompt.answer, default=str),
+        "meta": json.dumps(dict(prompt.meta), default=str),
+        "response": completion.text,
+        "prompt_tokens": len(prompt.token_ids),
+        "response_tokens": len(completion.token_ids),
+        "max_tokens": completion.max_tokens,
+        "finish_reason": completion.finish_reason,
+        "seed": completion.seed,
+        "reward": float(result.reward),
+        **{f"{_PART}{name}": float(value) for name, value in result.parts.items()},
+        "answer_read": result.answer,
+        "timed_out": result.timed_out,
+        "mean_logp": sum(completion.logp) / max(1, len(completion.logp)),
+    }
+
+
+def read_groups(path: Path, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> list[Group] | None:
+    """The responses to these prompts as they were written with ``tokens=True``; None if the file is missing, broken,
+    or about other prompts or seeds."""
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowInvalid):
+        return None
+    expected = [(prompt.id, seed) for prompt, row in zip(prompts, seeds, strict=True) for seed in row]
+    if [(row["prompt_id"], row["seed"]) for row in rows] != expected:
+        return None
+    groups, place = [], 0
+    for prompt, samples in zip(prompts, seeds, strict=True):
+        own = rows[place : place + len(samples)]
+        place += len(samples)
+        groups.append(Group(prompt, tuple(map(_completion, own)), tuple(map(_result, own))))
+    return groups
+
+
+def _completion(row: dict[str, Any]) -> Completion:
+    return Completion(
+        token_ids=tuple(row["token_ids"]),
+        logp=tuple(row["logp"]),
+        finish_reason=row["finish_reason"],
+        text=row["response"],
+        max_tokens=row["max_tokens"],
+        seed=row["seed"],
+    )
+
+
+def _result(row: dict[str, Any]) -> RewardResult:
+    parts = {name.removeprefix(_PART): value for name, value in row.items() if name.startswith(_PART)}
+    return RewardResult(row["reward"], parts, row["answer_read"], row["timed_out"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What the folder says of its samples; None if it says nothing."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def mark_complete(folder: Path) -> None:
+    """The results are written: the next evaluation in this folder begins anew."""
+    if (manifest := read_manifest(folder)) is not None:
+        write_json(folder / MANIFEST, {**manifest, "complete": True})
