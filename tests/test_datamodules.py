@@ -280,7 +280,8 @@ class TestDatasetSource:
 
     def test_zero_is_an_answer(self, tmp_path):
         path = write(tmp_path / "math.jsonl", [{"problem": "none?", "answer": 0}, {"problem": "no?", "answer": False}])
-        assert [p.answer for p in DatasetSource(path).problems()] == [0, 0]
+        assert [p.answer for p in DatasetSource(path, answer_format="raw").problems()] == [0, False]
+        assert [p.answer for p in DatasetSource(path).problems()] == ["0", False]
 
     @pytest.mark.parametrize(
         ("settings", "setting"),
@@ -297,7 +298,7 @@ class TestDatasetSource:
 
     def test_a_missing_nested_value_is_named(self, tmp_path):
         path = write(tmp_path / "math.jsonl", [{"problem": "one?", "reward_model": {"style": "rule"}}])
-        with pytest.raises(ConfigError, match=r"answer_column.*reward_model\.ground_truth.*row 0"):
+        with pytest.raises(ConfigError, match=r"answer_column.*reward_model\.ground_truth.*line 1"):
             list(DatasetSource(path, answer_column="reward_model.ground_truth").problems())
 
     @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
@@ -307,13 +308,14 @@ class TestDatasetSource:
         """An empty answer could never be matched, or by everything."""
         path = write(tmp_path / f"math.{ending}", [ROWS[0], {**ROWS[1], column: nothing}, ROWS[2]])
         setting = {"problem": "prompt_column", "answer": "answer_column"}[column]
-        with pytest.raises(ConfigError, match=rf"source\.{setting}.*math\.{ending}, row 1"):
+        where = "line 2" if ending == "jsonl" else "data row 2"
+        with pytest.raises(ConfigError, match=rf"source\.{setting}.*math\.{ending}, {where}: no value"):
             list(DatasetSource(path).problems())
 
     @pytest.mark.parametrize("question", [7, ["one?"], [{"role": "user"}]])
     def test_a_question_that_is_neither_text_nor_messages_is_named(self, tmp_path, question):
         path = write(tmp_path / "math.jsonl", [{"problem": question, "answer": "1"}])
-        with pytest.raises(ConfigError, match=r"prompt_column.*row 0.*neither text nor"):
+        with pytest.raises(ConfigError, match=r"prompt_column.*line 1.*neither text nor"):
             list(DatasetSource(path).problems())
 
     @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
@@ -451,10 +453,11 @@ def build(tokenizer, rights: Sequence[int] | None = None, *, attach: bool = True
         "prompts_per_rollout": 3,
         "group_size": 4,
         "weight_check": None,
+        "reward_pool": None,
     }
     data = RolloutDataModule(**{**defaults, **settings})
     if attach:
-        data.trainer = SimpleNamespace(lightning_module=Provider(tokenizer))
+        data.trainer = SimpleNamespace(lightning_module=Provider(tokenizer), predicting=True)
         data.setup("fit")
     return data
 
@@ -691,7 +694,7 @@ class TestResuming:
         resumed = build(tokenizer, attach=False)
         if load_first:
             resumed.load_state_dict(state)
-        resumed.trainer = SimpleNamespace(lightning_module=Provider(tokenizer))
+        resumed.trainer = SimpleNamespace(lightning_module=Provider(tokenizer), predicting=True)
         resumed.setup("fit")
         if not load_first:
             resumed.load_state_dict(state)
@@ -767,7 +770,7 @@ class TestRefusedSettings:
 
     def test_a_reward_without_accuracy_is_found_before_the_first_response(self, tokenizer):
         data = build(tokenizer, attach=False, reward=OverlongPenalty(4))
-        data.trainer = SimpleNamespace(lightning_module=Provider(tokenizer))
+        data.trainer = SimpleNamespace(lightning_module=Provider(tokenizer), predicting=True)
         with pytest.raises(RewardError, match="accuracy"):
             data.setup("fit")
         assert data.engine.events == []
@@ -791,9 +794,10 @@ class TestEvaluation:
             "eval_sets": {"aime": EvalSet(Paths(10), IsOne(), samples=3, sampling=sampling)},
             "eval_batch_prompts": 4,
             "weight_check": None,
+            "reward_pool": None,
         }
         data = EvaluationDataModule(**{**defaults, **settings})
-        data.trainer = SimpleNamespace(lightning_module=Provider(tokenizer))
+        data.trainer = SimpleNamespace(lightning_module=Provider(tokenizer), predicting=True)
         data.setup(stage)
         return data
 
@@ -907,7 +911,7 @@ class TestEvaluation:
 class TestDemonstrations:
     def build(self, tokenizer, **settings) -> SFTDataModule:
         data = SFTDataModule(NumberPathDemonstrations(max_steps=4), batch_size=8, **settings)
-        data.trainer = SimpleNamespace(lightning_module=Provider(tokenizer))
+        data.trainer = SimpleNamespace(lightning_module=Provider(tokenizer), predicting=True)
         return data
 
     def test_rows_are_prompt_response_and_eos(self, tokenizer):

@@ -16,9 +16,10 @@ class ConfigError(ValueError):
         self.setting, self.value, self.remedy = setting, value, remedy
         super().__init__(f"{setting}: {_short(value)} - {remedy}")
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str]]:
         """So that it can come out of a worker process."""
-        return ConfigError, (self.setting, str(self.value), self.remedy)
+        plain = self.value is None or isinstance(self.value, bool | int | float | str)
+        return ConfigError, (self.setting, self.value if plain else str(self.value), self.remedy)
 
 
 def check_at_least(setting: str, value: float, minimum: float, advice: str = "") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import lightning.pytorch as pl
@@ -56,6 +56,7 @@ class EvaluationDataModule(pl.LightningDataModule):
         prompt_limits: what happens to prompts that are too long, in every set.
         weight_check: how it is checked after every sync that the engine has the policy's weights; None skips it.
         reward_pool: worker processes for rewards, which stop what hangs; None judges everything in this process.
+        eval_samples, eval_max_tokens: instead of every set's own ``samples`` and ``sampling.max_tokens``: a quick look.
     """
 
     def __init__(
@@ -67,11 +68,13 @@ class EvaluationDataModule(pl.LightningDataModule):
         prompt_limits: PromptLimits = PromptLimits(),
         weight_check: WeightCheck | None = WeightCheck(),
         reward_pool: PoolOptions | None = PoolOptions(),
+        eval_samples: int | None = None,
+        eval_max_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.engine: RolloutEngine = engine or HFEngine()
-        self.eval_sets = eval_sets or {}
-        self.test_sets = test_sets or self.eval_sets
+        self.eval_sets = _overridden(eval_sets or {}, eval_samples, eval_max_tokens)
+        self.test_sets = _overridden(test_sets or {}, eval_samples, eval_max_tokens) or self.eval_sets
         self.eval_batch_prompts, self.prompt_limits = eval_batch_prompts, prompt_limits
         self.weight_check, self.reward_pool = weight_check, reward_pool
         self._pool: RewardPool | None = None
@@ -164,14 +167,10 @@ class EvaluationDataModule(pl.LightningDataModule):
             if not found:
                 continue
             named = "; ".join(found[:3]) + ("; …" if len(found) > 3 else "")
-            error = ConfigError(
-                f"data.eval_sets.{name}",
-                f"{len(found)} of {len(prompts)} questions",
-                f"they are trained on: {named}: {remedy}",
-            )
+            setting, count = f"data.eval_sets.{name}", f"{len(found)} of {len(prompts)} questions"
             if not warn:
-                raise error
-            rank_zero_warn(str(error))
+                raise ConfigError(setting, count, f"are trained on ({named}): {remedy}")
+            rank_zero_warn(f"{setting}: {count} are trained on ({named}): its accuracy says little about new problems")
 
     def val_dataloader(self) -> list[EvalStream]:
         return [EvalStream(self, name, eval_set) for name, eval_set in self.eval_sets.items()]
@@ -231,6 +230,17 @@ class EvaluationDataModule(pl.LightningDataModule):
             rewards={name: eval_set.reward for name, eval_set in sets.items()},
             reward_pool=self.reward_pool,
         )
+
+
+def _overridden(sets: dict[str, EvalSet], samples: int | None, max_tokens: int | None) -> dict[str, EvalSet]:
+    return {
+        name: replace(
+            eval_set,
+            samples=eval_set.samples if samples is None else samples,
+            sampling=eval_set.sampling if max_tokens is None else replace(eval_set.sampling, max_tokens=max_tokens),
+        )
+        for name, eval_set in sets.items()
+    }
 
 
 class EvalStream:

@@ -92,6 +92,8 @@ class RewardPool:
         self._pickled = _pickle(self._rewards)
         self._workers: list[Worker] = []
         self._counts: dict[Stopped, int] = {"timeout": 0, "memory": 0, "crash": 0}
+        self.longest_s = 0.0
+        """Longest that a response (or a group) took so far, until it was judged or its worker was gone."""
         self._restarts = 0
         self._server: Server | None = None
         self._finalizer: Any = None
@@ -213,10 +215,11 @@ class RewardPool:
             return False
         if isinstance(said, BaseException):
             raise said
-        current = worker.slices.popleft()
+        now = time.monotonic()
+        self.longest_s = max(self.longest_s, now - worker.started)
+        current, worker.started = worker.slices.popleft(), now
         results[current.place][current.offset : current.offset + len(said)] = said
         worker.slices.extendleft(current.rest(len(said)))
-        worker.started = time.monotonic()
         return True
 
     def _stop(
@@ -228,6 +231,7 @@ class RewardPool:
         current, *later = worker.slices
         self._server.reap(worker)
         self._workers.remove(worker)
+        self.longest_s = max(self.longest_s, time.monotonic() - worker.started)
         reward = self._rewards[current.which]
         judged_together = 1 if reward.one_by_one else len(current.completions)
         if why == "crash" and not current.crashed:
