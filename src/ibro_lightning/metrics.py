@@ -63,60 +63,67 @@ class Evaluation:
 
 
 class SampleAccuracy(Metric):
-    """Collects ``[questions, k]`` accuracies from rollouts; :meth:`compute` gives an :class:`Evaluation`.
+    """Collects accuracies, lengths and answers from rollouts; :meth:`compute` gives an :class:`Evaluation`.
 
-    Every state is a table with a row per question, so ranks may have any number of questions, and the result does not
-    depend on how they were shared out.
+    Ranks may have any number of questions, also none: the result is the same, bit for bit, however the questions were
+    shared out. Every state is a flat list of samples in the metric's own dtype, because that is what torchmetrics
+    gathers from a rank that has seen nothing: no elements, one dimension, that dtype.
     """
 
     full_state_update = False
     correct: list[Tensor]
     lengths: list[Tensor]
     cut: list[Tensor]
-    answered: list[Tensor]
-    majority: list[Tensor]
+    votes: list[Tensor]
+    samples: Tensor
     timed_out: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("correct", "lengths", "cut", "answered", "majority"):
+        for name in ("correct", "lengths", "cut", "votes"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
+        self.add_state("samples", default=torch.tensor(0), dist_reduce_fx="max")
         self.add_state("timed_out", default=torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, rollout: Rollout) -> None:
-        """Add whole groups, all of the same size."""
+        """Add whole groups, all of the same size.
+
+        Raises:
+            ValueError: the groups differ in size, from each other or from those that were added before.
+        """
         sizes = rollout.groups.bincount()
         if not bool((sizes == sizes[0]).all()) or not bool((rollout.groups.diff() >= 0).all()):
             raise ValueError("an evaluation needs the same number of responses to every prompt, prompt after prompt")
-        shape = (rollout.num_groups, int(sizes[0]))
-        correct = rollout.accuracy.reshape(shape)
-        votes = _votes([result.answer for result in rollout.results], shape).to(correct.device)
-        says = (votes != SILENT).all(dim=1)
-        self.correct.append(correct)
-        self.lengths.append(rollout.sequences.response_lengths.reshape(shape))
-        self.cut.append((rollout.truncated | rollout.late).reshape(shape))
-        # NaN where the verifier does not say what it read.
-        self.answered.append(torch.where(says, (votes >= 0).double().mean(dim=1), torch.nan))
-        self.majority.append(torch.where(says, majority_at_k(votes, correct).to(correct.device), torch.nan))
+        if self.samples not in (0, sizes[0]):
+            raise ValueError(f"{int(sizes[0])} responses to a prompt, after {int(self.samples)} to those before")
+        self.samples = sizes[0].to(self.device)
+        votes = _votes([result.answer for result in rollout.results])
+        cut = rollout.truncated | rollout.late
+        for state, values in (
+            (self.correct, rollout.accuracy),
+            (self.lengths, rollout.sequences.response_lengths),
+            (self.cut, cut),
+            (self.votes, votes),
+        ):
+            state.append(values.to(self.device, self.dtype))
         self.timed_out += sum(result.timed_out for result in rollout.results)
 
     def compute(self) -> Evaluation:
         """Raises ValueError if no rank has seen a response."""
-        correct = _cat(self.correct).cpu()
-        if correct.numel() == 0:
+        k = int(self.samples)
+        if k == 0:
             raise ValueError("no response was evaluated")
-        questions, k = correct.shape
-        majority, answered = _cat(self.majority).cpu(), _cat(self.answered).cpu()
-        says = not bool(majority.isnan().any())
+        correct, votes = _cat(self.correct).cpu().reshape(-1, k), _cat(self.votes).cpu().long().reshape(-1, k)
+        says = not bool((votes == SILENT).any())
         return Evaluation(
-            questions=questions,
+            questions=len(correct),
             samples=k,
             avg_at_k=_estimate(avg_at_k(correct)),
             pass_at_k={j: _estimate(pass_at_k(correct, j)) for j in range(1, k + 1)},
-            maj_at_k=_estimate(majority) if says else None,
+            maj_at_k=_estimate(majority_at_k(votes, correct)) if says else None,
             mean_length=_cat(self.lengths).double().mean().item(),
             truncated=_cat(self.cut).double().mean().item(),
-            extracted=answered.mean().item() if says else None,
+            extracted=(votes != NO_ANSWER).double().mean().item() if says else None,
             timed_out=int(self.timed_out),
         )
 
@@ -125,20 +132,21 @@ NO_ANSWER, SILENT = -1, -2
 """Votes of a response in which no answer was found, and of one whose verifier does not say."""
 
 
-def _votes(answers: Sequence[str | None], shape: tuple[int, int]) -> Tensor:
-    """``[Q, k]``: equal answers have equal numbers."""
+def _votes(answers: Sequence[str | None]) -> Tensor:
+    """``[B]``: equal answers have equal numbers (below 2**24 in one rollout, which float32 holds exactly)."""
     numbers: dict[str, int] = {}
     votes = [
         SILENT if answer is None else NO_ANSWER if not answer else numbers.setdefault(answer, len(numbers))
         for answer in answers
     ]
-    return torch.tensor(votes, dtype=torch.long).reshape(shape)
+    return torch.tensor(votes, dtype=torch.long)
 
 
 def _estimate(per_question: Tensor) -> Estimate:
-    return Estimate(per_question.mean().item(), *bootstrap_interval(per_question))
+    # Sorted, so that not even the last bit depends on the order in which questions came.
+    return Estimate(per_question.sort().values.mean().item(), *bootstrap_interval(per_question))
 
 
 def _cat(values: list[Tensor] | Tensor) -> Tensor:
     """A "cat" state is a list before it is reduced over ranks, and a tensor afterwards."""
-    return values if isinstance(values, Tensor) else torch.cat(values) if values else torch.zeros(0)
+    return values if isinstance(values, Tensor) else torch.cat(values)

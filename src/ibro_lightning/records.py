@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def write_parquet(path: Path, rollout: Rollout, *, tokens: bool = False) -> Path
     partial = path.with_name(path.name + ".partial")
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: pa.array([row.get(name) for row in rows], _TYPES.get(name)) for name in names}
-    pq.write_table(pa.table(columns), partial)
+    pq.write_table(pa.table(columns), partial, write_page_checksum=True)
     os.replace(partial, path)
     return path
 
@@ -79,18 +80,19 @@ def _row(prompt: Prompt, completion: Completion, result: RewardResult) -> dict[s
 def read_groups(path: Path, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> list[Group] | None:
     """The responses to these prompts as they were written with ``tokens=True``; None if the file is missing, broken,
     or about other prompts or seeds."""
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowInvalid):
-        return None
     expected = [(prompt.id, seed) for prompt, row in zip(prompts, seeds, strict=True) for seed in row]
-    if [(row["prompt_id"], row["seed"]) for row in rows] != expected:
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            rows = file.read().to_pylist()
+        if [(row["prompt_id"], row["seed"]) for row in rows] != expected:
+            return None
+        judged = iter([(_completion(row), _result(row)) for row in rows])
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
-    groups, place = [], 0
+    groups = []
     for prompt, samples in zip(prompts, seeds, strict=True):
-        own = rows[place : place + len(samples)]
-        place += len(samples)
-        groups.append(Group(prompt, tuple(map(_completion, own)), tuple(map(_result, own))))
+        completions, results = zip(*islice(judged, len(samples)), strict=True)
+        groups.append(Group(prompt, completions, results))
     return groups
 
 
@@ -106,7 +108,10 @@ def _completion(row: dict[str, Any]) -> Completion:
 
 
 def _result(row: dict[str, Any]) -> RewardResult:
-    parts = {name.removeprefix(_PART): value for name, value in row.items() if name.startswith(_PART)}
+    # Null: a part that this response's reward does not have, another's of a mixture does.
+    parts = {
+        name.removeprefix(_PART): value for name, value in row.items() if name.startswith(_PART) and value is not None
+    }
     return RewardResult(row["reward"], parts, row["answer_read"], row["timed_out"])
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -110,12 +114,26 @@ class PromptCursor:
     """Draws prompts in an order that is a function of the seed and of one number, the position.
 
     Each pass over the prompts is a new permutation. Restoring ``position`` restores everything.
+
+    Args:
+        prompts: what is drawn from.
+        seed: of the order.
+        weights: the shares of a mixture's parts. Which part a draw is from is then a function of seed and position
+            alone; within a part, each pass over its prompts is a permutation of its own.
+
+    Raises:
+        ConfigError: a part has no prompts, or a prompt's part has no weight.
     """
 
-    def __init__(self, prompts: list[Prompt], seed: int) -> None:
+    def __init__(self, prompts: list[Prompt], seed: int, weights: Mapping[str, float] | None = None) -> None:
         self.prompts, self.seed = prompts, seed
         self.position = 0
-        self._epoch, self._order = -1, list[int]()
+        self._orders: dict[str, tuple[int, list[int]]] = {}
+        self._parts = {"": range(len(prompts))} if weights is None else _parts_of(prompts, weights)
+        self._names = sorted(self._parts)
+        self._bounds = list(accumulate(weights[name] for name in self._names)) if weights is not None else [1.0]
+        # How many of the draws before position ``_replayed`` were from each part.
+        self._drawn, self._replayed = [0] * len(self._names), 0
 
     def draw(self, count: int) -> list[tuple[int, Prompt]]:
         """The next ``count`` draws as ``(position, prompt)``; the position identifies a draw within the run."""
@@ -124,8 +142,47 @@ class PromptCursor:
         return draws
 
     def _at(self, position: int) -> Prompt:
-        epoch, offset = divmod(position, len(self.prompts))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = permutation(len(self.prompts), derive_seed(self.seed, "prompt order", epoch))
-        return self.prompts[self._order[offset]]
+        if len(self._names) == 1:
+            return self._within(self._names[0], position)
+        if position < self._replayed:
+            self._drawn, self._replayed = [0] * len(self._names), 0
+        for earlier in range(self._replayed, position):
+            self._drawn[self._part_of_draw(earlier)] += 1
+        self._replayed = position
+        part = self._part_of_draw(position)
+        return self._within(self._names[part], self._drawn[part])
+
+    def _part_of_draw(self, position: int) -> int:
+        """Which part (by its place among the sorted names) a draw is from."""
+        uniform = derive_seed(self.seed, "prompt part", position) / 2**63
+        return min(bisect_right(self._bounds, uniform * self._bounds[-1]), len(self._bounds) - 1)
+
+    def _within(self, part: str, position: int) -> Prompt:
+        """The prompt of a part at this position in the sequence of its own draws."""
+        indices = self._parts[part]
+        epoch, offset = divmod(position, len(indices))
+        if part not in self._orders or self._orders[part][0] != epoch:
+            counters = ("prompt order", part, epoch) if part else ("prompt order", epoch)
+            self._orders[part] = epoch, permutation(len(indices), derive_seed(self.seed, *counters))
+        return self.prompts[indices[self._orders[part][1][offset]]]
+
+
+def _parts_of(prompts: list[Prompt], weights: Mapping[str, float]) -> dict[str, Sequence[int]]:
+    """The indices of each part's prompts."""
+    for name, weight in weights.items():
+        if not (math.isfinite(weight) and weight > 0):
+            raise ConfigError(f"data.source.weights[{name!r}]", weight, "write a finite number above 0")
+    parts: dict[str, list[int]] = {name: [] for name in weights}
+    for index, prompt in enumerate(prompts):
+        if prompt.part not in parts:
+            raise ConfigError("data.source", prompt.part, f"the prompt {prompt.id!r} is of a part without a weight")
+        parts[prompt.part].append(index)
+    for name, indices in parts.items():
+        if not indices:
+            raise ConfigError(
+                f"data.source.parts.{name}",
+                "no prompts",
+                "it has no problems, or data.prompt_limits.max_tokens dropped them all: raise the limit, or take the "
+                "part out",
+            )
+    return dict(parts)

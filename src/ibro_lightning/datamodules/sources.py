@@ -28,6 +28,10 @@ class PromptSource(ABC):
                 yield Problem(id=str(n), prompt=f"What is {n} squared?", answer=n * n)
     """
 
+    weights: Mapping[str, float] | None = None
+    """Shares of the draws by :attr:`Problem.part <ibro_lightning.responses.Problem.part>`, summing to 1; None draws
+    from all problems alike."""
+
     @abstractmethod
     def problems(self) -> Iterable[Problem]:
         """All of them, in a fixed order, with unique ids. The datamodule shuffles."""

@@ -74,25 +74,31 @@ def bootstrap_interval(
         per_question: ``[Q]`` scores, e.g. from :func:`avg_at_k`, or differences of scores.
 
     Returns:
-        ``(low, high)``; both NaN for Q = 0, both the mean for Q = 1 or scores that are all equal.
+        ``(low, high)``; both NaN for Q = 0, both the mean for Q = 1 or scores that are all equal. The order of the
+        questions does not matter.
     """
-    scores = per_question.double().cpu()
+    scores = per_question.double().cpu().sort().values
     count = scores.numel()
     if count == 0:
         return float("nan"), float("nan")
-    centred = scores - scores.mean()
-    spread = float((centred**2).sum())
-    if spread == 0.0:
+    if scores[0] == scores[-1]:
         return scores[0].item(), scores[0].item()
+    centred = (scores - scores.mean()) / (scores[-1] - scores[0])
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(count, (resamples, count), generator=generator)
     means = scores[rows].mean(dim=1)
     normal = NormalDist()
-    below = (means < scores.mean()).double().mean() + 0.5 * (means == scores.mean()).double().mean()
+    # Sums of thirds that are equal differ in their last bits: a comparison must not take that for above or below.
+    excess = means - scores.mean()
+    tied = excess.abs() <= 1e-12 * scores.abs().max()
+    below = ((excess < 0) & ~tied).double().mean() + 0.5 * tied.double().mean()
     bias = normal.inv_cdf(float(below.clamp(1.0 / resamples, 1.0 - 1.0 / resamples)))
-    acceleration = float((centred**3).sum()) / (6.0 * spread**1.5)
+    acceleration = float((centred**3).sum() / (6.0 * (centred**2).sum() ** 1.5))
     tail = math.sqrt(count / (count - 1)) * _student_quantile(0.5 + level / 2.0, count - 1)
-    shares = [normal.cdf(bias + (bias + z) / (1.0 - acceleration * (bias + z))) for z in (-tail, tail)]
+    shares = []
+    for z in (bias - tail, bias + tail):
+        room = 1.0 - acceleration * z  # of few questions at a high level nothing may be left: the extreme itself
+        shares.append(normal.cdf(bias + z / room) if room > 0.0 else float(z > 0.0))
     low, high = torch.quantile(means, torch.tensor(shares, dtype=torch.float64)).tolist()
     return low, high
 
@@ -132,10 +138,19 @@ def sign_flip_p_value(differences: Tensor, *, resamples: int = 20_000, seed: int
     if count == 0:
         return 1.0
     exact = count <= 14
-    if exact:
-        signs = 1.0 - 2.0 * ((torch.arange(2**count).unsqueeze(1) >> torch.arange(count)) & 1).double()
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        signs = 1.0 - 2.0 * torch.randint(2, (resamples, count), generator=generator).double()
-    as_far = ((signs @ scores).abs() >= scores.sum().abs() * (1.0 - 1e-12)).sum().item()
-    return as_far / 2**count if exact else (as_far + 1) / (resamples + 1)
+    draws = 2**count if exact else resamples
+    generator = torch.Generator().manual_seed(seed)
+    threshold = scores.sum().abs() * (1.0 - 1e-12)
+    as_far = 0
+    for start in range(0, draws, _DRAWS):  # all at once would take gigabytes for thousands of questions
+        rows = torch.arange(start, min(start + _DRAWS, draws))
+        if exact:
+            flips = (rows.unsqueeze(1) >> torch.arange(count)) & 1
+        else:
+            flips = torch.randint(2, (len(rows), count), generator=generator)
+        as_far += int(((1.0 - 2.0 * flips.double()) @ scores).abs().ge(threshold).sum())
+    return as_far / draws if exact else (as_far + 1) / (draws + 1)
+
+
+_DRAWS = 1000
+"""Draws of a sign-flip test that are held in memory at a time."""
