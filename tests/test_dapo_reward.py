@@ -15,8 +15,8 @@ REMOVED_UNITS = (
     *("digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students", "children tickets"),
     "multiples",
 )
-# (response, gold, verdict). The verdicts were derived by hand from the published rule and are those of verl's
-# math_dapo.py at commit 012542c; the oddities (the commas of lists, "banana", the first formula of a line) are its own.
+# (response, gold, verdict). The verdicts are those of verl's math_dapo.py at commit 012542c; the oddities (the commas of
+# lists, "banana", the first formula of a line) are its own.
 PUBLISHED = [
     # where the answer is read
     ("Answer: 34", "34", 1),

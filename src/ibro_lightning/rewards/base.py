@@ -32,6 +32,9 @@ class Reward(ABC):
     def setup(self, tokenizer: Any) -> None:  # noqa: B027  optional
         """Called once before the first response, with the policy's tokenizer, for rewards that read tokens."""
 
+    def preload(self) -> None:  # noqa: B027  optional
+        """Called once in the process that the pool's workers are forked from: import here what is slow to import."""
+
     @abstractmethod
     def __call__(self, prompt: Prompt, completions: Sequence[Completion]) -> list[RewardResult]:
         """One result per completion, in order."""

@@ -145,8 +145,9 @@ class RewardPool:
 
     def _slices(self, which: int, reward: Reward, answered: Sequence[Answered]) -> Iterator[Slice]:
         deadline = self.options.deadline_s if reward.deadline_s is None else reward.deadline_s
+        share = sum(len(completions) for _, completions in answered) // (4 * self.options.size)
         for place, (prompt, completions) in enumerate(answered):
-            step = SLICE if reward.one_by_one else max(1, len(completions))
+            step = max(1, min(SLICE, share) if reward.one_by_one else len(completions))
             for offset in range(0, len(completions), step):
                 yield Slice(which, place, offset, prompt, completions[offset : offset + step], deadline)
 
@@ -177,7 +178,8 @@ class RewardPool:
         while len(self._workers) < min(self.options.size, len(self._workers) + len(waiting)):
             self._workers.append(self._server.fork())
         for worker in sorted(self._workers, key=lambda worker: len(worker.slices)):
-            if waiting and len(worker.slices) < 2:
+            # The last few slices wait here for whoever is free first, not behind a response that may be hanging.
+            if waiting and len(worker.slices) < (2 if len(waiting) > 4 * len(self._workers) else 1):
                 message = waiting[0].message()
                 if worker.slices and len(message) > SMALL:
                     continue
@@ -241,6 +243,8 @@ class RewardPool:
             stopped = [reward.stopped(self.options.timeout_score)] * judged_together
             results[current.place][current.offset : current.offset + judged_together] = stopped
             again = [*current.rest(judged_together)]
+        if reward.one_by_one:  # where one response was hard to judge, others may be: everybody shall have some of them
+            again = [single for left in again for single in left.singles()]
         waiting.extendleft(reversed([*again, *later]))
 
 

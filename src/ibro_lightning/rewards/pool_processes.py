@@ -43,6 +43,13 @@ class Slice:
         if left := self.completions[count:]:
             yield Slice(self.which, self.place, self.offset + count, self.prompt, left, self.deadline_s, crashed)
 
+    def singles(self) -> Iterator[Slice]:
+        """Cut up into one slice per response."""
+        for index, completion in enumerate(self.completions):
+            crashed = self.crashed and index == 0
+            place = self.offset + index
+            yield Slice(self.which, self.place, place, self.prompt, [completion], self.deadline_s, crashed)
+
 
 @dataclass
 class Worker:

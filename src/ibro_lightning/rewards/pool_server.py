@@ -39,6 +39,8 @@ def serve(channel: socket.socket) -> None:
     sys.path[:] = path
     try:
         rewards: list[Reward] = pickle.loads(pickled)
+        for reward in rewards:
+            reward.preload()
     except BaseException as error:
         conn.send(f"{type(error).__name__}: {error}")
         return

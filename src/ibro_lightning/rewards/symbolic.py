@@ -112,6 +112,9 @@ class MathVerifyReward(VerifiableReward):
             last_chars,
         )
 
+    def preload(self) -> None:
+        _equal(_gold("1", ("latex", "expr"))[0][0], _parse("\\boxed{\\frac{1}{2}}", ("latex", "expr"))[0], self.options)
+
     def verify(self, prompt: Prompt, completion: Completion) -> Verdict:
         gold = "" if prompt.answer is None else str(prompt.answer)
         try:
