@@ -22,6 +22,11 @@ from ibro_lightning.types import Problem
 AnswerFormat = Literal["auto", "boxed", "raw", "after_hashes"]
 
 
+PROMPT_COLUMNS = ["problem", "question", "prompt"]
+ANSWER_COLUMNS = ["answer", "solution", "reward_model.ground_truth"]
+"""What published files call them; the last of each is the verl/DAPO schema."""
+
+
 @dataclass(frozen=True)
 class SourceReport:
     """What became of a source's rows: ``rows = kept + duplicates + skipped``.
@@ -63,8 +68,9 @@ class DatasetSource(PromptSource):
             name on the hub, or a folder.
         split, config: as in ``datasets.load_dataset``. A local file answers to any split name.
         prompt_column: text, or a chat list of ``{role, content}``. Dots reach into nested columns. Of a list of names
-            the first that the file has is taken, for sets whose copies name it differently: ``[problem, question]``.
-        answer_column: likewise, e.g. ``reward_model.ground_truth`` or ``[answer, solution]``.
+            the first that the file has is taken, since copies of a set name it differently; left out, the usual names
+            are tried.
+        answer_column: likewise.
         answer_format: ``boxed``: what the last ``\boxed{}`` in the column holds. ``after_hashes``: what follows the
             last ``####``, as in GSM8K's solutions. ``raw``: the value as it stands. ``auto``: text that contains
             ``\boxed{`` or a line with ``####`` is read like that, other values are taken whole. All but ``raw`` bring
@@ -82,8 +88,8 @@ class DatasetSource(PromptSource):
         path: str,
         split: str = "train",
         config: str | None = None,
-        prompt_column: list[str] | str = "problem",
-        answer_column: list[str] | str = "answer",
+        prompt_column: list[str] | str = PROMPT_COLUMNS,
+        answer_column: list[str] | str = ANSWER_COLUMNS,
         answer_format: AnswerFormat = "auto",
         template: str = "plain",
         chat: bool = True,
