@@ -86,11 +86,11 @@ def test_is_refused_in_one_line(case: str, workspace: Path, capsys: pytest.Captu
 
 
 def test_a_missing_column_is_named_with_those_that_exist(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (workspace / "sums.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
+    (workspace / "sums.jsonl").write_text('{"task": "1+1", "answer": "2"}\n')
     arguments = ("--data.source", "DatasetSource", "--data.source.path", "sums.jsonl")
     line = error_of(capsys, "fit", "--config", "tiny.yaml", *arguments)
-    assert "source.prompt_column: 'problem'" in line
-    assert "['answer', 'question']" in line
+    assert "source.prompt_column: ['problem', 'question', 'prompt']" in line
+    assert "['answer', 'task']" in line
 
 
 @pytest.mark.parametrize(("content", "reason"), [(None, "no such file"), ("", "empty"), ("{broken", "cannot be read")])

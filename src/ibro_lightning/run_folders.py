@@ -43,12 +43,13 @@ def write_json(path: Path, content: Any) -> Path:
     return path
 
 
-def free_name(path: Path) -> Path:
-    """``path`` with the first number behind it that is not taken: ``runs/quickstart.1``."""
+def free_name(path: Path, *suffixes: str) -> Path:
+    """``path`` with the first number behind it that is not taken, with any of the suffixes neither:
+    ``runs/quickstart.1``."""
     number = 1
-    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+    while any(path.with_name(f"{path.name}.{number}{suffix}").exists() for suffix in ("", *suffixes)):
         number += 1
-    return aside
+    return path.with_name(f"{path.name}.{number}")
 
 
 @rank_zero_only

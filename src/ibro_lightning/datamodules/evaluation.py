@@ -220,12 +220,17 @@ class EvaluationDataModule(pl.LightningDataModule):
     def _fingerprint(self) -> dict[str, str]:
         """All that the samples and verdicts of the running evaluation depend on."""
         sets = self.sets_of("test" if self.trainer and self.trainer.testing else "validate")
+        spec = self.provider.model_spec()
         return fingerprint(
             self.provider.named_full_weights(),
             seed=run_seed(),
             batch_prompts=self.eval_batch_prompts,
             engine=[type(self.engine), self.engine.dtype],
-            prompts={name: [[p.id, p.token_ids, p.answer] for p in self._eval_prompts[name]] for name in sets},
+            model=[spec.config, spec.eos_token_ids],
+            prompts={
+                name: [[p.id, p.part, p.text, p.token_ids, p.answer, p.meta] for p in self._eval_prompts[name]]
+                for name in sets
+            },
             sampling={name: [eval_set.samples, eval_set.sampling] for name, eval_set in sets.items()},
             rewards={name: eval_set.reward for name, eval_set in sets.items()},
             reward_pool=self.reward_pool,
@@ -233,6 +238,9 @@ class EvaluationDataModule(pl.LightningDataModule):
 
 
 def _overridden(sets: dict[str, EvalSet], samples: int | None, max_tokens: int | None) -> dict[str, EvalSet]:
+    for setting, value in (("data.eval_samples", samples), ("data.eval_max_tokens", max_tokens)):
+        if value is not None:
+            check_at_least(setting, value, 1, ", or null for each set's own")
     return {
         name: replace(
             eval_set,

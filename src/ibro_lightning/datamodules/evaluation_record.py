@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 import json
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ibro_lightning.records import MANIFEST, read_groups, read_manifest, write_parquet
+from ibro_lightning.rewards import Reward
 from ibro_lightning.run_folders import free_name, write_json
 from ibro_lightning.types import Group, Prompt, Rollout
 from ibro_lightning.version import __version__
@@ -35,27 +37,36 @@ class EvaluationRecord:
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, str] | None) -> None:
         self.folder = folder
-        manifest = read_manifest(folder) or {}
-        self.continues = fingerprint is not None and manifest.get("fingerprint") == fingerprint
-        self.continues &= manifest.get("complete") is False
+        new = {"version": __version__, "fingerprint": fingerprint and dict(fingerprint), "complete": False, "files": {}}
+        self._manifest = read_manifest(folder) or {}
+        same = all(self._manifest.get(name) == new[name] for name in ("version", "fingerprint", "complete"))
+        self.continues = fingerprint is not None and same
         if self.continues:
             return
         if fingerprint is None:
             shutil.rmtree(folder, ignore_errors=True)
-        _set_aside(folder)
-        write_json(
-            folder / MANIFEST,
-            {"version": __version__, "fingerprint": fingerprint and dict(fingerprint), "complete": False},
-        )
+        else:
+            _set_aside(folder)
+        self._manifest = new
+        write_json(folder / MANIFEST, new)
 
     def read(
         self, name: str, batch: int, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]
     ) -> list[Group] | None:
-        """The responses of a batch that is done, or None."""
-        return read_groups(self._path(name, batch), prompts, seeds) if self.continues else None
+        """The responses of a batch that is done, or None. A file that has changed since it was written is not one."""
+        path = self._path(name, batch)
+        known = self._manifest["files"].get(self._key(path)) if self.continues else None
+        if known is None or not path.exists() or _digest(path) != known:
+            return None
+        return read_groups(path, prompts, seeds)
 
     def write(self, name: str, batch: int, rollout: Rollout) -> None:
-        write_parquet(self._path(name, batch), rollout, tokens=True)
+        path = write_parquet(self._path(name, batch), rollout, tokens=True)
+        self._manifest["files"][self._key(path)] = _digest(path)
+        write_json(self.folder / MANIFEST, self._manifest)
+
+    def _key(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
 
     def _path(self, name: str, batch: int) -> Path:
         return self.folder / name / f"batch_{batch:04d}.parquet"
@@ -75,33 +86,64 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]], **settings: Any) -> dict[
 
 
 def describe(value: Any, depth: int = 0) -> Any:
-    """What ``value`` is, as JSON: plain data as it stands, an object as its class, its public attributes and, unless it
-    is one of ours, the source text of its class (a verifier that was mended must not be given its old verdicts)."""
-    if value is None or isinstance(value, bool | int | float | str):
+    """What ``value`` is, as JSON: plain data as it stands; an object as its class and its public attributes. A class or
+    function that is not ours comes with the text of the file it is written in: a verifier that was mended, or a helper
+    that it calls, must not be given the old verdicts."""
+    if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, Enum)):
         return value
     if isinstance(value, Mapping):
         return {str(key): describe(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         items = [describe(item, depth + 1) for item in value]
         return items if isinstance(value, list | tuple) else sorted(items, key=str)
-    kind = value if isinstance(value, type) else type(value)
-    said: dict[str, Any] = {"class": f"{kind.__module__}.{kind.__qualname__}"}
-    if not kind.__module__.startswith("ibro_lightning."):
-        with contextlib.suppress(OSError, TypeError):
-            said["source"] = inspect.getsource(kind)
-    if depth < 6 and hasattr(value, "__dict__"):
-        public = {name: item for name, item in vars(value).items() if not name.startswith("_") and not callable(item)}
-        said |= {name: describe(item, depth + 1) for name, item in public.items()}
+    if isinstance(value, type) or inspect.isroutine(value):
+        return _code(value)
+    if isinstance(value, Enum) or not hasattr(value, "__dict__"):  # paths, dtypes, fractions: what they print as
+        return [type(value).__qualname__, repr(value)]
+    said = _code(type(value))
+    if depth < 6:
+        said |= {name: describe(item, depth + 1) for name, item in vars(value).items() if _counts(name, item)}
     return said
+
+
+def _counts(name: str, item: Any) -> bool:
+    """Does an attribute say what an object does? Private ones are its caches. Rewards and functions can be called, and
+    count; so can tokenizers and the like, which are none of its settings."""
+    called = isinstance(item, Reward | type) or inspect.isroutine(item)
+    return not name.startswith("_") and (called or not callable(item))
+
+
+def _code(code: Any) -> dict[str, Any]:
+    """The name of a class or function; the source text of it and its bases, each with the whole file that it is in."""
+    said: dict[str, Any] = {"class": f"{code.__module__}.{code.__qualname__}"}
+    for part in getattr(code, "__mro__", [code]):
+        module = part.__module__ or "builtins"
+        if module.split(".")[0] in ("ibro_lightning", *sys.stdlib_module_names):  # the version speaks for ours
+            continue
+        # Its own text, too: that of a notebook's cell can be had, that of the notebook cannot.
+        said |= {f"source of {part.__qualname__}": _source(part), f"source of {module}": _source(sys.modules.get(module))}
+    return said
+
+
+def _source(code: Any) -> str | None:
+    try:
+        return inspect.getsource(code)
+    except (OSError, TypeError):
+        return None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def _set_aside(folder: Path) -> None:
     """Keep an earlier evaluation under another name: its samples, and the results in ``FOLDER.json``."""
-    if not folder.exists():
-        return
-    aside = free_name(folder)
-    folder.rename(aside)
     results = folder.with_name(folder.name + ".json")
-    if results.exists():
+    if not folder.exists() and not results.exists():
+        return
+    aside = free_name(folder, ".json")
+    if results.exists():  # first, so that a kill in between leaves no results beside samples that they are not of
         results.rename(aside.with_name(aside.name + ".json"))
+    if folder.exists():
+        folder.rename(aside)
     rank_zero_info(f"an earlier evaluation was in {folder}: moved to {aside}")
