@@ -21,6 +21,7 @@ import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 import ibro_lightning.datamodules
 import ibro_lightning.engines
@@ -82,7 +83,7 @@ class SaveResolvedConfig(SaveConfigCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.already_saved:
             return
-        self.config_filename = "config.yaml" if stage == "fit" else f"{stage}.yaml"
+        self.config_filename = "config.yaml" if stage == "fit" else f"{TrainerFn(stage).value}.yaml"
         super().setup(trainer, pl_module, stage)
         if trainer.is_global_zero and trainer.log_dir is not None:
             path = Path(trainer.log_dir) / self.config_filename
@@ -156,10 +157,7 @@ class IbroCLI(LightningCLI):
         return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, off)])
 
     def fit(self, **kwargs: Any) -> None:
-        if self.trainer.world_size > 1:
-            raise ConfigError(
-                "trainer.devices", self.trainer.world_size, "training on several devices is not there yet"
-            )
+        self._refuse_several_devices()
         folder, checkpoint = Path(self.trainer.default_root_dir), kwargs.get("ckpt_path")
         if checkpoint == "last" and not (folder / "checkpoints" / "last.ckpt").exists():
             raise ConfigError("ckpt_path", "last", f"there is no checkpoint in {folder}: leave it out to start anew")
@@ -186,13 +184,20 @@ class IbroCLI(LightningCLI):
                 if isinstance(callback, RunSummary):
                     callback.finish(self.trainer, self.model)
 
+    def _refuse_several_devices(self) -> None:
+        if self.trainer.world_size > 1:
+            raise ConfigError("trainer.devices", self.trainer.world_size, "several devices are not there yet: write 1")
+
     def validate(self, **kwargs: Any) -> None:
+        self._refuse_several_devices()
         self.trainer.validate(**{**kwargs, "verbose": False})  # EvaluationReport prints a better table
 
     def test(self, **kwargs: Any) -> None:
+        self._refuse_several_devices()
         self.trainer.test(**{**kwargs, "verbose": False})
 
     def predict(self, **kwargs: Any) -> None:
+        self._refuse_several_devices()
         self.trainer.predict(**{**kwargs, "return_predictions": False})  # they are in the parquet files
 
 

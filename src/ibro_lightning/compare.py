@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -61,21 +62,29 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Comparison]:
         first, second: what ``validate`` or ``test`` left: ``evaluations/validate.json``, or the folder
             ``evaluations/validate`` with the samples.
     """
-    a, b = question_accuracies(first), question_accuracies(second)
+    a, b = read_questions(first), read_questions(second)
     shared = [name for name in a if name in b]
     if not shared:
         raise ConfigError("compare", f"{first} has {sorted(a)}, {second} has {sorted(b)}", "they share no set")
-    results = {name: compare(a[name], b[name]) for name in shared}
+    for name in shared:
+        for question, (gold, _) in a[name].items():
+            if question in b[name] and (other := b[name][question][0]) != gold:
+                raise ConfigError(
+                    "compare",
+                    f"{name}/{question}",
+                    f"the answer is {gold} in one and {other} in the other: two questions",
+                )
+    results = {name: compare(_accuracies(a, [name]), _accuracies(b, [name])) for name in shared}
     if len(shared) > 1:
-        results["all"] = compare(_together(a, shared), _together(b, shared))
+        results["all"] = compare(_accuracies(a, shared), _accuracies(b, shared))
     return results
 
 
-def question_accuracies(path: Path) -> dict[str, dict[str, float]]:
-    """``{set: {question id: mean accuracy over its samples}}`` of a finished evaluation.
+def read_questions(path: Path) -> dict[str, dict[str, tuple[str, float]]]:
+    """``{set: {question id: (right answer as JSON, mean accuracy over its samples)}}`` of a finished evaluation.
 
     Raises:
-        ConfigError: there is no evaluation, or it is not finished.
+        ConfigError: there is no evaluation, it is not finished, or its samples cannot be read.
     """
     folder = path.with_suffix("") if path.suffix == ".json" else path
     manifest = read_manifest(folder)
@@ -85,19 +94,28 @@ def question_accuracies(path: Path) -> dict[str, dict[str, float]]:
         )
     if not manifest.get("complete"):
         raise ConfigError("compare", str(path), "this evaluation is not finished: run the same command again")
-    return {part.name: _read_set(part) for part in sorted(folder.iterdir()) if part.is_dir()}
+    try:
+        return {part.name: _read_set(part) for part in sorted(folder.iterdir()) if part.is_dir()}
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ConfigError("compare", str(folder), f"the samples there cannot be read: {error}") from error
 
 
-def _read_set(folder: Path) -> dict[str, float]:
-    table = pq.read_table(folder, columns=["prompt_id", "reward_accuracy"])
-    samples: dict[str, list[float]] = {}
-    for question, accuracy in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
-        samples.setdefault(question, []).append(accuracy)
-    return {question: sum(values) / len(values) for question, values in samples.items()}
+def _read_set(folder: Path) -> dict[str, tuple[str, float]]:
+    table = pq.read_table(folder, columns=["prompt_id", "answer", "reward_accuracy"])
+    samples: dict[tuple[str, str], list[float]] = {}
+    for question, gold, accuracy in zip(*(column.to_pylist() for column in table.columns), strict=True):
+        samples.setdefault((question, gold), []).append(accuracy)
+    return {question: (gold, sum(values) / len(values)) for (question, gold), values in samples.items()}
 
 
-def _together(sets: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
-    return {f"{name}/{question}": accuracy for name in names for question, accuracy in sets[name].items()}
+def _accuracies(sets: Mapping[str, Mapping[str, tuple[str, float]]], names: Sequence[str]) -> dict[str, float]:
+    """Of several sets together; ids are unique within a set only."""
+    one = len(names) == 1
+    return {
+        question if one else f"{name}/{question}": accuracy
+        for name in names
+        for question, (_, accuracy) in sets[name].items()
+    }
 
 
 def comparison_table(comparisons: Mapping[str, Comparison]) -> str:

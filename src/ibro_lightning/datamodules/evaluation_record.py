@@ -96,6 +96,8 @@ def describe(value: Any, depth: int = 0) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         items = [describe(item, depth + 1) for item in value]
         return items if isinstance(value, list | tuple) else sorted(items, key=str)
+    if isinstance(value, Tensor):
+        return [str(value.dtype), value.tolist()]
     if isinstance(value, type) or inspect.isroutine(value):
         return _code(value)
     if isinstance(value, Enum) or not hasattr(value, "__dict__"):  # paths, dtypes, fractions: what they print as
@@ -115,14 +117,21 @@ def _counts(name: str, item: Any) -> bool:
 
 def _code(code: Any) -> dict[str, Any]:
     """The name of a class or function; the source text of it and its bases, each with the whole file that it is in."""
-    said: dict[str, Any] = {"class": f"{code.__module__}.{code.__qualname__}"}
+    said: dict[str, Any] = {"class": f"{_module(code)}.{code.__qualname__}"}
     for part in getattr(code, "__mro__", [code]):
-        module = part.__module__ or "builtins"
+        module = _module(part)
         if module.split(".")[0] in ("ibro_lightning", *sys.stdlib_module_names):  # the version speaks for ours
             continue
         # Its own text, too: that of a notebook's cell can be had, that of the notebook cannot.
-        said |= {f"source of {part.__qualname__}": _source(part), f"source of {module}": _source(sys.modules.get(module))}
+        said |= {
+            f"source of {part.__qualname__}": _source(part),
+            f"source of {module}": _source(sys.modules.get(module)),
+        }
     return said
+
+
+def _module(code: Any) -> str:
+    return getattr(code, "__module__", None) or "builtins"
 
 
 def _source(code: Any) -> str | None:
