@@ -36,6 +36,7 @@ from ibro_lightning.metrics import Estimate, Evaluation
 from ibro_lightning.records import read_groups, write_parquet
 from ibro_lightning.rewards import CountdownReward, LastNumberReward, RewardByPart, RewardSum, VerifiableReward
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult, Rollout
+from ibro_lightning.version import __version__
 
 torch.set_num_threads(1)
 
@@ -144,7 +145,10 @@ def test_a_file_that_the_manifest_does_not_know_is_not_taken(tmp_path: Path) -> 
     assert continued(folder).read("mixed", 1, *asked(groups())) is None
 
 
-@pytest.mark.parametrize("manifest", ["", "{", "[]", '"text"', '{"fingerprint": {"weights": "w"}, "complete": true}'])
+@pytest.mark.parametrize(
+    "manifest",
+    ["", "{", "[]", '"text"', json.dumps({"version": __version__, "fingerprint": {"weights": "w"}, "complete": False})],
+)
 def test_a_broken_manifest_begins_anew(manifest: str, tmp_path: Path) -> None:
     folder = tmp_path / "validate"
     continued(folder).write("mixed", 0, rollout(groups()))
@@ -226,7 +230,7 @@ DIFFERENT = [
 ]
 
 
-@pytest.mark.parametrize(("first", "second"), DIFFERENT, ids=str)
+@pytest.mark.parametrize(("first", "second"), DIFFERENT)
 def test_settings_that_differ_have_different_fingerprints(first: Any, second: Any) -> None:
     assert fingerprint([], reward=first) != fingerprint([], reward=second)
     for reward in (first, second):
@@ -773,3 +777,15 @@ def test_the_table_has_no_columns_that_no_verifier_fills() -> None:
     header, _, row = evaluation_table({"silent": evaluation(maj_at_k=None, extracted=None)}).splitlines()
     assert header.split() == ["set", "questions", "avg@k", "pass@k", "k", "length", "cut"]
     assert row.split()[:2] == ["silent", "40"]
+
+
+def test_validate_and_test_leave_curves_for_tensorboard(lab: Path) -> None:
+    """In a folder of their own: in the run's they would be a second point at iteration 0."""
+    for command, prefix in (("validate", "val"), ("test", "test")):
+        main([command, "--config", "tiny.yaml"])
+        content = json.loads((lab / "run" / "evaluations" / f"{command}.json").read_text())["starts"]
+        events = EventAccumulator(str(lab / "run" / "evaluations" / command)).Reload()
+        (accuracy,) = events.Scalars(f"{prefix}/starts/avg@4")
+        assert (accuracy.step, accuracy.value) == (0, pytest.approx(content["avg_at_k"]["mean"]))
+        drawn = {event.step: event.value for event in events.Scalars(f"{prefix}/starts/pass@j")}
+        assert drawn == pytest.approx({int(j): estimate["mean"] for j, estimate in content["pass_at_k"].items()})

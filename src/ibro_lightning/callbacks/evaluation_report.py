@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.tensorboard import SummaryWriter
 
 from ibro_lightning.callbacks.say import say
 from ibro_lightning.metrics import Estimate, Evaluation
@@ -18,7 +20,8 @@ from ibro_lightning.run_folders import evaluation_name, run_folder, write_json
 class EvaluationReport(pl.Callback):
     """Prints avg@k, pass@k and maj@k with 95 % bootstrap intervals and writes them to ``evaluations/*.json``.
 
-    The samples are beside it: the datamodule has written them.
+    The samples are in the folder beside it: the datamodule has written them. ``validate`` and ``test`` leave curves
+    for TensorBoard there, too.
     """
 
     @rank_zero_only
@@ -41,8 +44,19 @@ class EvaluationReport(pl.Callback):
         content = {set_name: evaluation.to_json() for set_name, evaluation in module.evaluations.items()}
         path = write_json(folder.with_name(folder.name + ".json"), content)
         mark_complete(folder)
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING:  # in training the curves are the run's own
+            write_curves(folder, module.evaluations, "test" if trainer.testing else "val", module.iteration)
             say(trainer, f"results   {path}\nsamples   {folder}")
+
+
+def write_curves(folder: Path, evaluations: Mapping[str, Evaluation], prefix: str, iteration: int) -> None:
+    """The numbers for TensorBoard, and pass@j drawn over j."""
+    with SummaryWriter(str(folder)) as writer:
+        for name, evaluation in evaluations.items():
+            for key, value in evaluation.scalars().items():
+                writer.add_scalar(f"{prefix}/{name}/{key}", value, iteration)
+            for j, estimate in evaluation.pass_at_k.items():
+                writer.add_scalar(f"{prefix}/{name}/pass@j", estimate.mean, j)
 
 
 def evaluation_table(evaluations: Mapping[str, Evaluation]) -> str:

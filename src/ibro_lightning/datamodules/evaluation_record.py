@@ -40,7 +40,7 @@ class EvaluationRecord:
         new = {"version": __version__, "fingerprint": fingerprint and dict(fingerprint), "complete": False, "files": {}}
         self._manifest = read_manifest(folder) or {}
         same = all(self._manifest.get(name) == new[name] for name in ("version", "fingerprint", "complete"))
-        self.continues = fingerprint is not None and same
+        self.continues = fingerprint is not None and same and isinstance(self._manifest.get("files"), dict)
         if self.continues:
             return
         if fingerprint is None:
