@@ -21,10 +21,11 @@ if sys.platform != "linux":
 
 from ibro_lightning.errors import ConfigError, RewardError
 from ibro_lightning.responses import Completion, Prompt
-from ibro_lightning.rewards import PoolOptions, RewardPool, code_child, sandbox, sandbox_folder
-from ibro_lightning.rewards.code import CodeReward, last_program
-from ibro_lightning.rewards.code_tests import OpenTest, TestParts, take_apart, trusted_names
-from ibro_lightning.rewards.sandbox import SandboxLimits, run_python
+from ibro_lightning.rewards import PoolOptions, RewardPool
+from ibro_lightning.rewards.code import child, sandbox, sandbox_folder
+from ibro_lightning.rewards.code.reward import CodeReward, last_program
+from ibro_lightning.rewards.code.sandbox import SandboxLimits, run_python
+from ibro_lightning.rewards.code.unit_tests import OpenTest, TestParts, take_apart, trusted_names
 
 QUICK = SandboxLimits(wall_s=1.5, cpu_s=1, memory_mib=256)
 DOUBLE = {"tests": ["assert f(2) == 4", "assert f(0) == 0", "assert f(-1.5) == -3"]}
@@ -165,7 +166,7 @@ def test_expected_values_never_enter_the_programs_process(monkeypatch: pytest.Mo
         programs.append(program)
         return run_python(program, **options)
 
-    monkeypatch.setattr("ibro_lightning.rewards.code.run_python", spy)
+    monkeypatch.setattr("ibro_lightning.rewards.code.reward.run_python", spy)
     tests = ["want = 314159\nassert f(2) == want", "assert abs(f(2) - 314159) < 1", "assert f(2) in (1, 314159)"]
     assert judge("def f(x): return 314159 + 0 * x", {"tests": tests}) == 1.0
     with_response, without = programs
@@ -315,7 +316,7 @@ plain_values = st.recursive(
 @given(plain_values)
 @settings(max_examples=200, deadline=None)
 def test_values_arrive_as_they_are(value: object) -> None:
-    arrived = code_child.rebuilt(ast.literal_eval(repr(code_child.plain(value))))
+    arrived = child.rebuilt(ast.literal_eval(repr(child.plain(value))))
     assert arrived == value
     assert type(arrived) is type(value)
 

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 
 from ibro_lightning.errors import RewardError
 from ibro_lightning.responses import Completion, Prompt
-from ibro_lightning.rewards.dapo import DapoMathReward, dapo_score
+from ibro_lightning.rewards.mathematics.dapo import DapoMathReward, dapo_score
 
 REMOVED_UNITS = (
     *("square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "sue", "points", "feet", "minutes"),
     *("digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students", "children tickets"),
     "multiples",
 )
-# (response, gold, verdict). The verdicts are those of verl's math_dapo.py at commit 012542c; the oddities (the commas of
-# lists, "banana", the first formula of a line) are its own.
+# (response, gold, verdict). The verdicts are those of verl's math_dapo.py at commit 012542c; the oddities (the commas
+# of lists, "banana", the first formula of a line) are its own.
 PUBLISHED = [
     # where the answer is read
     ("Answer: 34", "34", 1),

@@ -23,8 +23,8 @@ from ibro_lightning.rewards import (
     RewardPool,
     VerifiableReward,
 )
-from ibro_lightning.rewards.code import CodeReward
-from ibro_lightning.rewards.sandbox import SandboxLimits
+from ibro_lightning.rewards.code.reward import CodeReward
+from ibro_lightning.rewards.code.sandbox import SandboxLimits
 
 DEADLINE_S = 1.5
 FRAGMENTS = (

@@ -22,9 +22,9 @@ if sys.platform != "linux":
     pytest.skip("the sandbox needs Linux", allow_module_level=True)
 
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.rewards import sandbox, sandbox_folder
-from ibro_lightning.rewards.sandbox import SandboxLimits, run_python
-from ibro_lightning.rewards.sandbox_filter import seccomp_filter
+from ibro_lightning.rewards.code import sandbox, sandbox_folder
+from ibro_lightning.rewards.code.sandbox import SandboxLimits, run_python
+from ibro_lightning.rewards.code.sandbox_filter import seccomp_filter
 
 QUICK = SandboxLimits(wall_s=1.5, cpu_s=1, memory_mib=256)
 HAS_LANDLOCK = sandbox.landlock_version() >= 3
@@ -352,7 +352,7 @@ def test_the_filter_on_both_machines(machine: str, column: int, number: int) -> 
 
 @pytest.mark.skipif(not Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h").exists(), reason="no kernel headers")
 def test_the_numbers_are_the_kernels() -> None:
-    from ibro_lightning.rewards import sandbox_filter as tables
+    from ibro_lightning.rewards.code import sandbox_filter as tables
 
     words = " ".join(
         (tables._ALLOWED, tables._OPEN, tables._CHANGE_FOLDER, tables._FCNTL, tables._IOCTL, tables._PRLIMIT)
@@ -388,7 +388,7 @@ def test_it_works_in_threads_side_by_side_and_with_sigint_ignored() -> None:
 def test_the_program_dies_with_its_parent_and_the_folder_is_removed_later(tmp_path: Path) -> None:
     folder = Path(tempfile.gettempdir())
     code = (
-        "from ibro_lightning.rewards.sandbox import run_python\n"
+        "from ibro_lightning.rewards.code.sandbox import run_python\n"
         'run_python(\'import time\\nopen("here", "w").close()\\ntime.sleep(60)\')'
     )
     parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(folder)})

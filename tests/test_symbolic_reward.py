@@ -14,9 +14,9 @@ from sympy import Pow, Symbol, factorial, sympify
 
 from ibro_lightning.errors import ConfigError, RewardError
 from ibro_lightning.responses import Completion, Prompt
-from ibro_lightning.rewards import symbolic
-from ibro_lightning.rewards.expression_size import is_heavy
-from ibro_lightning.rewards.symbolic import MathVerifyReward, math_verify_score
+from ibro_lightning.rewards.mathematics import symbolic
+from ibro_lightning.rewards.mathematics.expression_size import is_heavy
+from ibro_lightning.rewards.mathematics.symbolic import MathVerifyReward, math_verify_score
 
 
 def judged(response: str, answer: object, **options: object) -> tuple[float, str | None]:
@@ -233,7 +233,7 @@ def test_the_estimate_of_size_evaluates_nothing() -> None:
 
 def test_importing_and_pickling_the_reward_needs_no_sympy() -> None:
     code = (
-        "import pickle, sys; from ibro_lightning.rewards.symbolic import MathVerifyReward; "
+        "import pickle, sys; from ibro_lightning.rewards.mathematics.symbolic import MathVerifyReward; "
         "pickle.loads(pickle.dumps(MathVerifyReward())); assert not {'sympy', 'math_verify'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

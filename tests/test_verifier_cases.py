@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from ibro_lightning.answers import canonical_gold
-from ibro_lightning.rewards.dapo import dapo_score
-from ibro_lightning.rewards.symbolic import math_verify_score
+from ibro_lightning.rewards.mathematics.dapo import dapo_score
+from ibro_lightning.rewards.mathematics.symbolic import math_verify_score
 
 DATA = Path(os.environ.get("IBRO_DATA", Path(__file__).parents[2] / "shared" / "data"))
 BOTH = {"match_types": ["latex", "expr"]}

@@ -4,6 +4,7 @@ from ibro_lightning.datamodules.collector import Collector
 from ibro_lightning.datamodules.contamination import Overlap, overlaps
 from ibro_lightning.datamodules.dataset_source import DatasetSource, SourceReport
 from ibro_lightning.datamodules.evaluation import EvalSet, EvaluationDataModule
+from ibro_lightning.datamodules.gym_source import ReasoningGymSource
 from ibro_lightning.datamodules.mixture import MixturePart, MixtureSource
 from ibro_lightning.datamodules.prompts import PromptCursor, PromptLimits, encode_prompts
 from ibro_lightning.datamodules.rollout import DynamicSampling, RolloutDataModule
@@ -28,6 +29,7 @@ __all__ = [
     "PromptCursor",
     "PromptLimits",
     "PromptSource",
+    "ReasoningGymSource",
     "RolloutDataModule",
     "SFTDataModule",
     "SourceReport",

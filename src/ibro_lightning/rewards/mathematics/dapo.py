@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ibro_lightning.errors import RewardError
 from ibro_lightning.responses import Completion, Prompt
-from ibro_lightning.rewards.answer_text import final_answer, same_answer, spelled, without_special_tokens
 from ibro_lightning.rewards.base import Verdict, VerifiableReward
-from ibro_lightning.rewards.dapo_rule import normalized, published_answer
+from ibro_lightning.rewards.mathematics.answer_text import final_answer, same_answer, spelled, without_special_tokens
+from ibro_lightning.rewards.mathematics.dapo_rule import normalized, published_answer
 
 _TAIL = 300
 """Characters at the end of a response in which the lenient rule looks for the answer, as the published one does."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from ibro_lightning.answers import boxed, canonical_gold
-from ibro_lightning.rewards.dapo_rule import tidied
+from ibro_lightning.rewards.mathematics.dapo_rule import tidied
 
 
 def _words(text: str) -> frozenset[str]:

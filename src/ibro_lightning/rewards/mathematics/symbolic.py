@@ -13,9 +13,9 @@ from typing import Any
 
 from ibro_lightning.errors import ConfigError, RewardError
 from ibro_lightning.responses import Completion, Prompt
-from ibro_lightning.rewards.answer_text import answer_line, bare, without_special_tokens
 from ibro_lightning.rewards.base import Verdict, VerifiableReward
-from ibro_lightning.rewards.expression_size import is_heavy
+from ibro_lightning.rewards.mathematics.answer_text import answer_line, bare, without_special_tokens
+from ibro_lightning.rewards.mathematics.expression_size import is_heavy
 
 _KINDS = ("latex", "expr", "string")
 _LAST_CHARS = 5000

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from ibro_lightning.errors import ConfigError, RewardError
 from ibro_lightning.responses import Completion, Prompt
 from ibro_lightning.rewards.base import Verdict, VerifiableReward
-from ibro_lightning.rewards.code_tests import VALUE, OpenTest, TestParts, take_apart, trusted_names
-from ibro_lightning.rewards.sandbox import DEFAULT_LIMITS, SandboxLimits, SandboxResult, run_python
+from ibro_lightning.rewards.code.sandbox import DEFAULT_LIMITS, SandboxLimits, SandboxResult, run_python
+from ibro_lightning.rewards.code.unit_tests import VALUE, OpenTest, TestParts, take_apart, trusted_names
 
 _FENCE = "```"
 _PYTHON = ("python", "py", "python3")
@@ -56,7 +56,7 @@ class CodeReward(VerifiableReward):
     strings, lists, tuples, sets, dictionaries, deques). So exit codes, faked output, overridden ``__eq__`` and
     builtins, and tampering with the interpreter gain nothing: a response must come up with the values. It can still
     hard-code those that its prompt shows. Asserts that cannot be taken apart (loops around asserts, functions passed
-    to checkers, caught exceptions: see :mod:`.code_tests`) have no such guarantee and are refused unless
+    to checkers, caught exceptions: see :mod:`.unit_tests`) have no such guarantee and are refused unless
     ``open_tests`` is "run".
 
     Args:
@@ -195,7 +195,7 @@ def _broken(prompt: Prompt, why: str) -> RewardError:
 
 
 def _checks(parts: Sequence[TestParts], told: Sequence[str]) -> list[tuple[int, str, list[str], dict[str, str]]]:
-    """Arguments of ``code_child.check``: the tests that can be taken apart and of which something was told."""
+    """Arguments of ``child.check``: the tests that can be taken apart and of which something was told."""
     values: dict[tuple[str, str], str] = {}
     for line in told:
         kind, _, rest = line.partition(" ")
@@ -224,7 +224,7 @@ def _take_apart(setup: str, entry_point: str | None, test: str) -> TestParts | O
 
 @cache
 def _child_source() -> str:
-    return Path(__file__).with_name("code_child.py").read_text(encoding="utf-8")
+    return Path(__file__).with_name("child.py").read_text(encoding="utf-8")
 
 
 def _lines(text: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.responses import Completion, Prompt
-from ibro_lightning.rewards import pool_server
+from ibro_lightning.rewards.pool import server
 
 START_S = 120.0
 """Seconds to wait for the server: it imports what the rewards need."""
@@ -70,7 +70,7 @@ class ServerDied(Exception):
 
 
 class Server:
-    """The process that forks workers, seen from here. See :mod:`.pool_server`."""
+    """The process that forks workers, seen from here. See :mod:`.server`."""
 
     def __init__(self, pickled: bytes, memory_mib: int) -> None:
         self.channel, theirs = socket.socketpair()
@@ -81,7 +81,7 @@ class Server:
                 "TOKENIZERS_PARALLELISM": "0",
             }
             self.process = subprocess.Popen(
-                [sys.executable, "-c", f"from {pool_server.__name__} import main; main({theirs.fileno()})"],
+                [sys.executable, "-c", f"from {server.__name__} import main; main({theirs.fileno()})"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C in the terminal is for the trainer alone

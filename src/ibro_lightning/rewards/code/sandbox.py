@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ibro_lightning.errors import ConfigError, check_at_least
-from ibro_lightning.rewards.sandbox_filter import seccomp_filter
-from ibro_lightning.rewards.sandbox_folder import folder_size, temporary_folder
-from ibro_lightning.rewards.sandbox_host import (
+from ibro_lightning.rewards.code.sandbox_filter import seccomp_filter
+from ibro_lightning.rewards.code.sandbox_folder import folder_size, temporary_folder
+from ibro_lightning.rewards.code.sandbox_host import (
     LANDLOCK_THAT_TRUNCATES,
     environment,
     landlock_version,

@@ -23,8 +23,8 @@ from ibro_lightning.errors import ConfigError, RewardError, check_at_least
 from ibro_lightning.responses import RewardResult
 from ibro_lightning.rewards.base import Answered, Reward
 from ibro_lightning.rewards.combine import judge_here
-from ibro_lightning.rewards.pool_processes import Server, ServerDied, Slice, Worker
-from ibro_lightning.rewards.pool_server import MEMORY
+from ibro_lightning.rewards.pool.processes import Server, ServerDied, Slice, Worker
+from ibro_lightning.rewards.pool.server import MEMORY
 
 Stopped = Literal["timeout", "memory", "crash"]
 SLICE = 8
