@@ -31,6 +31,8 @@ SLICE = 8
 """Responses sent to a worker at once: enough to make a message worth its while, few enough to share the work evenly."""
 SMALL = 64 * 2**10
 """Bytes that a socket takes without waiting for its reader. A worker gets its next message early only below this."""
+NAP_S = 0.01
+"""Longest time for which messages are left to gather: to wake for each of them would take a core from the workers."""
 MAX_RESTARTS = 3
 
 
@@ -94,6 +96,7 @@ class RewardPool:
         self._counts: dict[Stopped, int] = {"timeout": 0, "memory": 0, "crash": 0}
         self.longest_s = 0.0
         """Longest that a response (or a group) took so far, until it was judged or its worker was gone."""
+        self._mean_s = 0.0
         self._restarts = 0
         self._server: Server | None = None
         self._finalizer: Any = None
@@ -197,12 +200,14 @@ class RewardPool:
             for worker in busy:
                 selector.register(worker.conn, selectors.EVENT_READ, worker)
             heard = [key.data for key, _ in selector.select(max(0.0, patience))]
+        if all(len(worker.slices) > 1 for worker in busy):  # nobody runs dry meanwhile
+            time.sleep(min(NAP_S, SLICE / 2 * self._mean_s, busy[0].slices[0].deadline_s / 20))
         for worker in heard:
-            while worker.slices and worker.conn.poll():
+            while worker.slices and worker.has_news:
                 if not self._receive(worker, waiting, results):
                     break
         for worker in busy:
-            if worker.slices and time.monotonic() >= worker.expires and not worker.conn.poll():
+            if worker.slices and time.monotonic() >= worker.expires and not worker.has_news:
                 self._stop(worker, "timeout", waiting, results)
 
     def _receive(self, worker: Worker, waiting: deque[Slice], results: list[list[RewardResult | None]]) -> bool:
@@ -219,6 +224,7 @@ class RewardPool:
             raise said
         now = time.monotonic()
         self.longest_s = max(self.longest_s, now - worker.started)
+        self._mean_s += 0.05 * (now - worker.started - self._mean_s)
         current, worker.started = worker.slices.popleft(), now
         results[current.place][current.offset : current.offset + len(said)] = said
         worker.slices.extendleft(current.rest(len(said)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
 import socket
 import struct
 import subprocess
@@ -60,9 +61,18 @@ class Worker:
     started: float = 0.0
     """When the response at the head of the first slice was begun."""
 
+    def __post_init__(self) -> None:
+        self._poll = select.poll()  # Connection.poll() makes a new one every time
+        self._poll.register(self.conn.fileno(), select.POLLIN)
+
     @property
     def expires(self) -> float:
         return self.started + self.slices[0].deadline_s
+
+    @property
+    def has_news(self) -> bool:
+        """There is something to read, if only that it is dead."""
+        return bool(self._poll.poll(0))
 
 
 class ServerDied(Exception):
