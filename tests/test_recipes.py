@@ -134,3 +134,25 @@ def test_the_readmes_algorithms_are_options_that_parse_and_build(
     for setting in ("policy", "policy_options", "regularizer", "optimizer"):
         del settings[setting]
     DAPOModule(str(tiny_policy), kl=kl, **settings)
+
+
+@pytest.mark.parametrize("algorithm", ["dapo", "ppo"])
+@pytest.mark.parametrize(("arm", "regularizer"), [("naive", "EntropyBonus"), ("none", "NoRegularizer")])
+def test_the_papers_arms_differ_in_the_regularizer_alone(algorithm: str, arm: str, regularizer: str) -> None:
+    """Otherwise their difference would say nothing about it."""
+    ours, theirs = (yaml.safe_load(find_config(f"{algorithm}_{name}.yaml").read_text()) for name in ("ib", arm))
+    assert ours["model"]["init_args"].pop("regularizer")["class_path"] == "InformationBottleneck"
+    assert theirs["model"]["init_args"].pop("regularizer")["class_path"] == regularizer
+    for recipe in (ours, theirs):
+        recipe["trainer"].pop("default_root_dir")
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", ["dapo_ib.yaml", "ppo_ib.yaml", "eval_math.yaml"])
+def test_the_papers_evaluation_is_avg_at_32_on_three_sets(name: str) -> None:
+    sets = yaml.safe_load(find_config(name).read_text())["data"]["init_args"]["eval_sets"]
+    assert list(sets) == ["amc23", "aime24", "aime25"]
+    for eval_set in sets.values():
+        assert eval_set["samples"] == 32
+        assert eval_set["sampling"] == {"temperature": 1.0, "top_p": 0.7, "max_tokens": 20480}
+        assert eval_set["source"]["init_args"]["template"] == "dapo"
