@@ -221,7 +221,11 @@ def test_ten_thousand_of_them() -> None:
     assert became == {"wrong": len(programs)}  # the sandbox ends them, the pool need not
 
 
-@pytest.mark.parametrize("reward", [LastNumberReward(), DapoMathReward(), DapoMathReward(strict=False)], ids=str)
+@pytest.mark.parametrize(
+    "reward",
+    [LastNumberReward(), DapoMathReward(), DapoMathReward(strict=False)],
+    ids=["last number", "dapo", "dapo lenient"],
+)
 def test_rewards_that_stay_in_the_trainers_process_are_quick_whatever_is_said(reward: VerifiableReward) -> None:
     """They are not in the pool: nobody would stop them."""
     assert not reward.pooled
