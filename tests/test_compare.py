@@ -32,9 +32,9 @@ SECOND: Sets = {
 """On amc ½, 0, 1, 0 become 1, ½, 1, ½; on aime 0, ½ become 0, 1."""
 
 
-def evaluated(folder: Path, sets: Sets, *, complete: bool = True, gold: int = 7) -> Path:
+def evaluated(folder: Path, sets: Sets, *, complete: bool = True, gold: int = 7, rewards: str = "symbolic") -> Path:
     """What an evaluation leaves, in batches of two questions."""
-    record = EvaluationRecord(folder, {"weights": str(folder)})
+    record = EvaluationRecord(folder, {"weights": str(folder), "rewards": rewards})
     for name, questions in sets.items():
         rows = list(questions.items())
         for batch, start in enumerate(range(0, len(rows), 2)):
@@ -217,3 +217,12 @@ def test_the_command_needs_two_evaluations(capsys: pytest.CaptureFixture[str]) -
         main(["compare", "a"])
     assert stop.value.code == 2
     assert "second" in capsys.readouterr().err
+
+
+def test_another_verifier_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The difference is then not the policy's alone."""
+    paths = [evaluated(tmp_path / name, FIRST, rewards=name) for name in ("symbolic", "strict")]
+    main(["compare", *map(str, paths)])
+    assert "note: the two evaluations differ in rewards, too" in capsys.readouterr().out
+    main(["compare", str(paths[0]), str(paths[0])])
+    assert "note" not in capsys.readouterr().out

@@ -784,7 +784,7 @@ def test_validate_and_test_leave_curves_for_tensorboard(lab: Path) -> None:
     for command, prefix in (("validate", "val"), ("test", "test")):
         main([command, "--config", "tiny.yaml"])
         content = json.loads((lab / "run" / "evaluations" / f"{command}.json").read_text())["starts"]
-        events = EventAccumulator(str(lab / "run" / "evaluations" / command)).Reload()
+        events = EventAccumulator(str(lab / "run" / "evaluations" / command / "_curves")).Reload()
         (accuracy,) = events.Scalars(f"{prefix}/starts/avg@4")
         assert (accuracy.step, accuracy.value) == (0, pytest.approx(content["avg_at_k"]["mean"]))
         drawn = {event.step: event.value for event in events.Scalars(f"{prefix}/starts/pass@j")}

@@ -242,3 +242,30 @@ class TestMalformedFiles:
         (tmp_path / "m.jsonl").write_text('{"problem": "one \\ud83d?", "answer": "1"}\n')
         assert "source.prompt_column: 'problem' - " in error(tmp_path / "m.jsonl")
         assert "line 1: it holds half a surrogate pair" in error(tmp_path / "m.jsonl")
+
+
+def test_parquet_that_is_not_utf8_names_row_and_column(tmp_path: Path) -> None:
+    """pyarrow trusts the writer; copying the file again, the remedy for damage, would not help."""
+    raw = pa.array([b"1+1?", b"caf\xe9?", b"2+2?"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
+    path = tmp_path / "bad.parquet"
+    pq.write_table(pa.table({"problem": text, "answer": ["2", "3", "4"]}), path)
+    with pytest.raises(ConfigError, match=r"bad.parquet.*data row 2, column 'problem': not UTF-8: convert the file"):
+        list(DatasetSource(str(path)).problems())
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl.gz", "x"])
+def test_a_file_with_another_ending_is_not_looked_for_on_the_hub(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"problem": "1+1?", "answer": "2"}\n')
+    with pytest.raises(ConfigError, match=r"source.path: .* - write a .jsonl, .json, .csv or .parquet file"):
+        list(DatasetSource(str(tmp_path / name)).problems())
+
+
+def test_endings_may_be_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "X.JSONL").write_text('{"problem": "1+1?", "answer": "2"}\n')
+    assert [problem.answer for problem in DatasetSource(str(tmp_path / "X.JSONL")).problems()] == ["2"]
+
+
+def test_a_long_field_of_a_csv_file_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text(f"problem,answer\n{'1+' * 100_000}1,100001\n")
+    assert [problem.answer for problem in DatasetSource(str(tmp_path / "long.csv")).problems()] == ["100001"]

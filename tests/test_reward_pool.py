@@ -332,6 +332,7 @@ def run_script(code: str, folder: Path, **environment: str) -> subprocess.Comple
 
 SCRIPT = """
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it, and so do their children
 from ibro_lightning.responses import Completion, Prompt
 from ibro_lightning.rewards import PoolOptions, RewardPool, VerifiableReward
 
@@ -373,10 +374,15 @@ class TestNothingIsLeft:
     def test_after_ctrl_c_in_the_middle(self, pool):
         pool(REWARD, texts("ok", "ok") * 8)
         workers = pool.worker_pids
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
         timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            pool(REWARD, texts(*["sleep:0.4"] * 64))
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                pool(REWARD, texts(*["sleep:0.4"] * 64))
+        finally:
+            timer.join()
+            signal.signal(signal.SIGINT, before)
         assert not any(alive(pid) for pid in workers)
         assert outcome(pool(REWARD, texts("ok"))) == [["right"]]
 
@@ -406,6 +412,19 @@ class TestNothingIsLeft:
                 os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=30)
         assert wait_until(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_a_trainer_that_stops_at_once_leaves_no_word_from_the_pool(tmp_path: Path) -> None:
+    """A wrong setting, say, while the pool's process is still importing: its complaint must stay the only one."""
+    result = run_script(
+        """
+        from ibro_lightning.rewards import MathVerifyReward, RewardPool
+        pool = RewardPool([MathVerifyReward()])
+        raise SystemExit("error: one line")
+        """,
+        tmp_path,
+    )
+    assert result.stderr == "error: one line\n"
 
 
 def test_works_under_lightnings_ddp(tmp_path: Path) -> None:

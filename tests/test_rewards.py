@@ -13,8 +13,10 @@ import torch
 from ibro_lightning.datamodules.collector import check_reward
 from ibro_lightning.errors import ConfigError, RewardError
 from ibro_lightning.rewards import (
+    CodeReward,
     CountdownReward,
     LastNumberReward,
+    MathVerifyReward,
     NumberPathReward,
     OverlongPenalty,
     Reward,
@@ -402,7 +404,7 @@ class TestScore:
 class TestCheckReward:
     def test_demands_an_accuracy(self):
         with pytest.raises(RewardError, match=r"OverlongPenalty.*overlong.*no 'accuracy'"):
-            check_reward(OverlongPenalty(8), prompt(), SamplingParams(max_tokens=20))
+            check_reward(OverlongPenalty(8), [prompt()], SamplingParams(max_tokens=20))
 
     def test_tries_an_empty_response_under_the_limit_it_will_have(self):
         seen = []
@@ -412,7 +414,7 @@ class TestCheckReward:
                 seen.append((prompt.id, completion.token_ids, completion.text, completion.max_tokens))
                 return False
 
-        check_reward(Watching(), prompt(), SamplingParams(max_tokens=20))
+        check_reward(Watching(), [prompt(), prompt(prompt_id="second")], SamplingParams(max_tokens=20))
         assert seen == [("gsm/17", (), "", 20)]
 
     def test_finds_a_reward_that_cannot_bear_an_empty_response(self):
@@ -421,8 +423,36 @@ class TestCheckReward:
                 return completion.text.split()[-1] == "8"
 
         with pytest.raises(RewardError, match=r"Fragile raised IndexError.*gsm/17"):
-            check_reward(Fragile(), prompt(), SamplingParams())
+            check_reward(Fragile(), [prompt()], SamplingParams())
 
     @pytest.mark.parametrize("reward", [LastNumberReward(), RewardSum([LastNumberReward(), OverlongPenalty(8)])])
     def test_good_rewards_pass(self, reward):
-        check_reward(reward, prompt("8"), SamplingParams(max_tokens=20))
+        check_reward(reward, [prompt("8")], SamplingParams(max_tokens=20))
+
+    @pytest.mark.parametrize(
+        ("reward", "bad"),
+        [
+            (MathVerifyReward(), "light blue or so"),
+            (LastNumberReward(), "none"),
+            (CodeReward(), {"tests": ["assert"]}),
+            (RewardSum([MathVerifyReward(), OverlongPenalty(8)]), "light blue or so"),
+        ],
+    )
+    def test_an_answer_that_cannot_be_used_is_found_before_training(self, reward, bad):
+        """Wherever it stands: drawn hours later, it would end the run then."""
+        good = {"tests": ["assert f(1) == 2"]} if isinstance(reward, CodeReward) else "8"
+        prompts = [prompt(good, "first"), prompt(good, "second"), prompt(bad, "gold/6")]
+        with pytest.raises(RewardError, match="gold/6"):
+            check_reward(reward, prompts, SamplingParams(max_tokens=20))
+
+    def test_rewards_that_may_be_slow_are_tried_on_one_prompt_of_each_part(self):
+        seen = []
+
+        class Watching(VerifiableReward):
+            def verify(self, prompt, completion):
+                seen.append(prompt.id)
+                return False
+
+        parts = [Prompt(f"{part}/{n}", "text", (1,), "8", part=part) for part in ("a", "b") for n in range(3)]
+        check_reward(Watching(), parts, SamplingParams(max_tokens=20))
+        assert sorted(seen) == ["a/0", "b/0"]

@@ -136,8 +136,7 @@ def test_wrong_options_name_what_is_allowed(options: dict[str, object], message:
 def test_a_gold_that_cannot_be_read_is_an_error_of_the_data(gold: str | None) -> None:
     with pytest.raises(RewardError, match=r"prompt '7': the gold answer .* cannot be read as mathematics"):
         judged("Answer: 42", gold)
-    with pytest.raises(ValueError, match="cannot be read as mathematics"):
-        math_verify_score("Answer: 42", gold or "")
+    assert math_verify_score("Answer: 42", gold) == 0.0  # the bare function judges, it does not complain
 
 
 def test_only_the_end_of_a_response_is_read_and_formulas_are_not_cut_open() -> None:

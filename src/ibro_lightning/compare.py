@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -86,18 +87,34 @@ def read_questions(path: Path) -> dict[str, dict[str, tuple[str, float]]]:
     Raises:
         ConfigError: there is no evaluation, it is not finished, or its samples cannot be read.
     """
+    folder, manifest = _opened(path)
+    if not manifest.get("complete"):
+        raise ConfigError("compare", str(path), "this evaluation is not finished: run the same command again")
+    try:
+        return {
+            part.name: _read_set(part)
+            for part in sorted(folder.iterdir())
+            if part.is_dir() and not part.name.startswith("_")
+        }
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ConfigError("compare", str(folder), f"the samples there cannot be read: {error}") from error
+
+
+def unlike(first: Path, second: Path) -> list[str]:
+    """Which of sampling and rewards differ between two evaluations, and should not if the policies are compared."""
+    a, b = (_opened(path)[1].get("fingerprint") or {} for path in (first, second))
+    return [name for name in ("sampling", "rewards") if a.get(name) != b.get(name)]
+
+
+def _opened(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of an evaluation, and its manifest."""
     folder = path.with_suffix("") if path.suffix == ".json" else path
     manifest = read_manifest(folder)
     if manifest is None:
         raise ConfigError(
             "compare", str(path), "no evaluation there: name evaluations/validate.json of a run, its samples beside it"
         )
-    if not manifest.get("complete"):
-        raise ConfigError("compare", str(path), "this evaluation is not finished: run the same command again")
-    try:
-        return {part.name: _read_set(part) for part in sorted(folder.iterdir()) if part.is_dir()}
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ConfigError("compare", str(folder), f"the samples there cannot be read: {error}") from error
+    return folder, manifest
 
 
 def _read_set(folder: Path) -> dict[str, tuple[str, float]]:
@@ -139,6 +156,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     comparisons = compare_evaluations(arguments.first, arguments.second)
     print(comparison_table(comparisons))
+    if differ := unlike(arguments.first, arguments.second):
+        print(f"note: the two evaluations differ in {', '.join(differ)}, too, not in the policy alone")
     if arguments.json:
         write_json(arguments.json, {name: asdict(comparison) for name, comparison in comparisons.items()})
         print(f"\nper question: {arguments.json}")

@@ -50,8 +50,8 @@ class EvaluationReport(pl.Callback):
 
 
 def write_curves(folder: Path, evaluations: Mapping[str, Evaluation], prefix: str, iteration: int) -> None:
-    """The numbers for TensorBoard, and pass@j drawn over j."""
-    with SummaryWriter(str(folder)) as writer:
+    """The numbers for TensorBoard, and pass@j drawn over j. (Readers of parquet folders pass over the underscore.)"""
+    with SummaryWriter(str(folder / "_curves")) as writer:
         for name, evaluation in evaluations.items():
             for key, value in evaluation.scalars().items():
                 writer.add_scalar(f"{prefix}/{name}/{key}", value, iteration)

@@ -55,15 +55,21 @@ class Collector:
         )
 
 
-def check_reward(reward: Reward, prompt: Prompt, sampling: SamplingParams, judge: Judge = judge_here) -> None:
-    """Judge an empty response before anything expensive starts, so that a broken reward is found in the first second.
+def check_reward(
+    reward: Reward, prompts: Sequence[Prompt], sampling: SamplingParams, judge: Judge = judge_here
+) -> None:
+    """Judge an empty response before anything expensive starts, so that a broken reward is found in the first seconds:
+    to the first prompt of each part of a mixture, and to every prompt if the rewards say that this is cheap.
 
     Raises:
-        RewardError: it raised, returned NaN, or does not say how accurate a response is.
+        RewardError: it raised, returned NaN, or does not say how accurate a response is; or an answer is unusable.
     """
+    if not all(leaf.tells_bad_answers for leaf in reward.leaves()):
+        prompts = list({prompt.part: prompt for prompt in reversed(prompts)}.values())
     empty = Completion((), (), "length", "", sampling.max_tokens, seed=0)
-    result: RewardResult = reward.judge([(prompt, [empty])], judge)[0][0]
-    if "accuracy" not in result.parts:
+    results: list[RewardResult] = [row[0] for row in reward.judge([(prompt, [empty]) for prompt in prompts], judge)]
+    if any("accuracy" not in result.parts for result in results):
+        result = results[0]
         raise RewardError(
             f"data.reward: {type(reward).__name__} names the parts {sorted(result.parts)} but no 'accuracy', "
             "which is what is reported and filtered on: add parts={'accuracy': 0 or 1, ...} to its RewardResult"

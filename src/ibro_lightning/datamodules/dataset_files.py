@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ibro_lightning.errors import ConfigError
@@ -43,7 +44,7 @@ class TextTable(Table):
 
     def __init__(self, path: str) -> None:
         data = Path(path).read_bytes()
-        read = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv}[Path(path).suffix]
+        read = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv}[Path(path).suffix.lower()]
         try:
             text = data.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
@@ -90,8 +91,11 @@ class ParquetTable(Table):
         try:
             with pq.ParquetFile(self.path) as parquet:
                 for batch in parquet.iter_batches(_BATCH, columns=list(columns), use_threads=False):
+                    _check_utf8(self.path, batch, number)
                     for number, values in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020  counts on
                         yield f"data row {number}", values
+        except ConfigError:
+            raise
         except Exception as error:
             names = ", ".join(columns)
             reason = f"damaged after data row {number}, in column {names} ({_reason(error)}): copy the file again"
@@ -105,7 +109,8 @@ class HubTable(Table):
         try:
             self._data = datasets.load_dataset(path, config, split=split)
         except Exception as error:  # datasets raises its own, pyarrow's, pandas' and the hub's errors
-            raise _unreadable(path, _reason(error.__cause__ or error)) from error
+            reason = f"{_reason(error.__cause__ or error)} - check name, config and split, and the network"
+            raise _unreadable(path, reason) from error
         self.columns = self._data.column_names
 
     def __len__(self) -> int:
@@ -125,8 +130,10 @@ def open_table(path: str, config: str | None, split: str) -> tuple[Table, list[r
     Raises:
         ConfigError: it cannot be read. One line that names the file and, where there is one, the place in it.
     """
-    suffix = Path(path).suffix
+    suffix = Path(path).suffix.lower()
     if suffix not in (".jsonl", ".json", ".csv", ".parquet"):
+        if Path(path).is_file():
+            raise ConfigError("source.path", path, "write a .jsonl, .json, .csv or .parquet file")
         table: Table = HubTable(path, config, split)
         return table, [range(len(table))]
     if not Path(path).is_file():
@@ -166,6 +173,7 @@ def _read_json(path: str, text: str) -> Iterator[Row]:
 
 
 def _read_csv(path: str, text: str) -> Iterator[Row]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a prompt may be longer than its default
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = next(reader, [])
@@ -182,6 +190,21 @@ def _read_csv(path: str, text: str) -> Iterator[Row]:
             yield f"data row {number}", dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise _unreadable(path, f"line {reader.line_num}: {error}: check its quotes") from error
+
+
+def _check_utf8(path: str, batch: pa.RecordBatch, before: int) -> None:
+    """Parquet promises that its text is UTF-8, and not every writer keeps to it."""
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid:
+            for row in range(len(column)):
+                try:
+                    column[row].as_py()
+                except UnicodeDecodeError as error:
+                    raise _unreadable(
+                        path, f"data row {before + row + 1}, column {name!r}: not UTF-8: convert the file"
+                    ) from error
 
 
 def _parse(path: str, line: str, number: int) -> Any:

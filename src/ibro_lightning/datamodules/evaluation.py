@@ -110,7 +110,7 @@ class EvaluationDataModule(pl.LightningDataModule):
             prompts = encode_prompts(eval_set.source, provider.tokenizer, self.prompt_limits, setting=setting)
             check_vocabulary(prompts, spec, setting=setting)
             self._eval_prompts[name] = prompts[: eval_set.limit]
-            check_reward(eval_set.reward, prompts[0], eval_set.sampling, judge)
+            check_reward(eval_set.reward, self._eval_prompts[name], eval_set.sampling, judge)
         self.engine.setup(spec)
         for name, eval_set in sets.items():
             setting = f"data.eval_sets.{name}.sampling"

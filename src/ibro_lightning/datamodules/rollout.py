@@ -99,9 +99,7 @@ class RolloutDataModule(EvaluationDataModule):
                 )
             prompts = encode_prompts(self.source, provider.tokenizer, self.prompt_limits, setting="data.source")
             check_vocabulary(prompts, provider.model_spec(), setting="data.source")
-            judge = self.start_judging(stage)
-            for first in {prompt.part: prompt for prompt in reversed(prompts)}.values():  # of each part of a mixture
-                check_reward(self.reward, first, self.sampling, judge)
+            check_reward(self.reward, prompts, self.sampling, self.start_judging(stage))
             self._cursor = PromptCursor(prompts, run_seed(), self.source.weights)
         super().setup(stage)
         if self._cursor is not None:

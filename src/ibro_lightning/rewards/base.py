@@ -26,6 +26,9 @@ class Reward(ABC):
     the trainer's process: it is quick whatever a response says, or it holds something that cannot leave (a model)."""
     deadline_s: float | None = None
     """Seconds after which the pool stops it; None takes the pool's own deadline."""
+    tells_bad_answers: bool = False
+    """An empty response is judged in no time, and an answer of a prompt that cannot be used raises even then: every
+    prompt is tried so before training, not when it is drawn hours later."""
     one_by_one: bool = False
     """Each response is judged without a look at the others: the deadline is then for one response."""
 

@@ -49,7 +49,7 @@ class ReasoningGymReward(VerifiableReward):
     Needs ``pip install 'ibro-lightning[reasoning-gym]'``.
     """
 
-    pooled = True
+    tells_bad_answers = True
 
     def __init__(
         self,
@@ -67,9 +67,7 @@ class ReasoningGymReward(VerifiableReward):
         self.tag, self.threshold, self.partial = tag, threshold, partial
         library()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A pool's process loads the library when it gets the reward, and not within the first response's deadline."""
-        self.__dict__.update(state)
+    def preload(self) -> None:
         library()
 
     def verify(self, prompt: Prompt, completion: Completion) -> Verdict:

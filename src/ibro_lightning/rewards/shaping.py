@@ -20,6 +20,7 @@ class OverlongPenalty(Reward):
     """
 
     pooled = False  # arithmetic, bounded by construction
+    tells_bad_answers = True  # of any kind: it reads none
 
     def __init__(self, buffer_tokens: int, factor: float = 1.0) -> None:
         if buffer_tokens < 1:

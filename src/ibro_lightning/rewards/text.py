@@ -27,6 +27,7 @@ class LastNumberReward(VerifiableReward):
     """Right if the last number in the response equals the answer, compared as exact values (``8`` = ``8.0``)."""
 
     pooled = False  # reads the response's end only, bounded by construction
+    tells_bad_answers = True
 
     def verify(self, prompt: Prompt, completion: Completion) -> Verdict:
         gold = last_number(str(prompt.answer))

@@ -67,7 +67,7 @@ class CodeReward(VerifiableReward):
             response that sets out to can fake.
     """
 
-    pooled = True
+    tells_bad_answers = True
 
     def __init__(
         self,
@@ -86,6 +86,8 @@ class CodeReward(VerifiableReward):
 
     def verify(self, prompt: Prompt, completion: Completion) -> Verdict:
         problem = _read_tests(prompt)
+        for test in problem.tests:
+            self._parts(prompt, problem, test)  # a test that cannot be used is an error whatever the response says
         program = last_program(completion.text) if self.fenced else completion.text
         if not program.strip():
             return Verdict(0.0, "")

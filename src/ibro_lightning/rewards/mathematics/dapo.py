@@ -29,7 +29,7 @@ def dapo_score(response: str, gold: str, *, strict: bool = True) -> float:
             a box, or without either the last formula. Several answers (``34 or 35``), ranges and expressions that
             merely contain the gold (``34x``, ``2 \cdot 34``) stay wrong.
     """
-    return _judge(response, gold, strict).accuracy
+    return _judge(str(response), str(gold), strict).accuracy
 
 
 class DapoMathReward(VerifiableReward):
@@ -43,6 +43,7 @@ class DapoMathReward(VerifiableReward):
     """
 
     pooled = False  # looks at 300 characters, with patterns whose time is at most quadratic in them
+    tells_bad_answers = True
 
     def __init__(self, strict: bool = True, correct: float = 1.0, incorrect: float = -1.0) -> None:
         super().__init__(correct, incorrect)

@@ -30,8 +30,6 @@ _FUNCTION = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp
 _WORD = re.compile(
     rf"\b(?!(?:{'|'.join(_FUNCTION.split())})\b)(?:[A-Za-z]{{3,}}|is|of|to|by|be|as|on|it|if|an|no|at)\b"
 )
-
-
 _SENTENCE = re.compile(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}")
 
 
@@ -47,7 +45,8 @@ class _Options:
 
 
 def math_verify_score(response: str, gold: str, **options: Any) -> float:
-    """1.0 if the answer in ``response`` is mathematically the same as ``gold``, 0.0 if it is not or cannot be read.
+    """1.0 if the answer in ``response`` is mathematically the same as ``gold``; 0.0 if it is not, or if nothing can be
+    read in one of them. (:class:`MathVerifyReward` takes an unreadable gold for the broken data that it is.)
 
     Without a time limit: what hangs must be stopped from outside, as ``data.reward_pool`` does. (The library's own
     limits are alarm signals, which fail in threads and do not interrupt C code; they are switched off.)
@@ -59,11 +58,14 @@ def math_verify_score(response: str, gold: str, **options: Any) -> float:
             of ``precision``.
 
     Raises:
-        ValueError: nothing can be read in ``gold``.
         ConfigError: an option that does not exist, or cannot be.
     """
     last_chars = options.pop("last_chars", _LAST_CHARS)
-    return _judge(response, gold, _checked(options, last_chars), last_chars).accuracy
+    checked = _checked(options, last_chars)
+    try:
+        return _judge(str(response), str(gold), checked, last_chars).accuracy
+    except ValueError:
+        return 0.0
 
 
 class MathVerifyReward(VerifiableReward):
@@ -72,6 +74,9 @@ class MathVerifyReward(VerifiableReward):
     The answer is the value of the last "Answer:" line if it stands there alone and no box follows it. Otherwise it is
     what the library takes: the last ``\boxed{}`` (several, if they stand together: a set), then "the final answer is
     ...", then what follows the word "answer", then the last formula, then the last number.
+
+    More lenient than it may look: of ``Answer: $34$ or maybe $35$`` the first formula counts, and words behind a number
+    are passed over, a unit as well as the "million" of ``34 million``.
 
     Args:
         match_types: what to look for: "latex", "expr" (plain numbers and arithmetic), "string" (a letter A to D).
@@ -87,6 +92,8 @@ class MathVerifyReward(VerifiableReward):
         ConfigError: a match type that does not exist, or a number that cannot be.
         RewardError: an answer of a prompt that cannot be read.
     """
+
+    tells_bad_answers = True
 
     def __init__(
         self,

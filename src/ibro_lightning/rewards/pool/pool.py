@@ -256,14 +256,12 @@ class RewardPool:
 
 def _pickle(rewards: list[Reward]) -> bytes:
     """By value where a class cannot be imported elsewhere: those of notebooks and scripts."""
-    for reward in rewards:
-        try:
-            cloudpickle.dumps(reward)
-        except Exception as error:
-            raise ConfigError(
-                "data.reward_pool",
-                type(reward).__name__,
-                f"this reward cannot be sent to worker processes ({type(error).__name__}: {error}): set pooled = False "
-                "in its class, or write data.reward_pool: null",
-            ) from error
-    return cloudpickle.dumps(rewards)
+    try:
+        return cloudpickle.dumps(rewards)
+    except Exception as error:
+        raise ConfigError(
+            "data.reward_pool",
+            ", ".join(type(reward).__name__ for reward in rewards),
+            f"cannot be sent to worker processes ({type(error).__name__}: {error}): set pooled = False in the class of "
+            "the reward that holds this, or write data.reward_pool: null",
+        ) from error

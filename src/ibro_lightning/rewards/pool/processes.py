@@ -107,8 +107,8 @@ class Server:
                 raise ConfigError(
                     "data.reward_pool",
                     complaint,
-                    "the rewards cannot be loaded in a worker process: define them in a module that can be imported "
-                    "there, set pooled = False in the reward's class, or write data.reward_pool: null",
+                    "a worker process cannot load and preload the rewards: mend that, set pooled = False in the "
+                    "reward's class, or write data.reward_pool: null",
                 )
             self.ready = True
 

@@ -42,7 +42,7 @@ def serve(channel: socket.socket) -> None:
         for reward in rewards:
             reward.preload()
     except BaseException as error:
-        conn.send(f"{type(error).__name__}: {error}")
+        conn.send(" ".join(f"{type(error).__name__}: {error}".split()))
         return
     conn.send(None)
     gc.freeze()  # a collection in a worker would copy every page that it shares with the others
@@ -144,4 +144,5 @@ def _judge(reward: Reward, prompt: Any, completions: Sequence[Any]) -> list[Rewa
 def main(fd: int) -> None:
     """Serve the pool at the other end of this socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
-    serve(socket.socket(fileno=fd))
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the trainer is gone already
+        serve(socket.socket(fileno=fd))
