@@ -11,18 +11,18 @@ import math
 import re
 from decimal import Decimal
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # "\{" is a character to LaTeX, not the beginning of a group
 
 # A comma alone, or one of LaTeX's ways to write it without the space of a list: 10,\!080  10{,}080  10\,080
-_THOUSANDS = r"(?:,(?:\\!\s*)?|\{,\}(?:\\!\s*)?|\\,)"
+THOUSANDS = r"(?:,(?:\\!\s*)?|\{,\}(?:\\!\s*)?|\\,)"
 _NUMBER = (
-    rf"(?P<sign>[-+−]?)\s*(?P<whole>[1-9][0-9]{{0,2}}(?:{_THOUSANDS}[0-9]{{3}})+|[0-9]+)(?:\.(?P<decimals>[0-9]+))?"
+    rf"(?P<sign>[-+−]?)\s*(?P<whole>[1-9][0-9]{{0,2}}(?:{THOUSANDS}[0-9]{{3}})+|[0-9]+)(?:\.(?P<decimals>[0-9]+))?"
 )
 _DEGREES = r"\s*(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|°|º)"
 _PLAIN_NUMBER = re.compile(rf"(?:\\?\$\s*)?{_NUMBER}(?:{_DEGREES})?")
 _FRACTION_IN_DEGREES = re.compile(rf"([-+]?[0-9]*\\[dt]?frac\{{[0-9]+\}}\{{[0-9]+\}}){_DEGREES}")
-_SEPARATOR = re.compile(_THOUSANDS)
+_SEPARATOR = re.compile(THOUSANDS)
 _ABBREVIATION = re.compile(r"(?:[^\W\d_]\.){2,}$")
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 
@@ -37,7 +37,7 @@ def boxed(text: str) -> str | None:
     >>> boxed(r"\boxed{1} and \boxed{2")
     """
     start = None
-    for opening in _BOX.finditer(text):
+    for opening in BOX.finditer(text):
         start = opening.end()
     end = None if start is None else _closing(text, start)
     return text[start:end] if end is not None else None
@@ -125,7 +125,7 @@ def _unwrapped(text: str) -> str:
             # "$a$ and $b$" is not one formula; "\$" is a character.
             if not any(mark in inside.replace(r"\$", "") for mark in {"$", opening, closing}) and inside[-1:] != "\\":
                 return inside
-    if (box := _BOX.match(text)) and _closing(text, box.end()) == len(text) - 1:
+    if (box := BOX.match(text)) and _closing(text, box.end()) == len(text) - 1:
         return text[box.end() : -1]
     if text.endswith(".") and not (text.endswith(("..", r"\right.", r"\left.")) or _ABBREVIATION.search(text[-20:])):
         return text[:-1]

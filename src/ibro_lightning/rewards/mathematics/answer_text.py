@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from ibro_lightning.answers import boxed, canonical_gold
+from ibro_lightning.answers import BOX, THOUSANDS, boxed, canonical_gold
 from ibro_lightning.rewards.mathematics.dapo_rule import tidied
 
 
@@ -20,7 +20,6 @@ _SPECIAL_TOKEN = re.compile(r"<\|[^|<>\s]{1,64}\|>")
 # the next line that is not; or a displayed formula, which may take several lines.
 _LABEL = re.compile(r"(?i)\banswer[*_}]{0,4}[ \t]{0,4}[:：]")
 _VALUE = re.compile(r"[\s*_}]*(?:\$\$([^$]+)\$\$|\\\[((?:[^\\]|\\(?!\]))+)\\\]|([^\n]+))")
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _FORMULA = re.compile(
     r"\$\$([^$]+)\$\$|(?<!\\)\$((?:\\\$|[^$\n])+)(?<!\\)\$|\\\(((?:[^\\\n]|\\(?!\)))+)\\\)|\\\[((?:[^\\]|\\(?!\]))+)\\\]"
 )
@@ -34,8 +33,9 @@ _JOINED = re.compile(r"\s*,?\s*(?:or|and|to|-|–)\s*")
 _ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _ASCII |= {ord(space): ord(" ") for space in "\u3000\u00a0\u202f\u2009"} | {0x2212: ord("-")}
 
-_GROUPED = r"(?:,(?:\\!\s*)?|\{,\}(?:\\!\s*)?|\\,)[0-9]{3}"  # 10,080  10,\!080  10{,}080  10\,080
-_QUANTITY = re.compile(rf"([-+]?\s?(?:\\?[$€£]\s?)?(?:[0-9]+(?:{_GROUPED})*(?:\.[0-9]+)?|\.[0-9]+))(.*)", re.DOTALL)
+_QUANTITY = re.compile(
+    rf"([-+]?\s?(?:\\?[$€£]\s?)?(?:[0-9]+(?:{THOUSANDS}[0-9]{{3}})*(?:\.[0-9]+)?|\.[0-9]+))(.*)", re.DOTALL
+)
 _CURRENCY = re.compile(r"\\?[$€£]|\s")
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 _UNIT_SIGN = re.compile(r"\s*(?:\\?%|\\?\$|€|°|\^\s*\{?\s*\\circ\s*\}?|\\degree)")
@@ -69,7 +69,7 @@ def answer_line(text: str) -> str | None:
     a box comes after it."""
     labels = list(_LABEL.finditer(text))
     value = _VALUE.match(text, labels[-1].end()) if labels else None
-    if value is None or _BOX.search(text, value.end()):
+    if value is None or BOX.search(text, value.end()):
         return None
     return value[1] or value[2] or value[3]
 
@@ -99,8 +99,8 @@ def final_answer(text: str) -> str:
     text = text.translate(_ASCII)
     line = answer_line(text)
     if line is None:
-        return _box(text) if _BOX.search(text) else _last_formula(text)
-    if _BOX.search(line):
+        return _box(text) if BOX.search(text) else _last_formula(text)
+    if BOX.search(line):
         return _box(line)
     formulas = list(_FORMULA.finditer(line))
     if len(formulas) == 1:  # "The largest n is $34$", if nothing else on the line could be the answer
@@ -146,7 +146,7 @@ def _box(text: str) -> str:
     contents: list[str] = []
     next_start = len(text)
     while (inside := boxed(text)) is not None:
-        start = [opening.start() for opening in _BOX.finditer(text)][-1]
+        start = [opening.start() for opening in BOX.finditer(text)][-1]
         end = text.find(inside, start) + len(inside) + 1
         if contents and next_start - end > _NEAR:
             break

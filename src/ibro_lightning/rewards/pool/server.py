@@ -1,9 +1,9 @@
 """The far side of the reward pool: a process that holds the rewards and forks workers, and what a worker does.
 
-The rewards are unpickled once, here, so that replacing
-a worker costs a fork of a few milliseconds and not the import of sympy. This process runs no reward itself, so nothing
-a response says can hang it. It is the parent of all workers: it alone kills and reaps them, so a process id is never
-used for another process meanwhile, and when the trainer goes away, however it ends, it takes all workers with it.
+The rewards are unpickled once, here, so that replacing a worker costs a fork of a few milliseconds and not the import
+of sympy. This process runs no reward itself, so nothing a response says can hang it. It is the parent of all workers:
+it alone kills and reaps them, so a process id is never used for another process meanwhile, and when the trainer goes
+away, however it ends, it takes all workers with it.
 """
 
 from __future__ import annotations
