@@ -36,8 +36,6 @@ _ASCII |= {ord(space): ord(" ") for space in "\u3000\u00a0\u202f\u2009"} | {0x22
 _QUANTITY = re.compile(
     rf"([-+]?\s?(?:\\?[$€£]\s?)?(?:[0-9]+(?:{THOUSANDS}[0-9]{{3}})*(?:\.[0-9]+)?|\.[0-9]+))(.*)", re.DOTALL
 )
-    rf"([-+]?\s?(?:\\?[$€£]\s?)?(?:[0-9]+(?:{THOUSANDS}[0-9]{{3}})*(?:\.[0-9]+)?|\.[0-9]+))(.*)", re.DOTALL
-)
 _CURRENCY = re.compile(r"\\?[$€£]|\s")
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 _UNIT_SIGN = re.compile(r"\s*(?:\\?%|\\?\$|€|°|\^\s*\{?\s*\\circ\s*\}?|\\degree)")
