@@ -361,3 +361,9 @@ class TestRealFiles:
         content = (DATA / "dapo_math_17k_sample.parquet").read_bytes()
         (tmp_path / "dapo.parquet").write_bytes(content[: len(content) // 2])
         assert "truncated: its 8280 bytes" in error(tmp_path / "dapo.parquet", **self.DAPO)
+
+
+def test_an_unknown_answer_format_is_refused() -> None:
+    """From Python nothing else would check it, and every answer would be taken whole."""
+    with pytest.raises(ConfigError, match=r"source.answer_format: 'box' - write one of auto, boxed, raw, after_hashes"):
+        DatasetSource("x.jsonl", answer_format="box")  # type: ignore[arg-type]

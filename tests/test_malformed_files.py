@@ -15,6 +15,8 @@ from ibro_lightning.errors import ConfigError
 
 ROWS = [{"problem": "one?", "answer": "1"}, {"problem": "two?", "answer": "2"}, {"problem": "three?", "answer": "3"}]
 
+REPAIR = ": repair the row, or write skip_bad_rows: true"
+
 
 def write(path: Path, rows: list[dict]) -> str:
     """``rows`` in the format that the file's ending names."""
@@ -58,7 +60,7 @@ class TestMalformedFiles:
         line = error(write(tmp_path / f"m.{ending}", [ROWS[0], ROWS[1], {**ROWS[2], column: nothing}]))
         setting = {"problem": "prompt_column", "answer": "answer_column"}[column]
         where = "line 3" if ending == "jsonl" else "data row 3"
-        assert line == f"source.{setting}: '{column}' - {tmp_path}/m.{ending}, {where}: no value there"
+        assert line == f"source.{setting}: '{column}' - {tmp_path}/m.{ending}, {where}: no value there{REPAIR}"
 
     @pytest.mark.parametrize("nothing", [[], {}, float("nan")])
     def test_other_kinds_of_nothing(self, tmp_path, nothing):
@@ -68,7 +70,7 @@ class TestMalformedFiles:
 
     def test_a_column_that_a_row_lacks(self, tmp_path):
         line = error(write(tmp_path / "m.jsonl", [ROWS[0], {"problem": "two?"}]))
-        assert line.endswith("m.jsonl, line 2: no value there")
+        assert line.endswith(f"m.jsonl, line 2: no value there{REPAIR}")
 
     def test_blank_lines_count_as_lines(self, tmp_path):
         (tmp_path / "m.jsonl").write_text('{"problem": "one?", "answer": "1"}\n\n\n{"problem": "two?", "answer": ""}\n')
@@ -235,7 +237,7 @@ class TestMalformedFiles:
         where = "line 1" if ending == "jsonl" else "data row 1"
         assert line.startswith("source.prompt_column: 'problem' - ")
         assert f"m.{ending}, {where}: " in line
-        assert line.endswith(reason)
+        assert line.removesuffix(REPAIR).endswith(reason)
 
     def test_half_a_surrogate_pair(self, tmp_path):
         """No tokenizer takes it, and the tokenizer's error would not say where it is."""

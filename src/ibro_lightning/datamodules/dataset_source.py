@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -99,6 +99,10 @@ class DatasetSource(PromptSource):
     ) -> None:
         if limit is not None and limit < 1:
             raise ConfigError("source.limit", limit, "write 1 or more rows, or null for all")
+        if answer_format not in get_args(AnswerFormat):
+            raise ConfigError(
+                "source.answer_format", answer_format, f"write one of {', '.join(get_args(AnswerFormat))}"
+            )
         for name, columns in (("prompt_column", prompt_column), ("answer_column", answer_column)):
             if not columns:
                 raise ConfigError(f"source.{name}", columns, "name a column, or several to choose from")
@@ -224,7 +228,8 @@ class _Column:
         return ConfigError(self.setting, self.name, f"{self.path}, {row[0]}: {what}")
 
     def nothing(self, row: Row, what: str) -> ConfigError:
-        return _NothingThere(self.setting, self.name, f"{self.path}, {row[0]}: {what}")
+        remedy = "repair the row, or write skip_bad_rows: true"
+        return _NothingThere(self.setting, self.name, f"{self.path}, {row[0]}: {what}: {remedy}")
 
 
 def _keys(table: Table, name: str) -> list[str]:
