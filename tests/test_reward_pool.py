@@ -369,7 +369,7 @@ class TestNothingIsLeft:
         pool(REWARD, texts("hang", "ok", "hang", "hang"))
         gone = before - set(pool.worker_pids)
         assert gone
-        assert not any(Path(f"/proc/{pid}").exists() for pid in gone)
+        assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in gone))  # not even zombies
 
     def test_after_ctrl_c_in_the_middle(self, pool):
         pool(REWARD, texts("ok", "ok") * 8)

@@ -237,7 +237,7 @@ class RewardPool:
         have been killed from outside); what it had not begun goes back to the queue."""
         assert self._server is not None
         current, *later = worker.slices
-        self._server.reap(worker)
+        self._server.kill(worker)
         self._workers.remove(worker)
         self.longest_s = max(self.longest_s, time.monotonic() - worker.started)
         reward = self._rewards[current.which]

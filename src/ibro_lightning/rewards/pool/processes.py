@@ -120,10 +120,9 @@ class Server:
             self._send(b"f", 0, [theirs.fileno()])
         return Worker(self._reply(START_S), Connection(ours.detach()))
 
-    def reap(self, worker: Worker) -> None:
+    def kill(self, worker: Worker) -> None:
         worker.conn.close()
         self._send(b"k", worker.pid, [])
-        self._reply(START_S)
 
     def _send(self, command: bytes, pid: int, fds: list[int]) -> None:
         try:

@@ -47,9 +47,12 @@ def serve(channel: socket.socket) -> None:
     conn.send(None)
     gc.freeze()  # a collection in a worker would copy every page that it shares with the others
     workers: set[int] = set()
+    dying: set[int] = set()
     try:
         while os.getppid() == parent:
-            if not select.select([channel], [], [], 1.0)[0]:
+            asked = select.select([channel], [], [], 0.02 if dying else 1.0)[0]
+            dying = {pid for pid in dying if os.waitpid(pid, os.WNOHANG)[0] == 0}
+            if not asked:
                 continue
             request, fds, _, _ = socket.recv_fds(channel, 9, 1)
             if not request:
@@ -61,20 +64,22 @@ def serve(channel: socket.socket) -> None:
                 workers.add(worker)
                 conn.send(worker)
             else:
-                conn.send(_reap(pid))
+                _kill(pid)
                 workers.discard(pid)
+                dying.add(pid)  # which may take its time (memory to free, a disk to wait for), and nobody else's
     finally:
         for worker in workers:
-            _reap(worker)
+            _kill(worker)
+        for worker in workers | dying:
+            os.waitpid(worker, 0)
 
 
-def _reap(pid: int) -> int:
-    """Kill a worker with everything it started; how it ended (see ``os.waitstatus_to_exitcode``)."""
+def _kill(pid: int) -> None:
+    """End a worker with everything it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def _fork(rewards: Sequence[Reward], fd: int, memory_mib: int, close: Sequence[int]) -> int:
