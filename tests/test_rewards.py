@@ -12,6 +12,7 @@ import torch
 
 from ibro_lightning.datamodules.collector import check_reward
 from ibro_lightning.errors import ConfigError, RewardError
+from ibro_lightning.functional import overlong_penalty
 from ibro_lightning.rewards import (
     CodeReward,
     CountdownReward,
@@ -283,6 +284,14 @@ class TestOverlongPenalty:
     def test_each_response_is_judged_by_the_limit_it_was_sampled_under(self):
         short, long = (completion(tokens=[1] * 20, max_tokens=limit) for limit in (20, 100))
         assert [r.reward for r in score(OverlongPenalty(8), prompt(), [short, long])] == [-1.0, 0.0]
+
+    def test_is_what_functional_computes_on_tensors(self):
+        """Two spellings of one formula: reward workers do without torch."""
+        lengths = torch.arange(65)
+        expected = overlong_penalty(lengths, max_tokens=64, buffer_tokens=24, factor=0.7)
+        completions = [completion(tokens=[1] * int(length), max_tokens=64) for length in lengths]
+        results = score(OverlongPenalty(24, 0.7), prompt(), completions)
+        assert [result.reward for result in results] == pytest.approx(expected.tolist())
 
     def test_a_buffer_longer_than_the_limit_is_refused(self):
         with pytest.raises((ConfigError, RewardError), match=r"buffer_tokens.*at most.*4"):
