@@ -85,8 +85,9 @@ class SaveResolvedConfig(SaveConfigCallback):
             return
         self.config_filename = "config.yaml" if stage == "fit" else f"{TrainerFn(stage).value}.yaml"
         super().setup(trainer, pl_module, stage)
-        if trainer.is_global_zero and trainer.log_dir is not None:
-            path = Path(trainer.log_dir) / self.config_filename
+        folder = trainer.log_dir  # a broadcast: all ranks must ask
+        if trainer.is_global_zero and folder is not None:
+            path = Path(folder) / self.config_filename
             path.write_text(_header() + path.read_text())
 
 

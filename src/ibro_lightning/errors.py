@@ -36,6 +36,10 @@ class RolloutError(RuntimeError):
     """Generation cannot give the update what it needs, e.g. dynamic sampling found no informative group."""
 
 
+class RankError(RuntimeError):
+    """Another process of this run failed; says which one and how. That process prints its own error."""
+
+
 class WeightSyncError(RolloutError):
     """After a sync the engine does not have the policy's weights. Says what is off, by how much, and why."""
 

@@ -41,9 +41,19 @@ class Experience:
     """Do ``old_logp`` and ``old_entropy`` exist already? If not, the one update fills them in: :meth:`record`."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What was measured while the step was prepared, for the curves."""
+    num_groups: int | None = None
+    """Groups of the whole rollout on all ranks; None: those that are here are all."""
+    placeholder: bool = False
+    """These rows stand for nothing: this rank has no share of the rollout, and takes part in the collectives."""
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    @property
+    def responses(self) -> Tensor:
+        """``[B, T]`` bool: the response tokens that statistics count, those that take no part in the loss included."""
+        responses = self.sequences.response_mask
+        return torch.zeros_like(responses) if self.placeholder else responses
 
     def select(self, rows: Tensor) -> Self:
         """Some rows, trimmed to the longest response among them."""

@@ -22,8 +22,10 @@ HEADER = "# ibro_lightning"
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
-    """The logger's folder if there is one, otherwise the trainer's ``default_root_dir``."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """The logger's folder if there is one, otherwise the trainer's ``default_root_dir``; any rank may ask."""
+    # Not trainer.log_dir, which is a broadcast: all ranks would have to ask for it at the same time.
+    folder = None if trainer.logger is None else trainer.logger.log_dir or trainer.logger.save_dir
+    return Path(folder or trainer.default_root_dir)
 
 
 def evaluation_name(trainer: pl.Trainer) -> str:

@@ -55,6 +55,21 @@ def permutation(size: int, seed: int) -> list[int]:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def update_order(seed: int, groups: int) -> list[int]:
+    """The order in which one pass of an update goes through a rollout's groups. Optimizer steps are consecutive pieces
+    of it, so ranks that share it out one by one have equally many groups in each step.
+
+    Args:
+        seed: :func:`update_seed`.
+    """
+    return permutation(groups, seed)
+
+
+def update_seed(run_seed: int, iteration: int, epoch: int) -> int:
+    """Of the order of pass ``epoch`` over the rollout of ``iteration``."""
+    return derive_seed(run_seed, "mini-batches", iteration, epoch)
+
+
 def _logical_shift_right(values: Tensor, bits: int) -> Tensor:
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 

@@ -49,11 +49,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Rollout:
-    """One Lightning batch: responses sampled from the current policy, with their rewards.
+    """One Lightning batch: responses sampled from the current policy, with their rewards. With several ranks, this
+    rank's share of them, in whole groups.
 
     Tensors are ``[B]`` unless said otherwise; ``prompts``, ``completions`` and ``results`` are the same rows for
-    people and callbacks. ``groups`` numbers the prompt that each response answers, 0..G-1. ``metrics`` says how
-    generation went.
+    people and callbacks. ``groups`` numbers the prompt that each response answers, 0..G-1 over all ranks. ``metrics``
+    says how generation went, on all ranks.
     """
 
     prompts: tuple[Prompt, ...]
@@ -78,12 +79,20 @@ class Rollout:
     skip_update: bool = False
     """Dynamic sampling found no group to learn from: the rows are for the record only."""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    total_groups: int | None = None
+    """G, over all ranks; None: the groups that are here are all."""
+    placeholder: bool = False
+    """The rows stand for nothing: this rank has no share of the rollout, and takes part in the others' collectives."""
 
     @classmethod
-    def from_groups(cls, groups: Sequence[Group], **others: Any) -> Self:
-        """Build from whole groups; ``others`` are the remaining fields (name, iteration, temperature, …)."""
+    def from_groups(cls, groups: Sequence[Group], numbers: Sequence[int] | None = None, **others: Any) -> Self:
+        """Build from whole groups, which are number 0, 1, … of the rollout, or those of ``numbers``; ``others`` are the
+        remaining fields (name, iteration, temperature, …)."""
+        numbers = range(len(groups)) if numbers is None else numbers
         rows = [
-            (i, g.prompt, c, r) for i, g in enumerate(groups) for c, r in zip(g.completions, g.results, strict=True)
+            (i, g.prompt, c, r)
+            for i, g in zip(numbers, groups, strict=True)
+            for c, r in zip(g.completions, g.results, strict=True)
         ]
         completions = tuple(completion for _, _, completion, _ in rows)
         sequences = Sequences.collate([p.token_ids for _, p, _, _ in rows], [c.token_ids for c in completions])
@@ -116,6 +125,9 @@ class Rollout:
 
     @property
     def num_groups(self) -> int:
+        """On all ranks."""
+        if self.total_groups is not None:
+            return self.total_groups
         return int(self.groups.max()) + 1 if len(self) else 0
 
     def to(self, device: torch.device | str) -> Self:

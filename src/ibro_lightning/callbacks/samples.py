@@ -48,7 +48,7 @@ def samples_table(rollout: Rollout, rows: int, max_characters: int) -> str:
     """A Markdown table of the first response of each group, then the second ones, …"""
     parts = list(rollout.reward_parts)
     lines = ["| prompt | response | tokens | reward | " + " | ".join(parts) + " |", "|" + "---|" * (4 + len(parts))]
-    group_size = max(1, len(rollout) // max(1, rollout.num_groups))
+    group_size = max(1, len(rollout) // max(1, len(rollout.groups.unique())))
     for row in sorted(range(len(rollout)), key=lambda i: (i % group_size, i))[:rows]:
         completion = rollout.completions[row]
         cells = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 AggregationMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 """How per-token values become one number; see :func:`aggregation_weights`."""
+Reduction = Callable[[Tensor, Tensor], Tensor]
+"""``(values, mask) → scalar``, such as :func:`masked_mean`; or the same over the tokens of several processes."""
 
 
 def token_mean(values: Tensor, mask: Tensor, num_tokens: Tensor | float) -> Tensor:
@@ -31,13 +34,19 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def masked_covariance(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+def masked_max(values: Tensor, mask: Tensor) -> Tensor:
+    """Largest of ``values`` where ``mask`` is 1 (any common shape); −inf if there is no such place."""
+    # One more element, because the maximum of nothing is an error.
+    return torch.cat([torch.where(mask.bool(), values, -torch.inf).flatten(), values.new_tensor([-torch.inf])]).amax()
+
+
+def masked_covariance(x: Tensor, y: Tensor, mask: Tensor, *, mean: Reduction = masked_mean) -> Tensor:
     """``mean(xy) − mean(x)·mean(y)`` over valid tokens (the population covariance).
 
     With ``x`` = advantages and ``y`` = entropies this is the part of the IB objective that is *not* a uniform entropy
     bonus: ``mean(A·H) = Ā·H̄ + Cov(A, H)``.
     """
-    return masked_mean((x - masked_mean(x, mask)) * (y - masked_mean(y, mask)), mask)
+    return mean((x - mean(x, mask)) * (y - mean(y, mask)), mask)
 
 
 def aggregation_weights(
@@ -152,13 +161,16 @@ def masked_whiten(
     return torch.where(mask, (x - centre) / (spread + epsilon).sqrt(), 0.0).to(dtype)
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+def explained_variance(
+    values: Tensor, returns: Tensor, mask: Tensor, *, mean: Reduction = masked_mean, largest: Reduction = masked_max
+) -> Tensor:
     """``1 − Var(returns − values) / Var(returns)`` over valid tokens: how much of the returns a critic predicts.
 
     1 is a perfect critic, 0 one no better than a constant; a bad one is below 0. A constant error does not count.
 
     Args:
         values, returns, mask: any common shape. What stands under a zero mask is ignored, even nan and inf.
+        mean, largest: over the valid tokens; of several processes, if they hold parts of the batch.
 
     Returns:
         A scalar; 0 if the returns are all equal or there are none.
@@ -167,16 +179,9 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     # Outside the mask there must be no nan before the subtraction: it would come back in the gradient.
     target = torch.where(mask, returns, 0.0).double()
     error = target - torch.where(mask, values, 0.0).double()
-    total = masked_covariance(target, target, mask)
-    varies = _varies(target, mask)
-    explained = 1.0 - masked_covariance(error, error, mask) / torch.where(varies, total, 1.0)
+    total = masked_covariance(target, target, mask, mean=mean)
+    # Do they differ? A variance would not tell: that of three times 0.1 is a rounding error.
+    varies = -largest(-target, mask) < largest(target, mask)
+    explained = 1.0 - masked_covariance(error, error, mask, mean=mean) / torch.where(varies, total, 1.0)
     dtype = torch.promote_types(values.dtype, torch.float32)
     return torch.where(varies, explained, 0.0).to(dtype)
-
-
-def _varies(values: Tensor, mask: Tensor) -> Tensor:
-    """Scalar bool: do valid values differ? A variance would not tell: that of three times 0.1 is a rounding error."""
-    # One more element, because the minimum of nothing is an error.
-    low = torch.cat([torch.where(mask, values, torch.inf).flatten(), values.new_tensor([torch.inf])]).amin()
-    high = torch.cat([torch.where(mask, values, -torch.inf).flatten(), values.new_tensor([-torch.inf])]).amax()
-    return low < high

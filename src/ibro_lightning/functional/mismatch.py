@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ibro_lightning.functional.aggregate import masked_mean
+from ibro_lightning.functional.aggregate import Reduction, masked_max, masked_mean
 
 MismatchLevel = Literal["token", "sequence", "geometric"]
 """What a ratio belongs to: a token, a response, or a response as the geometric mean of its tokens."""
@@ -70,13 +70,20 @@ def mismatch_weights(
 
 
 def mismatch_diagnostics(
-    train_logp: Tensor, sampler_logp: Tensor, mask: Tensor, result: MismatchWeights | None = None
+    train_logp: Tensor,
+    sampler_logp: Tensor,
+    mask: Tensor,
+    result: MismatchWeights | None = None,
+    *,
+    mean: Reduction = masked_mean,
+    largest: Reduction = masked_max,
 ) -> dict[str, Tensor]:
     """How far trainer and sampler are apart, over the valid tokens, *before* any truncation or masking.
 
     Args:
         train_logp, sampler_logp, mask: ``[B, T]``, as for :func:`mismatch_weights`.
         result: what :func:`mismatch_weights` gave for them, for ``masked_share``.
+        mean, largest: over the valid tokens; of several processes, if they hold parts of the batch.
 
     Returns:
         Scalars. For no valid token they are those of no mismatch (the ratios and the sample size 1, the rest 0).
@@ -85,26 +92,24 @@ def mismatch_diagnostics(
         - ``effective_sample_size``: ``(Σw)² / (n·Σw²)``, the share of the n tokens that the ratios leave in effect.
         - ``kl_k1``, ``kl_k3``: estimates of ``KL(π_sampler ‖ π_trainer)`` per token in nats, both unbiased (the tokens
           are the sampler's); k3 has less variance and is never negative.
-        - ``non_finite``: the number of tokens with a log-prob that is not finite; elsewhere they count as ratio 1.
+        - ``non_finite``: the number of tokens (here) with a log-prob that is not finite; elsewhere they count as ratio 1.
         - ``masked_share``: the share of tokens that ``result`` dropped; 0 without it.
     """
     mask = mask.bool()
     log_ratio, non_finite = _log_ratio(train_logp, sampler_logp, mask)
     log_ratio = log_ratio.clamp(-20.0, 20.0)
     ratio = log_ratio.exp()
-    count, none = mask.sum(), ~mask.any()
-    total, squares = (torch.where(mask, x, 0.0).sum() for x in (ratio, ratio**2))
-    # A ratio is never negative, so the 0 of padding cannot be the largest (and there may be no other place).
-    largest = torch.cat([torch.where(mask, ratio, 0.0).flatten(), ratio.new_zeros(1)]).amax()
-    masked_share = ratio.new_zeros(()) if result is None else masked_mean(result.masked.to(ratio.dtype), mask)
+    most = largest(ratio, mask)
+    none = most == -torch.inf  # a ratio is never negative
+    masked = torch.zeros_like(mask) if result is None else result.masked
     return {
-        "ratio_mean": torch.where(none, 1.0, masked_mean(ratio, mask)),
-        "ratio_max": torch.where(none, 1.0, largest),
-        "effective_sample_size": torch.where(none, 1.0, total**2 / (count * squares)),
-        "kl_k1": masked_mean(-log_ratio, mask),
-        "kl_k3": masked_mean(log_ratio.expm1() - log_ratio, mask),
+        "ratio_mean": torch.where(none, 1.0, mean(ratio, mask)),
+        "ratio_max": torch.where(none, 1.0, most),
+        "effective_sample_size": torch.where(none, 1.0, mean(ratio, mask) ** 2 / mean(ratio**2, mask)),
+        "kl_k1": mean(-log_ratio, mask),
+        "kl_k3": mean(log_ratio.expm1() - log_ratio, mask),
         "non_finite": non_finite.sum().to(ratio.dtype),
-        "masked_share": masked_share,
+        "masked_share": mean(masked.to(ratio.dtype), mask),
     }
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -23,7 +25,6 @@ from ibro_lightning.functional import (
     AggregationMode,
     aggregation_weights,
     approximate_kl,
-    masked_mean,
     token_mean,
 )
 from ibro_lightning.models import PolicySource
@@ -33,7 +34,7 @@ from ibro_lightning.modules.diagnostics import experience_metrics
 from ibro_lightning.modules.scoring import ScoringModule
 from ibro_lightning.modules.surrogates import Clips, Surrogate, check_surrogate, surrogate_loss
 from ibro_lightning.regularizers import EntropyRegularizer, NoRegularizer
-from ibro_lightning.seeding import derive_seed, run_seed
+from ibro_lightning.seeding import derive_seed, run_seed, update_seed
 from ibro_lightning.timing import PhaseTimer
 from ibro_lightning.types import Rollout
 
@@ -94,17 +95,18 @@ class ActorModule(ScoringModule):
         """Everything that stays fixed during the update, without gradients: :meth:`score_rollout` and advantages."""
 
     def training_step(self, rollout: Rollout, batch_idx: int) -> dict[str, float]:
-        if rollout.skip_update or bool(rollout.late.all()):
+        on_time = self.ranks.sum((~rollout.late).sum())
+        if rollout.skip_update or not on_time:
             return {"update/skipped_rollouts": 1.0}
         timer = PhaseTimer()
         with timer("prepare"), torch.no_grad():
             experience = self.prepare(rollout)
             if self.trains_policy(rollout.iteration) and experience.scored:
-                self.observe(self.regularizer.coefficient, experience.old_entropy, experience.sequences)
+                self.observe(self.regularizer.coefficient, experience.old_entropy, experience)
         with timer("update"):
             steps = [self.update(step) for step in self.steps(experience)]
         if not experience.scored:
-            self.observe(self.regularizer.coefficient, experience.old_entropy, experience.sequences)
+            self.observe(self.regularizer.coefficient, experience.old_entropy, experience)
         left_out = [number for step in steps for name, number in step.items() if name.endswith(SKIPPED)]
         if any(left_out):
             rank_zero_warn(
@@ -113,7 +115,7 @@ class ActorModule(ScoringModule):
             )
         metrics = self.experience_metrics(experience, rollout)
         if self.kl is not None:  # for the next iteration: this one has used the coefficient that is logged
-            self.observe(self.kl.coefficient, experience.extra["reference_kl"], experience.sequences)
+            self.observe(self.kl.coefficient, experience.extra["reference_kl"], experience)
         return {
             "update/skipped_rollouts": 0.0,
             "update/steps": float(len(steps)),
@@ -152,10 +154,11 @@ class ActorModule(ScoringModule):
     def steps(self, experience: Experience) -> Iterator[Experience]:
         """The optimizer steps on a rollout, each with its weights and with what the regulariser prepared."""
         for epoch in range(self.update_epochs):
-            seed = derive_seed(run_seed(), "mini-batches", experience.iteration, epoch)
-            for index, rows in enumerate(mini_batches(experience.groups, self.mini_batch_prompts, seed)):
+            seed = update_seed(run_seed(), experience.iteration, epoch)
+            parts = mini_batches(experience.groups, self.mini_batch_prompts, seed, experience.num_groups)
+            for index, rows in enumerate(parts):
                 if experience.scored:
-                    step = experience.select(rows.to(experience.groups.device))
+                    step = _rows_of(experience, rows.to(experience.groups.device))
                 else:
                     if (epoch, index) != (0, 0):
                         raise RuntimeError("a second optimizer step needs log-probs from before the first")
@@ -177,7 +180,7 @@ class ActorModule(ScoringModule):
         step = replace(step, weights=weights, num_tokens=num_tokens)
         prepared = self.regularizer.prepare(step, self.context(seed))
         added = {name: values for name, values in prepared.extra.items() if name not in step.extra}
-        means = {f"regularizer/{name}": masked_mean(values.float(), step.mask).item() for name, values in added.items()}
+        means = {f"regularizer/{name}": self.ranks.mean(v.float(), step.mask).item() for name, v in added.items()}
         return replace(prepared, metrics=means)
 
     # One optimizer step.
@@ -199,13 +202,31 @@ class ActorModule(ScoringModule):
     ) -> dict[str, float]:
         """Add up gradients and metrics over the step's micro-batches; ``loss_of`` gets each, and its rows."""
         totals: dict[str, float] = defaultdict(float)
-        for rows in self.micro_batches(step.sequences):
+        batches = list(self.aligned_micro_batches(step.sequences))
+        for number, (rows, counts) in enumerate(batches, start=1):
             loss, metrics = loss_of(step.select(rows), rows)
             # DDP and FSDP average gradients over ranks; the weights already divide by the tokens of all ranks.
-            self.manual_backward(loss * self.trainer.world_size)
-            for name, value in metrics.items():
+            scale = self.ranks.size if counts else 0.0
+            with self.gradients_added_up(last=number == len(batches)):
+                self.manual_backward(loss * scale)
+            for name, value in metrics.items() if counts else ():
                 totals[name] += value
-        return totals
+        return self.total_over_ranks(totals)
+
+    def gradients_added_up(self, *, last: bool) -> AbstractContextManager[None]:
+        """DDP exchanges gradients in the backward pass: with the last micro-batch of a step, once for all of them."""
+        strategy = self.trainer.strategy
+        if last or not isinstance(strategy, ParallelStrategy):
+            return nullcontext()
+        blocked: AbstractContextManager[None] = strategy.block_backward_sync()
+        return blocked
+
+    def total_over_ranks(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Each metric added up over the ranks; all of them have the same."""
+        if self.ranks.size == 1:
+            return dict(metrics)
+        shares = torch.tensor(list(metrics.values()), dtype=torch.float64, device=self.device)
+        return dict(zip(metrics, self.ranks.sum(shares).tolist(), strict=True))
 
     def loss(self, stats: TokenStats, micro: Experience) -> tuple[Tensor, dict[str, float]]:
         """``agg(policy loss) − α·agg(regulariser)`` of a micro-batch, and its share of the step's metrics."""
@@ -253,7 +274,7 @@ class ActorModule(ScoringModule):
     def experience_metrics(self, experience: Experience, rollout: Rollout) -> dict[str, float]:
         """What the curves show of a rollout before the update."""
         kl = {} if self.kl is None else {"kl/coef": self.kl.coef}
-        measured = experience_metrics(experience, rollout, self.sampler_correction)
+        measured = experience_metrics(experience, rollout, self.sampler_correction, self.ranks)
         return {**measured, "regularizer/coef": self.regularizer.coef, **kl}
 
     # The coefficients' state is part of the checkpoint.
@@ -270,6 +291,14 @@ class ActorModule(ScoringModule):
     def _coefficients(self) -> dict[str, Any]:
         kl = {} if self.kl is None else {"kl": self.kl.coefficient}
         return {"regularizer": self.regularizer.coefficient, **kl}
+
+
+def _rows_of(experience: Experience, rows: Tensor) -> Experience:
+    """Some rows of the rollout; a rank that has none of a step takes part in it with a row that does not count."""
+    if len(rows):
+        return experience.select(rows)
+    step = experience.select(rows.new_zeros(1))
+    return replace(step, mask=torch.zeros_like(step.mask))
 
 
 def _mean_of(steps: list[dict[str, float]]) -> Mapping[str, float]:

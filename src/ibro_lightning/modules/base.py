@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.metrics import Evaluation, SampleAccuracy
 from ibro_lightning.models import Policy, PolicyOptions, PolicySource, PretrainedPolicy, as_source, export_folder
+from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.sequences import Sequences
 from ibro_lightning.types import Dtype, ModelSpec, Rollout
 
@@ -108,6 +109,11 @@ class PolicyModule(pl.LightningModule):
         optimizer.zero_grad()
         metrics = {"update/skipped_steps": float(not finite), "update/lr": learning_rate}
         return {**metrics, "update/grad_norm": norm.item()} if finite else metrics
+
+    @property
+    def ranks(self) -> Ranks:
+        """This process among those that share the data; taken out of its trainer, a module is alone."""
+        return ALONE if self._trainer is None else Ranks.of(self.trainer.strategy)
 
     @property
     def source_folders(self) -> tuple[Path, ...]:

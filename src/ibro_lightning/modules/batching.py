@@ -11,17 +11,19 @@ from torch import Tensor
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.experience import Experience
 from ibro_lightning.functional import AggregationMode
-from ibro_lightning.seeding import permutation
+from ibro_lightning.seeding import update_order
 
 
-def mini_batches(groups: Tensor, prompts: int | None, seed: int) -> Iterator[Tensor]:
-    """Rows of each optimizer step: ``prompts`` whole groups in random order; the last step may be smaller.
+def mini_batches(groups: Tensor, prompts: int | None, seed: int, total: int | None = None) -> Iterator[Tensor]:
+    """Rows of each optimizer step: ``prompts`` whole groups in random order; the last step may be smaller. A rank that
+    has none of a step's groups gets no rows.
 
     Args:
         groups: ``[B]`` which group each row belongs to.
         prompts: groups per step; None means all.
+        total: groups on all ranks; None: those that are here are all.
     """
-    order = torch.tensor(permutation(int(groups.max()) + 1, seed))
+    order = torch.tensor(update_order(seed, int(groups.max()) + 1 if total is None else total))
     for some in order.split(prompts or len(order)):
         yield torch.isin(groups.cpu(), some).nonzero().squeeze(-1)
 

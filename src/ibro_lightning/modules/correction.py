@@ -15,6 +15,7 @@ from ibro_lightning.functional import (
     mismatch_diagnostics,
     mismatch_weights,
 )
+from ibro_lightning.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class SamplerCorrection:
 
 
 def mismatch_metrics(
-    correction: SamplerCorrection | None, old_logp: Tensor, sampler_logp: Tensor, mask: Tensor
+    correction: SamplerCorrection | None, old_logp: Tensor, sampler_logp: Tensor, mask: Tensor, ranks: Ranks = ALONE
 ) -> dict[str, Tensor]:
-    """How far trainer and sampler are apart, corrected or not, as ``sampler/…``."""
+    """How far trainer and sampler are apart on all ranks, corrected or not, as ``sampler/…``."""
     result = None if correction is None else correction(old_logp, sampler_logp, mask)
-    measured = mismatch_diagnostics(old_logp, sampler_logp, mask, result)
+    measured = mismatch_diagnostics(old_logp, sampler_logp, mask, result, mean=ranks.mean, largest=ranks.largest)
+    measured["non_finite"] = ranks.sum(measured["non_finite"])
     return {f"sampler/{name}": value for name, value in measured.items()}

@@ -21,7 +21,6 @@ from ibro_lightning.functional import (
     explained_variance,
     gae,
     length_adaptive_lambda,
-    masked_mean,
     reward_to_go,
     token_mean,
 )
@@ -152,7 +151,7 @@ class PPOModule(ActorModule):
     def score_values(self, sequences: Sequences) -> Tensor:
         """``[B, T + 1]`` values before each response token and after the last, without gradients."""
         values: Tensor | None = None
-        for rows in self.micro_batches(sequences):
+        for rows, _ in self.aligned_micro_batches(sequences):
             some = self.critic(sequences.select(rows))
             if values is None:
                 values = some.new_zeros(len(sequences), sequences.max_response_length + 1)
@@ -163,13 +162,16 @@ class PPOModule(ActorModule):
     def experience_metrics(self, experience: Experience, rollout: Rollout) -> dict[str, float]:
         """Explained variance is measured against the discounted rewards that came, not against the critic's own
         (bootstrapped) targets."""
-        responses, values = experience.sequences.response_mask, experience.extra["values"]
-        came = reward_to_go(experience.extra["token_rewards"], responses, gamma=self.gamma)
+        responses, values = experience.responses, experience.extra["values"]
+        came = reward_to_go(experience.extra["token_rewards"], experience.sequences.response_mask, gamma=self.gamma)
+        mean = self.ranks.mean
         return {
             **super().experience_metrics(experience, rollout),
-            "critic/explained_variance": explained_variance(values, came, responses).item(),
-            "critic/value": masked_mean(values, responses).item(),
-            "critic/return": masked_mean(experience.extra["returns"], responses).item(),
+            "critic/explained_variance": explained_variance(
+                values, came, responses, mean=mean, largest=self.ranks.largest
+            ).item(),
+            "critic/value": mean(values, responses).item(),
+            "critic/return": mean(experience.extra["returns"], responses).item(),
         }
 
     def export(self, folder: Path) -> Path:

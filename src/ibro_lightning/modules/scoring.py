@@ -90,6 +90,8 @@ class ScoringModule(PolicyModule):
             iteration=rollout.iteration,
             prompts=rollout.prompts,
             scored=scored,
+            num_groups=rollout.num_groups,
+            placeholder=rollout.placeholder,
             extra={"token_rewards": rewards, **extra},
         )
 
@@ -106,7 +108,7 @@ class ScoringModule(PolicyModule):
         is 0 if nobody wants it."""
         policy = policy or self.policy
         logp, entropy = self._unscored(sequences), self._unscored(sequences)
-        for rows in self.micro_batches(sequences):
+        for rows, _ in self.aligned_micro_batches(sequences):
             some_logp, some_entropy = policy(sequences.select(rows), temperature=temperature, with_entropy=with_entropy)
             width = some_logp.shape[1]
             logp[rows, :width] = some_logp
@@ -125,23 +127,29 @@ class ScoringModule(PolicyModule):
         for rows in token_budget_batches(lengths, self.micro_batch_tokens, padded=padded):
             yield rows.to(sequences.input_ids.device)
 
-    def observe(self, coefficient: Coefficient, measured: Tensor, sequences: Sequences) -> None:
+    def aligned_micro_batches(self, sequences: Sequences) -> Iterator[tuple[Tensor, bool]]:
+        """``(rows, counts)`` of equally many micro-batches on every rank: a model whose weights or gradients are spread
+        over ranks is run by all of them at the same time. Those that a rank has too few of are its shortest row, once
+        more, and do not count."""
+        batches = list(self.micro_batches(sequences))
+        most = self.ranks.max(torch.tensor(len(batches), device=sequences.input_ids.device))
+        yield from ((rows, True) for rows in batches)
+        for _ in range(int(most) - len(batches)):
+            yield sequences.lengths.argmin()[None], False
+
+    def observe(self, coefficient: Coefficient, measured: Tensor, experience: Experience) -> None:
         """Tell a coefficient the mean of ``measured`` ``[B, T]`` over the rollout's response tokens on all ranks."""
-        mean = self.context().mean(measured, sequences.response_mask).item()
-        samples = self.sum_over_ranks(torch.tensor(len(sequences), device=measured.device))
-        coefficient.observe(mean, int(samples))
+        mean = self.ranks.mean(measured, experience.responses).item()
+        count = 0 if experience.placeholder else len(experience)
+        coefficient.observe(mean, int(self.ranks.sum(torch.tensor(count, device=measured.device))))
 
     def whiten(self, values: Tensor, mask: Tensor) -> Tensor:
         """``[B, T]`` with mean 0 and variance 1 over the rollout's valid tokens on all ranks; 0 elsewhere."""
-        context = self.context()
-        mean = context.mean(values, mask)
-        return masked_whiten(values, mask, mean=mean, variance=context.mean((values - mean) ** 2, mask))
+        mean = self.ranks.mean(values, mask)
+        return masked_whiten(values, mask, mean=mean, variance=self.ranks.mean((values - mean) ** 2, mask))
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
-        if self._trainer is None:  # taken out of its trainer, a module is alone
-            return value
-        reduced: Any = self.trainer.strategy.reduce(value, reduce_op="sum")
-        return reduced
+        return self.ranks.sum(value)
 
     def context(self, seed: int = 0) -> StepContext:
         positions = getattr(self.policy_source.config(), "max_position_embeddings", None)

@@ -1,0 +1,164 @@
+"""What the processes of a run agree on. Alone, every function here is the identity.
+
+A *rank* here is a share of the data. The processes of a tensor-parallel group hold parts of one model: they get the
+same data, and count as one rank.
+
+Objects travel through a gloo group of their own: it works beside any accelerator's, and its timeout bounds how long a
+rank waits for one that hangs. Tensors go through the strategy's own group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from ibro_lightning import interruption
+from ibro_lightning.errors import RankError
+from ibro_lightning.interruption import Interrupted
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=6)
+"""How long a rank waits for the others to finish their share of the responses. A rank that died is noticed at once."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others: ``rank`` of ``size`` shares of the data."""
+
+    rank: int = 0
+    size: int = 1
+    data: Any = None
+    """Process group of those that share the data: one process of each tensor-parallel group. None: all."""
+    control: Any = None
+    """The gloo group of the same processes."""
+    everyone: Any = None
+    """The gloo group of all processes."""
+
+    @classmethod
+    def of(cls, strategy: Any) -> Ranks:
+        """The ranks of a Lightning strategy; the first call opens the groups, so all processes must make it together.
+        Without a strategy, or with one process, alone."""
+        if strategy is None or getattr(strategy, "world_size", 1) == 1 or not distributed.is_initialized():
+            return ALONE
+        known = getattr(strategy, "_ibro_ranks", None)
+        if known is None:
+            known = strategy._ibro_ranks = cls._open(strategy)
+        return known
+
+    @classmethod
+    def _open(cls, strategy: Any) -> Ranks:
+        world, rank = distributed.get_world_size(), distributed.get_rank()
+        everyone = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        mesh = getattr(strategy, "_device_mesh", None)
+        width = 1 if mesh is None else mesh["tensor_parallel"].size()
+        if width == 1:
+            return cls(rank, world, None, everyone, everyone)
+        control = None
+        for offset in range(width):  # every process opens every group
+            group = distributed.new_group(list(range(offset, world, width)), backend="gloo", timeout=PATIENCE)
+            control = group if rank % width == offset else control
+        return cls(rank // width, world // width, mesh["data_parallel"].get_group(), control, everyone)
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Every ``size``-th item, beginning with this rank's."""
+        return list(items[self.rank :: self.size])
+
+    # Tensors, on the device of the strategy's group.
+
+    def sum(self, value: Tensor) -> Tensor:
+        return self._reduce(value, distributed.ReduceOp.SUM)
+
+    def max(self, value: Tensor) -> Tensor:
+        return self._reduce(value, distributed.ReduceOp.MAX)
+
+    def mean(self, values: Tensor, weights: Tensor) -> Tensor:
+        """Mean over the tokens of all ranks; ``weights`` are a mask, or numbers ≥ 0. 0 if none counts."""
+        total = self.sum((torch.where(weights > 0, values, 0.0) * weights).sum())
+        norm = self.sum(weights.sum())
+        return torch.where(norm > 0, total / norm, 0.0)
+
+    def largest(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Over the tokens of all ranks where ``mask`` is 1; −inf if there are none."""
+        return self.max(torch.where(mask, values, -torch.inf).amax() if mask.numel() else values.new_tensor(-torch.inf))
+
+    def _reduce(self, value: Tensor, operation: Any) -> Tensor:
+        if self.size == 1:
+            return value
+        total = value.detach().clone()
+        distributed.all_reduce(total, operation, group=self.data)
+        return total
+
+    # Objects, which must be of this run's making: they are pickled.
+
+    def gather(self, item: T) -> list[T]:
+        """Every rank's item, in the order of ranks, on every rank."""
+        return _gather(item, self.size, self.control)
+
+    def any(self, flag: bool) -> bool:
+        return any(self.gather(flag))
+
+    def trade(self, parcels: Sequence[T]) -> list[T]:
+        """``parcels[r]`` goes to rank r; what comes back is what each rank had for this one."""
+        if self.size == 1:
+            return list(parcels)
+        members = distributed.get_process_group_ranks(self.control)
+        received: list[T] = []
+        for sender in range(self.size):
+            box: list[Any] = [None]
+            mine = list(parcels) if sender == self.rank else None
+            distributed.scatter_object_list(box, mine, src=members[sender], group=self.control)
+            received.append(box[0])
+        return received
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work that each rank does on its own, without collectives inside: it ends well on all of them or on none.
+
+        Raises:
+            RankError: another rank raised; with its error. The rank that failed raises its own.
+            Interrupted: this rank or another one was asked to stop.
+        """
+        failure: BaseException | None = None
+        try:
+            with interruption.abandonable():
+                yield
+        except BaseException as error:
+            failure = error
+        stopping = isinstance(failure, Interrupted)
+        said = None if failure is None else f"{type(failure).__name__}: {failure}"
+        world = distributed.get_world_size() if self.everyone is not None else 1
+        if isinstance(failure, KeyboardInterrupt | SystemExit):  # on its way out, at once
+            raise failure
+        reports = _gather((said, stopping), world, self.everyone)
+        failed = [(rank, text) for rank, (text, stops) in enumerate(reports) if text and not stops]
+        if failure is not None and not stopping:
+            raise failure
+        if failed:
+            raise RankError("; ".join(f"rank {rank} failed: {text}" for rank, text in failed))
+        if stopped := [text for text, stops in reports if stops]:
+            raise failure or Interrupted(str(stopped[0]).removeprefix("Interrupted: "))
+
+
+ALONE = Ranks()
+
+
+def _gather(item: T, size: int, group: Any) -> list[T]:
+    if size == 1:
+        return [item]
+    items: list[Any] = [None] * size
+    distributed.all_gather_object(items, item, group=group)
+    return items
