@@ -30,6 +30,8 @@ ALLOWED = {
     "recipes": {"errors"},
     "run_folders": {"errors"},
     "answers": set(),
+    "interruption": set(),
+    "ranks": {"errors", "interruption"},
     "records": {"run_folders", "types"},
     "compare": {"errors", "functional", "records", "run_folders"},
     "metrics": {"functional", "types"},
@@ -42,6 +44,7 @@ ALLOWED = {
         "engines",
         "errors",
         "functional",
+        "ranks",
         "rendering",
         "rewards",
         "seeding",
@@ -50,8 +53,8 @@ ALLOWED = {
     }
     | {"records", "run_folders", "timing", "types", "version"},
     "modules": {"coefficients", "errors", "experience", "functional", "metrics", "models", "regularizers", "seeding"}
-    | {"sequences", "timing", "types"},
-    "callbacks": {"errors", "metrics", "modules", "records", "run_folders", "types", "version"},
+    | {"ranks", "sequences", "timing", "types"},
+    "callbacks": {"errors", "metrics", "modules", "ranks", "records", "run_folders", "types", "version"},
     "cli": {"callbacks", "compare", "datamodules", "engines", "errors", "modules", "recipes", "regularizers", "rewards"}
     | {"run_folders", "version"},
     "__main__": {"cli"},

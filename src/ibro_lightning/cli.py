@@ -145,6 +145,8 @@ class IbroCLI(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         refuse_trainer_settings(settings)
         root = kwargs["default_root_dir"] = settings.default_root_dir or "runs/default"
+        if kwargs.get("inference_mode") is None and settings.inference_mode is True:
+            kwargs["inference_mode"] = False  # the default, under which FSDP2 cannot gather weights
         if settings.logger in (None, True):
             # Only training has curves; the other commands must not add to those of a run they look at.
             curves = TensorBoardLogger(root, name="", version="", default_hp_metric=False)
@@ -158,7 +160,6 @@ class IbroCLI(LightningCLI):
         return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, off)])
 
     def fit(self, **kwargs: Any) -> None:
-        self._refuse_several_devices()
         folder, checkpoint = Path(self.trainer.default_root_dir), kwargs.get("ckpt_path")
         if checkpoint == "last" and not (folder / "checkpoints" / "last.ckpt").exists():
             raise ConfigError("ckpt_path", "last", f"there is no checkpoint in {folder}: leave it out to start anew")
@@ -185,20 +186,13 @@ class IbroCLI(LightningCLI):
                 if isinstance(callback, RunSummary):
                     callback.finish(self.trainer, self.model)
 
-    def _refuse_several_devices(self) -> None:
-        if self.trainer.world_size > 1:
-            raise ConfigError("trainer.devices", self.trainer.world_size, "several devices are not there yet: write 1")
-
     def validate(self, **kwargs: Any) -> None:
-        self._refuse_several_devices()
         self.trainer.validate(**{**kwargs, "verbose": False})  # EvaluationReport prints a better table
 
     def test(self, **kwargs: Any) -> None:
-        self._refuse_several_devices()
         self.trainer.test(**{**kwargs, "verbose": False})
 
     def predict(self, **kwargs: Any) -> None:
-        self._refuse_several_devices()
         self.trainer.predict(**{**kwargs, "return_predictions": False})  # they are in the parquet files
 
 

@@ -40,6 +40,8 @@ class Ranks:
     """The gloo group of the same processes."""
     everyone: Any = None
     """The gloo group of all processes."""
+    is_first: bool = True
+    """Is this the process that writes files and prints? With tensor parallelism there are several of rank 0."""
 
     @classmethod
     def of(cls, strategy: Any) -> Ranks:
@@ -59,19 +61,15 @@ class Ranks:
         mesh = getattr(strategy, "_device_mesh", None)
         width = 1 if mesh is None else mesh["tensor_parallel"].size()
         if width == 1:
-            return cls(rank, world, None, everyone, everyone)
+            return cls(rank, world, None, everyone, everyone, rank == 0)
         control = None
         for offset in range(width):  # every process opens every group
             group = distributed.new_group(list(range(offset, world, width)), backend="gloo", timeout=PATIENCE)
             control = group if rank % width == offset else control
-        return cls(rank // width, world // width, mesh["data_parallel"].get_group(), control, everyone)
+        return cls(rank // width, world // width, mesh["data_parallel"].get_group(), control, everyone, rank == 0)
 
     def __len__(self) -> int:
         return self.size
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
         """Every ``size``-th item, beginning with this rank's."""
@@ -111,6 +109,19 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         return any(self.gather(flag))
 
+    def join(self, share: Sequence[T]) -> list[T]:
+        """Every rank's :meth:`share`, put together again: all items in their order, on every rank."""
+        shares = self.gather(list(share))
+        return [shares[i % self.size][i // self.size] for i in range(sum(map(len, shares)))]
+
+    def broadcast(self, item: T) -> T:
+        """The first process's item, on all processes."""
+        if self.everyone is None:
+            return item
+        box = [item]
+        distributed.broadcast_object_list(box, src=0, group=self.everyone)
+        return box[0]
+
     def trade(self, parcels: Sequence[T]) -> list[T]:
         """``parcels[r]`` goes to rank r; what comes back is what each rank had for this one."""
         if self.size == 1:
@@ -138,19 +149,20 @@ class Ranks:
                 yield
         except BaseException as error:
             failure = error
-        stopping = isinstance(failure, Interrupted)
-        said = None if failure is None else f"{type(failure).__name__}: {failure}"
-        world = distributed.get_world_size() if self.everyone is not None else 1
-        if isinstance(failure, KeyboardInterrupt | SystemExit):  # on its way out, at once
+        if isinstance(
+            failure, KeyboardInterrupt | SystemExit
+        ):  # on its way out, at once: FailureWatch tells the others
             raise failure
+        stopping = failure.exit_code if isinstance(failure, Interrupted) else None
+        said = str(failure) if stopping else failure and f"{type(failure).__name__}: {failure}"
+        world = distributed.get_world_size() if self.everyone is not None else 1
         reports = _gather((said, stopping), world, self.everyone)
-        failed = [(rank, text) for rank, (text, stops) in enumerate(reports) if text and not stops]
         if failure is not None and not stopping:
             raise failure
-        if failed:
-            raise RankError("; ".join(f"rank {rank} failed: {text}" for rank, text in failed))
-        if stopped := [text for text, stops in reports if stops]:
-            raise failure or Interrupted(str(stopped[0]).removeprefix("Interrupted: "))
+        if failed := [f"rank {rank} failed: {text}" for rank, (text, code) in enumerate(reports) if text and not code]:
+            raise RankError("; ".join(failed)) from failure
+        if wishes := [(text, code) for text, code in reports if code]:
+            raise failure or Interrupted(*wishes[0])
 
 
 ALONE = Ranks()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
+from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.types import Rollout
 
 PHASES = ("sync", "verify", "generate", "reward", "prepare", "update")
@@ -24,8 +26,9 @@ class MetricsLog(pl.Callback):
     ) -> None:
         metrics = {name: float(value) for name, value in outputs.items()} if isinstance(outputs, Mapping) else {}
         if isinstance(batch, Rollout):
-            metrics = {**rollout_metrics(batch), **metrics}
-            metrics |= throughput(batch, metrics)
+            ranks = Ranks.of(trainer.strategy)
+            metrics = {**rollout_metrics(batch, ranks), **metrics}
+            metrics |= throughput(batch, metrics, ranks)
         self.latest = metrics
         iteration = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         for logger in trainer.loggers:
@@ -49,50 +52,91 @@ class MetricsLog(pl.Callback):
             logger.log_metrics(measured, step=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
 
 
-def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Statistics of *all* responses that were sampled, and (``train/``) of those that are trained on.
+class ResponseTable(NamedTuple):
+    """What the curves need of sampled responses, ``[N]`` each: a few numbers that ranks tell each other."""
+
+    rewards: Tensor
+    lengths: Tensor
+    cut: Tensor
+    late: Tensor
+    learnt: Tensor
+    """Is the response trained on?"""
+    parts: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> ResponseTable:
+        """The responses of a rollout, those that are trained on first."""
+        own = [] if rollout.placeholder else list(zip(rollout.completions, rollout.results, strict=True))
+        dropped = [pair for group in rollout.dropped for pair in zip(group.completions, group.results, strict=True)]
+        rows = [*own, *dropped]
+        learnt = [not rollout.skip_update] * len(own) + [False] * len(dropped)
+        return cls(
+            rewards=torch.tensor([float(result.reward) for _, result in rows]),
+            lengths=torch.tensor([float(len(completion.token_ids)) for completion, _ in rows]),
+            cut=torch.tensor([float(completion.truncated) for completion, _ in rows]),
+            late=torch.tensor([float(completion.late) for completion, _ in rows]),
+            learnt=torch.tensor(learnt, dtype=torch.bool),
+            parts={
+                name: torch.tensor([float(result.parts.get(name, 0.0)) for _, result in rows])
+                for name in rollout.reward_parts
+            },
+        )
+
+    @classmethod
+    def join(cls, tables: Sequence[ResponseTable]) -> ResponseTable:
+        """Those of all ranks. A part that only other ranks' rewards have named is 0."""
+        names = dict.fromkeys(name for table in tables for name in table.parts)
+        parts = {
+            name: torch.cat([table.parts.get(name, torch.zeros_like(table.rewards)) for table in tables])
+            for name in names
+        }
+        return cls(
+            rewards=torch.cat([table.rewards for table in tables]),
+            lengths=torch.cat([table.lengths for table in tables]),
+            cut=torch.cat([table.cut for table in tables]),
+            late=torch.cat([table.late for table in tables]),
+            learnt=torch.cat([table.learnt for table in tables]),
+            parts=parts,
+        )
+
+
+def rollout_metrics(rollout: Rollout, ranks: Ranks = ALONE) -> dict[str, float]:
+    """Statistics of *all* responses that were sampled, and (``train/``) of those that are trained on; on all ranks.
 
     Dynamic sampling keeps a biased part: its accuracy stays near one half while the policy's own rises. Lengths are
     response tokens, EOS included.
     """
-    dropped = [(c, r) for group in rollout.dropped for c, r in zip(group.completions, group.results, strict=True)]
-    completions = [*rollout.completions, *(completion for completion, _ in dropped)]
-    parts = {
-        name: torch.tensor([*values.tolist(), *(float(result.parts.get(name, 0.0)) for _, result in dropped)])
-        for name, values in rollout.reward_parts.items()
-    }
-    rewards = torch.tensor([*rollout.rewards.tolist(), *(float(result.reward) for _, result in dropped)])
-    lengths = torch.tensor([float(len(completion.token_ids)) for completion in completions])
-    right = parts["accuracy"] > 0.5
+    table = ResponseTable.join(ranks.gather(ResponseTable.of(rollout)))
+    right, learnt = table.parts["accuracy"] > 0.5, table.learnt
     metrics = {
-        "rollout/reward": rewards.mean(),
-        "rollout/reward_std": rewards.std(correction=0),
-        **{f"rollout/{name}": values.mean() for name, values in parts.items()},
-        "rollout/length": lengths.mean(),
-        "rollout/length_right": lengths[right].mean(),
-        "rollout/length_wrong": lengths[~right].mean(),
-        "rollout/truncated": torch.tensor([float(completion.truncated) for completion in completions]).mean(),
-        "rollout/late": torch.tensor([float(completion.late) for completion in completions]).mean(),
+        "rollout/reward": table.rewards.mean(),
+        "rollout/reward_std": table.rewards.std(correction=0),
+        **{f"rollout/{name}": values.mean() for name, values in table.parts.items()},
+        "rollout/length": table.lengths.mean(),
+        "rollout/length_right": table.lengths[right].mean(),
+        "rollout/length_wrong": table.lengths[~right].mean(),
+        "rollout/truncated": table.cut.mean(),
+        "rollout/late": table.late.mean(),
     }
     if not rollout.skip_update:
         metrics |= {
-            "train/responses": torch.tensor(float(len(rollout))),
-            "train/reward": rollout.rewards.mean(),
-            "train/accuracy": rollout.accuracy.mean(),
-            "train/length": rollout.sequences.response_lengths.float().mean(),
+            "train/responses": learnt.sum(),
+            "train/reward": table.rewards[learnt].mean(),
+            "train/accuracy": table.parts["accuracy"][learnt].mean(),
+            "train/length": table.lengths[learnt].mean(),
         }
     # The mean over nothing (no right answer, say) is NaN: such a metric is left out.
-    return {**{name: value.item() for name, value in metrics.items() if value.isfinite()}, **rollout.metrics}
+    return {**{name: float(value) for name, value in metrics.items() if value.isfinite()}, **rollout.metrics}
 
 
-def throughput(rollout: Rollout, metrics: Mapping[str, float]) -> dict[str, float]:
+def throughput(rollout: Rollout, metrics: Mapping[str, float], ranks: Ranks = ALONE) -> dict[str, float]:
     """Tokens per second: of each phase on its own, and of the whole iteration; and each phase's share of the time.
 
     Sync, generation and rewards are measured in generated tokens, the update's phases in tokens trained on
     (prompt + response).
     """
     generated = metrics.get("rollout/generated_tokens", 0.0)
-    trained = float(rollout.sequences.lengths.sum())
+    trained = sum(ranks.gather(0.0 if rollout.placeholder else float(rollout.sequences.lengths.sum())))
     seconds = {phase: metrics[f"time/{phase}_s"] for phase in PHASES if f"time/{phase}_s" in metrics}
     total = sum(seconds.values())
     if total == 0:

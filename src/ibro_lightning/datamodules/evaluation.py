@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import cast
 
 import lightning.pytorch as pl
@@ -19,6 +20,7 @@ from ibro_lightning.datamodules.sources import PromptSource
 from ibro_lightning.datamodules.weight_check import WeightCheck, WeightVerifier
 from ibro_lightning.engines import HFEngine
 from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.ranks import Ranks
 from ibro_lightning.rewards import Judge, PoolOptions, Reward, RewardPool, judge_here
 from ibro_lightning.run_folders import evaluation_name, run_folder
 from ibro_lightning.seeding import derive_seed, run_seed
@@ -79,6 +81,7 @@ class EvaluationDataModule(pl.LightningDataModule):
         self.weight_check, self.reward_pool = weight_check, reward_pool
         self._pool: RewardPool | None = None
         self._record: EvaluationRecord | None = None
+        self._recorded: Path | None = None
         self._verifier: WeightVerifier | None = None
         self._eval_prompts: dict[str, list[Prompt]] = {}
         for name, eval_set in {**self.eval_sets, **self.test_sets}.items():
@@ -95,6 +98,11 @@ class EvaluationDataModule(pl.LightningDataModule):
         if self.trainer is None:
             raise RuntimeError("this datamodule is not attached to a Trainer yet")
         return cast(PolicyProvider, self.trainer.lightning_module)
+
+    @property
+    def ranks(self) -> Ranks:
+        """This process among those that share the data; the first time, all of them must ask."""
+        return Ranks.of(getattr(self.trainer, "strategy", None))
 
     def setup(self, stage: str) -> None:
         provider = self.provider
@@ -133,7 +141,8 @@ class EvaluationDataModule(pl.LightningDataModule):
             for reward in rewards:
                 reward.setup(self.provider.tokenizer)
             if self.reward_pool is not None:
-                self._pool = RewardPool(rewards, self.reward_pool)
+                here = getattr(self.trainer, "num_devices", 1)
+                self._pool = RewardPool(rewards, self.reward_pool.shared_by(here))
         return self._pool or judge_here
 
     def verifications_stopped(self) -> dict[str, float]:
@@ -184,8 +193,7 @@ class EvaluationDataModule(pl.LightningDataModule):
     def teardown(self, stage: str) -> None:
         self.engine.close()
         self.stop_judging()
-        self._record = None
-        self._verifier = None
+        self._record = self._recorded = self._verifier = None
 
     def sync_engine(self, timer: PhaseTimer) -> dict[str, float]:
         """Hand the policy's current weights to the engine, and check that it has them; what the check measured.
@@ -200,21 +208,24 @@ class EvaluationDataModule(pl.LightningDataModule):
             return {}
         with timer("verify"):
             if self._verifier is None:
-                self._verifier = WeightVerifier(self.weight_check, self.engine, self.provider, run_seed())
+                self._verifier = WeightVerifier(self.weight_check, self.engine, self.provider, run_seed(), self.ranks)
             return self._verifier.verify()
 
     def eval_prompts(self, name: str) -> list[Prompt]:
         return self._eval_prompts[name]
 
     def record(self) -> EvaluationRecord | None:
-        """Where the samples of the evaluation that is running go; None in ``predict``, which keeps its own."""
+        """Where the samples of the evaluation that is running go; None in ``predict``, which keeps its own, and on
+        all processes but the first."""
         assert self.trainer is not None
         if self.trainer.predicting:
             return None
         folder = run_folder(self.trainer) / "evaluations" / evaluation_name(self.trainer)
-        if self._record is None or self._record.folder != folder:
+        if self._recorded != folder:
             fitting = self.trainer.state.fn == TrainerFn.FITTING
-            self._record = EvaluationRecord(folder, None if fitting else self._fingerprint())
+            fingerprint = None if fitting else self._fingerprint()  # on all of them: sharded weights are gathered
+            self._record = EvaluationRecord(folder, fingerprint) if self.ranks.is_first else None
+            self._recorded = folder
         return self._record
 
     def _fingerprint(self) -> dict[str, str]:
@@ -252,7 +263,11 @@ def _overridden(sets: dict[str, EvalSet], samples: int | None, max_tokens: int |
 
 
 class EvalStream:
-    """One evaluation set as a sized iterable of rollouts, generated as Lightning asks for them."""
+    """One evaluation set as a sized iterable of rollouts, generated as Lightning asks for them.
+
+    Ranks share out the prompts of each batch. A rank that gets none yields a rollout without rows, as all must ask for
+    equally many batches.
+    """
 
     def __init__(self, data: EvaluationDataModule, name: str, eval_set: EvalSet) -> None:
         self.data, self.name, self.eval_set = data, name, eval_set
@@ -262,30 +277,32 @@ class EvalStream:
 
     def __iter__(self) -> Iterator[Rollout]:
         prompts, size, seed = self.data.eval_prompts(self.name), self.data.eval_batch_prompts, run_seed()
-        record, synced = self.data.record(), False
+        record, ranks, synced = self.data.record(), self.data.ranks, False
         for batch, start in enumerate(range(0, len(prompts), size)):
             timer, measured = PhaseTimer(), dict[str, float]()
             chunk = prompts[start : start + size]
             seeds = [[self._seed(seed, prompt, sample) for sample in range(self.eval_set.samples)] for prompt in chunk]
-            groups = record.read(self.name, batch, chunk, seeds) if record else None
-            if done := groups is not None:
+            known = ranks.broadcast(record.read(self.name, batch, chunk, seeds) if record else None)
+            if known is not None:
                 rank_zero_info(f"{self.name}: batch {batch + 1} of {len(self)} is there already")
+                groups = ranks.share(known)
             else:
                 if not synced:
                     measured, synced = self.data.sync_engine(timer), True
-                groups = self._generate(chunk, seeds, timer)
+                with ranks.together():
+                    groups = self._generate(ranks.share(chunk), ranks.share(seeds), timer)
             if synced and start + size >= len(prompts):  # nobody asks for more than the last batch
                 self.data.engine.offload()
-            rollout = Rollout.from_groups(
-                groups,
-                name=self.name,
-                iteration=0,
-                temperature=self.eval_set.sampling.temperature,
-                metrics={**measured, **timer.metrics()},
-            )
-            if record and not done:
-                record.write(self.name, batch, rollout)
-            yield rollout
+            metrics = {**measured, **timer.metrics()}
+            if known is None:
+                everyones = ranks.join(groups)
+                if record:
+                    record.write(self.name, batch, self._rollout(everyones, metrics))
+            yield self._rollout(groups, metrics)
+
+    def _rollout(self, groups: list[Group], metrics: dict[str, float]) -> Rollout:
+        temperature = self.eval_set.sampling.temperature
+        return Rollout.from_groups(groups, name=self.name, iteration=0, temperature=temperature, metrics=metrics)
 
     def _generate(self, prompts: list[Prompt], seeds: list[list[int]], timer: PhaseTimer) -> list[Group]:
         groups = self.data.collector.collect(prompts, seeds, self.eval_set.sampling, self.eval_set.reward, timer)

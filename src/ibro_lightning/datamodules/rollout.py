@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import torch
 
 from ibro_lightning.datamodules.collector import check_reward
 from ibro_lightning.datamodules.evaluation import EvaluationDataModule
 from ibro_lightning.datamodules.prompts import PromptCursor, check_lengths, check_vocabulary, encode_prompts
+from ibro_lightning.datamodules.sampled import SampledGroups
 from ibro_lightning.datamodules.sources import PromptSource
 from ibro_lightning.errors import ConfigError, RolloutError, check_at_least
-from ibro_lightning.functional import informative_groups
 from ibro_lightning.rewards import Reward
-from ibro_lightning.seeding import derive_seed, run_seed
+from ibro_lightning.seeding import derive_seed, run_seed, update_order, update_seed
 from ibro_lightning.timing import PhaseTimer
-from ibro_lightning.types import Group, Rollout, SamplingParams
+from ibro_lightning.types import Completion, Group, Prompt, RewardResult, Rollout, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -123,49 +121,47 @@ class RolloutDataModule(EvaluationDataModule):
         self._skips = state_dict["skips"]
 
     def next_rollout(self) -> Rollout:
-        """Generate one rollout from the policy's current weights."""
-        timer = PhaseTimer()
+        """This rank's share of one rollout, generated from the policy's current weights."""
+        timer, start = PhaseTimer(), self._position
+        try:
+            return self._make_rollout(timer)
+        except BaseException:
+            self._position = start  # an iteration that was given up begins anew, with the same prompts
+            raise
+
+    def _make_rollout(self, timer: PhaseTimer) -> Rollout:
         stopped = self.verifications_stopped()
         measured = self.sync_engine(timer)
-        kept, spare, rounds = self._collect_groups(timer)
+        sampled = self._collect_groups(timer)
         self.engine.offload()
-        sampled = len(kept) + len(spare)
-        zero_variance = len(spare) / sampled if self.dynamic_sampling else _zero_variance_share(kept)
-        metrics = {
-            "rollout/prompts_sampled": float(sampled),
-            "rollout/rounds": float(rounds),
-            "rollout/zero_variance_groups": zero_variance,
-            "rollout/generated_tokens": float(sum(len(c.token_ids) for g in (*kept, *spare) for c in g.completions)),
-            **{f"verifier/{why}": count - stopped[why] for why, count in self.verifications_stopped().items()},
-            **measured,
-            **timer.metrics(),
-        }
-        groups, skip = self._resolve(kept, spare)
-        trained = {id(group) for group in groups}
+        stopped = {why: count - stopped[why] for why, count in self.verifications_stopped().items()}
+        metrics = {**sampled.metrics(), **sampled.totals(self.ranks, stopped, timer), **measured}
+        trained, skip = self._resolve(sampled)
         self.iteration += 1
+        mine, learnt = self._hand_out(sampled, trained), set(trained)
         return Rollout.from_groups(
-            groups,
+            list(mine.values()) or [self._placeholder()],
+            numbers=list(mine) or [len(trained)],
             name="train",
             iteration=self.iteration,
             temperature=self.sampling.temperature,
-            dropped=tuple(group for group in (*kept, *spare) if id(group) not in trained),
+            dropped=tuple(group for position, group in sampled.mine.items() if position not in learnt),
             skip_update=skip,
             metrics=metrics,
+            total_groups=len(trained),
+            placeholder=not mine,
         )
 
-    def _collect_groups(self, timer: PhaseTimer) -> tuple[list[Group], list[Group], int]:
-        """``(groups to train on, groups of zero variance, rounds)``; without dynamic sampling all are trained on."""
-        kept: list[Group] = []
-        spare: list[Group] = []
-        rounds = 0
+    def _collect_groups(self, timer: PhaseTimer) -> SampledGroups:
+        """Groups until enough are informative, or the rounds are over; without dynamic sampling all count as such."""
+        sampled = SampledGroups()
         max_rounds = self.dynamic_sampling.max_rounds if self.dynamic_sampling else 1
-        while len(kept) < self.prompts_per_rollout and rounds < max_rounds:
-            groups = self._generate(self._round_size(len(kept), len(spare)), timer)
-            rounds += 1
-            useful = _informative(groups) if self.dynamic_sampling else [True] * len(groups)
-            kept += [group for group, keep in zip(groups, useful, strict=True) if keep]
-            spare += [group for group, keep in zip(groups, useful, strict=True) if not keep]
-        return kept, spare, rounds
+        while len(sampled.kept) < self.prompts_per_rollout and sampled.rounds < max_rounds:
+            draws = self._draw(self._round_size(len(sampled.kept), len(sampled.spare)))
+            with self.ranks.together():
+                groups = self._generate(self.ranks.share(draws), timer)
+            sampled.add(groups, self.ranks, filtered=self.dynamic_sampling is not None)
+        return sampled
 
     def _round_size(self, kept: int, spare: int) -> int:
         """How many prompts to try: as many as are missing, given the share that was informative so far."""
@@ -173,33 +169,68 @@ class RolloutDataModule(EvaluationDataModule):
         share = kept / (kept + spare) if kept else 0.0
         return min(self.prompts_per_rollout, math.ceil(missing / share)) if share else self.prompts_per_rollout
 
-    def _generate(self, count: int, timer: PhaseTimer) -> list[Group]:
+    def _draw(self, count: int) -> list[tuple[int, Prompt]]:
+        """The next prompts, of all ranks."""
         assert self._cursor is not None, "setup('fit') comes first"
         self._cursor.position = self._position
         draws = self._cursor.draw(count)
         self._position = self._cursor.position
+        return draws
+
+    def _generate(self, draws: Sequence[tuple[int, Prompt]], timer: PhaseTimer) -> dict[int, Group]:
+        """A group for each draw, by its position."""
         seed = run_seed()
         seeds = [
             [derive_seed(seed, "train", self.iteration, position, sample) for sample in range(self.group_size)]
             for position, _ in draws
         ]
-        return self.collector.collect([prompt for _, prompt in draws], seeds, self.sampling, self.reward, timer)
+        prompts = [prompt for _, prompt in draws]
+        groups = self.collector.collect(prompts, seeds, self.sampling, self.reward, timer)
+        return {position: group for (position, _), group in zip(draws, groups, strict=True)}
 
-    def _resolve(self, kept: list[Group], spare: list[Group]) -> tuple[list[Group], bool]:
-        """``(groups of the rollout, skip the update?)``, as ``on_exhausted`` says."""
-        groups = kept[: self.prompts_per_rollout]
+    def _resolve(self, sampled: SampledGroups) -> tuple[list[int], bool]:
+        """``(positions of the rollout's groups, skip the update?)``, as ``on_exhausted`` says."""
+        kept, spare = sampled.kept, sampled.spare
+        trained = kept[: self.prompts_per_rollout]
         rule = self.dynamic_sampling
         if rule is None:
-            return groups, False
-        self._skips = 0 if groups else self._skips + 1
-        if self._skips >= rule.max_skips or (rule.on_exhausted == "stop" and len(groups) < self.prompts_per_rollout):
+            return trained, False
+        self._skips = 0 if trained else self._skips + 1
+        if self._skips >= rule.max_skips or (rule.on_exhausted == "stop" and len(trained) < self.prompts_per_rollout):
             raise RolloutError(self._exhausted(len(kept), spare))
-        if rule.on_exhausted == "fill" or not groups:
-            groups += spare[: self.prompts_per_rollout - len(groups)]
-        return groups, not kept
+        if rule.on_exhausted == "fill" or not trained:
+            trained += list(spare)[: self.prompts_per_rollout - len(trained)]
+        return trained, not kept
 
-    def _exhausted(self, kept: int, spare: list[Group]) -> str:
-        right = sum(group.results[0].parts["accuracy"] > 0 for group in spare)
+    def _hand_out(self, sampled: SampledGroups, trained: list[int]) -> dict[int, Group]:
+        """This rank's groups of the rollout, by their number in it. Every optimizer step finds equally many on each
+        rank (of the first pass; one more or less), whoever has sampled them."""
+        if self.ranks.size == 1:
+            return {number: sampled.mine[position] for number, position in enumerate(trained)}
+        order = update_order(update_seed(run_seed(), self.iteration, 0), len(trained))
+        owners = {trained[number]: place % self.ranks.size for place, number in enumerate(order)}
+        numbers = {position: number for number, position in enumerate(trained)}
+        parcels: list[dict[int, Group]] = [{} for _ in range(self.ranks.size)]
+        for position, group in sampled.mine.items():
+            if position in owners:
+                parcels[owners[position]][numbers[position]] = group
+        received = self.ranks.trade(parcels)
+        return dict(sorted(pair for parcel in received for pair in parcel.items()))
+
+    def _placeholder(self) -> Group:
+        """What a rank without a share of the rollout brings along: responses that are late, so that nothing counts
+        them."""
+        assert self._cursor is not None
+        token = self.provider.eos_token_ids[0]
+        nothing = Completion((token,), (0.0,), "deadline", "", self.sampling.max_tokens, 0)
+        return Group(
+            self._cursor.prompts[0],
+            (nothing,) * self.group_size,
+            (RewardResult(0.0, {"accuracy": 0.0}),) * self.group_size,
+        )
+
+    def _exhausted(self, kept: int, spare: Mapping[int, bool]) -> str:
+        right = sum(spare.values())
         return (
             f"data.dynamic_sampling: found {kept} of {self.prompts_per_rollout} informative groups"
             + (f", and none in {self._skips} rollouts in a row" if self._skips else "")
@@ -245,14 +276,3 @@ def check_training_sampling(sampling: SamplingParams) -> None:
                 f"training from a truncated distribution makes every importance ratio wrong: write {full:g} "
                 "(evaluation sets may use their own)",
             )
-
-
-def _informative(groups: list[Group]) -> list[bool]:
-    accuracy = torch.tensor([result.parts["accuracy"] for group in groups for result in group.results])
-    index = torch.tensor([i for i, group in enumerate(groups) for _ in group.results])
-    return informative_groups(accuracy, index).tolist()
-
-
-def _zero_variance_share(groups: list[Group]) -> float:
-    """Share of groups whose responses all have the same accuracy."""
-    return 1.0 - sum(_informative(groups)) / len(groups)

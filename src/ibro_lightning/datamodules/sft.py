@@ -61,7 +61,7 @@ class SFTDataModule(EvaluationDataModule):
 
     Args:
         source: the demonstrations.
-        batch_size: sequences per step.
+        batch_size: sequences per step, over all ranks.
         steps_per_epoch: batches per Lightning epoch.
         evaluation_settings: engine, eval_sets, prompt_limits, …, as in :class:`EvaluationDataModule`.
     """
@@ -82,6 +82,7 @@ class SFTDataModule(EvaluationDataModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
+            check_at_least("data.batch_size", self.batch_size, self.ranks.size, ": every rank needs a sequence")
             self.refuse_overlap(self.source.may_show, "write split: heldout and the same heldout_fraction in both")
 
     def train_dataloader(self) -> SFTStream:
@@ -95,7 +96,8 @@ class SFTDataModule(EvaluationDataModule):
 
     def next_batch(self) -> Sequences:
         tokenizer, seed = self.provider.tokenizer, run_seed()
-        pairs = [self.source.demonstration(derive_seed(seed, "sft", self.step, row)) for row in range(self.batch_size)]
+        rows = self.ranks.share(range(self.batch_size))
+        pairs = [self.source.demonstration(derive_seed(seed, "sft", self.step, row)) for row in rows]
         self.step += 1
         prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
         responses = tokenizer([response for _, response in pairs], add_special_tokens=False)["input_ids"]

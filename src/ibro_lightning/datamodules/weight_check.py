@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ibro_lightning.engines.weights import weight_group
 from ibro_lightning.errors import ConfigError, RolloutError, WeightSyncError, check_at_least
+from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.seeding import counter_uniforms, derive_seed
 from ibro_lightning.sequences import Sequences
 from ibro_lightning.types import Dtype, Generation, PolicyProvider, RolloutEngine, SamplingParams
@@ -69,10 +70,15 @@ class Answer(NamedTuple):
 
 
 class WeightVerifier:
-    """Compares engine and trainer; one per run, as it remembers what the engine answered before."""
+    """Compares engine and trainer; one per run, as it remembers what the engine answered before.
 
-    def __init__(self, check: WeightCheck, engine: RolloutEngine, provider: PolicyProvider, seed: int) -> None:
-        self.check, self.engine, self.provider, self.seed = check, engine, provider, seed
+    Every rank has an engine of its own. They decide together, as the policy they compare with may be spread over them.
+    """
+
+    def __init__(
+        self, check: WeightCheck, engine: RolloutEngine, provider: PolicyProvider, seed: int, ranks: Ranks = ALONE
+    ) -> None:
+        self.check, self.engine, self.provider, self.seed, self.ranks = check, engine, provider, seed, ranks
         config = provider.model_spec().config.get_text_config()
         self._vocabulary = int(config.vocab_size)
         limits = (getattr(config, "max_position_embeddings", None), engine.max_model_len)
@@ -101,11 +107,15 @@ class WeightVerifier:
         same, new = self._ask()
         differences = torch.cat([answer.engine_logp - answer.trainer_logp for answer in (same, new)]).abs()
         unchanged = self._unchanged(same)
-        if not max(same.difference, new.difference) <= self.tolerance or unchanged:
-            raise WeightSyncError(self._explain(same, new, unchanged))
+        wrong = not max(same.difference, new.difference) <= self.tolerance or unchanged
+        if self.ranks.any(wrong):
+            explanation = self._explain(same, new, unchanged)
+            found = self.ranks.gather(explanation if wrong else None)
+            raise WeightSyncError(next(text for text in found if text is not None))
+        measured = self.ranks.gather((float(differences.max()), float(differences.mean())))
         return {
-            "sync/logp_difference_max": float(differences.max()),
-            "sync/logp_difference_mean": float(differences.mean()),
+            "sync/logp_difference_max": max(largest for largest, _ in measured),
+            "sync/logp_difference_mean": sum(mean for _, mean in measured) / len(measured),
         }
 
     def _ask(self) -> tuple[Answer, Answer]:
@@ -113,9 +123,12 @@ class WeightVerifier:
         self._asked += 1
         prompts = [self._prompt("same"), self._prompt("new", self._asked)]
         seeds = [[derive_seed(self.seed, "weight check")], [derive_seed(self.seed, "weight check", self._asked)]]
-        generations = [own[0] for own in self.engine.generate(prompts, self._sampling, seeds)]
-        if not all(generation.token_ids for generation in generations):
-            raise RolloutError("the engine's deadline passed before it could be checked: raise data.engine.deadline_s")
+        with self.ranks.together():
+            generations = [own[0] for own in self.engine.generate(prompts, self._sampling, seeds)]
+            if not all(generation.token_ids for generation in generations):
+                raise RolloutError(
+                    "the engine's deadline passed before it could be checked: raise data.engine.deadline_s"
+                )
         sequences = Sequences.collate(prompts, [generation.token_ids for generation in generations])
         scored = self.provider.response_logp(sequences, self._sampling.temperature).float().cpu()
         same, new = (
@@ -146,19 +159,24 @@ class WeightVerifier:
         return float((same.trainer_logp - reference.trainer_logp).abs().max()) > moved
 
     def _explain(self, same: Answer, new: Answer, unchanged: bool) -> str:
-        """One sentence on what is wrong, and the cause: what mends it."""
+        """One sentence on what is wrong, and the cause: what mends it. All ranks look for it if any is wrong."""
         difference = max(same.difference, new.difference)
         found = f"the engine does not have the policy's weights: |Δlogp| is up to {difference:.3g} nats"
         found += f" (tolerance {self.tolerance:g})"
         new_fits = new.difference <= (MOVED if unchanged else 1) * self.tolerance
-        if same.difference > self.tolerance and new_fits:
+        cache = same.difference > self.tolerance and new_fits
+        if not self.ranks.any(not cache and not unchanged and difference > self.tolerance):
+            stale = []  # nobody's weights need to be looked through
+        else:
+            stale = self._stale_groups()
+        if cache:
             return (
                 f"{found}. Cause: the prefix cache was not reset, as a prompt seen before is continued wrongly and a "
                 "new one is not"
             )
         if unchanged:
             return f"{found}. Cause: the sync did not reach the engine, which answers as it did before the last update"
-        if stale := self._stale_groups():
+        if stale:
             tied = self._tied and stale == ["head"]
             head = " (the output head is tied to the embedding, and the engine keeps a copy)" if tied else ""
             return f"{found}. Cause: stale weights in the engine, mended by sending again: {', '.join(stale)}{head}"
@@ -180,7 +198,7 @@ class WeightVerifier:
             after = self._ask()
             if before[0].generation != after[0].generation:
                 stale.append(group)
-            if max(after[0].difference, after[1].difference) <= self.tolerance:
+            if not self.ranks.any(not max(after[0].difference, after[1].difference) <= self.tolerance):
                 return stale
             before = after
         return []

@@ -92,7 +92,7 @@ def mismatch_diagnostics(
         - ``effective_sample_size``: ``(Σw)² / (n·Σw²)``, the share of the n tokens that the ratios leave in effect.
         - ``kl_k1``, ``kl_k3``: estimates of ``KL(π_sampler ‖ π_trainer)`` per token in nats, both unbiased (the tokens
           are the sampler's); k3 has less variance and is never negative.
-        - ``non_finite``: the number of tokens (here) with a log-prob that is not finite; elsewhere they count as ratio 1.
+        - ``non_finite``: the number of tokens here with a log-prob that is not finite; other places take them for 1.
         - ``masked_share``: the share of tokens that ``result`` dropped; 0 without it.
     """
     mask = mask.bool()

@@ -167,7 +167,8 @@ class PolicyModule(pl.LightningModule):
 
     def validation_step(self, rollout: Rollout, batch_idx: int, dataloader_idx: int = 0) -> None:
         metric = self._eval_metrics.setdefault(rollout.name, SampleAccuracy().to(self.device))
-        metric.update(rollout)
+        if len(rollout):  # with more ranks than prompts in a batch, some have none
+            metric.update(rollout)
 
     def on_validation_epoch_end(self) -> None:
         self.evaluations = {name: metric.compute() for name, metric in self._eval_metrics.items()}

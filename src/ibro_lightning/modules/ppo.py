@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from ibro_lightning.errors import ConfigError, check_at_least
@@ -86,6 +87,9 @@ class PPOModule(ActorModule):
 
     def configure_model(self) -> None:
         super().configure_model()
+        if self._trainer is not None and isinstance(strategy := self.trainer.strategy, DDPStrategy):
+            # A backward pass goes through one of the two networks; DDP waits for all gradients unless it looks.
+            strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         if not hasattr(self, "critic"):
             self.critic = Critic(
                 self.critic_source.build_critic(self.policy_options),

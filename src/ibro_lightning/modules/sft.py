@@ -38,7 +38,7 @@ class SFTModule(PolicyModule):
         timer = PhaseTimer()
         with timer("update"):
             logp, _ = self.policy(batch, temperature=1.0, with_entropy=False)
-            loss = -token_mean(logp, batch.response_mask, batch.response_mask.sum())
-            self.manual_backward(loss)
+            loss = -token_mean(logp, batch.response_mask, self.ranks.sum(batch.response_mask.sum()))
+            self.manual_backward(loss * self.ranks.size)  # DDP and FSDP average gradients over ranks
             metrics = self.optimizer_step_clipped()
-        return {"sft/loss": loss.item(), **metrics, **timer.metrics()}
+        return {"sft/loss": self.ranks.sum(loss.detach()).item(), **metrics, **timer.metrics()}

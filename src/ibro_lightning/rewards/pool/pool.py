@@ -14,7 +14,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import cloudpickle
@@ -69,6 +69,10 @@ class PoolOptions:
             return self.workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(16, cores)
+
+    def shared_by(self, ranks: int) -> PoolOptions:
+        """The options of one of several pools on this machine, which share its cores if ``workers`` is None."""
+        return self if self.workers is not None or ranks == 1 else replace(self, workers=max(1, self.size // ranks))
 
 
 class RewardPool:
