@@ -55,8 +55,9 @@ ALLOWED = {
     "modules": {"coefficients", "errors", "experience", "functional", "metrics", "models", "regularizers", "seeding"}
     | {"ranks", "sequences", "timing", "types"},
     "callbacks": {"errors", "metrics", "modules", "ranks", "records", "run_folders", "types", "version"},
+    "strategies": {"errors", "models"},
     "cli": {"callbacks", "compare", "datamodules", "engines", "errors", "modules", "recipes", "regularizers", "rewards"}
-    | {"run_folders", "version"},
+    | {"run_folders", "strategies", "version"},
     "__main__": {"cli"},
     "__init__": {"version"},
 }

@@ -27,7 +27,8 @@ import ibro_lightning.datamodules
 import ibro_lightning.engines
 import ibro_lightning.modules
 import ibro_lightning.regularizers
-import ibro_lightning.rewards  # noqa: F401  imported so that recipes may name classes without their module
+import ibro_lightning.rewards
+import ibro_lightning.strategies  # noqa: F401  imported so that recipes may name classes without their module
 from ibro_lightning import compare
 from ibro_lightning.callbacks import (
     EvaluationReport,

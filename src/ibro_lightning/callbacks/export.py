@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_only
 
 from ibro_lightning.modules import PolicyModule
 from ibro_lightning.run_folders import run_folder
@@ -19,7 +18,6 @@ class ExportModel(pl.Callback):
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
 
-    @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.enabled and isinstance(pl_module, PolicyModule):
             pl_module.export(run_folder(trainer) / "model")

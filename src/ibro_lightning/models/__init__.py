@@ -1,6 +1,9 @@
-"""The policy and the critic: loading, scoring, exporting."""
+"""The policy and the critic: loading, sharding, scoring, exporting."""
 
+from ibro_lightning.models.building import build_critic, build_policy
 from ibro_lightning.models.critic import Critic
+from ibro_lightning.models.export import export_folder
+from ibro_lightning.models.gradients import clip_gradients, grad_norm
 from ibro_lightning.models.loading import (
     PolicyOptions,
     PolicySource,
@@ -9,16 +12,27 @@ from ibro_lightning.models.loading import (
     as_source,
     check_same_vocabulary,
 )
-from ibro_lightning.models.policy import Policy, export_folder
+from ibro_lightning.models.lora import LoRAOptions
+from ibro_lightning.models.policy import Policy
+from ibro_lightning.models.sharding import Sharding, whole
+from ibro_lightning.models.weights import local_part
 
 __all__ = [
     "Critic",
+    "LoRAOptions",
     "Policy",
     "PolicyOptions",
     "PolicySource",
     "PretrainedPolicy",
     "Qwen2FromScratch",
+    "Sharding",
     "as_source",
+    "build_critic",
+    "build_policy",
     "check_same_vocabulary",
+    "clip_gradients",
     "export_folder",
+    "grad_norm",
+    "local_part",
+    "whole",
 ]

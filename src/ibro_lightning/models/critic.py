@@ -26,6 +26,7 @@ class Critic(nn.Module):
         super().__init__()
         self.model = model
         self.packing = packing
+        self.device: torch.device | None = None
         remove_dropout(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -43,4 +44,4 @@ class Critic(nn.Module):
     def check_packing(self) -> None:
         """Try packing, if it is on; raises ConfigError if sequences would see each other."""
         if self.packing:
-            check_packing(self.model)
+            check_packing(self.model, self.device)

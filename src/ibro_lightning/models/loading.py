@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.models.lora import LoRAOptions
+from ibro_lightning.models.weights import WeightFiles
 from ibro_lightning.tasks import NumberPath
 from ibro_lightning.types import Dtype
 
@@ -39,6 +42,8 @@ class PolicyOptions:
         packing: run each micro-batch as one row without padding; worth it on GPUs with flash_attention_2. Training
             stops at once if this attention lets packed sequences see each other.
         fused_head: never hold all logits at once (models whose head is a plain linear layer); False is for comparisons.
+        lora: train low-rank adapters in place of the weights, for policies whose gradients and optimizer states do not
+            fit. Engines and exports get merged weights. Needs ``pip install 'ibro-lightning[lora]'``.
     """
 
     dtype: Dtype = "float32"
@@ -48,6 +53,7 @@ class PolicyOptions:
     revision: str = "main"
     packing: bool = False
     fused_head: bool = True
+    lora: LoRAOptions | None = None
 
 
 class PolicySource(ABC):
@@ -157,14 +163,41 @@ class PretrainedPolicy(PolicySource):
         )
         return _zero_head(critic, self, report["missing_keys"])
 
+    def weight_files(self) -> WeightFiles | None:
+        """Its safetensors files, downloaded if it is on the hub; None if its weights are in another format."""
+        return self._refuse("weights", lambda: WeightFiles.find(self.path, str(self._hub["revision"])))
+
+    def empty(self, auto_class: Any, config: Any, options: PolicyOptions) -> Any:
+        """A model as ``auto_class`` would load it from here, but for its parameters' values."""
+
+        def make() -> Any:
+            model = auto_class.from_config(
+                config,
+                trust_remote_code=self._hub["trust_remote_code"],
+                dtype=getattr(torch, options.dtype),
+                attn_implementation=options.attn_implementation,
+            )
+            if model.can_generate():
+                with suppress(OSError):  # as in from_pretrained, which also goes on without it
+                    model.generation_config = GenerationConfig.from_pretrained(
+                        self.path, revision=self._hub["revision"]
+                    )
+            return model.eval()
+
+        return self._refuse(auto_class.__name__[4:], make)
+
     def _load(self, auto_class: Any, **kwargs: Any) -> Any:
+        return self._refuse(
+            auto_class.__name__[4:], lambda: auto_class.from_pretrained(self.path, **self._hub, **kwargs)
+        )
+
+    def _refuse(self, what: str, load: Callable[[], Any]) -> Any:
+        """``load()``, with a :class:`ConfigError` if it cannot."""
         try:
-            return auto_class.from_pretrained(self.path, **self._hub, **kwargs)
+            return load()
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ConfigError(
-                self.setting, self.path, f"cannot load its {auto_class.__name__[4:]}: {reason}{_hint(self.path)}"
-            ) from error
+            raise ConfigError(self.setting, self.path, f"cannot load its {what}: {reason}{_hint(self.path)}") from error
 
     def _generation_eos(self) -> list[int]:
         try:

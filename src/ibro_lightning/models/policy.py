@@ -1,16 +1,15 @@
-"""The policy network: scores responses, hands out its weights, becomes a Hugging Face folder."""
+"""The policy network: scores responses and hands out its weights."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ibro_lightning.functional import logprob_and_entropy
+from ibro_lightning.models.export import full_weights
 from ibro_lightning.models.head import LinearHead, find_linear_head
 from ibro_lightning.models.transformer import check_packing, response_states, scatter_rows
 from ibro_lightning.sequences import Sequences
@@ -34,6 +33,8 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.packing = packing
+        self.device: torch.device | None = None
+        """Where a sharded network computes, which need not be where its shards are; None: where its weights are."""
         self._fused_head = fused_head
         self._head: tuple[LinearHead | None] | None = None  # looked for once; a tuple, so that it is not a submodule
         remove_dropout(model)
@@ -66,17 +67,16 @@ class Policy(nn.Module):
         return scatter_rows(logp, mask), None if entropy is None else scatter_rows(entropy, mask)
 
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Detached weights under their Hugging Face names; tied weights appear under each of their names.
+        """Detached weights under their Hugging Face names, adapters merged; tied ones appear under each of their names.
 
         Sharded weights are gathered one by one, so that never more than one of them is whole; every rank must ask.
         """
-        for name, tensor in self.model.state_dict().items():
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        yield from full_weights(self.model)
 
     def check_packing(self) -> None:
         """Try packing, if it is on; raises ConfigError if sequences would see each other."""
         if self.packing:
-            check_packing(self.model)
+            check_packing(self.model, self.device)
 
     def _linear_head(self) -> LinearHead | None:
         if self._head is None:
@@ -92,15 +92,3 @@ def remove_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def export_folder(model: Any, tokenizer: Any, folder: Path) -> Path:
-    """Write a Hugging Face folder (``config.json``, ``model.safetensors``, tokenizer) in place of ``folder``."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    return folder

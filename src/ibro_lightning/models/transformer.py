@@ -53,9 +53,12 @@ def backbone_of(model: Any) -> nn.Module | None:
 
 
 @torch.no_grad()
-def check_packing(model: Any) -> None:
+def check_packing(model: Any, device: torch.device | None = None) -> None:
     """Run three short sequences packed, through the model without its head: neither may they see each other, nor may
     they differ from the same sequences one by one.
+
+    Args:
+        device: where the model computes; None: where its weights are.
 
     Raises:
         ConfigError: packed, they do, or the model cannot run them.
@@ -63,7 +66,8 @@ def check_packing(model: Any) -> None:
     vocabulary = model.config.get_text_config().vocab_size
     backbone = backbone_of(model)
     network, output = (model, "logits") if backbone is None else (backbone, "last_hidden_state")
-    rows = _probe(vocabulary, model)
+    device = device or next(model.parameters()).device
+    rows = _probe(vocabulary, device)
     try:
         packed = response_states(network, rows, output, packing=True)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -71,7 +75,7 @@ def check_packing(model: Any) -> None:
             "model.policy_options.packing", True, f"this model cannot run packed sequences ({error}): write false"
         ) from error
     last = int(rows.response_lengths[-1])
-    with_others = response_states(network, _probe(vocabulary, model, shift=3), output, packing=True)
+    with_others = response_states(network, _probe(vocabulary, device, shift=3), output, packing=True)
     each = torch.arange(len(rows), device=packed.device).split(1)
     alone = torch.cat([response_states(network, rows.select(row), output) for row in each])
     size = alone.abs().max().clamp(min=1e-6)
@@ -92,11 +96,11 @@ def check_packing(model: Any) -> None:
         )
 
 
-def _probe(vocabulary: int, model: nn.Module, shift: int = 0) -> Sequences:
+def _probe(vocabulary: int, device: torch.device, shift: int = 0) -> Sequences:
     """Three rows of different lengths; ``shift`` changes the tokens of all but the last."""
     rows = [[(7 * i + 1 + (shift if row < 2 else 0)) % vocabulary for i in range(n)] for row, n in enumerate((5, 3, 7))]
     sequences = Sequences.collate([row[:1] for row in rows], [row[1:] for row in rows])
-    return sequences.to(next(model.parameters()).device)
+    return sequences.to(device)
 
 
 def scatter_rows(values: Tensor, mask: Tensor) -> Tensor:

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.metrics import Evaluation, SampleAccuracy
-from ibro_lightning.models import Policy, PolicyOptions, PolicySource, PretrainedPolicy, as_source, export_folder
+from ibro_lightning.models import (
+    Policy,
+    PolicyOptions,
+    PolicySource,
+    PretrainedPolicy,
+    Sharding,
+    as_source,
+    build_policy,
+    clip_gradients,
+    export_folder,
+)
 from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.sequences import Sequences
 from ibro_lightning.types import Dtype, ModelSpec, Rollout
@@ -57,13 +67,7 @@ class PolicyModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "policy"):
-            options = self.policy_options
-            self.policy = Policy(
-                self.policy_source.build(options),
-                gradient_checkpointing=options.gradient_checkpointing,
-                fused_head=options.fused_head,
-                packing=options.packing,
-            )
+            self.policy = build_policy(self.policy_source, self.policy_options, self.sharding)
 
     def on_fit_start(self) -> None:
         if self.policy_options.packing:
@@ -85,7 +89,7 @@ class PolicyModule(pl.LightningModule):
         if self.trainer.precision not in ("32-true", "bf16-mixed"):
             raise ConfigError("trainer.precision", self.trainer.precision, "not supported: write 32-true or bf16-mixed")
         try:
-            optimizer = factory(network.parameters())
+            optimizer = factory([parameter for parameter in network.parameters() if parameter.requires_grad])
         except (TypeError, ValueError) as error:
             raise ConfigError(setting, type(self).__name__, f"the optimizer refuses its settings: {error}") from error
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
@@ -101,7 +105,7 @@ class PolicyModule(pl.LightningModule):
     def clip_and_step(self, network: nn.Module, optimizer: Any, scheduler: Any) -> dict[str, float]:
         """Clip, step, schedule, zero. A step with a non-finite gradient is left out, and counted."""
         learning_rate = optimizer.param_groups[0]["lr"]
-        norm = nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm or torch.inf)
+        norm = clip_gradients(network.parameters(), self.max_grad_norm)
         finite = bool(norm.isfinite())
         if finite:
             optimizer.step()
@@ -114,6 +118,11 @@ class PolicyModule(pl.LightningModule):
     def ranks(self) -> Ranks:
         """This process among those that share the data; taken out of its trainer, a module is alone."""
         return ALONE if self._trainer is None else Ranks.of(self.trainer.strategy)
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """How the strategy spreads networks over processes; None: each process has them whole."""
+        return None if self._trainer is None else getattr(self.trainer.strategy, "sharding", None)
 
     @property
     def source_folders(self) -> tuple[Path, ...]:

@@ -25,7 +25,7 @@ from ibro_lightning.functional import (
     reward_to_go,
     token_mean,
 )
-from ibro_lightning.models import Critic, PolicySource, as_source, check_same_vocabulary, export_folder
+from ibro_lightning.models import Critic, PolicySource, as_source, build_critic, check_same_vocabulary, export_folder
 from ibro_lightning.modules.actor import ActorModule
 from ibro_lightning.modules.base import local_folders
 from ibro_lightning.sequences import Sequences
@@ -91,11 +91,7 @@ class PPOModule(ActorModule):
             # A backward pass goes through one of the two networks; DDP waits for all gradients unless it looks.
             strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         if not hasattr(self, "critic"):
-            self.critic = Critic(
-                self.critic_source.build_critic(self.policy_options),
-                gradient_checkpointing=self.policy_options.gradient_checkpointing,
-                packing=self.policy_options.packing,
-            )
+            self.critic = build_critic(self.critic_source, self.policy_options, self.sharding)
 
     def configure_optimizers(self) -> Any:
         policy = self.optimizer_for(self.policy, self.optimizer_factory, "model.optimizer")

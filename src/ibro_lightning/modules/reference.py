@@ -10,7 +10,15 @@ from torch import Tensor
 from ibro_lightning.coefficients import Coefficient, as_coefficient
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.functional import KLEstimator, kl_divergence
-from ibro_lightning.models import Policy, PolicyOptions, PolicySource, as_source, check_same_vocabulary
+from ibro_lightning.models import (
+    Policy,
+    PolicyOptions,
+    PolicySource,
+    Sharding,
+    as_source,
+    build_policy,
+    check_same_vocabulary,
+)
 
 Placement = Literal["loss", "reward"]
 
@@ -68,14 +76,12 @@ class ReferenceKL:
         assert self._source is not None, "setup comes first"
         return self._source
 
-    def on(self, device: torch.device) -> Policy:
-        """The reference policy, on ``device``. No submodule of anything: not trained, not checkpointed, not synced."""
+    def on(self, device: torch.device, sharding: Sharding | None = None) -> Policy:
+        """The reference policy, on ``device`` or spread as the policy is. No submodule of anything: not trained, not
+        checkpointed, not synced."""
         if self._reference is None:
-            options = self._options
-            model = self.source.build(options)
-            self._reference = Policy(model, fused_head=options.fused_head, packing=options.packing)
-            self._reference.requires_grad_(False)
-        return self._reference.to(device)
+            self._reference = build_policy(self.source, self._options, sharding, frozen=True)
+        return self._reference if sharding else self._reference.to(device)
 
     def penalty(self, logp: Tensor, reference_logp: Tensor) -> Tensor:
         """The estimate per token, ``[B, T]`` in nats; with a gradient if ``logp`` has one."""

@@ -50,7 +50,7 @@ class ScoringModule(PolicyModule):
     def check_packing(self) -> None:
         super().check_packing()
         if self.kl is not None:
-            self.kl.on(self.device).check_packing()
+            self.kl.on(self.device, self.sharding).check_packing()
 
     def scores_first(self, rollout: Rollout) -> bool:
         """Is the rollout scored before the update? An update that can do without says so."""
@@ -74,7 +74,7 @@ class ScoringModule(PolicyModule):
         rewards.scatter_(1, last[:, None], rollout.rewards[:, None].to(logp.dtype))
         extra = {"sampler_logp": rollout.sampler_logp}
         if self.kl is not None:
-            reference = self.kl.on(self.device)
+            reference = self.kl.on(self.device, self.sharding)
             extra["reference_logp"], _ = self.score(sequences, rollout.temperature, reference, with_entropy=False)
             extra["reference_kl"] = self.kl.penalty(logp, extra["reference_logp"])
             rewards = self.kl.take_from(rewards, extra["reference_kl"])

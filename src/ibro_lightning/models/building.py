@@ -1,0 +1,189 @@
+"""Policies and critics, on a single device or sharded, from wherever their weights are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+from ibro_lightning.models.critic import Critic
+from ibro_lightning.models.loading import PolicyOptions, PolicySource, PretrainedPolicy
+from ibro_lightning.models.lora import BASE, add_adapters, initial_adapter, is_adapter
+from ibro_lightning.models.policy import Policy
+from ibro_lightning.models.sharding import Sharding, materialize, named_parameters, shard
+from ibro_lightning.models.weights import RankZero, WeightFiles, WeightSource, agree, local_part
+
+
+def build_policy(
+    source: PolicySource, options: PolicyOptions, sharding: Sharding | None = None, *, frozen: bool = False
+) -> Policy:
+    """The policy that ``source`` gives, with adapters if the options ask for them.
+
+    Without ``sharding``, on the CPU. With it, each rank has its part of every weight on its device, and has never held
+    more than a few whole tensors; the weights are, bit for bit, those of a single process. All ranks must call it.
+
+    Args:
+        frozen: for a reference policy: no gradients, no adapters, no gradient checkpointing.
+
+    Raises:
+        ConfigError: the weights cannot be loaded, or the model cannot be sharded or adapted like this.
+    """
+    lora = None if frozen else options.lora
+    if sharding is None:
+        model, weights = source.build(options), None
+    else:
+        model, weights = _empty(source, options, sharding, critic=False)
+    if lora is not None:
+        add_adapters(model, lora, empty=weights is not None)
+    policy = Policy(
+        model,
+        gradient_checkpointing=options.gradient_checkpointing and not frozen,
+        fused_head=options.fused_head,
+        packing=options.packing,
+    )
+    if frozen:
+        policy.requires_grad_(False)
+    if sharding is not None:
+        assert weights is not None
+        _shard_and_fill(policy, sharding, weights, options)
+    return policy
+
+
+def build_critic(source: PolicySource, options: PolicyOptions, sharding: Sharding | None = None) -> Critic:
+    """The critic that ``source`` gives; see :func:`build_policy`. A critic has no adapters."""
+    if sharding is None:
+        model, weights = source.build_critic(options), None
+    else:
+        model, weights = _empty(source, options, sharding, critic=True)
+    critic = Critic(model, gradient_checkpointing=options.gradient_checkpointing, packing=options.packing)
+    if sharding is not None:
+        assert weights is not None
+        _shard_and_fill(critic, sharding, weights, options)
+    return critic
+
+
+def _shard_and_fill(network: Any, sharding: Sharding, weights: WeightSource, options: PolicyOptions) -> None:
+    buffers = weights.buffers(network.model)
+    shard(network, sharding)
+    materialize(network, sharding.parameter_device)
+    model = network.model
+    with torch.no_grad():
+        for name, canonical, parameter in named_parameters(model):
+            if name != canonical:
+                continue
+            if is_adapter(name):
+                assert options.lora is not None
+                _fill_adapter(name, parameter, options)
+            else:
+                weights.fill(name.replace(BASE, "."), parameter)
+    for name, value in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = value.to(sharding.device)
+    network.device = sharding.device
+
+
+def _fill_adapter(name: str, parameter: Any, options: PolicyOptions) -> None:
+    assert options.lora is not None
+    parameter.to_local().copy_(local_part(parameter, initial_adapter(name, parameter, options.lora)))
+
+
+def _empty(
+    source: PolicySource, options: PolicyOptions, sharding: Sharding, *, critic: bool
+) -> tuple[Any, WeightSource]:
+    """A model whose parameters are on the meta device, and where their values come from.
+
+    From files if these hold the parameters one by one; otherwise (other formats or names, random weights, a source of
+    one's own) rank 0 builds the model as a single process would.
+    """
+    if isinstance(source, PretrainedPolicy) and _reads_files(source):
+        model, files = agree(lambda: _from_files(source, options, critic))
+        fits = torch.tensor(int(files is not None), device=sharding.device)
+        distributed.all_reduce(fits, distributed.ReduceOp.MIN)
+        if files is not None and bool(fits):
+            return model, files
+    built = agree(lambda: _on_rank_zero(source.build_critic if critic else source.build, options))
+    model = _copy_of(built, options)
+    return model, RankZero(built, sharding.device)
+
+
+def _reads_files(source: PretrainedPolicy) -> bool:
+    """Not if a subclass builds its model in another way."""
+    ours = (PretrainedPolicy.build, PretrainedPolicy.build_critic)
+    return (type(source).build, type(source).build_critic) == ours
+
+
+def _from_files(source: PretrainedPolicy, options: PolicyOptions, critic: bool) -> tuple[Any, WeightFiles | None]:
+    files = source.weight_files()
+    if files is None:
+        return None, None
+    config = copy.deepcopy(source.config())
+    auto_class = AutoModelForCausalLM
+    if critic:
+        config.num_labels = 1
+        auto_class = AutoModelForTokenClassification
+    with parameters_on_meta():
+        model = source.empty(auto_class, config, options)
+    if getattr(config, "quantization_config", None) is not None:
+        return None, None
+    lacks: frozenset[str] = frozenset()
+    if critic:
+        inside = {id(parameter) for parameter in model.base_model.parameters()}
+        head = {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
+        lacks = frozenset(head - files.files.keys())
+    if not files.fits(model, lacks):
+        return None, None
+    return model, WeightFiles(files.files, lacks)
+
+
+def _on_rank_zero(build: Callable[[PolicyOptions], Any], options: PolicyOptions) -> Any:
+    return build(options) if distributed.get_rank() == 0 else None
+
+
+def _copy_of(built: Any, options: PolicyOptions) -> Any:
+    """An empty model of the same class, parameters, dtypes and ties as rank 0's ``built``, on every rank."""
+    told: list[Any] = [None]
+    if built is not None:
+        tensors = {name: (first, tensor.shape, tensor.dtype) for name, first, tensor in named_parameters(built)}
+        buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in built.named_buffers()}
+        told = [(type(built), built.config, getattr(built, "generation_config", None), tensors, buffers)]
+    distributed.broadcast_object_list(told, src=0)
+    model_class, config, generation, tensors, buffers = told[0]
+    with parameters_on_meta():
+        model = model_class._from_config(
+            copy.deepcopy(config),
+            dtype=getattr(torch, options.dtype),
+            attn_implementation=config._attn_implementation,
+        )
+    shared: dict[str, nn.Parameter] = {}
+    for name, (first, shape, dtype) in tensors.items():
+        if first not in shared:
+            shared[first] = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = shared[first]
+    for name, (shape, dtype) in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = torch.empty(shape, dtype=dtype)
+    if generation is not None:
+        model.generation_config = generation
+    return model.eval()
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules that are made within have parameters without memory, and buffers as ever."""
+
+    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # it may return one
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        handle.remove()

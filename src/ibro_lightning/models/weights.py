@@ -1,0 +1,161 @@
+"""Where an empty model's weights come from: safetensors files, of which each rank reads its own rows, or rank 0."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from ibro_lightning.models.sharding import local_slices, named_parameters
+
+
+class WeightSource(Protocol):
+    """Fills sharded tensors. Every rank asks for the same names in the same order."""
+
+    def fill(self, name: str, tensor: Tensor) -> None:
+        """Write the weight ``name`` (of the transformers model) into ``tensor``, or this rank's part of it."""
+
+    def buffers(self, model: nn.Module) -> dict[str, Tensor]:
+        """What the model's buffers are to hold, on the CPU, by name."""
+
+
+def local_part(like: Tensor, value: Tensor) -> Tensor:
+    """The part of a whole tensor that this rank's part of ``like`` corresponds to."""
+    return value[local_slices(like)] if isinstance(like, DTensor) and value.ndim else value
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+@dataclass
+class WeightFiles:
+    """Safetensors files: the names in them, and which file holds which."""
+
+    files: Mapping[str, Path]
+    zero: frozenset[str] = frozenset()
+    """Names that are in no file and start at 0: a new critic's head."""
+    _open: dict[Path, Any] = field(default_factory=dict)
+
+    @classmethod
+    def find(cls, path: str, revision: str) -> WeightFiles | None:
+        """The files of a folder or of a hub's model, which is downloaded; None if it has none in this format."""
+        common: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+        single = cached_file(path, SAFE_WEIGHTS_NAME, **common)
+        if single is not None:
+            with safe_open(single, framework="pt") as file:
+                return cls(dict.fromkeys(file.keys(), Path(single)))
+        index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **common)
+        if index is None:
+            return None
+        shards = json.loads(Path(index).read_text())["weight_map"]
+        found = {name: cached_file(path, name, revision=revision) for name in sorted(set(shards.values()))}
+        return cls({name: Path(str(found[shard])) for name, shard in shards.items()})
+
+    def fits(self, model: nn.Module, may_lack: frozenset[str] = frozenset()) -> bool:
+        """Do the files hold every parameter of ``model`` as it is, but for those that ``may_lack`` names?
+
+        Not if both of two tied parameters are there: which one counts is for transformers to say.
+        """
+        ties: dict[str, list[str]] = {}
+        for name, canonical, parameter in named_parameters(model):
+            if name in self.files:
+                ties.setdefault(canonical, []).append(name)
+                if self.shape(name) != parameter.shape:
+                    return False
+        wanted = {canonical for _, canonical, _ in named_parameters(model)} - may_lack
+        buffers = set(model.state_dict()) - {name for name, _, _ in named_parameters(model)}
+        return (
+            wanted <= ties.keys() and buffers <= self.files.keys() and all(len(names) == 1 for names in ties.values())
+        )
+
+    def shape(self, name: str) -> torch.Size:
+        return torch.Size(self._slice(name).get_shape())
+
+    def fill(self, name: str, tensor: Tensor) -> None:
+        local = _local(tensor)
+        if name in self.zero:
+            local.zero_()
+        elif local.numel():
+            whole = self._slice(name)
+            part = whole[local_slices(tensor)] if isinstance(tensor, DTensor) else whole[...]
+            local.copy_(part)
+
+    def buffers(self, model: nn.Module) -> dict[str, Tensor]:
+        kept = model.state_dict()
+        return {
+            name: self._slice(name)[...].to(buffer.dtype) if name in kept else buffer.detach().clone()
+            for name, buffer in model.named_buffers()
+        }
+
+    def _slice(self, name: str) -> Any:
+        path = self.files[name]
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        return self._open[path].get_slice(name)
+
+
+class RankZero:
+    """A model that rank 0 has built on its CPU, as a single process would; it hands out one whole tensor at a time.
+
+    Args:
+        model: the model on rank 0, None elsewhere.
+    """
+
+    def __init__(self, model: nn.Module | None, device: torch.device) -> None:
+        self._device, self._is_source = device, model is not None
+        self._tensors: dict[str, Tensor] = {}
+        if model is not None:
+            self._tensors = dict(model.named_buffers()) | dict(model.named_parameters(remove_duplicate=False))
+
+    def fill(self, name: str, tensor: Tensor) -> None:
+        _local(tensor).copy_(local_part(tensor, self._receive(name, tensor.shape, tensor.dtype)))
+
+    def buffers(self, model: nn.Module) -> dict[str, Tensor]:
+        return {name: self._receive(name, buffer.shape, buffer.dtype).cpu() for name, buffer in model.named_buffers()}
+
+    def _receive(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        if self._is_source:
+            tensor = self._tensors.pop(name).detach().to(self._device, dtype).contiguous()
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device=self._device)
+        distributed.broadcast(tensor, src=0)
+        return tensor
+
+
+def agree(attempt: Any) -> Any:
+    """What ``attempt()`` returns on this rank, unless it raises on any rank: then its error, on every rank.
+
+    So that no rank waits for one that has given up.
+    """
+    result, error = None, None
+    try:
+        result = attempt()
+    except Exception as caught:
+        error = caught
+    errors: list[Exception | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(errors, _portable(error))
+    if error is not None:
+        raise error
+    for other in errors:
+        if other is not None:
+            raise other
+    return result
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    import pickle
+
+    with suppress(Exception):
+        pickle.loads(pickle.dumps(error))
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,5 @@
+"""Lightning strategies of ours; importing this registers them for ``trainer.strategy``."""
+
+from ibro_lightning.strategies.fsdp2 import FSDP2Strategy
+
+__all__ = ["FSDP2Strategy"]

@@ -1,0 +1,50 @@
+"""Checkpoints as folders to which every rank adds its shards, for strategies whose weights are spread over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.optim import Optimizer
+
+from ibro_lightning.checkpoints import CheckpointFiles, load_shards, read_checkpoint, save_shards
+
+
+class ShardedCheckpoints(ModelParallelStrategy):
+    """Lightning's ``ModelParallelStrategy`` with checkpoints that any strategy reads.
+
+    Lightning keys optimizer states by the parameter's name within the whole module; ours, and those of any other
+    strategy, are keyed by its position in its own optimizer, so that two optimizers, and one without a state yet, work.
+    """
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This rank's shards, not copied: they are written at once."""
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return getattr(optimizer, "_optimizer", optimizer).state_dict()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+        if not self._save_distributed_checkpoint:  # gathered on rank 0 before
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath) if self.is_global_zero else None
+            return
+        save_shards(Path(self.broadcast(filepath)), checkpoint, is_first=self.is_global_zero)
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Of a folder, weights and optimizers are loaded here and now; of a file, by the methods for them."""
+        path = Path(self.broadcast(checkpoint_path))
+        if not path.is_dir():
+            return read_checkpoint(path, mmap=True)
+        assert self.lightning_module is not None
+        optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in self.optimizers]
+        return {**load_shards(path, self.lightning_module, optimizers), "optimizer_states": []}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        raise NotImplementedError
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        raise NotImplementedError
