@@ -25,7 +25,7 @@ ALLOWED = {
     "coefficients": {"errors"},
     "responses": {"errors"},
     "types": {"responses", "sequences"},
-    "experience": {"sequences", "types"},
+    "experience": {"ranks", "sequences", "types"},
     "tasks": {"errors"},
     "recipes": {"errors"},
     "run_folders": {"errors"},

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.sequences import Sequences
 from ibro_lightning.types import Prompt
 
@@ -119,6 +120,8 @@ class StepContext:
     seed: int
     max_length: int | None = None
     """Positions that the policy has; None if it says nothing about it."""
+    ranks: Ranks = ALONE
+    """This process among those that share the step, for what is neither a sum nor a mean."""
 
     def mean(self, values: Tensor, weights: Tensor) -> Tensor:
         """Mean over the tokens of the whole step, on all ranks; ``weights`` are a mask, or numbers ≥ 0."""

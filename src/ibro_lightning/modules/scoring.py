@@ -153,4 +153,4 @@ class ScoringModule(PolicyModule):
 
     def context(self, seed: int = 0) -> StepContext:
         positions = getattr(self.policy_source.config(), "max_position_embeddings", None)
-        return StepContext(self.policy, self.score, self.sum_over_ranks, self.tokenizer, seed, positions)
+        return StepContext(self.policy, self.score, self.sum_over_ranks, self.tokenizer, seed, positions, self.ranks)

@@ -40,7 +40,10 @@ class ClipCov(PolicyLossMethod):
         covariance = token_covariance(step, context)
         eligible = ((covariance > self.low) & (covariance < self.high) & step.mask).flatten().nonzero().squeeze(-1)
         generator = torch.Generator().manual_seed(context.seed % 2**63)
-        chosen = torch.randperm(len(eligible), generator=generator)[: count_of(step.mask, self.fraction)]
+        counts = context.ranks.gather(len(eligible))
+        before = sum(counts[: context.ranks.rank])  # all ranks draw from the eligible tokens of all ranks
+        drawn = torch.randperm(sum(counts), generator=generator)[: count_of(step.mask, self.fraction, context)]
+        chosen = drawn[(drawn >= before) & (drawn < before + len(eligible))] - before
         spared = torch.zeros(covariance.numel(), dtype=torch.bool, device=covariance.device)
         spared[eligible[chosen.to(eligible.device)]] = True
         return step.with_extra(clip_cov=spared.view_as(step.mask))
@@ -68,7 +71,7 @@ class KLCov(PolicyLossMethod):
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         covariance = token_covariance(step, context).masked_fill(~step.mask, -torch.inf)
-        highest = covariance.flatten().topk(count_of(step.mask, self.fraction)).indices
+        highest = context.ranks.top(covariance.flatten(), count_of(step.mask, self.fraction, context))
         held = torch.zeros(covariance.numel(), dtype=torch.bool, device=covariance.device)
         held[highest] = True
         return step.with_extra(kl_cov=held.view_as(step.mask) & step.mask)
@@ -78,9 +81,9 @@ class KLCov(PolicyLossMethod):
         return loss + torch.where(stats.extra["kl_cov"], penalty, 0.0)
 
 
-def count_of(mask: Tensor, fraction: float) -> int:
-    """``fraction`` of the valid tokens, at least one if there is any."""
-    tokens = int(mask.sum())
+def count_of(mask: Tensor, fraction: float, context: StepContext) -> int:
+    """``fraction`` of the valid tokens of all ranks, at least one if there is any."""
+    tokens = int(context.sum_over_ranks(mask.sum()))
     return min(tokens, max(1, int(tokens * fraction)))
 
 

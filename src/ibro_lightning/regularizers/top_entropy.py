@@ -13,8 +13,8 @@ from ibro_lightning.regularizers.covariance import check_fraction, count_of
 class TopEntropyTokens(PolicyLossMethod):
     """The policy loss of all but the most uncertain tokens is 0; the denominator still counts all of them.
 
-    Uncertain are the tokens of the optimizer step with the highest entropy under the policy that the rollout came from.
-    Each rank chooses among its own tokens.
+    Uncertain are the tokens of the optimizer step with the highest entropy under the policy that the rollout came from,
+    on all ranks.
 
     Args:
         fraction: share of tokens that are learned from; 0.2 in the paper.
@@ -28,7 +28,7 @@ class TopEntropyTokens(PolicyLossMethod):
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         entropy = step.old_entropy.masked_fill(~step.mask, -torch.inf)
         chosen = torch.zeros(entropy.numel(), dtype=torch.bool, device=entropy.device)
-        chosen[entropy.flatten().topk(count_of(step.mask, self.fraction)).indices] = True
+        chosen[context.ranks.top(entropy.flatten(), count_of(step.mask, self.fraction, context))] = True
         return step.with_extra(top_entropy=chosen.view_as(step.mask))
 
     def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:
