@@ -60,7 +60,7 @@ class Ranks:
         everyone = distributed.new_group(backend="gloo", timeout=PATIENCE)
         mesh = getattr(strategy, "_device_mesh", None)
         width = 1 if mesh is None else mesh["tensor_parallel"].size()
-        if width == 1:
+        if mesh is None or width == 1:
             return cls(rank, world, None, everyone, everyone, rank == 0)
         control = None
         for offset in range(width):  # every process opens every group
@@ -99,6 +99,16 @@ class Ranks:
         total = value.detach().clone()
         distributed.all_reduce(total, operation, group=self.data)
         return total
+
+    def top(self, values: Tensor, count: int) -> Tensor:
+        """Which of this rank's values ``[N]`` are among the ``count`` largest of all ranks, as indices."""
+        best = values.topk(min(count, len(values)))
+        if self.size == 1:
+            return best.indices
+        everyones = enumerate(self.gather(best.values.tolist()))
+        ordered = sorted((-value, rank, place) for rank, own in everyones for place, value in enumerate(own))
+        mine = [place for _, rank, place in ordered[:count] if rank == self.rank]
+        return best.indices[mine]
 
     # Objects, which must be of this run's making: they are pickled.
 
@@ -149,12 +159,10 @@ class Ranks:
                 yield
         except BaseException as error:
             failure = error
-        if isinstance(
-            failure, KeyboardInterrupt | SystemExit
-        ):  # on its way out, at once: FailureWatch tells the others
+        if isinstance(failure, KeyboardInterrupt | SystemExit):  # out, at once: the failure watch tells the others
             raise failure
         stopping = failure.exit_code if isinstance(failure, Interrupted) else None
-        said = str(failure) if stopping else failure and f"{type(failure).__name__}: {failure}"
+        said = "" if failure is None else str(failure) if stopping else f"{type(failure).__name__}: {failure}"
         world = distributed.get_world_size() if self.everyone is not None else 1
         reports = _gather((said, stopping), world, self.everyone)
         if failure is not None and not stopping:
