@@ -23,6 +23,7 @@ from typing import Any
 import numpy
 import torch
 from packaging.version import Version
+from torch import distributed
 
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.types import Dtype, ModelSpec
@@ -244,11 +245,21 @@ def _engine(settings: VLLMSettings, spec: ModelSpec, folder: str, sleep_mode: bo
             enable_sleep_mode=sleep_mode,
             disable_log_stats=True,
             worker_extension_cls="ibro_lightning.engines.vllm_worker.WeightReceiver",
-            **{**(ON_CPU if spec.device.type == "cpu" else {}), **settings.engine_args},
+            **{**(ON_CPU if spec.device.type == "cpu" else {}), **_among_ranks(settings), **settings.engine_args},
         )
         return LLMEngine.from_engine_args(arguments)
     except Exception as error:
         raise _explained(error, settings) from error
+
+
+def _among_ranks(settings: VLLMSettings) -> dict[str, Any]:
+    """In a run of several processes each has an engine, on its own device: vLLM is told that it was launched with them,
+    and does not take the first device for all."""
+    if not settings.same_process or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return {}
+    # torchrun has set it; Lightning's own launcher has not.
+    os.environ.setdefault("RANK", str(distributed.get_rank()))
+    return {"distributed_executor_backend": "external_launcher"}
 
 
 def _explained(error: Exception, settings: VLLMSettings) -> ConfigError:
