@@ -120,7 +120,7 @@ def workspace(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
                 samples: 4
                 sampling: {{max_tokens: 6}}
         samples: {{every_n_iterations: 1}}
-        checkpoint: {{every_n_epochs: 1}}
+        checkpoint: {{every_n_iterations: 1}}
         """)
     )
     monkeypatch.chdir(tmp_path)

@@ -70,7 +70,7 @@ CASES = {
     "something else as checkpoint": (["--ckpt_path", "tiny.yaml"], ["ckpt_path: 'tiny.yaml'", "no checkpoint"]),
     "a file as run folder": (["--trainer.default_root_dir", "tiny.yaml/x"], ["default_root_dir", "is a file"]),
     "the working folder as run folder": (["--trainer.default_root_dir", "."], ["default_root_dir", "runs/mine"]),
-    "no checkpoint to continue from": (["--ckpt_path", "last"], ["ckpt_path: 'last'", "start anew"]),
+    "no checkpoint that is the best": (["--ckpt_path", "best"], ["ckpt_path: 'best'", "checkpoint.best"]),
     "accuracy out of range": (["--data.reward", "user_code.MinusOne"], ["MinusOne", "between 0"]),
     "zero threads": (["--num_threads", "0"], ["num_threads: 0", "1 or more"]),
 }

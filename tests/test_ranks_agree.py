@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -143,8 +144,8 @@ def write_recipe(folder: Path, case: str, policy: Path) -> Path:
     return folder
 
 
-def result(folder: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
-    """Weights (the critic's, too) and curves of a finished run."""
+def result(folder: Path) -> tuple[dict[str, Tensor], dict[str, list[float]], dict[str, Any]]:
+    """Weights (the critic's, too), curves and last evaluation of a finished run."""
     weights = {
         f"{path.parent.name}.{name}": tensor
         for path in sorted((folder / "run").glob("*/model.safetensors"))
@@ -157,7 +158,7 @@ def result(folder: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
         for tag in events.Tags()["scalars"]
         if not tag.startswith(NOT_COMPARED)
     }
-    return weights, curves
+    return weights, curves, json.loads((folder / "run" / "evaluations" / "iteration_000003.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +186,10 @@ def test_two_ranks_do_what_one_process_does(
 ) -> None:
     folder = write_recipe(tmp_path / "two", case, policy)
     fit(folder, ["--config", "recipe.yaml"], ranks=2, strategy=TWO_RANKS[strategy])
-    weights, curves = alone[case]
-    other_weights, other_curves = result(folder)
+    weights, curves, evaluation = alone[case]
+    other_weights, other_curves, other_evaluation = result(folder)
+    assert evaluation["starts"]["questions"] == 11
+    assert other_evaluation == evaluation
     assert curves["update/steps"][0] >= 1
     assert sum(curves["update/steps"]) >= 5 or case in ("rollouts of one prompt", "one step")
     assert weights.keys() == other_weights.keys()

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
-import re
 import sys
 import warnings
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import datasets
 import lightning
 import lightning.pytorch as pl
 import torch
 import transformers
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
 import ibro_lightning.datamodules
 import ibro_lightning.engines
@@ -29,7 +26,8 @@ import ibro_lightning.modules
 import ibro_lightning.regularizers
 import ibro_lightning.rewards
 import ibro_lightning.strategies  # noqa: F401  imported so that recipes may name classes without their module
-from ibro_lightning import compare
+from ibro_lightning import compare, exporting
+from ibro_lightning.arguments import OneLineParser, resolve_configs
 from ibro_lightning.callbacks import (
     EvaluationReport,
     ExportModel,
@@ -40,39 +38,20 @@ from ibro_lightning.callbacks import (
     RunSummary,
     SamplesTable,
 )
+from ibro_lightning.checkpoints import CheckpointFiles, check_fits
+from ibro_lightning.disk import PARTIAL, written_whole
 from ibro_lightning.errors import ConfigError, RewardError, RolloutError, check_at_least
 from ibro_lightning.modules import PolicyModule
-from ibro_lightning.recipes import find_config
+from ibro_lightning.resume import (
+    check_continues,
+    check_exists,
+    evaluation_of,
+    find_checkpoint,
+    forget_beginning,
+    wind_back,
+)
 from ibro_lightning.run_folders import HEADER, make_room, put_back
 from ibro_lightning.version import __version__
-
-
-class OneLineParser(LightningArgumentParser):
-    """Reports a bad setting in one line, with the nearest name that would have been right."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = " ".join(str(message).split())
-        sys.stderr.write(f"error: {text}{self._suggest(text)}\n")
-        raise SystemExit(2)
-
-    def _suggest(self, text: str) -> str:
-        if unknown := re.search(r"[Oo]ption '([\w.]+)' is not accepted|[Kk]ey \"([\w.]+)\" is not", text):
-            name = unknown[1] or unknown[2]
-            near = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1)
-            return f" - did you mean {near[0]}?" if near else ""
-        if base := re.search(r"<class '(ibro_lightning[\w.]*)\.(\w+)'>.*Expected a dot import path string", text):
-            classes = [c.__name__ for c in _subclasses(getattr(importlib.import_module(base[1]), base[2]))]
-            return f" - write one of {', '.join(sorted(classes))}, or module.Class of your own" if classes else ""
-        return ""
-
-
-def _subclasses(base: type) -> Iterator[type]:
-    """The concrete classes below ``base`` that are imported."""
-    subclass: type
-    for subclass in base.__subclasses__():
-        if not inspect.isabstract(subclass):
-            yield subclass
-        yield from _subclasses(subclass)
 
 
 class SaveResolvedConfig(SaveConfigCallback):
@@ -84,16 +63,21 @@ class SaveResolvedConfig(SaveConfigCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.already_saved:
             return
-        self.config_filename = "config.yaml" if stage == "fit" else f"{TrainerFn(stage).value}.yaml"
+        name = "config.yaml" if stage == "fit" else f"{TrainerFn(stage).value}.yaml"
+        self.config_filename = name + PARTIAL
         super().setup(trainer, pl_module, stage)
         folder = trainer.log_dir  # a broadcast: all ranks must ask
         if trainer.is_global_zero and folder is not None:
-            path = Path(folder) / self.config_filename
-            path.write_text(_header() + path.read_text())
+            partial = Path(folder) / self.config_filename
+            with written_whole(Path(folder) / name):
+                partial.write_text(_header() + partial.read_text())
 
 
 class IbroCLI(LightningCLI):
     """Adds what every run has: curves, rollouts, evaluations, checkpoints, the exported model and a summary."""
+
+    resumed: Mapping[str, Any] = {}
+    """What the checkpoint that training goes on from says about itself."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -111,28 +95,12 @@ class IbroCLI(LightningCLI):
         parser.add_lightning_class_args(ExportModel, "export")
         parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RunSummary, "summary")
-        parser.set_defaults(
-            {
-                "checkpoint.every_n_epochs": 20,
-                "checkpoint.save_last": True,
-                "checkpoint.save_on_train_epoch_end": True,
-                "checkpoint.filename": "iteration_{iteration:06.0f}",
-                "checkpoint.enable_version_counter": False,
-                "checkpoint.auto_insert_metric_name": False,
-            }
-        )
 
     def _parse_ckpt_path(self) -> None:
         """In place of LightningCLI's, which reads the whole checkpoint for hyperparameters that ours do not hold."""
         subcommand = self.config.get("subcommand")
-        checkpoint = self.config[subcommand].get("ckpt_path") if subcommand else None
-        if checkpoint in (None, "last", "best", "hpc", "registry"):
-            return
-        path = Path(checkpoint)
-        if not path.exists():
-            raise ConfigError("ckpt_path", checkpoint, "no such checkpoint: look in checkpoints/ of the run's folder")
-        if path.is_file() and not zipfile.is_zipfile(path):
-            raise ConfigError("ckpt_path", checkpoint, "this file is no checkpoint, or only a part of one")
+        if subcommand and (wanted := self.config[subcommand].get("ckpt_path")):
+            check_exists(wanted)
 
     def before_instantiate_classes(self) -> None:
         if not sys.stderr.isatty():  # bars redraw their line, which a log file cannot
@@ -156,17 +124,24 @@ class IbroCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
         """Leaves out those of our callbacks that a Trainer flag switches off."""
-        switches = {"enable_progress_bar": ProgressBar, "enable_checkpointing": ModelCheckpoint}
+        switches = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}
         off = tuple(kind for flag, kind in switches.items() if config.get(flag) is False)
+        plugins = config.get("plugins") or []
+        config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), CheckpointFiles()]
         return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, off)])
 
     def fit(self, **kwargs: Any) -> None:
-        folder, checkpoint = Path(self.trainer.default_root_dir), kwargs.get("ckpt_path")
-        if checkpoint == "last" and not (folder / "checkpoints" / "last.ckpt").exists():
-            raise ConfigError("ckpt_path", "last", f"there is no checkpoint in {folder}: leave it out to start anew")
+        folder, wanted = Path(self.trainer.default_root_dir), kwargs.get("ckpt_path")
+        checkpoint = self._checkpoint(kwargs)
+        continues = checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
         if checkpoint is not None:
             self.trainer.num_sanity_val_steps = 0  # "before training" is in the checkpoint
-        continues = checkpoint == "last" or (checkpoint and folder.resolve() in Path(checkpoint).resolve().parents)
+            self.resumed = check_continues(checkpoint, folder, type(self.model).__name__)
+            if continues:
+                wind_back(folder, self.resumed)
+        elif wanted is not None:
+            rank_zero_info(f"there is no checkpoint in {folder} yet: starting anew")
+            continues = forget_beginning(folder)
         existed, aside = folder.exists(), None
         if not continues:
             needed = self.model.source_folders if isinstance(self.model, PolicyModule) else ()
@@ -181,19 +156,38 @@ class IbroCLI(LightningCLI):
     def after_fit(self) -> None:
         """Training that did not end with an evaluation gets one, so that the summary tells how it ended."""
         if isinstance(self.model, PolicyModule):
+            known = None
             if not self.model.evaluation_is_current:
-                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+                known = evaluation_of(Path(self.trainer.default_root_dir), self.resumed, self.model.iteration)
+                if known is None:
+                    self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, RunSummary):
+                    callback.after = known or callback.after
                     callback.finish(self.trainer, self.model)
 
+    def _checkpoint(self, settings: dict[str, Any]) -> Path | None:
+        """The checkpoint that ``ckpt_path`` in ``settings`` means, which is then the one to be loaded."""
+        if (wanted := settings.get("ckpt_path")) is None:
+            return None
+        path = find_checkpoint(wanted, Path(self.trainer.default_root_dir))
+        settings["ckpt_path"] = None if path is None else str(path)
+        if path is not None:
+            self.model.register_load_state_dict_pre_hook(partial(_check_weights, path))
+        elif self.subcommand != "fit":
+            raise ConfigError("ckpt_path", wanted, f"there is no checkpoint in {self.trainer.default_root_dir}")
+        return path
+
     def validate(self, **kwargs: Any) -> None:
+        self._checkpoint(kwargs)
         self.trainer.validate(**{**kwargs, "verbose": False})  # EvaluationReport prints a better table
 
     def test(self, **kwargs: Any) -> None:
+        self._checkpoint(kwargs)
         self.trainer.test(**{**kwargs, "verbose": False})
 
     def predict(self, **kwargs: Any) -> None:
+        self._checkpoint(kwargs)
         self.trainer.predict(**{**kwargs, "return_predictions": False})  # they are in the parquet files
 
 
@@ -218,6 +212,9 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if argv[:1] == ["compare"]:
             compare.main(argv[1:])
+            return
+        if argv[:1] == ["export"]:
+            exporting.main(resolve_configs(argv[1:]))
             return
         sys.argv[1:] = resolve_configs(argv)
         IbroCLI(
@@ -259,26 +256,16 @@ TRAINER_DEFAULTS = {
 }
 
 
-def resolve_configs(argv: Sequence[str]) -> list[str]:
-    """Replace every ``--config NAME`` by the file it stands for."""
-    resolved: list[str] = []
-    expects_config = False
-    for argument in argv:
-        if expects_config:
-            argument, expects_config = str(find_config(argument)), False
-        elif argument in ("--config", "-c"):
-            expects_config = True
-        elif argument.startswith("--config="):
-            argument = f"--config={find_config(argument.removeprefix('--config='))}"
-        resolved.append(argument)
-    return resolved
-
-
 def _own_error(error: BaseException | None) -> Exception | None:
     """The error of ours that ``error`` is or was caused by; the configuration parser wraps what constructors raise."""
     while error is not None and not isinstance(error, ConfigError | RewardError | RolloutError):
         error = error.__cause__
     return error
+
+
+def _check_weights(path: Path, module: pl.LightningModule, state_dict: Mapping[str, Any], *_: Any) -> None:
+    """A hook of ``load_state_dict``: another model's weights are refused in one line."""
+    check_fits({name: value.shape for name, value in state_dict.items()}, module, path)
 
 
 def _header() -> str:

@@ -68,6 +68,9 @@ class SampleAccuracy(Metric):
     Ranks may have any number of questions, also none: the result is the same, bit for bit, however the questions were
     shared out. Every state is a flat list of samples in the metric's own dtype, because that is what torchmetrics
     gathers from a rank that has seen nothing: no elements, one dimension, that dtype.
+
+    Args:
+        process_group: the processes among which the questions were shared out; None: all.
     """
 
     full_state_update = False
@@ -78,8 +81,8 @@ class SampleAccuracy(Metric):
     samples: Tensor
     timed_out: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, process_group: Any = None) -> None:
+        super().__init__(process_group=process_group)
         for name in ("correct", "lengths", "cut", "votes"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
         self.add_state("samples", default=torch.tensor(0), dist_reduce_fx="max")

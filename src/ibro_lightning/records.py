@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ibro_lightning.disk import written_whole
 from ibro_lightning.run_folders import write_json
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult, Rollout
 
@@ -27,8 +27,10 @@ def write_parquet(path: Path, rollout: Rollout, *, tokens: bool = False) -> Path
 
     Args:
         tokens: keep token ids and their log-probs, too, which :func:`read_groups` needs.
+
+    Raises:
+        DiskFullError: there is no room for it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     learnt = rollout.name == "train" and not rollout.skip_update
     kept = [
         (prompt, completion, result, learnt)
@@ -48,11 +50,10 @@ def write_parquet(path: Path, rollout: Rollout, *, tokens: bool = False) -> Path
         }
         for prompt, completion, result, trained_on in (*kept, *dropped)
     ]
-    partial = path.with_name(path.name + ".partial")
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: pa.array([row.get(name) for row in rows], _TYPES.get(name)) for name in names}
-    pq.write_table(pa.table(columns), partial)
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        pq.write_table(pa.table(columns), partial)
     return path
 
 

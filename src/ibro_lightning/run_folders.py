@@ -6,7 +6,6 @@ No two runs share a folder: an earlier one is moved aside, and comes back if the
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from ibro_lightning.disk import written_whole
 from ibro_lightning.errors import ConfigError
 
 HEADER = "# ibro_lightning"
@@ -37,11 +37,13 @@ def evaluation_name(trainer: pl.Trainer) -> str:
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """Write whole or not at all: a reader, or a crash, never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    """Write whole or not at all: a reader, or a crash, never sees half a file.
+
+    Raises:
+        DiskFullError: there is no room for it.
+    """
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
     return path
 
 

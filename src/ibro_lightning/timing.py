@@ -1,4 +1,4 @@
-"""Wall-clock time, split by phase."""
+"""Wall-clock time, split by phase; and what the run is doing right now, for those who watch it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,33 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_running: list[tuple[str, float]] = []
+
+
+def running() -> tuple[str, float] | None:
+    """The innermost phase that is running, and for how many seconds; None between phases. Any thread may ask."""
+    latest = _running[-1:]  # one step, as the main thread may leave the phase meanwhile
+    return (latest[0][0], time.perf_counter() - latest[0][1]) if latest else None
+
+
+@contextmanager
+def phase(name: str) -> Iterator[float]:
+    """Publish that ``name`` is running; gives the moment at which it began."""
+    start = time.perf_counter()
+    _running.append((name, start))
+    try:
+        yield start
+    finally:
+        _running.pop()
+
 
 class PhaseTimer:
     """Adds up the seconds spent in named phases.
 
     >>> timer = PhaseTimer()
     >>> with timer("generate"):
-    ...     pass
+    ...     running()[0]
+    'generate'
     >>> list(timer.metrics())
     ['time/generate_s']
     """
@@ -21,12 +41,12 @@ class PhaseTimer:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+    def __call__(self, name: str) -> Iterator[None]:
+        with phase(name) as start:
+            try:
+                yield
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
-        return {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
+        return {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}

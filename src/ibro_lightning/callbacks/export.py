@@ -17,7 +17,18 @@ class ExportModel(pl.Callback):
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
+        self._done = False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._done = False
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """All ranks: sharded weights are gathered."""
         if self.enabled and isinstance(pl_module, PolicyModule):
             pl_module.export(run_folder(trainer) / "model")
+            self._done = True
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A run that was killed after its last iteration has nothing left to train, but this may be missing."""
+        if not self._done and trainer.fit_loop.epoch_loop.total_batch_idx >= 0:
+            self.on_train_end(trainer, pl_module)

@@ -12,11 +12,13 @@ from torch import distributed, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
+from ibro_lightning.errors import ConfigError
 from ibro_lightning.models.critic import Critic
 from ibro_lightning.models.loading import PolicyOptions, PolicySource, PretrainedPolicy
 from ibro_lightning.models.lora import BASE, add_adapters, initial_adapter, is_adapter
 from ibro_lightning.models.policy import Policy
 from ibro_lightning.models.sharding import Sharding, materialize, named_parameters, shard
+from ibro_lightning.models.tensor_parallel import SETTING as TENSOR_PARALLEL
 from ibro_lightning.models.weights import RankZero, WeightFiles, WeightSource, agree, local_part
 
 
@@ -35,6 +37,9 @@ def build_policy(
         ConfigError: the weights cannot be loaded, or the model cannot be sharded or adapted like this.
     """
     lora = None if frozen else options.lora
+    if lora is not None and sharding is not None and sharding.tensor_parallel_size > 1:
+        size = sharding.tensor_parallel_size
+        raise ConfigError(TENSOR_PARALLEL, size, "adapters (policy_options.lora) cannot be cut like this: write 1")
     if sharding is None:
         model, weights = source.build(options), None
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -195,7 +196,7 @@ class PretrainedPolicy(PolicySource):
         """``load()``, with a :class:`ConfigError` if it cannot."""
         try:
             return load()
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(self.setting, self.path, f"cannot load its {what}: {reason}{_hint(self.path)}") from error
 

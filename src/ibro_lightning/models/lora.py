@@ -65,13 +65,14 @@ def add_adapters(model: Any, options: LoRAOptions, *, empty: bool = False) -> No
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{SETTING}.target_modules", options.target_modules, reason) from error
+    # In half precision a small step would be lost in the rounding, and adapters are small.
+    dtype = torch.promote_types(model.dtype, torch.float32)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name))
-    if not empty:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if is_adapter(name):
-                    parameter.copy_(initial_adapter(name, parameter, options))
+        if is_adapter(name):
+            parameter.data = parameter.data.to(dtype)
+            if not empty:
+                parameter.data.copy_(initial_adapter(name, parameter, options))
 
 
 def is_adapter(name: str) -> bool:
@@ -80,7 +81,7 @@ def is_adapter(name: str) -> bool:
 
 def initial_adapter(name: str, parameter: Tensor, options: LoRAOptions) -> Tensor:
     """The whole tensor that an adapter's parameter starts as, a function of seed and name alone."""
-    start = torch.zeros(parameter.shape, dtype=torch.float32)
+    start = torch.zeros(parameter.shape)
     if ".lora_A." in name:
         digits = [options.seed, *name.encode()]
         generator = torch.Generator().manual_seed(_mix(digits))

@@ -73,7 +73,7 @@ def shard(network: nn.Module, sharding: Sharding) -> None:
     """
     model: Any = network.model
     if sharding.tensor_parallel_size > 1:
-        parallelize(model, sharding.mesh["tensor_parallel"])
+        parallelize(model, decoder_blocks(model), sharding.mesh["tensor_parallel"])
     offload: OffloadPolicy = OffloadPolicy()
     if sharding.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=sharding.device.type == "cuda")

@@ -20,8 +20,9 @@ from ibro_lightning.errors import ConfigError
 SETTING = "trainer.strategy.init_args.tensor_parallel_size"
 
 
-def parallelize(model: Any, mesh: DeviceMesh) -> None:
-    """Apply the model's ``base_model_tp_plan`` over ``mesh``, in place. Embedding, head and norms stay whole.
+def parallelize(model: Any, blocks: list[nn.Module], mesh: DeviceMesh) -> None:
+    """Apply the model's ``base_model_tp_plan`` to its decoder ``blocks`` over ``mesh``, in place. What is outside of
+    them, and norms, stays whole.
 
     Raises:
         ConfigError: the model has no plan or one that we cannot follow, or its heads do not divide by the mesh's size.
@@ -36,11 +37,12 @@ def parallelize(model: Any, mesh: DeviceMesh) -> None:
         if isinstance(number, int) and number % size:
             raise ConfigError(SETTING, size, f"{kind} has {name} {number}: write a number that divides it")
     backbone = model.base_model
+    inside = {id(module) for block in blocks for module in block.modules()}
     styles: dict[str, ParallelStyle] = {}
     for pattern, style in plan.items():
         path = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
         for name, module in backbone.named_modules():
-            if path.fullmatch(name):
+            if id(module) in inside and path.fullmatch(name):
                 styles[name] = _style(style, module, config, size, kind)
     if not styles:
         raise ConfigError(SETTING, size, f"the tensor-parallel plan of {kind} fits none of its layers: write 1")

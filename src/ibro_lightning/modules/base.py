@@ -175,9 +175,10 @@ class PolicyModule(pl.LightningModule):
         self._eval_metrics = {}
 
     def validation_step(self, rollout: Rollout, batch_idx: int, dataloader_idx: int = 0) -> None:
-        metric = self._eval_metrics.setdefault(rollout.name, SampleAccuracy().to(self.device))
+        if rollout.name not in self._eval_metrics:
+            self._eval_metrics[rollout.name] = SampleAccuracy(self.ranks.data).to(self.device)
         if len(rollout):  # with more ranks than prompts in a batch, some have none
-            metric.update(rollout)
+            self._eval_metrics[rollout.name].update(rollout)
 
     def on_validation_epoch_end(self) -> None:
         self.evaluations = {name: metric.compute() for name, metric in self._eval_metrics.items()}

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import Sharding
+from ibro_lightning.strategies.saving import ShardedCheckpoints
 from ibro_lightning.strategies.states import (
     full_model_state,
     full_optimizer_state,
@@ -26,7 +25,7 @@ SETTING = "trainer.strategy.init_args"
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(ShardedCheckpoints):
     """Fully sharded data parallelism (``torch.distributed.fsdp.fully_shard``), on GPUs (NCCL) and on CPUs (gloo).
 
     Networks are sharded as they are built (``build_policy(..., sharding=strategy.sharding)``); Lightning moves and
@@ -113,8 +112,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         distributed.all_reduce(votes)
         return int(votes) == self.world_size if all else bool(votes)
 
-    # One file: as any other strategy writes it, gathered and handed out one tensor at a time. A folder: as
-    # Lightning does it.
+    # A checkpoint that is one file is gathered, and handed out, one tensor at a time; one that is a folder is not.
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -130,13 +128,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self._save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
         return full_optimizer_state(getattr(optimizer, "_optimizer", optimizer))
-
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        path = Path(self.broadcast(checkpoint_path))
-        if path.is_dir():  # weights and optimizer states are loaded here and now
-            return {**super().load_checkpoint(path, weights_only=True), "optimizer_states": []}
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         if "state_dict" in checkpoint:

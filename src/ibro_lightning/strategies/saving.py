@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Optimizer
 
-from ibro_lightning.checkpoints import CheckpointFiles, load_shards, read_checkpoint, save_shards
+from ibro_lightning.checkpoints import load_shards, read_checkpoint, save_shards
 
 
 class ShardedCheckpoints(ModelParallelStrategy):
@@ -29,10 +28,10 @@ class ShardedCheckpoints(ModelParallelStrategy):
         return getattr(optimizer, "_optimizer", optimizer).state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
-        if not self._save_distributed_checkpoint:  # gathered on rank 0 before
-            self.checkpoint_io.save_checkpoint(checkpoint, filepath) if self.is_global_zero else None
-            return
-        save_shards(Path(self.broadcast(filepath)), checkpoint, is_first=self.is_global_zero)
+        if self._save_distributed_checkpoint:
+            save_shards(Path(self.broadcast(filepath)), checkpoint, is_first=self.is_global_zero)
+        elif self.is_global_zero:  # all is gathered there already
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Of a folder, weights and optimizers are loaded here and now; of a file, by the methods for them."""
@@ -42,9 +41,3 @@ class ShardedCheckpoints(ModelParallelStrategy):
         assert self.lightning_module is not None
         optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in self.optimizers]
         return {**load_shards(path, self.lightning_module, optimizers), "optimizer_states": []}
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        raise NotImplementedError
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        raise NotImplementedError

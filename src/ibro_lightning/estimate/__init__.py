@@ -1,0 +1,18 @@
+"""What a run will need, before it is run: memory per rank, arithmetic per iteration."""
+
+from ibro_lightning.estimate.generation import EngineMemory, engine_memory
+from ibro_lightning.estimate.layout import GIB, Layout
+from ibro_lightning.estimate.memory import MemoryEstimate, estimate_memory
+from ibro_lightning.estimate.networks import NetworkMemory
+from ibro_lightning.estimate.shapes import Shapes
+
+__all__ = [
+    "GIB",
+    "EngineMemory",
+    "Layout",
+    "MemoryEstimate",
+    "NetworkMemory",
+    "Shapes",
+    "engine_memory",
+    "estimate_memory",
+]

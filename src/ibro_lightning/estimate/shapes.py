@@ -1,0 +1,129 @@
+"""What one iteration looks like on one rank, at its largest: rows and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ibro_lightning.experience import Experience
+from ibro_lightning.modules import ActorModule, PPOModule
+from ibro_lightning.modules.batching import token_budget_batches
+from ibro_lightning.sequences import Sequences
+from ibro_lightning.types import Prompt
+
+FLOAT, INT, BOOL = 4, 8, 1
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Responses (rows) of one rank, every one of them as long as it may become.
+
+    Args:
+        rows: of a rollout.
+        step_rows: of an optimizer step.
+        micro_rows: of a micro-batch.
+        micro_batches: of an optimizer step.
+        prompt, response: tokens.
+        groups: of the rollout, on all ranks.
+        prompts: some, for regularisers that read them.
+    """
+
+    rows: int
+    step_rows: int
+    micro_rows: int
+    micro_batches: int
+    prompt: int
+    response: int
+    groups: int = 1
+    prompts: tuple[Prompt, ...] = ()
+
+    @classmethod
+    def of_rollouts(
+        cls,
+        module: Any,
+        ranks: int,
+        prompts_per_rollout: int,
+        group_size: int,
+        prompt: int,
+        response: int,
+        prompts: Sequence[Prompt] = (),
+    ) -> Shapes:
+        """For a reinforcement-learning module."""
+        rows = -(-prompts_per_rollout // ranks) * group_size
+        per_step = min(module.mini_batch_prompts or prompts_per_rollout, prompts_per_rollout)
+        step_rows = min(rows, -(-per_step // ranks) * group_size)
+        lengths, padded = [prompt + response] * step_rows, not module.policy_options.packing
+        batches = list(token_budget_batches(lengths, module.micro_batch_tokens, padded=padded))
+        micro_rows = max(len(batch) for batch in batches)
+        return cls(
+            rows,
+            step_rows,
+            micro_rows,
+            len(batches),
+            prompt,
+            response,
+            prompts_per_rollout,
+            tuple(prompts[:micro_rows]),
+        )
+
+    @classmethod
+    def of_demonstrations(cls, ranks: int, batch_size: int, prompt: int, response: int) -> Shapes:
+        """For supervised fine-tuning, where a batch is a micro-batch."""
+        rows = -(-batch_size // ranks)
+        return cls(rows, rows, rows, 1, prompt, response)
+
+    @property
+    def tokens(self) -> int:
+        """Of one row."""
+        return self.prompt + self.response
+
+    def sequences(self) -> Sequences:
+        """A micro-batch."""
+        return Sequences.collate([[0] * self.prompt] * self.micro_rows, [[0] * self.response] * self.micro_rows)
+
+    def experience(self, module: ActorModule) -> Experience:
+        """A micro-batch as ``module.begin_step`` expects a step, with all that the module's own loss may read."""
+
+        def zeros() -> Tensor:
+            return torch.zeros(self.micro_rows, self.response)
+
+        names = ["token_rewards", "sampler_logp", *_extra_names(module)]
+        rows = range(self.micro_rows) if self.prompts else ()
+        trains: Any = SimpleNamespace(num_groups=self.groups, iteration=_first_trained(module))
+        return Experience(
+            sequences=self.sequences(),
+            old_logp=zeros(),
+            old_entropy=zeros(),
+            advantages=zeros(),
+            mask=torch.ones(self.micro_rows, self.response, dtype=torch.bool),
+            groups=torch.zeros(self.micro_rows, dtype=torch.long),
+            temperature=1.0,
+            prompts=tuple(self.prompts[row % len(self.prompts)] for row in rows),
+            extra={name: zeros() for name in names},
+            scored=module.scores_first(trains),
+        )
+
+    def rollout_bytes(self, module: Any) -> int:
+        """A rollout and its scores, and the copy of them that an optimizer step works on."""
+        if not isinstance(module, ActorModule):
+            return self.rows * self.tokens * INT
+        # sampler_logp, token_rewards, old_logp, old_entropy; PPO's advantages are of tokens, others of responses
+        floats = 4 + len(_extra_names(module)) + isinstance(module, PPOModule)
+        kept = self.tokens * INT + self.response * (floats * FLOAT + BOOL)
+        # a copy has advantages of tokens in any case, and each token's weight
+        copied = kept + self.response * (2 - isinstance(module, PPOModule)) * FLOAT
+        return self.rows * kept + self.step_rows * copied
+
+
+def _extra_names(module: ActorModule) -> list[str]:
+    ppo = ["values", "returns"] if isinstance(module, PPOModule) else []
+    return ppo + (["reference_logp", "reference_kl"] if module.kl is not None else [])
+
+
+def _first_trained(module: ActorModule) -> int:
+    return module.critic_warmup_iterations + 1 if isinstance(module, PPOModule) else 1

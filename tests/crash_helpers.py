@@ -1,0 +1,299 @@
+"""Runs that are killed, go on, and are compared with one that was not: for test_crash.py and benchmarks/crash_test.py.
+
+A moment to be killed at is either a time, or the n-th call of a function, or the n-th time that the run changes a file:
+Python announces each of those before it happens (``sys.addaudithook``), so that no order of file operations is missed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from processes import logs, start_ranks
+
+CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate", "shutil.rmtree"}
+CLOCK = ("time/", "time_share/", "tokens_per_second/")
+"""Curves that tell how fast a run was; every other point of every curve must be the same."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When to be killed.
+
+    Args:
+        what: ``time``, ``file``, ``half`` (a checkpoint's file is half written) or the path of a function.
+        number: seconds, or how many of these come before the one.
+        after: kill when the function has returned, not before it is called.
+    """
+
+    what: str
+    number: float
+    after: bool = False
+
+    def __str__(self) -> str:
+        number = f"{self.number:.2f}s" if self.what == "time" else f"{self.number:.0f}"
+        return f"{self.what.rsplit('.', 1)[-1]}-{number}{'-after' if self.after else ''}"
+
+
+RECIPE = """
+seed_everything: 3
+num_threads: 1
+trainer: {{accelerator: cpu, max_epochs: 3, check_val_every_n_epoch: 2, default_root_dir: run}}
+model:
+  class_path: {algorithm}
+  init_args:
+    policy: {policy}
+    regularizer:
+      class_path: InformationBottleneck
+      init_args:
+        coef: {{class_path: EntropyBand, init_args: {{low: 0.5, high: 2.0, start: 0.2}}}}
+    kl: {{class_path: ReferenceKL, init_args: {{coef: {{class_path: AdaptiveKL, init_args: {{target: 0.01}}}}}}}}
+    optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 1.0e-2}}}}
+    mini_batch_prompts: 2
+    warmup_steps: 2
+    {own}
+data:
+  class_path: RolloutDataModule
+  init_args:
+    source: {{class_path: user_code.Starts}}
+    reward: {{class_path: user_code.SaysEquals}}
+    sampling: {{temperature: 1.0, max_tokens: 6}}
+    prompts_per_rollout: 4
+    group_size: 4
+    allow_overlap: true
+    reward_pool: null
+    dynamic_sampling: {{max_rounds: 2, on_exhausted: fill}}
+    eval_sets:
+      starts:
+        source: {{class_path: user_code.Starts}}
+        reward: {{class_path: user_code.SaysEquals}}
+        samples: 4
+        sampling: {{max_tokens: 6}}
+samples: {{every_n_iterations: 1}}
+checkpoint: {{every_n_iterations: 1, keep_last: 1, best: val/starts/avg@4}}
+"""
+OWN = {
+    "DAPOModule": "",
+    "PPOModule": "critic_optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-2}}\n"
+    "    critic_warmup_iterations: 1\n    gae_lambda: 0.95",
+}
+
+
+def write_recipe(folder: Path, algorithm: str, policy: Path, user_code: str) -> None:
+    """A user's folder: ``crash.yaml`` runs three iterations in about a second; the last one is not evaluated within
+    training, but after."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "user_code.py").write_text(user_code)
+    (folder / "crash.yaml").write_text(textwrap.dedent(RECIPE).format(algorithm=algorithm, policy=policy, own=OWN[algorithm]))
+
+
+def fit(folder: Path, *argv: str, ranks: int = 1, moment: Moment | None = None) -> list[int | None]:
+    """``fit --config crash.yaml`` in ``folder``; the exit codes of its processes: -9 for those that were killed."""
+    several = ["--trainer.devices", str(ranks), "--trainer.strategy", "fsdp2"] if ranks > 1 else []
+    processes = start_ranks(ranks, _run, ["fit", "--config", "crash.yaml", *several, *argv], moment, folder=folder)
+    if moment is not None and moment.what == "time":
+        processes[0].join(moment.number)
+        processes[0].kill()
+    for process in processes:
+        process.join(120)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def kill_and_go_on(folder: Path, moment: Moment, *argv: str, ranks: int = 1) -> bool:
+    """A run that is killed at ``moment`` and then goes on to its end; was it killed before its end?"""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    killed = fit(folder, *argv, ranks=ranks, moment=moment)
+    again = fit(folder, "--ckpt_path", "last", *argv, ranks=ranks)
+    assert again == [0] * ranks, f"{moment}: exit codes {again}\n{logs(folder)}"
+    return killed[0] == -signal.SIGKILL
+
+
+def _run(argv: Sequence[str], moment: Moment | None) -> None:
+    from ibro_lightning.cli import main
+
+    if moment is not None and int(os.environ.get("RANK", "0")) == 0:
+        arm(moment)
+    main(list(argv))
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(moment: Moment) -> None:
+    """Have this process killed at ``moment``."""
+    if moment.what == "file":
+        sys.addaudithook(_count_changes(int(moment.number)))
+    elif moment.what == "half":
+        _save_half(int(moment.number))
+    elif moment.what != "time":
+        owner, name = moment.what.rsplit(".", 1)
+        module, owner = owner.rsplit(".", 1)
+        target = getattr(importlib.import_module(module), owner)
+        setattr(target, name, _counted(getattr(target, name), int(moment.number), moment.after))
+
+
+def _counted(function: Callable[..., Any], number: int, after: bool) -> Callable[..., Any]:
+    calls = 0
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number and not after:
+            die()
+        result = function(*args, **kwargs)
+        if calls == number and after:
+            die()
+        return result
+
+    return called
+
+
+def _count_changes(number: int) -> Callable[[str, tuple[Any, ...]], None]:
+    run, seen = str(Path("run").absolute()), 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if changes_a_file(event, arguments, run):
+            seen += 1
+            if seen == number:
+                die()
+
+    return hook
+
+
+def changes_a_file(event: str, arguments: tuple[Any, ...], run: str) -> bool:
+    """Does an audit event announce that a file or folder of the run is made, moved or removed?"""
+    if event == "open":
+        path, _, flags = arguments
+        if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return False
+    elif event in CHANGES:
+        path = arguments[1] if event == "os.symlink" else arguments[0]
+    else:
+        return False
+    return isinstance(path, str | os.PathLike) and os.path.abspath(os.fspath(path)).startswith(run)
+
+
+def _save_half(number: int) -> None:
+    """``torch.save`` writes half of the ``number``-th checkpoint, and the process is gone."""
+    saved, calls = torch.save, 0
+
+    def save(content: Any, file: Any) -> None:
+        nonlocal calls
+        calls += 1
+        saved(content, file)
+        if calls == number:
+            file.flush()
+            file.truncate(file.tell() // 2)
+            die()
+
+    torch.save = save
+
+
+# What a run leaves.
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every point of every curve that does not measure time, in the order in which a reader finds them."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags["scalars"] if not tag.startswith(CLOCK)}
+    tables = {tag: [(e.step, e.tensor_proto.string_val[0]) for e in events.Tensors(tag)] for tag in tags["tensors"]}
+    return {**found, **tables}
+
+
+def files(run: Path) -> list[str]:
+    """Names of all files and folders; TensorBoard's, which carry the time and the process, as one."""
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if "tfevents" not in path.name}
+    return sorted(names)
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """In what the folders of two runs differ, apart from how long things took."""
+    found = []
+    if files(one) != files(other):
+        found.append(f"files: {sorted(set(files(one)) ^ set(files(other)))}")
+    for name in files(one):
+        path, twin = one / name, other / name
+        if path.suffix == ".safetensors" and path.read_bytes() != twin.read_bytes():
+            found.append(f"{name}: other bytes")
+        elif name == "hparams.yaml" and path.read_bytes() != twin.read_bytes():
+            found.append(f"{name}: other bytes")
+        elif path.suffix == ".parquet" and not pandas.read_parquet(path).equals(pandas.read_parquet(twin)):
+            found.append(f"{name}: other rows")
+        elif path.suffix == ".json" and _plain(json.loads(path.read_text())) != _plain(json.loads(twin.read_text())):
+            found.append(f"{name}: other content")
+        elif path.suffix == ".ckpt" and path.is_file():
+            content = [torch.load(file, weights_only=True) for file in (path, twin)]
+            found += [f"{name}: {where}" for where in unequal(*content)]
+    points = [curves(run) for run in (one, other)]
+    found += [f"curve {tag}" for tag in sorted({*points[0], *points[1]}) if points[0].get(tag) != points[1].get(tag)]
+    return found
+
+
+def _plain(content: Any) -> Any:
+    """Without times, and without digests of files that hold times."""
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items() if key not in ("seconds", "log_dir", "model_dir")}
+    return content
+
+
+def unequal(one: Any, other: Any, where: str = "") -> list[str]:
+    """Where two checkpoints differ, bit for bit, apart from times."""
+    if type(one) is not type(other):
+        return [f"{where}: {type(one).__name__} and {type(other).__name__}"]
+    if isinstance(one, Tensor):
+        same = one.dtype == other.dtype and torch.equal(one, other)
+        return [] if same else [where]
+    if isinstance(one, dict):
+        if one.keys() != other.keys():
+            return [f"{where}: {sorted(map(str, one.keys() ^ other.keys()))}"]
+        keys = [key for key in one if key not in ("seconds", "events")]
+        return [difference for key in keys for difference in unequal(one[key], other[key], f"{where}/{key}")]
+    if isinstance(one, list | tuple):
+        if len(one) != len(other):
+            return [f"{where}: {len(one)} and {len(other)} entries"]
+        return [d for i, (a, b) in enumerate(zip(one, other, strict=True)) for d in unequal(a, b, f"{where}/{i}")]
+    return [] if one == other else [f"{where}: {one} and {other}"]
+
+
+def count_changes(folder: Path, *argv: str) -> tuple[int, float]:
+    """How often an undisturbed run in ``folder`` changes a file, and how long it takes. It stays as the reference."""
+    started = time.perf_counter()
+    (process,) = start_ranks(1, _counting, ["fit", "--config", "crash.yaml", *argv], folder=folder)
+    process.join(120)
+    assert process.exitcode == 0, logs(folder)
+    return int((folder / "changes").read_text()), time.perf_counter() - started
+
+
+def _counting(argv: Sequence[str]) -> None:
+    run, seen = str(Path("run").absolute()), 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        seen += changes_a_file(event, arguments, run)
+
+    sys.addaudithook(hook)
+    from ibro_lightning.cli import main
+
+    main(list(argv))
+    Path("changes").write_text(str(seen))
