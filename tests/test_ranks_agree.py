@@ -200,3 +200,42 @@ def test_two_ranks_do_what_one_process_does(
     for name in curves:
         for ours, theirs in zip(curves[name], other_curves[name], strict=True):
             assert math.isclose(ours, theirs, rel_tol=1e-5, abs_tol=1e-5), name
+
+
+SFT = """
+seed_everything: 3
+num_threads: 1
+trainer: {accelerator: cpu, max_epochs: 1, default_root_dir: run}
+model:
+  class_path: SFTModule
+  init_args:
+    policy: POLICY
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-3}}
+data:
+  class_path: SFTDataModule
+  init_args:
+    source:
+      class_path: NumberPathDemonstrations
+      init_args: {task: {class_path: ibro_lightning.tasks.NumberPath, init_args: {size: 12}}, max_steps: 5}
+    batch_size: 7
+    steps_per_epoch: 5
+"""
+
+
+def test_two_ranks_share_the_demonstrations_of_a_warm_start(tmp_path: Path, policy: Path) -> None:
+    results = []
+    for ranks, strategy in ((1, None), (2, "ddp"), (2, "fsdp2")):
+        folder = tmp_path / str(strategy)
+        folder.mkdir()
+        (folder / "recipe.yaml").write_text(SFT.replace("POLICY", str(policy)))
+        fit(folder, ["--config", "recipe.yaml"], ranks, strategy)
+        events = EventAccumulator(str(folder / "run"))
+        events.Reload()
+        losses = [event.value for event in events.Scalars("sft/loss")]
+        results.append((load_file(folder / "run" / "model" / "model.safetensors"), losses))
+    (weights, losses), *others = results
+    assert losses[-1] < losses[0]
+    for other_weights, other_losses in others:
+        assert other_losses == pytest.approx(losses, rel=1e-5)
+        for name in weights:
+            assert (weights[name] - other_weights[name]).abs().max() < 1e-5, name
