@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas
 import torch
@@ -99,30 +99,40 @@ def write_recipe(folder: Path, algorithm: str, policy: Path, user_code: str) -> 
     training, but after."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "user_code.py").write_text(user_code)
-    (folder / "crash.yaml").write_text(textwrap.dedent(RECIPE).format(algorithm=algorithm, policy=policy, own=OWN[algorithm]))
+    (folder / "crash.yaml").write_text(
+        textwrap.dedent(RECIPE).format(algorithm=algorithm, policy=policy, own=OWN[algorithm])
+    )
 
 
 def fit(folder: Path, *argv: str, ranks: int = 1, moment: Moment | None = None) -> list[int | None]:
     """``fit --config crash.yaml`` in ``folder``; the exit codes of its processes: -9 for those that were killed."""
     several = ["--trainer.devices", str(ranks), "--trainer.strategy", "fsdp2"] if ranks > 1 else []
     processes = start_ranks(ranks, _run, ["fit", "--config", "crash.yaml", *several, *argv], moment, folder=folder)
+    first = processes[0]
     if moment is not None and moment.what == "time":
-        processes[0].join(moment.number)
-        processes[0].kill()
+        first.join(moment.number)
+        first.kill()
+    first.join(120)
     for process in processes:
-        process.join(120)
+        if first.exitcode != -signal.SIGKILL:  # otherwise the machine is lost, and all its processes with it
+            process.join(120)
         process.kill()
         process.join()
     return [process.exitcode for process in processes]
 
 
-def kill_and_go_on(folder: Path, moment: Moment, *argv: str, ranks: int = 1) -> bool:
-    """A run that is killed at ``moment`` and then goes on to its end; was it killed before its end?"""
-    shutil.rmtree(folder / "run", ignore_errors=True)
-    killed = fit(folder, *argv, ranks=ranks, moment=moment)
-    again = fit(folder, "--ckpt_path", "last", *argv, ranks=ranks)
-    assert again == [0] * ranks, f"{moment}: exit codes {again}\n{logs(folder)}"
-    return killed[0] == -signal.SIGKILL
+def kill(folder: Path, moment: Moment, *argv: str, ranks: int = 1, fresh: bool = True) -> bool:
+    """A run that is killed at ``moment``; False if it ended before that."""
+    if fresh:
+        for left in folder.glob("run*"):
+            shutil.rmtree(left)
+    return fit(folder, *argv, ranks=ranks, moment=moment)[0] == -signal.SIGKILL
+
+
+def go_on(folder: Path, *argv: str, ranks: int = 1) -> None:
+    """Go on with the run in ``folder``, to its end."""
+    codes = fit(folder, "--ckpt_path", "last", *argv, ranks=ranks)
+    assert codes == [0] * ranks, f"exit codes {codes}\n{logs(folder)}"
 
 
 def _run(argv: Sequence[str], moment: Moment | None) -> None:
@@ -139,7 +149,7 @@ def die() -> None:
 
 def arm(moment: Moment) -> None:
     """Have this process killed at ``moment``."""
-    if moment.what == "file":
+    if moment.what in ("file", "count"):
         sys.addaudithook(_count_changes(int(moment.number)))
     elif moment.what == "half":
         _save_half(int(moment.number))
@@ -167,6 +177,7 @@ def _counted(function: Callable[..., Any], number: int, after: bool) -> Callable
 
 
 def _count_changes(number: int) -> Callable[[str, tuple[Any, ...]], None]:
+    """Dies before change ``number``; 0: keeps count in the file ``changes``."""
     run, seen = str(Path("run").absolute()), 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -175,6 +186,8 @@ def _count_changes(number: int) -> Callable[[str, tuple[Any, ...]], None]:
             seen += 1
             if seen == number:
                 die()
+            if not number:
+                Path("changes").write_text(str(seen))
 
     return hook
 
@@ -216,7 +229,9 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     tags = events.Tags()
-    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags["scalars"] if not tag.startswith(CLOCK)}
+    found = {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags["scalars"] if not tag.startswith(CLOCK)
+    }
     tables = {tag: [(e.step, e.tensor_proto.string_val[0]) for e in events.Tensors(tag)] for tag in tags["tensors"]}
     return {**found, **tables}
 
@@ -234,9 +249,8 @@ def differences(one: Path, other: Path) -> list[str]:
         found.append(f"files: {sorted(set(files(one)) ^ set(files(other)))}")
     for name in files(one):
         path, twin = one / name, other / name
-        if path.suffix == ".safetensors" and path.read_bytes() != twin.read_bytes():
-            found.append(f"{name}: other bytes")
-        elif name == "hparams.yaml" and path.read_bytes() != twin.read_bytes():
+        exact = path.suffix == ".safetensors" or name == "hparams.yaml"
+        if exact and path.read_bytes() != twin.read_bytes():
             found.append(f"{name}: other bytes")
         elif path.suffix == ".parquet" and not pandas.read_parquet(path).equals(pandas.read_parquet(twin)):
             found.append(f"{name}: other rows")
@@ -253,7 +267,8 @@ def differences(one: Path, other: Path) -> list[str]:
 def _plain(content: Any) -> Any:
     """Without times, and without digests of files that hold times."""
     if isinstance(content, dict):
-        return {key: _plain(value) for key, value in content.items() if key not in ("seconds", "log_dir", "model_dir")}
+        own = ("seconds", "log_dir", "model_dir", "events")
+        return {key: _plain(value) for key, value in content.items() if key not in own}
     return content
 
 
@@ -276,24 +291,39 @@ def unequal(one: Any, other: Any, where: str = "") -> list[str]:
     return [] if one == other else [f"{where}: {one} and {other}"]
 
 
-def count_changes(folder: Path, *argv: str) -> tuple[int, float]:
-    """How often an undisturbed run in ``folder`` changes a file, and how long it takes. It stays as the reference."""
-    started = time.perf_counter()
-    (process,) = start_ranks(1, _counting, ["fit", "--config", "crash.yaml", *argv], folder=folder)
-    process.join(120)
-    assert process.exitcode == 0, logs(folder)
-    return int((folder / "changes").read_text()), time.perf_counter() - started
+class Reference(NamedTuple):
+    """An undisturbed run in ``folder/reference``."""
+
+    folder: Path
+    changes: int
+    """How often it changed a file."""
+    seconds: float
+
+    @classmethod
+    def make(cls, folder: Path, *argv: str, ranks: int = 1) -> Reference:
+        """Run what ``crash.yaml`` in ``folder`` says."""
+        started = time.perf_counter()
+        codes = fit(folder, *argv, ranks=ranks, moment=Moment("count", 0))
+        assert codes == [0] * ranks, logs(folder)
+        (folder / "run").rename(folder / "reference")
+        return cls(folder, int((folder / "changes").read_text()), time.perf_counter() - started)
 
 
-def _counting(argv: Sequence[str]) -> None:
-    run, seen = str(Path("run").absolute()), 0
+MODULES = {"DAPOModule": "ibro_lightning.modules.dapo", "PPOModule": "ibro_lightning.modules.ppo"}
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
-        seen += changes_a_file(event, arguments, run)
 
-    sys.addaudithook(hook)
-    from ibro_lightning.cli import main
-
-    main(list(argv))
-    Path("changes").write_text(str(seen))
+def phases(algorithm: str) -> list[Moment]:
+    """A moment in each phase of an iteration, and around it. The runs have three iterations of two optimizer steps, and
+    are evaluated before, once within training, and after it."""
+    module = f"{MODULES[algorithm]}.{algorithm}"
+    return [
+        Moment("ibro_lightning.engines.hf.HFEngine.generate", 5),
+        Moment("user_code.SaysEquals.verify", 70),
+        Moment(f"{module}.prepare", 2, after=True),
+        Moment("ibro_lightning.modules.base.PolicyModule.clip_and_step", 4, after=True),
+        Moment("half", 2),
+        Moment("ibro_lightning.modules.base.PolicyModule.validation_step", 2, after=True),
+        Moment("ibro_lightning.modules.base.PolicyModule.validation_step", 3, after=True),
+        Moment("transformers.PreTrainedTokenizerBase.save_pretrained", 1),
+        Moment("ibro_lightning.callbacks.RunSummary._write", 1),
+    ]

@@ -103,7 +103,8 @@ def test_an_uncaught_exception_is_a_failure_and_leaves_a_note_before_the_store_g
     """
     with ranks(body) as processes:
         code, said = ends(processes[failing])
-        assert code != 0 and "KeyError: 'oops'" in said
+        assert code != 0
+        assert "KeyError: 'oops'" in said
         code, said = ends(processes[1 - failing])
         assert code == 1
         assert f"rank {failing} failed: KeyError: 'oops'" in said

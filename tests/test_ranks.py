@@ -30,7 +30,9 @@ class Strategy:
 
 
 def items_of(rng: random.Random) -> list[Any]:
-    return [rng.choice([rng.random(), "é" * rng.randrange(5), None, [rng.randrange(9)]]) for _ in range(rng.randrange(9))]
+    return [
+        rng.choice([rng.random(), "é" * rng.randrange(5), None, [rng.randrange(9)]]) for _ in range(rng.randrange(9))
+    ]
 
 
 def check_objects(ranks: Ranks) -> None:
@@ -166,7 +168,8 @@ class TestAlone:
         assert ALONE.gather("x") == ["x"]
         assert ALONE.trade(["x"]) == ["x"]
         assert ALONE.share([1, 2]) == [1, 2]
-        assert ALONE.any(True) and not ALONE.any(False)
+        assert ALONE.any(True)
+        assert not ALONE.any(False)
         assert Ranks.of(None) is ALONE
         assert Ranks.of(Strategy(1)) is ALONE
 
@@ -178,8 +181,6 @@ class TestAlone:
 
     def test_a_wish_to_stop_ends_the_work(self):
         with pytest.raises(Interrupted, match="SIGTERM") as caught, ALONE.together():
-            try:
-                interruption.request("SIGTERM", 143)
-            finally:
-                interruption.clear()
+            interruption.request("SIGTERM", 143)
+        interruption.clear()
         assert caught.value.exit_code == 143

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from ibro_lightning.checkpoints import CheckpointFiles, read_checkpoint
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import (
     Critic,
@@ -43,6 +44,7 @@ from test_update_invariances import PROMPTS, RESPONSES, qwen2
 torch.set_num_threads(1)
 OPTIONS = PolicyOptions(dtype="float64")  # type: ignore[arg-type]  # rounding must not hide a mistake
 ROWS = range(len(PROMPTS))
+FOLDERS = {"save_distributed_checkpoint": True}
 
 
 class NoTokenizer:
@@ -322,6 +324,7 @@ class TwoNetworks(pl.LightningModule):
 
 def fit(folder: Path, epochs: int, save: Path, resume: Path | None, strategy: Any = "auto", devices: int = 1) -> None:
     trainer = pl.Trainer(
+        plugins=CheckpointFiles(),
         accelerator="cpu",
         devices=devices,
         strategy=strategy,
@@ -343,7 +346,7 @@ def fit_sharded(folder: Path, epochs: int, save: Path, resume: Path | None, sett
 
 
 def check_same_checkpoints(path: Path, expected: Path, tolerance: float) -> None:
-    ours, theirs = (torch.load(p, weights_only=True) for p in (path, expected))
+    ours, theirs = (read_checkpoint(p) for p in (path, expected))
     assert list(ours["state_dict"]) == list(theirs["state_dict"])
     assert ours["global_step"] == theirs["global_step"]
     for name, tensor in theirs["state_dict"].items():
@@ -358,7 +361,7 @@ def check_same_checkpoints(path: Path, expected: Path, tolerance: float) -> None
                 torch.testing.assert_close(state["state"][number][key], value, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("settings", [{}, {"cpu_offload": True}, {"tensor_parallel_size": 2}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"cpu_offload": True}, {"tensor_parallel_size": 2}, FOLDERS], ids=str)
 def test_checkpoints_go_from_one_process_to_two_and_back(tmp_path: Path, settings: dict[str, Any]) -> None:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     model = saved_model(tmp_path / "model", **heads)

@@ -48,6 +48,7 @@ from ibro_lightning.resume import (
     evaluation_of,
     find_checkpoint,
     forget_beginning,
+    note_end,
     wind_back,
 )
 from ibro_lightning.run_folders import HEADER, make_room, put_back
@@ -165,6 +166,7 @@ class IbroCLI(LightningCLI):
                 if isinstance(callback, RunSummary):
                     callback.after = known or callback.after
                     callback.finish(self.trainer, self.model)
+            note_end(Path(self.trainer.default_root_dir), self.model.iteration)
 
     def _checkpoint(self, settings: dict[str, Any]) -> Path | None:
         """The checkpoint that ``ckpt_path`` in ``settings`` means, which is then the one to be loaded."""

@@ -19,7 +19,8 @@ _FULL = {
 }
 # How libraries say it that keep no errno: safetensors (Rust), arrow, and torch.save, which only knows that it failed.
 _SAID = re.compile(
-    r"No space left on device|Disk quota exceeded|File too large|os error (?:28|122|27)\b|PytorchStreamWriter failed"
+    r"No space left on device|Disk quota exceeded|File too large|os error (?:28|122|27)\b"
+    r"|PytorchStreamWriter failed|iostream error|inline_container\.cc.*unexpected pos"
 )
 
 

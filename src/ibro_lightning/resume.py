@@ -15,9 +15,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from ibro_lightning.checkpoints import ABOUT, checkpoints_in, iteration_of, newest_valid, read_about, why_invalid
 from ibro_lightning.disk import PARTIAL
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.run_folders import write_json
 from ibro_lightning.seeding import run_seed
 
 BY_NAME = ("last", "best")
+END = Path("checkpoints", "end.json")
 KEPT = ("rollouts", "checkpoints", "model")
 """Parts of a run's folder that the first iteration or a later one writes."""
 _EVENTS = "events.out.tfevents.*"
@@ -126,7 +128,7 @@ def check_continues(checkpoint: Path, run: Path, algorithm: str) -> dict[str, An
 
 
 @rank_zero_only
-def wind_back(run: Path, about: dict[str, Any]) -> None:
+def wind_back(run: Path, about: Mapping[str, Any]) -> None:
     """Leave in ``run`` what was there when the checkpoint was written: nothing of later iterations, no torn file.
 
     What goes is made again, the same, by the run that continues. TensorBoard's files are cut to their length of then,
@@ -136,6 +138,7 @@ def wind_back(run: Path, about: dict[str, Any]) -> None:
     (run / "hparams.yaml").unlink(missing_ok=True)  # Lightning writes it in place, and only if there is none
     if not about:
         return
+    about = _with_end(run, about)
     if about["events"]:
         for path in run.glob(_EVENTS):
             size = about["events"].get(path.name)
@@ -143,19 +146,35 @@ def wind_back(run: Path, about: dict[str, Any]) -> None:
                 path.unlink()
             elif path.stat().st_size > size:
                 os.truncate(path, size)
-    for path in [*run.glob("rollouts/*"), *run.glob("evaluations/*")]:
-        match = _ITERATION.fullmatch(path.name)
-        if match is not None and int(match[1]) > about["iteration"]:
-            _remove(path)
-    last = _evaluation(run, about["iteration"])
-    if last.exists() and not about["evaluated"]:  # an unfinished one of the same weights is continued
-        _remove(last)
-        _remove(last.with_suffix(""))
+    # Nor an unfinished evaluation after training: begun anew, it has the same curves as any other.
+    for name, done in (
+        ("rollouts", about["iteration"]),
+        ("evaluations", about["iteration"] - (not about["evaluated"])),
+    ):
+        for path in run.glob(f"{name}/*"):
+            match = _ITERATION.fullmatch(path.name)
+            if match is not None and int(match[1]) > done:
+                _remove(path)
+
+
+@rank_zero_only
+def note_end(run: Path, iteration: int) -> None:
+    """A run has come to its end, its last evaluation included, which no checkpoint knows of: a run that goes on from
+    there keeps it."""
+    if (run / "checkpoints").is_dir():
+        sizes = {path.name: path.stat().st_size for path in run.glob(_EVENTS)}
+        write_json(run / END, {"iteration": iteration, "evaluated": True, "events": sizes})
+
+
+def _with_end(run: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """``about`` with what came after that checkpoint before the run ended, if it ended there."""
+    end = json.loads((run / END).read_text()) if (run / END).exists() else {}
+    return {**about, **(end if end.get("iteration") == about["iteration"] else {})}
 
 
 def evaluation_of(run: Path, about: Mapping[str, Any], iteration: int) -> Any:
     """The results of the evaluation that the checkpoint came after, if training ended there; otherwise None."""
-    if about.get("evaluated") and about["iteration"] == iteration:
+    if about and about["iteration"] == iteration and _with_end(run, about)["evaluated"]:
         path = _evaluation(run, iteration)
         return json.loads(path.read_text()) if path.exists() else None
     return None

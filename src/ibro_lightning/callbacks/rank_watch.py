@@ -38,6 +38,7 @@ class RankWatch(pl.Callback):
         if isinstance(exception, Interrupted):  # all ranks agreed to stop, and leave together
             self.watch.stop()
             return
+        self.watch.start()  # in case this happened before setup
         self.watch.report(exception)
         # What this rank says may be a consequence ("connection closed by peer"): name the cause, too.
         if not isinstance(exception, RankError) and (known := self.watch.failure_of_another()):

@@ -1,7 +1,7 @@
 """Checkpoints of ``torch.distributed.checkpoint`` (DCP) shards: tensors in its files, all else in ``meta.pt``.
 
 DCP unpickles its index, and values that are no tensors, with full pickle. Here the index may name only what an index
-consists of, and there are no such values: a checkpoint cannot run code.
+consists of, and only tensors are asked for: a checkpoint cannot run code.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
@@ -78,13 +76,6 @@ class ShardReader(FileSystemReader):
         return {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
-class TensorPlanner(DefaultLoadPlanner):
-    """DCP's planner, for tensors alone."""
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise pickle.UnpicklingError("a checkpoint's shards hold something other than tensors")
-
-
 def save_shards(folder: Path, checkpoint: dict[str, Any], *, is_first: bool) -> None:
     """Write Lightning's ``checkpoint``, whose tensors are this process's parts, together with all other processes.
 
@@ -126,7 +117,7 @@ def load_shards(folder: Path, module: nn.Module, optimizers: Sequence[Optimizer]
             tensors[key] = torch.zeros_like(like, dtype=entry.properties.dtype)
             if tensors[key].shape != entry.size:
                 raise ValueError(f"{key} has the shape {list(entry.size)}, its parameter {list(like.shape)}")
-    load(tensors, storage_reader=reader, planner=TensorPlanner())
+    load(tensors, storage_reader=reader)
     rest = read_rest(folder)
     states = rest.pop("optimizer_states", [])
     _join(states, tensors)
@@ -145,7 +136,7 @@ def read_shards(folder: Path, *, with_optimizers: bool = True) -> dict[str, Any]
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to.*")
-        load(tensors, storage_reader=reader, planner=TensorPlanner(), no_dist=True)
+        load(tensors, storage_reader=reader, no_dist=True)
     checkpoint = read_rest(folder)
     checkpoint["state_dict"] = {key.removeprefix(f"{WEIGHT}/"): t for key, t in tensors.items() if _is_weight(key)}
     _join(checkpoint["optimizer_states"], tensors)

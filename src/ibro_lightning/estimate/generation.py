@@ -51,11 +51,13 @@ def engine_memory(
     group_size: int,
     responses: int,
 ) -> EngineMemory:
-    """Args:
-    config: the model's.
-    parameters: how many the model has, tied ones counted once.
-    prompt: tokens of the longest prompt.
-    group_size, responses: per prompt, and those that this rank generates in one round.
+    """What generating takes on one rank.
+
+    Args:
+        config: the model's.
+        parameters: how many the model has, tied ones counted once.
+        prompt: tokens of the longest prompt.
+        group_size, responses: per prompt, and those that this rank generates in one round.
     """
     if isinstance(engine, HFEngine):
         rows = min(engine.max_batch_size, responses)

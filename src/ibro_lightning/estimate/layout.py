@@ -23,15 +23,17 @@ Kind = Literal["single", "ddp", "fsdp2"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Args:
-    device: "cpu" or "cuda".
-    world: processes, one per device.
-    kind: what the strategy does with the weights.
-    tensor_parallel: processes that share one copy of the arithmetic, and see the same data.
-    cpu_offload: shards, gradients and optimizer states are in the host's memory.
-    reshard: of :class:`FSDP2Strategy`.
-    precision: "32-true" or "bf16-mixed".
-    memory: bytes of one device; None: not known.
+    """Processes, one per device, and what the strategy does with the weights.
+
+    Args:
+        device: "cpu" or "cuda".
+        world: how many processes, on all nodes.
+        kind: of strategy.
+        tensor_parallel: processes that share one copy of the arithmetic, and see the same data.
+        cpu_offload: shards, gradients and optimizer states are in the host's memory.
+        reshard: ``reshard_after_forward`` of :class:`FSDP2Strategy`.
+        precision: "32-true" or "bf16-mixed".
+        memory: bytes of one device; None: not known.
     """
 
     device: str = "cpu"
@@ -60,7 +62,7 @@ class Layout:
             raise ConfigError("trainer.accelerator", trainer.accelerator, "a dry run needs to be told: cpu or cuda")
         world = _devices(trainer.devices, device) * trainer.num_nodes
         kind, strategy = _kind(trainer.strategy, world)
-        tensor_parallel = strategy._tensor_parallel_size if strategy else 1
+        tensor_parallel = int(strategy._tensor_parallel_size) if strategy else 1
         if world % tensor_parallel:
             raise ConfigError(
                 "trainer.strategy.init_args.tensor_parallel_size",

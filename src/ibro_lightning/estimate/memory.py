@@ -28,12 +28,14 @@ class Row:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Args:
-    networks: those that are trained, then a reference policy.
-    engine: None: nothing generates.
-    rollout: bytes of a rollout and its scores.
-    layout: what it was estimated for.
-    notes: what the figures leave out.
+    """What is alive at the same time.
+
+    Args:
+        networks: those that are trained, then a reference policy.
+        engine: None: nothing generates.
+        rollout: bytes of a rollout and its scores.
+        layout: what it was estimated for.
+        notes: what the figures leave out.
     """
 
     networks: tuple[NetworkMemory, ...]

@@ -124,7 +124,7 @@ def _trained(
             if not accumulates:
                 optimizer.zero_grad()
             memory.peak = memory.now
-            loss().backward()  # type: ignore[no-untyped-call]
+            loss().backward()
             before, micro_peak = weights + states + gradients, memory.peak
             memory.peak = memory.now
             clip_gradients(network.parameters(), max_grad_norm)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -25,7 +26,7 @@ INDEX = torch.ops.aten.index.Tensor
 
 
 class ShadowMemory(TorchDispatchMode):
-    """What is computed within has shapes, dtypes and a lifetime, but no values, and takes no memory or time to speak of.
+    """What is computed within has shapes, dtypes and lifetimes, but no values, and takes next to no memory.
 
     The count is that of an allocator without rounding: the bytes of all storages that are alive, whoever holds them
     (autograd's graph included). All tensors are on the CPU, whose operations stand for those of any device.
@@ -50,6 +51,7 @@ class ShadowMemory(TorchDispatchMode):
 
     def __enter__(self) -> ShadowMemory:
         self._stack.enter_context(_head_in_shape_only(self._device))
+        self._stack.enter_context(patch.object(torch.UntypedStorage, "resize_", self._resizing()))
         self._stack.enter_context(self._fake)
         super().__enter__()
         return self
@@ -99,11 +101,27 @@ class ShadowMemory(TorchDispatchMode):
             storage = leaf.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
             if key not in self._alive:
-                self._alive[key] = size, weakref.ref(storage, lambda _, key=key: self._freed(key))
+                self._alive[key] = size, weakref.ref(storage, partial(self._freed, key))
                 self.now += size
                 self.peak = max(self.peak, self.now)
 
-    def _freed(self, key: int) -> None:
+    def _resizing(self) -> Callable[[Any, int], Any]:
+        """``UntypedStorage.resize_``, which is no operation that a mode would see: how fully_shard frees what it has
+        gathered."""
+        resize = torch.UntypedStorage.resize_
+
+        def counted(storage: Any, size: int) -> Any:
+            result = resize(storage, size)
+            if storage._cdata in self._alive:
+                before, alive = self._alive[storage._cdata]
+                self._alive[storage._cdata] = size, alive
+                self.now += size - before
+                self.peak = max(self.peak, self.now)
+            return result
+
+        return counted
+
+    def _freed(self, key: int, _: object) -> None:
         size, _ = self._alive.pop(key)
         self.now -= size
 
@@ -128,7 +146,11 @@ def _bytes(tensor: Tensor) -> int:
 def _head_in_shape_only(device: str) -> Iterator[None]:
     """The fused head goes over its logits in hundreds of small blocks: on shadows, their arithmetic is left out."""
     chunk = fused_head._CHUNK_BYTES.get(device, fused_head._CHUNK_BYTES["cuda"])
-    with patch.object(fused_head, "_run", _run), patch.dict(fused_head._CHUNK_BYTES, cpu=chunk):
+    with (
+        patch.object(fused_head, "_run", _run),
+        patch.object(fused_head, "_blocks", lambda logits: [slice(0, len(logits))]),
+        patch.dict(fused_head._CHUNK_BYTES, cpu=chunk),
+    ):
         yield
 
 

@@ -93,7 +93,7 @@ class Shapes:
             return torch.zeros(self.micro_rows, self.response)
 
         names = ["token_rewards", "sampler_logp", *_extra_names(module)]
-        rows = range(self.micro_rows) if self.prompts else ()
+        rows = range(self.micro_rows if self.prompts else 0)
         trains: Any = SimpleNamespace(num_groups=self.groups, iteration=_first_trained(module))
         return Experience(
             sequences=self.sequences(),

@@ -8,12 +8,12 @@ from ibro_lightning.models.loading import (
     PolicyOptions,
     PolicySource,
     PretrainedPolicy,
-    Qwen2FromScratch,
     as_source,
     check_same_vocabulary,
 )
 from ibro_lightning.models.lora import LoRAOptions
 from ibro_lightning.models.policy import Policy
+from ibro_lightning.models.scratch import Qwen2FromScratch
 from ibro_lightning.models.sharding import Sharding, whole
 from ibro_lightning.models.weights import local_part
 

@@ -18,14 +18,12 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
-    Qwen2Config,
 )
 from transformers.utils import logging as transformers_logging
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models.lora import LoRAOptions
 from ibro_lightning.models.weights import WeightFiles
-from ibro_lightning.tasks import NumberPath
 from ibro_lightning.types import Dtype
 
 
@@ -206,63 +204,6 @@ class PretrainedPolicy(PolicySource):
         except OSError:
             eos = self.config().eos_token_id
         return [eos] if isinstance(eos, int) else list(eos or [])
-
-
-class Qwen2FromScratch(PolicySource):
-    """A small Qwen2 with random weights and a task's own tokenizer: what the quick start's base policy begins as.
-
-    Args:
-        task: whose tokenizer and vocabulary to use.
-        hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size: the usual sizes; embeddings are tied.
-        max_position_embeddings: longest prompt + response in tokens.
-        initializer_range: standard deviation of the initial weights. Small models want 0.08 rather than Qwen's 0.02.
-        seed: of the random weights.
-    """
-
-    def __init__(
-        self,
-        task: NumberPath,
-        hidden_size: int = 96,
-        num_layers: int = 3,
-        num_heads: int = 4,
-        num_kv_heads: int = 2,
-        intermediate_size: int = 256,
-        max_position_embeddings: int = 256,
-        initializer_range: float = 0.08,
-        seed: int = 0,
-    ) -> None:
-        self._tokenizer = task.tokenizer()
-        self._config = Qwen2Config(
-            vocab_size=len(self._tokenizer),
-            hidden_size=hidden_size,
-            num_hidden_layers=num_layers,
-            num_attention_heads=num_heads,
-            num_key_value_heads=num_kv_heads,
-            intermediate_size=intermediate_size,
-            max_position_embeddings=max_position_embeddings,
-            initializer_range=initializer_range,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=self._tokenizer.eos_token_id,
-            pad_token_id=self._tokenizer.pad_token_id,
-        )
-        self._seed = seed
-
-    def __str__(self) -> str:
-        return type(self).__name__
-
-    def tokenizer(self) -> Any:
-        return self._tokenizer
-
-    def config(self) -> Any:
-        return self._config
-
-    def build(self, options: PolicyOptions) -> Any:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed)
-            config = copy.deepcopy(self._config)  # from_config writes into it
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=options.attn_implementation)
-            return model.to(getattr(torch, options.dtype))
 
 
 def _zero_head(critic: Any, source: PolicySource, missing: Iterable[str] | None = None) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.models.sharding import decoder_blocks, whole
@@ -53,10 +54,12 @@ def add_adapters(model: Any, options: LoRAOptions, *, empty: bool = False) -> No
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError(SETTING, "given", "peft is missing: pip install 'ibro-lightning[lora]'") from error
+    layers = _linear_layers(model)
     config = LoraConfig(
         r=options.rank,
-        lora_alpha=options.alpha,  # type: ignore[arg-type]  # peft divides it by the rank
-        target_modules=options.target_modules or _linear_layers(model),
+        lora_alpha=options.alpha,
+        target_modules=options.target_modules or sorted(layers),
+        fan_in_fan_out=Conv1D in layers.values(),
         task_type="CAUSAL_LM",
         base_model_name_or_path=getattr(model, "name_or_path", None) or None,
     )
@@ -138,14 +141,11 @@ def save_adapter(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def _linear_layers(model: Any) -> list[str]:
-    from transformers.pytorch_utils import Conv1D
-
-    return sorted(
-        {
-            name.rpartition(".")[2]
-            for block in decoder_blocks(model)
-            for name, module in block.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-        }
-    )
+def _linear_layers(model: Any) -> dict[str, type]:
+    """The last names of the linear layers in the decoder blocks, and what they are."""
+    return {
+        name.rpartition(".")[2]: type(module)
+        for block in decoder_blocks(model)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,7 +44,6 @@ class WeightFiles:
     files: Mapping[str, Path]
     zero: frozenset[str] = frozenset()
     """Names that are in no file and start at 0: a new critic's head."""
-    _open: dict[Path, Any] = field(default_factory=dict)
 
     @classmethod
     def find(cls, path: str, revision: str) -> WeightFiles | None:
@@ -67,10 +66,11 @@ class WeightFiles:
         Not if both of two tied parameters are there: which one counts is for transformers to say.
         """
         ties: dict[str, list[str]] = {}
+        shapes = self._shapes()
         for name, canonical, parameter in named_parameters(model):
             if name in self.files:
                 ties.setdefault(canonical, []).append(name)
-                if self.shape(name) != parameter.shape:
+                if shapes[name] != parameter.shape:
                     return False
         wanted = {canonical for _, canonical, _ in named_parameters(model)} - may_lack
         buffers = set(model.state_dict()) - {name for name, _, _ in named_parameters(model)}
@@ -78,30 +78,33 @@ class WeightFiles:
             wanted <= ties.keys() and buffers <= self.files.keys() and all(len(names) == 1 for names in ties.values())
         )
 
-    def shape(self, name: str) -> torch.Size:
-        return torch.Size(self._slice(name).get_shape())
-
     def fill(self, name: str, tensor: Tensor) -> None:
         local = _local(tensor)
         if name in self.zero:
             local.zero_()
         elif local.numel():
-            whole = self._slice(name)
-            part = whole[local_slices(tensor)] if isinstance(tensor, DTensor) else whole[...]
-            local.copy_(part)
+            slices = local_slices(tensor) if isinstance(tensor, DTensor) else ()
+            local.copy_(self._read(name, slices))
 
     def buffers(self, model: nn.Module) -> dict[str, Tensor]:
         kept = model.state_dict()
         return {
-            name: self._slice(name)[...].to(buffer.dtype) if name in kept else buffer.detach().clone()
+            name: self._read(name).to(buffer.dtype) if name in kept else buffer.detach().clone()
             for name, buffer in model.named_buffers()
         }
 
-    def _slice(self, name: str) -> Any:
-        path = self.files[name]
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        return self._open[path].get_slice(name)
+    def _shapes(self) -> dict[str, torch.Size]:
+        shapes: dict[str, torch.Size] = {}
+        for path in sorted(set(self.files.values())):
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return shapes
+
+    def _read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
+        # Opened each time: what has been read of a mapped file stays in memory until the file is closed.
+        with safe_open(self.files[name], framework="pt") as file:
+            part: Tensor = file.get_slice(name)[slices or ...]
+        return part
 
 
 class RankZero:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ibro_lightning.coefficients import Constant
@@ -28,9 +27,10 @@ from ibro_lightning.functional import (
     token_mean,
 )
 from ibro_lightning.models import PolicySource
-from ibro_lightning.modules.batching import check_aggregation, mini_batches, weighted_sum
+from ibro_lightning.modules.batching import check_aggregation, losses_of, mini_batches, rows_of, weighted_sum
 from ibro_lightning.modules.correction import SamplerCorrection
 from ibro_lightning.modules.diagnostics import experience_metrics
+from ibro_lightning.modules.nonfinite import advantages_are_finite
 from ibro_lightning.modules.scoring import ScoringModule
 from ibro_lightning.modules.surrogates import Clips, Surrogate, check_surrogate, surrogate_loss
 from ibro_lightning.regularizers import EntropyRegularizer, NoRegularizer
@@ -99,20 +99,16 @@ class ActorModule(ScoringModule):
         if rollout.skip_update or not on_time:
             return {"update/skipped_rollouts": 1.0}
         timer = PhaseTimer()
+        self.nonfinite.begin()
         with timer("prepare"), torch.no_grad():
             experience = self.prepare(rollout)
             if self.trains_policy(rollout.iteration) and experience.scored:
                 self.observe(self.regularizer.coefficient, experience.old_entropy, experience)
         with timer("update"):
-            steps = [self.update(step) for step in self.steps(experience)]
+            steps = [self.update_if_finite(step) for step in self.steps(experience)]
         if not experience.scored:
             self.observe(self.regularizer.coefficient, experience.old_entropy, experience)
-        left_out = [number for step in steps for name, number in step.items() if name.endswith(SKIPPED)]
-        if any(left_out):
-            rank_zero_warn(
-                f"iteration {rollout.iteration}: {sum(left_out):.0f} of {len(left_out)} optimizer steps left out: "
-                "the gradient is not finite"
-            )
+        self.report_skipped_steps(rollout)
         metrics = self.experience_metrics(experience, rollout)
         if self.kl is not None:  # for the next iteration: this one has used the coefficient that is logged
             self.observe(self.kl.coefficient, experience.extra["reference_kl"], experience)
@@ -158,7 +154,7 @@ class ActorModule(ScoringModule):
             parts = mini_batches(experience.groups, self.mini_batch_prompts, seed, experience.num_groups)
             for index, rows in enumerate(parts):
                 if experience.scored:
-                    step = _rows_of(experience, rows.to(experience.groups.device))
+                    step = rows_of(experience, rows.to(experience.groups.device))
                 else:
                     if (epoch, index) != (0, 0):
                         raise RuntimeError("a second optimizer step needs log-probs from before the first")
@@ -185,6 +181,13 @@ class ActorModule(ScoringModule):
 
     # One optimizer step.
 
+    def update_if_finite(self, step: Experience) -> dict[str, float]:
+        """The step, unless there is no sense in it."""
+        if advantages_are_finite(step, self.ranks):
+            return self.update(step)
+        self.nonfinite.saw("policy", "advantage", step)
+        return {f"update{SKIPPED}": 1.0}
+
     def update(self, step: Experience) -> dict[str, float]:
         """One optimizer step of the policy, in as many micro-batches as the token budget asks for."""
 
@@ -195,7 +198,7 @@ class ActorModule(ScoringModule):
             return self.loss(stats, micro)
 
         metrics = self.accumulate(step, loss_of)
-        return {**step.metrics, **metrics, **self.optimizer_step_clipped()}
+        return {**step.metrics, **metrics, **self.optimizer_step_clipped(losses_of(metrics), step)}
 
     def accumulate(
         self, step: Experience, loss_of: Callable[[Experience, Tensor], tuple[Tensor, Mapping[str, float]]]
@@ -204,11 +207,13 @@ class ActorModule(ScoringModule):
         totals: dict[str, float] = defaultdict(float)
         batches = list(self.aligned_micro_batches(step.sequences))
         for number, (rows, counts) in enumerate(batches, start=1):
-            loss, metrics = loss_of(step.select(rows), rows)
             # DDP and FSDP average gradients over ranks; the weights already divide by the tokens of all ranks.
             scale = self.ranks.size if counts else 0.0
-            with self.gradients_added_up(last=number == len(batches)):
-                self.manual_backward(loss * scale)
+            micro = step.select(rows)
+            with self.memory_advice("update", micro.sequences):
+                loss, metrics = loss_of(micro, rows)
+                with self.gradients_added_up(last=number == len(batches)):
+                    self.manual_backward(loss * scale)
             for name, value in metrics.items() if counts else ():
                 totals[name] += value
         return self.total_over_ranks(totals)
@@ -280,9 +285,11 @@ class ActorModule(ScoringModule):
     # The coefficients' state is part of the checkpoint.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["coefficients"] = {name: coef.state_dict() for name, coef in self._coefficients().items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         saved = checkpoint.get("coefficients", {})
         for name, coefficient in self._coefficients().items():
             if name in saved:
@@ -291,14 +298,6 @@ class ActorModule(ScoringModule):
     def _coefficients(self) -> dict[str, Any]:
         kl = {} if self.kl is None else {"kl": self.kl.coefficient}
         return {"regularizer": self.regularizer.coefficient, **kl}
-
-
-def _rows_of(experience: Experience, rows: Tensor) -> Experience:
-    """Some rows of the rollout; a rank that has none of a step takes part in it with a row that does not count."""
-    if len(rows):
-        return experience.select(rows)
-    step = experience.select(rows.new_zeros(1))
-    return replace(step, mask=torch.zeros_like(step.mask))
 
 
 def _mean_of(steps: list[dict[str, float]]) -> Mapping[str, float]:

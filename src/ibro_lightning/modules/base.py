@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from ibro_lightning.errors import ConfigError, check_at_least
@@ -24,7 +25,9 @@ from ibro_lightning.models import (
     clip_gradients,
     export_folder,
 )
+from ibro_lightning.modules.nonfinite import NonFiniteGuard, nonfinite_cause
 from ibro_lightning.ranks import ALONE, Ranks
+from ibro_lightning.run_folders import run_folder
 from ibro_lightning.sequences import Sequences
 from ibro_lightning.types import Dtype, ModelSpec, Rollout
 
@@ -38,6 +41,8 @@ class PolicyModule(pl.LightningModule):
         optimizer: called with the policy's parameters.
         warmup_steps: optimizer steps over which the learning rate rises linearly to its value.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them as they are.
+        max_nonfinite_steps: a step whose loss, advantages or gradient are not finite is left out, on all ranks; after
+            so many in a row training stops, and the batch is kept in ``nonfinite/``. 0 never stops.
     """
 
     min_group_size = 1
@@ -48,6 +53,7 @@ class PolicyModule(pl.LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup_steps: int = 0,
         max_grad_norm: float = 1.0,
+        max_nonfinite_steps: int = 5,
         policy_options: PolicyOptions = PolicyOptions(),
     ) -> None:
         super().__init__()
@@ -59,6 +65,7 @@ class PolicyModule(pl.LightningModule):
         self.tokenizer = self.policy_source.tokenizer()
         self.eos_token_ids = self.policy_source.eos_token_ids()
         self.optimizer_factory, self.warmup_steps, self.max_grad_norm = optimizer, warmup_steps, max_grad_norm
+        self.nonfinite = NonFiniteGuard(max_nonfinite_steps)
         self.policy: Policy
         self.evaluations: dict[str, Evaluation] = {}
         """The latest evaluation of each set; :attr:`evaluated_at_step` says after how many optimizer steps."""
@@ -98,21 +105,48 @@ class PolicyModule(pl.LightningModule):
         """What the learning rate is multiplied with before optimizer step ``step`` (from 0)."""
         return min(1.0, (step + 1) / (self.warmup_steps + 1))
 
-    def optimizer_step_clipped(self) -> dict[str, float]:
-        """One optimizer step of the policy, which Lightning counts as ``global_step``."""
-        return self.clip_and_step(self.policy, _first(self.optimizers()), _first(self.lr_schedulers()))
+    def optimizer_step_clipped(self, losses: Mapping[str, float], batch: Any = None) -> dict[str, float]:
+        """One optimizer step of the policy, which Lightning counts as ``global_step``; see :meth:`clip_and_step`."""
+        optimizer, scheduler = _first(self.optimizers()), _first(self.lr_schedulers())
+        return self.clip_and_step("policy", optimizer, scheduler, losses, batch)
 
-    def clip_and_step(self, network: nn.Module, optimizer: Any, scheduler: Any) -> dict[str, float]:
-        """Clip, step, schedule, zero. A step with a non-finite gradient is left out, and counted."""
+    def clip_and_step(
+        self, network: str, optimizer: Any, scheduler: Any, losses: Mapping[str, float], batch: Any = None
+    ) -> dict[str, float]:
+        """Clip, step, schedule, zero. A step with a loss or a gradient that is not finite is left out, and counted.
+
+        Args:
+            network: its name in this module.
+            losses: of the step on all ranks.
+            batch: what they were computed from, which is kept if they go on being infinite.
+        """
         learning_rate = optimizer.param_groups[0]["lr"]
-        norm = clip_gradients(network.parameters(), self.max_grad_norm)
-        finite = bool(norm.isfinite())
-        if finite:
+        norm = clip_gradients(getattr(self, network).parameters(), self.max_grad_norm)
+        cause = nonfinite_cause(norm, losses)
+        self.nonfinite.saw(network, cause, batch)
+        if cause is None:
             optimizer.step()
             scheduler.step()
         optimizer.zero_grad()
-        metrics = {"update/skipped_steps": float(not finite), "update/lr": learning_rate}
-        return {**metrics, "update/grad_norm": norm.item()} if finite else metrics
+        metrics = {"update/skipped_steps": float(cause is not None), "update/lr": learning_rate}
+        return {**metrics, "update/grad_norm": norm.item()} if cause is None else metrics
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["nonfinite"] = self.nonfinite.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.nonfinite.load_state_dict(checkpoint.get("nonfinite", {}))
+
+    def report_skipped_steps(self, rollout: Rollout | None = None) -> None:
+        """At an iteration's end: say which optimizer steps were left out, and stop if they were too many in a row."""
+        causes = self.nonfinite.causes
+        if causes:
+            counted = ", ".join(f"the {cause} ({causes.count(cause)})" for cause in dict.fromkeys(causes))
+            rank_zero_warn(
+                f"iteration {self.iteration}: {len(causes)} of {self.nonfinite.steps} optimizer steps left out: "
+                f"not finite is {counted}"
+            )
+        self.nonfinite.check(run_folder(self.trainer), self.iteration, self.trainer.global_rank, rollout)
 
     @property
     def ranks(self) -> Ranks:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -81,3 +82,16 @@ def weighted_sum(values: Tensor, micro: Experience) -> Tensor:
     if values.shape != micro.mask.shape:
         raise ValueError(f"losses and objectives are [B, T] = {list(micro.mask.shape)}, got {list(values.shape)}")
     return (torch.where(micro.mask, values, 0.0) * micro.weights).sum()
+
+
+def losses_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those of a step's metrics that are losses."""
+    return {name: value for name, value in metrics.items() if name.endswith("loss")}
+
+
+def rows_of(experience: Experience, rows: Tensor) -> Experience:
+    """Some rows of the rollout; a rank that has none of a step takes part in it with a row that does not count."""
+    if len(rows):
+        return experience.select(rows)
+    step = experience.select(rows.new_zeros(1))
+    return replace(step, mask=torch.zeros_like(step.mask))

@@ -39,6 +39,8 @@ class NonFiniteGuard:
         self.in_a_row: dict[str, int] = {}
         self.causes: list[str] = []
         """Why steps of this iteration were left out."""
+        self.steps = 0
+        """Optimizer steps of this iteration, those that were left out included."""
         self._offender: tuple[str, str, Any] | None = None
 
     def state_dict(self) -> dict[str, int]:
@@ -49,7 +51,7 @@ class NonFiniteGuard:
 
     def begin(self) -> None:
         """A new iteration."""
-        self.causes, self._offender = [], None
+        self.steps, self.causes, self._offender = 0, [], None
 
     def saw(self, network: str, cause: str | None, batch: Any = None) -> None:
         """An optimizer step of a network was taken (``cause`` is None), or left out.
@@ -58,6 +60,7 @@ class NonFiniteGuard:
             cause: what was not finite: "advantage", "loss" or "gradient".
             batch: the step, or whatever else of tensors it was computed from.
         """
+        self.steps += 1
         if cause is None:
             self.in_a_row[network] = 0
             return

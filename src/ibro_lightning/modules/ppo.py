@@ -28,6 +28,7 @@ from ibro_lightning.functional import (
 from ibro_lightning.models import Critic, PolicySource, as_source, build_critic, check_same_vocabulary, export_folder
 from ibro_lightning.modules.actor import ActorModule
 from ibro_lightning.modules.base import local_folders
+from ibro_lightning.modules.batching import losses_of
 from ibro_lightning.sequences import Sequences
 from ibro_lightning.types import Rollout
 
@@ -136,7 +137,7 @@ class PPOModule(ActorModule):
         # Not through Lightning's wrapper: global_step counts policy updates.
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         schedulers: Any = self.lr_schedulers()
-        done = self.clip_and_step(self.critic, optimizer[1], schedulers[1])
+        done = self.clip_and_step("critic", optimizer[1], schedulers[1], losses_of(metrics), step)
         return {**metrics, **{name.replace("update/", "critic/"): value for name, value in done.items()}}
 
     def value_loss(self, micro: Experience) -> tuple[Tensor, dict[str, float]]:
@@ -152,7 +153,8 @@ class PPOModule(ActorModule):
         """``[B, T + 1]`` values before each response token and after the last, without gradients."""
         values: Tensor | None = None
         for rows, _ in self.aligned_micro_batches(sequences):
-            some = self.critic(sequences.select(rows))
+            with self.memory_advice("prepare", micro := sequences.select(rows)):
+                some = self.critic(micro)
             if values is None:
                 values = some.new_zeros(len(sequences), sequences.max_response_length + 1)
             values[rows, : some.shape[1]] = some

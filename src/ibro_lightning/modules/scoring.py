@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ibro_lightning.coefficients import Coefficient
 from ibro_lightning.errors import check_at_least
 from ibro_lightning.experience import Experience, StepContext
 from ibro_lightning.functional import masked_whiten
+from ibro_lightning.memory_advice import memory_advice
 from ibro_lightning.models import Policy, PolicySource
 from ibro_lightning.modules.base import PolicyModule, local_folders
 from ibro_lightning.modules.batching import token_budget_batches
@@ -109,7 +111,8 @@ class ScoringModule(PolicyModule):
         policy = policy or self.policy
         logp, entropy = self._unscored(sequences), self._unscored(sequences)
         for rows, _ in self.aligned_micro_batches(sequences):
-            some_logp, some_entropy = policy(sequences.select(rows), temperature=temperature, with_entropy=with_entropy)
+            with self.memory_advice("prepare", micro := sequences.select(rows)):
+                some_logp, some_entropy = policy(micro, temperature=temperature, with_entropy=with_entropy)
             width = some_logp.shape[1]
             logp[rows, :width] = some_logp
             if some_entropy is not None:
@@ -136,6 +139,18 @@ class ScoringModule(PolicyModule):
         yield from ((rows, True) for rows in batches)
         for _ in range(int(most) - len(batches)):
             yield sequences.lengths.argmin()[None], False
+
+    def memory_advice(self, phase: str, micro: Sequences) -> AbstractContextManager[None]:
+        """Around a micro-batch: what to change if memory runs out in it."""
+        options, device = self.policy_options, micro.input_ids.device
+        return memory_advice(
+            phase,
+            micro,
+            self.micro_batch_tokens,
+            packing=options.packing,
+            checkpointing=options.gradient_checkpointing,
+            device=device,
+        )
 
     def observe(self, coefficient: Coefficient, measured: Tensor, experience: Experience) -> None:
         """Tell a coefficient the mean of ``measured`` ``[B, T]`` over the rollout's response tokens on all ranks."""

@@ -40,5 +40,8 @@ class SFTModule(PolicyModule):
             logp, _ = self.policy(batch, temperature=1.0, with_entropy=False)
             loss = -token_mean(logp, batch.response_mask, self.ranks.sum(batch.response_mask.sum()))
             self.manual_backward(loss * self.ranks.size)  # DDP and FSDP average gradients over ranks
-            metrics = self.optimizer_step_clipped()
-        return {"sft/loss": self.ranks.sum(loss.detach()).item(), **metrics, **timer.metrics()}
+            losses = {"sft/loss": self.ranks.sum(loss.detach()).item()}
+            self.nonfinite.begin()
+            metrics = self.optimizer_step_clipped(losses, batch)
+        self.report_skipped_steps()
+        return {**losses, **metrics, **timer.metrics()}

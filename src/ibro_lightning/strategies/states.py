@@ -47,12 +47,13 @@ def load_model_state(module: nn.Module, state: Mapping[str, Any], strict: bool =
     Raises:
         RuntimeError: names or shapes do not fit, as ``load_state_dict`` says it.
     """
-    current = module.state_dict(keep_vars=True)
+    current = module.state_dict()
     parts = {}
     for name, value in state.items():
         here = current.get(name)
         if isinstance(here, DTensor) and here.shape == value.shape:
-            value = _like(here, value)
+            here.to_local().copy_(local_part(here, value))  # in place: there is no room for a second set of shards
+            value = here
         parts[name] = value
     module.load_state_dict(parts, strict=strict)
 
@@ -90,10 +91,7 @@ def _like(parameter: DTensor, value: Tensor) -> DTensor:
 
 def _to_rank_zero(tensor: Tensor) -> Tensor:
     full = whole(tensor)
-    if not _is_rank_zero():
-        return torch.empty(0)
-    # A copy, also on the CPU: what is saved must not change while training goes on.
-    return full.to("cpu", copy=True) if full.device.type != "cpu" or not isinstance(tensor, DTensor) else full
+    return full.cpu() if _is_rank_zero() else torch.empty(0)
 
 
 def _is_rank_zero() -> bool:

@@ -40,12 +40,19 @@ class Load:
 
 @contextmanager
 def memory_advice(
-    phase: str, load: Load, micro_batch_tokens: int, *, checkpointing: bool, device: torch.device | str = "cpu"
+    phase: str,
+    sequences: Sequences,
+    micro_batch_tokens: int,
+    *,
+    packing: bool = False,
+    checkpointing: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Iterator[None]:
     """Around a micro-batch's forward and backward pass: says what to change if memory runs out in it.
 
     Args:
         phase: what is being computed, for the message.
+        sequences: the micro-batch.
         micro_batch_tokens: the setting as it is.
         checkpointing: is gradient checkpointing on already?
 
@@ -58,13 +65,13 @@ def memory_advice(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        asked = requested_bytes(error)
+        asked, load = requested_bytes(error), Load.of(sequences, packing=packing)
         text = _situation(phase, load, device, asked)
         factor = lower_by(before, _in_use(device), asked, _capacity(device))
         other = "" if checkpointing else "; or model.policy_options.gradient_checkpointing: true, which is slower"
         smaller = _round_down(min(load.tokens, micro_batch_tokens) / factor)
         if load.rows > 1:
-            remedy = f"write {smaller} (÷ {micro_batch_tokens / smaller:.3g}){other}"
+            remedy = f"write {smaller} (÷ {_number(micro_batch_tokens / smaller)}){other}"
         else:  # this row has a micro-batch of its own already: no budget makes it shorter
             remedy = (
                 f"a single response does not fit: divide data.sampling.max_tokens by {factor:.2g}, spread the model "
@@ -96,7 +103,7 @@ def engine_memory_advice(setting: str, value: float, responses: int, tokens: int
             setting,
             value,
             f"out of memory in generate: {at_once:g} responses of up to {tokens} tokens{wanted}: write {smaller} "
-            f"(÷ {value / smaller:.3g}), or lower data.sampling.max_tokens",
+            f"(÷ {_number(value / smaller)}), or lower data.sampling.max_tokens",
         ) from error
 
 
@@ -126,6 +133,10 @@ def lower_by(before: int | None, at_failure: int | None, asked: int | None, capa
     if before is None or at_failure is None or asked is None or capacity is None or capacity <= before:
         return 2.0
     return max(2.0, (at_failure - before + asked) / (capacity - before))
+
+
+def _number(factor: float) -> str:
+    return f"{factor:.2f}" if factor < 10 else f"{factor:.0f}"
 
 
 def _round_down(tokens: float) -> int:

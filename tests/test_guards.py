@@ -1,0 +1,334 @@
+"""Guards of a long run: numbers that are not finite, memory that runs out, iterations that take too long."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ibro_lightning import timing
+from ibro_lightning.callbacks.heartbeat import Heartbeat
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.experience import Experience
+from ibro_lightning.memory_advice import (
+    Load,
+    OutOfMemory,
+    engine_memory_advice,
+    is_out_of_memory,
+    lower_by,
+    memory_advice,
+    requested_bytes,
+)
+from ibro_lightning.modules.nonfinite import (
+    NonFiniteError,
+    NonFiniteGuard,
+    advantages_are_finite,
+    nonfinite_cause,
+)
+from ibro_lightning.ranks import ALONE
+from ibro_lightning.sequences import Sequences
+from ibro_lightning.timing import PhaseTimer
+
+# Numbers that are not finite.
+
+
+def step(advantages: list[list[float]], mask: list[list[bool]]) -> Experience:
+    sequences = Sequences.collate([[1, 2]] * len(mask), [[3] * len(row) for row in mask])
+    values = torch.tensor(advantages)
+    return Experience(
+        sequences=sequences,
+        old_logp=torch.zeros_like(values),
+        old_entropy=torch.zeros_like(values),
+        advantages=values,
+        mask=torch.tensor(mask),
+        groups=torch.zeros(len(mask), dtype=torch.long),
+        temperature=1.0,
+        extra={"values": values + 1},
+    )
+
+
+class TestNonFinite:
+    @given(st.lists(st.booleans(), max_size=30), st.integers(1, 6))
+    def test_training_stops_after_so_many_steps_in_a_row_and_not_before(self, finite, limit):
+        guard = NonFiniteGuard(limit)
+        for well in finite:
+            guard.saw("policy", None if well else "gradient")
+        longest = max((len(run) for run in "".join("01"[not well] for well in finite).split("0")), default=0)
+        assert (guard._offender is not None) == (longest >= limit)
+        assert len(guard.causes) == finite.count(False)
+
+    def test_networks_are_counted_apart(self):
+        guard = NonFiniteGuard(2)
+        for _ in range(2):
+            guard.saw("critic", None)
+            guard.saw("policy", "loss")
+        assert guard.in_a_row == {"critic": 0, "policy": 2}
+
+    def test_a_resumed_run_counts_on(self):
+        guard, resumed = NonFiniteGuard(3), NonFiniteGuard(3)
+        guard.saw("policy", "loss")
+        resumed.load_state_dict(guard.state_dict())
+        resumed.saw("policy", "loss")
+        assert resumed.in_a_row == {"policy": 2}
+
+    def test_the_batch_is_saved_and_named(self, tmp_path):
+        guard = NonFiniteGuard(1)
+        offender = step([[1.0, math.nan]], [[True, True]])
+        guard.saw("policy", "advantage", offender)
+        with pytest.raises(NonFiniteError) as caught:
+            guard.check(tmp_path, iteration=12, rank=1)
+        path = tmp_path / "nonfinite" / "iteration_000012_rank_1.pt"
+        assert str(path) in str(caught.value)
+        assert "the advantage is not finite" in str(caught.value)
+        saved = torch.load(path, weights_only=True)
+        assert (saved["network"], saved["cause"], saved["iteration"]) == ("policy", "advantage", 12)
+        assert torch.equal(saved["sequences.input_ids"], offender.sequences.input_ids)
+        assert torch.equal(saved["advantages"].isnan(), offender.advantages.isnan())
+        assert torch.equal(saved["extra.values"].isnan(), offender.extra["values"].isnan())
+
+    def test_without_a_limit_it_only_counts(self, tmp_path):
+        guard = NonFiniteGuard(0)
+        for _ in range(10):
+            guard.saw("policy", "loss")
+        guard.check(tmp_path, iteration=1)
+        assert guard.in_a_row == {"policy": 10}
+        assert not list(tmp_path.iterdir())
+
+    def test_a_new_iteration_begins_with_no_causes(self):
+        guard = NonFiniteGuard(2)
+        guard.saw("policy", "loss")
+        guard.begin()
+        assert guard.causes == []
+        assert guard.in_a_row == {"policy": 1}
+
+    def test_a_negative_limit_is_refused(self):
+        with pytest.raises(ConfigError, match=r"model.max_nonfinite_steps: -1 - write 0 or more"):
+            NonFiniteGuard(-1)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_advantages_count_where_they_take_part_in_the_loss(self, value):
+        assert not advantages_are_finite(step([[1.0, value]], [[True, True]]), ALONE)
+        assert advantages_are_finite(step([[1.0, value]], [[True, False]]), ALONE)
+
+    def test_the_cause_is_the_first_thing_that_is_not_finite(self):
+        bad, good = torch.tensor(math.nan), torch.tensor(1.0)
+        assert nonfinite_cause(bad, {"loss": math.inf}) == "loss"
+        assert nonfinite_cause(good, {"loss": math.nan}) == "loss"
+        assert nonfinite_cause(bad, {"loss": 0.0}) == "gradient"
+        assert nonfinite_cause(good, {"loss": 0.0}) is None
+
+
+# Memory.
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.00 GiB is free."
+)
+CPU = "[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12"
+
+
+class TestMemory:
+    def load(self, rows: int = 12, length: int = 1365) -> Sequences:
+        return Sequences.collate([[1, 2]] * rows, [[3] * (length - 2)] * rows)
+
+    def test_the_load_of_a_micro_batch(self):
+        sequences = Sequences.collate([[1, 2]] * 2, [[3] * 8, [3] * 2])
+        assert Load.of(sequences) == Load(rows=2, tokens=20, longest=10)
+        assert Load.of(sequences, packing=True) == Load(rows=2, tokens=14, longest=10)
+
+    def test_the_error_names_the_setting_and_a_smaller_value(self):
+        error = torch.OutOfMemoryError(CUDA)
+        with pytest.raises(OutOfMemory) as caught, memory_advice("update", self.load(), 16384, checkpointing=False):
+            raise error
+        said = str(caught.value)
+        assert said.startswith("model.micro_batch_tokens: 16384 - out of memory in update: a micro-batch of 12 rows")
+        assert "1365 tokens (16380 in memory) asked for 2.5 GiB more" in said
+        assert "write 7936 (÷ 2.06)" in said
+        assert "model.policy_options.gradient_checkpointing: true" in said
+        assert "\n" not in said
+        assert caught.value.__cause__ is error
+        assert isinstance(caught.value, ConfigError), "the command line prints it in one line"
+
+    def test_a_batch_far_below_the_budget_is_what_is_halved(self):
+        load = self.load(rows=4, length=256)
+        with pytest.raises(OutOfMemory, match=r"write 512 \(÷ 1953\)"), memory_advice("update", load, 10**6):
+            raise MemoryError
+
+    def test_one_response_that_does_not_fit_needs_another_remedy(self):
+        with pytest.raises(OutOfMemory) as caught, memory_advice("update", self.load(1), 1024, checkpointing=True):
+            raise RuntimeError(CPU)
+        said = str(caught.value)
+        assert "divide data.sampling.max_tokens by 2" in said
+        assert "fsdp2" in said
+        assert "write" not in said
+        assert "gradient_checkpointing" not in said
+
+    def test_generation_has_a_setting_of_its_own(self):
+        with pytest.raises(OutOfMemory) as caught, engine_memory_advice("data.engine.max_batch_size", 256, 192, 1024):
+            raise torch.OutOfMemoryError(CUDA)
+        assert "192 responses of up to 1024 tokens asked for 2.5 GiB more: write 96 (÷ 2.67)" in str(caught.value)
+
+    @pytest.mark.parametrize("error", [ValueError("oops"), RuntimeError("shapes do not match"), KeyboardInterrupt()])
+    def test_other_errors_pass_as_they_are(self, error):
+        with pytest.raises(type(error)) as caught, memory_advice("update", self.load(), 16384, checkpointing=False):
+            raise error
+        assert caught.value is error
+
+    def test_what_torch_says(self):
+        assert requested_bytes(RuntimeError(CUDA)) == int(2.5 * 2**30)
+        assert requested_bytes(RuntimeError(CPU)) == 4096
+        assert requested_bytes(MemoryError()) is None
+        assert is_out_of_memory(MemoryError())
+        assert is_out_of_memory(RuntimeError(CPU))
+        assert not is_out_of_memory(ValueError(CPU))
+
+    @given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**6))
+    def test_the_factor_is_two_or_what_was_measured(self, before, more, asked, room):
+        factor = lower_by(before, before + more, asked, before + room)
+        assert factor >= 2
+        if room and factor > 2:
+            assert (more + asked) / factor <= room * (1 + 1e-9), "a micro-batch so much smaller would have fitted"
+
+    def test_an_allocation_that_really_fails(self):
+        """In a process that may have little memory: the error is torch's own, and so is what it says."""
+        code = """
+import resource, torch
+from ibro_lightning.memory_advice import memory_advice
+from ibro_lightning.sequences import Sequences
+batch = Sequences.collate([[1]] * 8, [[2] * 1023] * 8)
+torch.set_num_threads(1)
+with open("/proc/self/statm") as file:
+    now = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 2**29, -1))
+held = torch.zeros(2**26)
+with memory_advice("update", batch, 16384):
+    held = [torch.zeros(2**24), torch.zeros(2**31)]
+"""
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        said = result.stderr.splitlines()[-1]
+        assert "OutOfMemory: model.micro_batch_tokens: 16384 - out of memory in update" in said
+        assert "asked for 8.0 GiB more" in said
+        assert "in use on cpu" in said
+        smaller = int(said.split("write ")[1].split()[0])
+        assert 1 <= smaller < 8192 / 16, "it asked for more than 16 times of what there was"
+
+
+# Iterations that take long.
+
+
+class TestPhases:
+    def test_the_innermost_phase_is_published(self):
+        timer = PhaseTimer()
+        assert timing.running() is None
+        with timer("generate"):
+            with timing.phase("sync"):
+                assert timing.running()[0] == "sync"
+            name, seconds = timing.running()
+            assert name == "generate"
+            assert seconds >= 0
+        assert timing.running() is None
+
+    def test_an_error_ends_the_phase(self):
+        timer = PhaseTimer()
+        with pytest.raises(ValueError, match="oops"), timer("update"):
+            raise ValueError("oops")
+        assert timing.running() is None
+        assert timer.seconds["update"] >= 0
+
+
+def trainer(batches: int = 0, first: bool = True) -> Any:
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=batches - 1))
+    return SimpleNamespace(is_global_zero=first, fit_loop=loop)
+
+
+def lines_while(heartbeat: Heartbeat, capfd: pytest.CaptureFixture[str], enough: int) -> list[str]:
+    """What it says until there are enough lines, in a bounded time."""
+    said = ""
+    for _ in range(1000):
+        said += capfd.readouterr().err
+        if said.count("\n") >= enough:
+            break
+        time.sleep(0.01)
+    return said.splitlines()
+
+
+class TestHeartbeat:
+    module = pl.LightningModule()
+
+    def test_an_iteration_that_takes_long_gets_a_line_with_its_phase(self, capfd):
+        heartbeat = Heartbeat(factor=3, at_least_s=0, first_s=0.05)
+        heartbeat.on_train_start(trainer(), self.module)
+        with timing.phase("generate"):
+            lines = lines_while(heartbeat, capfd, 2)  # and another one, later
+        heartbeat.on_train_end(trainer(), self.module)
+        assert all(line.startswith("iteration 1 (the first here) has been running for") for line in lines)
+        assert "in generate for" in lines[0]
+        assert heartbeat._thread is None
+
+    def test_the_median_of_the_earlier_ones_is_the_measure(self, capfd):
+        heartbeat = Heartbeat(factor=3, at_least_s=0)
+        heartbeat._durations.extend([0.01, 0.02, 100.0])
+        assert heartbeat.patience_s == 0.06
+        assert "iteration 7 has been running for 9 s, between phases; usual are 0.0 s" in heartbeat.describe(7, 9.0)
+        assert Heartbeat(at_least_s=60).patience_s == 600
+
+    def test_the_intervals_grow(self, capfd):
+        heartbeat = Heartbeat(factor=1, at_least_s=0, first_s=0.02)
+        heartbeat.on_train_start(trainer(), self.module)
+        began = time.monotonic()
+        lines = lines_while(heartbeat, capfd, 4)
+        heartbeat.on_train_end(trainer(), self.module)
+        assert time.monotonic() - began >= 0.02 * 2**3, "the fourth line comes after three doublings"
+        assert len(lines) >= 4
+
+    def test_an_evaluation_does_not_count(self):
+        heartbeat = Heartbeat()
+        heartbeat.on_train_start(trainer(), self.module)
+        began = heartbeat._began
+        heartbeat.on_validation_start(trainer(), self.module)
+        time.sleep(0.01)
+        heartbeat.on_validation_end(trainer(), self.module)
+        assert heartbeat._began >= began + 0.01
+        heartbeat.on_exception(trainer(), self.module, ValueError())
+        assert heartbeat._thread is None
+
+    def test_quick_iterations_and_other_ranks_say_nothing(self, capfd):
+        for heartbeat, first in ((Heartbeat(), True), (Heartbeat(at_least_s=0, first_s=0.01), False)):
+            heartbeat.on_train_start(trainer(first=first), self.module)
+            time.sleep(0.1)
+            heartbeat.on_train_batch_end(trainer(1), self.module, None, None, 0)
+            heartbeat.on_train_end(trainer(1), self.module)
+        assert Heartbeat(factor=0)._thread is None
+        assert capfd.readouterr().err == ""
+
+    def test_wrong_settings_are_refused(self):
+        with pytest.raises(ConfigError, match=r"heartbeat.factor: -1"):
+            Heartbeat(factor=-1)
+
+
+def test_a_training_run_with_a_heartbeat_names_the_phase(
+    workspace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ibro_lightning.cli import main
+    from ibro_lightning.modules import DAPOModule
+
+    prepare = DAPOModule.prepare
+
+    def slow(self: DAPOModule, rollout: Any) -> Any:
+        if rollout.iteration == 2:
+            time.sleep(1)
+        return prepare(self, rollout)
+
+    monkeypatch.setattr(DAPOModule, "prepare", slow)
+    main(["fit", "--config", "tiny.yaml", "--heartbeat.at_least_s=0.3", "--heartbeat.factor=0.001"])
+    assert "iteration 2 has been running for" in (said := capfd.readouterr().err)
+    assert ", in prepare for" in said
