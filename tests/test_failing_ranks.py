@@ -119,7 +119,7 @@ def test_so_it_is_with_processes_that_lightning_starts(failing: int, workspace: 
     fails = ["--trainer.callbacks+=fails.Fails", f"--trainer.callbacks.rank={failing}", "--trainer.strategy=ddp"]
     result = subprocess.run(
         [sys.executable, "-m", "ibro_lightning", *FIT, *fails],
-        env=os.environ | {"PYTHONPATH": str(workspace), "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(workspace), *sys.path]), "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
         timeout=BOUND_S,
         capture_output=True,
         text=True,

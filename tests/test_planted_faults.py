@@ -86,7 +86,7 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all_and_counted(
     assert skipped[1] == skipped[3] == 0
     assert skipped[2] == curve(workspace / "run", "update/steps")[2] > 0
     assert all(weight.isfinite().all() for weight in load_file(workspace / "run/model/model.safetensors").values())
-    assert f"not finite: policy {fault}" in (workspace / "rank_0.log").read_text()
+    assert f"not finite is the policy {fault}" in (workspace / "rank_0.log").read_text()
 
 
 def test_training_stops_on_all_ranks_and_the_batch_is_on_disk(workspace: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
-from ibro_lightning.checkpoints.catalog import why_invalid
+from ibro_lightning.checkpoints.catalog import REFUSED, why_invalid
 from ibro_lightning.checkpoints.shards import read_rest, read_shards
 from ibro_lightning.errors import ConfigError
 
@@ -92,9 +92,9 @@ class _refusing:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, pickle.UnpicklingError):
-            reason = "it holds something other than tensors and plain values, which is not loaded"
-        elif isinstance(error, OSError | EOFError | RuntimeError | ValueError | KeyError):
-            reason = why_invalid(self.path) or f"it cannot be read: {error}"
+            reason = REFUSED
+        elif isinstance(error, OSError | EOFError | RuntimeError | ValueError | LookupError):
+            reason = why_invalid(self.path) or f"it cannot be read: {' '.join(str(error).split())[:200]}"
         else:
             return
         raise ConfigError("ckpt_path", str(self.path), reason) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -36,13 +37,17 @@ class Checked:
     Args:
         lines: for people.
         prompts: training prompts that were read.
-        prompt, response: tokens of the longest prompt and response that training may see.
+        prompt, response: tokens of the longest prompt that was read, and of the longest response there can be.
+        mean_prompt: tokens of a prompt on average.
+        complete: were all training problems read?
     """
 
     lines: list[str] = field(default_factory=list)
     prompts: list[Prompt] = field(default_factory=list)
     prompt: int = 0
     response: int = 0
+    mean_prompt: float = 0.0
+    complete: bool = False
 
 
 class FirstRows(PromptSource):
@@ -70,13 +75,13 @@ def check_data(module: Any, data: EvaluationDataModule) -> Checked:
     data.trainer = SimpleNamespace(lightning_module=module, num_devices=1, strategy=None)  # type: ignore[assignment]
     try:
         judge = data.start_judging("fit")
-        limit = _positions(module, data)
+        check = partial(_check_set, found, module, data, judge, _positions(module, data))
         if isinstance(data, RolloutDataModule):
             _check_group_size(module, data)
-            found.prompts = _check_set(
-                found, module, data, "data.source", data.source, data.reward, data.sampling, judge, limit, "data.sampling"
-            )
+            found.prompts = check(_Set("data.source", data.source, data.reward, data.sampling, "data.sampling"))
             found.prompt = max(len(prompt.token_ids) for prompt in found.prompts)
+            found.mean_prompt = sum(len(prompt.token_ids) for prompt in found.prompts) / len(found.prompts)
+            found.complete = len(found.prompts) < ROWS
             found.response = data.sampling.max_tokens
             _check_templates(found, module, data.sampling)
         elif isinstance(data, SFTDataModule):
@@ -84,9 +89,7 @@ def check_data(module: Any, data: EvaluationDataModule) -> Checked:
         for name, eval_set in data.eval_sets.items():
             setting, sampling = f"data.eval_sets.{name}", eval_set.sampling
             source = FirstRows(eval_set.source, min(ROWS, eval_set.limit or ROWS))
-            _check_set(
-                found, module, data, setting, source, eval_set.reward, sampling, judge, limit, f"{setting}.sampling"
-            )
+            check(_Set(setting, source, eval_set.reward, sampling, f"{setting}.sampling"))
     finally:
         data.stop_judging()
         data.trainer = None
@@ -109,20 +112,22 @@ def _positions(module: Any, data: EvaluationDataModule) -> int | None:
     return min(known, default=None)
 
 
+@dataclass(frozen=True)
+class _Set:
+    """Problems with what goes with them, and under which settings all that stands."""
+
+    setting: str
+    source: PromptSource
+    reward: Reward
+    sampling: SamplingParams
+    sampling_setting: str
+
+
 def _check_set(
-    found: Checked,
-    module: Any,
-    data: EvaluationDataModule,
-    setting: str,
-    source: PromptSource,
-    reward: Reward,
-    sampling: SamplingParams,
-    judge: Judge,
-    limit: int | None,
-    sampling_setting: str,
+    found: Checked, module: Any, data: EvaluationDataModule, judge: Judge, limit: int | None, some: _Set
 ) -> list[Prompt]:
     """One source with its reward; the prompts that are short enough."""
-    read = encode_prompts(FirstRows(source), module.tokenizer, PromptLimits(), setting=setting)
+    read = encode_prompts(FirstRows(some.source), module.tokenizer, PromptLimits(), setting=some.setting)
     most = data.prompt_limits.max_tokens
     longest = max(len(prompt.token_ids) for prompt in read)
     prompts = [prompt for prompt in read if most is None or len(prompt.token_ids) <= most]
@@ -130,33 +135,31 @@ def _check_set(
         raise ConfigError(
             "data.prompt_limits.max_tokens",
             most,
-            f"{len(read) - len(prompts)} of the first {len(read)} prompts of {setting} are longer (up to {longest} "
-            "tokens): raise it, or take shorter problems",
+            f"{len(read) - len(prompts)} of the first {len(read)} prompts of {some.setting} are longer (up to {longest}): "
+            "raise it, or take shorter problems",
         )
     spec = ModelSpec(module.policy_source.config(), module.eos_token_ids, torch.device("cpu"))
-    check_vocabulary(prompts, spec, setting=setting)
-    check_reward(reward, prompts, sampling, judge)
-    check_lengths(prompts, sampling, limit, setting=sampling_setting)
+    check_vocabulary(prompts, spec, setting=some.setting)
+    check_reward(some.reward, prompts, some.sampling, judge)
+    check_lengths(prompts, some.sampling, limit, setting=some.sampling_setting)
     dropped = f", {len(read) - len(prompts)} longer than {most} are dropped" if len(prompts) < len(read) else ""
     found.lines += [
-        f"{setting}: first {len(read)} problems read, prompts of up to {longest} tokens{dropped}",
+        f"{some.setting}: first {len(read)} problems read, prompts of up to {longest} tokens{dropped}",
         f"  first prompt, {len(prompts[0].token_ids)} tokens: {_shown(prompts[0].text)}",
-        *(f"  {line}" for line in _judged(prompts, reward, sampling, judge, module.tokenizer)),
+        *(f"  {line}" for line in _judged(prompts, some, judge, module.tokenizer)),
     ]
     return prompts
 
 
-def _judged(
-    prompts: Sequence[Prompt], reward: Reward, sampling: SamplingParams, judge: Judge, tokenizer: Any
-) -> list[str]:
+def _judged(prompts: Sequence[Prompt], of: _Set, judge: Judge, tokenizer: Any) -> list[str]:
     """What the reward says of an empty response, and of the right answer in the spellings that rewards look for."""
+    reward, sampling = of.reward, of.sampling
     some = list(prompts[:JUDGED])
     empty = Completion((), (), "length", "", sampling.max_tokens, seed=0)
     results = reward.judge([(prompt, [empty]) for prompt in some], judge)
     lines = [f"an empty response earns {results[0][0].reward:g}"]
-    tried = [
-        (prompt, [_answered(text, sampling, tokenizer) for text in texts]) for prompt in some if (texts := _golds(prompt))
-    ]
+    spelled = [(prompt, _golds(prompt)) for prompt in some]
+    tried = [(prompt, [_answered(text, sampling, tokenizer) for text in texts]) for prompt, texts in spelled if texts]
     if not tried:
         return [*lines, "the right answers are no text: what they earn was not tried"]
     best = [max(row, key=lambda result: result.parts["accuracy"]) for row in reward.judge(tried, judge)]
@@ -182,7 +185,7 @@ def _golds(prompt: Prompt) -> list[str]:
 
 
 def _answered(text: str, sampling: SamplingParams, tokenizer: Any) -> Completion:
-    tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) + (tokenizer.eos_token_id,)
+    tokens = (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
     return Completion(tokens, (0.0,) * len(tokens), "stop", text, max(sampling.max_tokens, len(tokens)), seed=0)
 
 
@@ -210,6 +213,7 @@ def _check_demonstrations(found: Checked, module: Any, data: SFTDataModule) -> N
     prompts = [len(ids) for ids in tokenizer([prompt for prompt, _ in pairs])["input_ids"]]
     answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
     found.prompt, found.response = max(prompts), max(len(ids) for ids in answers) + 1
+    found.mean_prompt = sum(prompts) / len(prompts)
     found.lines += [
         f"data.source: {ROWS} demonstrations, prompts of up to {found.prompt} tokens, responses of up to "
         f"{found.response}",

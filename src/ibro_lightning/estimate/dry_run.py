@@ -19,6 +19,7 @@ from ibro_lightning.estimate.checks import Checked, check_data
 from ibro_lightning.estimate.generation import EngineMemory, engine_memory
 from ibro_lightning.estimate.layout import Layout
 from ibro_lightning.estimate.memory import MemoryEstimate, estimate_memory
+from ibro_lightning.estimate.networks import parameter_count
 from ibro_lightning.estimate.report import memory_table, shape_line, time_lines
 from ibro_lightning.estimate.shapes import Shapes
 from ibro_lightning.estimate.work import Tokens, measured_speeds, work_of
@@ -85,7 +86,7 @@ def dry_run(module: Any, data: Any, trainer: Any, options: EstimateOptions, out:
     estimate = estimate_memory(module, shapes, layout, engine)
     say("", *memory_table(estimate, shapes, module), "")
     folder = Path(trainer.default_root_dir or "runs/default")
-    say(*_time(module, data, shapes, estimate, options, folder))
+    say(*_time(module, data, checked, shapes, estimate, options, folder))
     return estimate
 
 
@@ -95,7 +96,7 @@ def _shapes(module: Any, data: Any, layout: Layout, checked: Checked) -> Shapes:
         check_at_least("data.batch_size", data.batch_size, ranks, ": every rank needs a sequence")
         return Shapes.of_demonstrations(ranks, data.batch_size, checked.prompt, checked.response)
     prompt = checked.prompt
-    if data.prompt_limits.max_tokens is not None:  # only the first rows were looked at
+    if not checked.complete and data.prompt_limits.max_tokens is not None:  # others may be as long as they may be
         prompt = data.prompt_limits.max_tokens
     return Shapes.of_rollouts(
         module, ranks, data.prompts_per_rollout, data.group_size, prompt, checked.response, checked.prompts
@@ -127,8 +128,8 @@ def _engine(module: Any, data: Any, layout: Layout, shapes: Shapes) -> EngineMem
     source = module.policy_source
     return engine_memory(
         data.engine,
-        source,
-        module.policy_options,
+        source.config(),
+        parameter_count(source, module.policy_options),
         data.sampling,
         layout,
         prompt=shapes.prompt,
@@ -138,16 +139,19 @@ def _engine(module: Any, data: Any, layout: Layout, shapes: Shapes) -> EngineMem
 
 
 def _time(
-    module: Any, data: Any, shapes: Shapes, estimate: MemoryEstimate, options: EstimateOptions, folder: Path
-) -> list[str]:
+    module: Any,
+    data: Any,
+    checked: Checked,
+    shapes: Shapes,
+    estimate: MemoryEstimate,
+    options: EstimateOptions,
+    folder: Path,
+) -> Iterator[str]:
     speeds = measured_speeds(folder)
-    prompts, group = 0, 1
-    if isinstance(data, RolloutDataModule):
-        prompts, group = data.prompts_per_rollout, data.group_size
-    else:
-        prompts = data.batch_size
+    rollouts = isinstance(data, RolloutDataModule)
+    prompts, group = (data.prompts_per_rollout, data.group_size) if rollouts else (data.batch_size, 1)
     length = options.response_tokens or speeds.get("rollout/length") or shapes.response
-    tokens = Tokens(prompts, prompts * group, shapes.prompt, length)
+    tokens = Tokens(prompts, prompts * group, checked.mean_prompt, length)
     starts: Any = SimpleNamespace(num_groups=shapes.groups, iteration=_iteration(module))
     scored = isinstance(module, ActorModule) and module.scores_first(starts)
     work = work_of(module, estimate, tokens, scored)
@@ -158,4 +162,3 @@ def _time(
 def _iteration(module: Any) -> int:
     """One in which all that is trained is trained."""
     return module.critic_warmup_iterations + 1 if isinstance(module, PPOModule) else 1
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Layout:
             cpu_offload=strategy is not None and strategy.cpu_offload,
             reshard=strategy is None or strategy.reshard_after_forward,
             precision=precision,
-            memory=int(gib * GIB) if gib else _memory_here(device),
+            memory=int(gib * GIB) if gib else _memory_here(device, world // trainer.num_nodes),
         )
 
     @property
@@ -156,7 +157,8 @@ def _kind(strategy: Any, world: int) -> tuple[Kind, FSDP2Strategy | None]:
     raise ConfigError("trainer.strategy", name, "a dry run knows auto, ddp and fsdp2: write one of them")
 
 
-def _memory_here(device: str) -> int | None:
-    if device == "cuda" and torch.cuda.device_count():
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return None
+def _memory_here(device: str, processes: int) -> int | None:
+    """Bytes of one device of this machine; of its memory, the share of one process."""
+    if device == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.device_count() else None

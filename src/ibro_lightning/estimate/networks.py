@@ -64,6 +64,11 @@ class NetworkMemory:
         return self.gradients + max(self.micro_batch, self.step)
 
 
+def parameter_count(source: PolicySource, options: PolicyOptions) -> int:
+    """Of the language model, tied ones counted once."""
+    return _count(_empty(source, AutoModelForCausalLM, options))
+
+
 def frozen_network(name: str, source: PolicySource, options: PolicyOptions, layout: Layout) -> NetworkMemory:
     """A network that is only run forward: a reference policy."""
     with layout.sharding() as sharding:

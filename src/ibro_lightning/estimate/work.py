@@ -96,7 +96,7 @@ def measured_speeds(folder: Path) -> dict[str, float]:
     none."""
     if not any(folder.glob("events.out.tfevents.*")):
         return {}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     events = EventAccumulator(str(folder))
     events.Reload()
