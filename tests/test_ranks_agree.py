@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -144,8 +145,8 @@ def write_recipe(folder: Path, case: str, policy: Path) -> Path:
     return folder
 
 
-def result(folder: Path) -> tuple[dict[str, Tensor], dict[str, list[float]], dict[str, Any]]:
-    """Weights (the critic's, too), curves and last evaluation of a finished run."""
+def result(folder: Path) -> tuple[dict[str, Tensor], dict[str, list[float]], dict[str, Any], list[tuple]]:
+    """Weights (the critic's, too), curves, last evaluation and all responses of a finished run."""
     weights = {
         f"{path.parent.name}.{name}": tensor
         for path in sorted((folder / "run").glob("*/model.safetensors"))
@@ -158,7 +159,10 @@ def result(folder: Path) -> tuple[dict[str, Tensor], dict[str, list[float]], dic
         for tag in events.Tags()["scalars"]
         if not tag.startswith(NOT_COMPARED)
     }
-    return weights, curves, json.loads((folder / "run" / "evaluations" / "iteration_000003.json").read_text())
+    evaluation = json.loads((folder / "run" / "evaluations" / "iteration_000003.json").read_text())
+    rollouts = pandas.read_parquet(folder / "run" / "rollouts")
+    rows = rollouts[["iteration", "prompt_id", "seed", "response", "reward", "trained_on"]].values.tolist()
+    return weights, curves, evaluation, sorted(map(tuple, rows))
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +190,9 @@ def test_two_ranks_do_what_one_process_does(
 ) -> None:
     folder = write_recipe(tmp_path / "two", case, policy)
     fit(folder, ["--config", "recipe.yaml"], ranks=2, strategy=TWO_RANKS[strategy])
-    weights, curves, evaluation = alone[case]
-    other_weights, other_curves, other_evaluation = result(folder)
+    weights, curves, evaluation, responses = alone[case]
+    other_weights, other_curves, other_evaluation, other_responses = result(folder)
+    assert other_responses == responses
     assert evaluation["starts"]["questions"] == 11
     assert other_evaluation == evaluation
     assert curves["update/steps"][0] >= 1

@@ -41,7 +41,9 @@ class Ranks:
     everyone: Any = None
     """The gloo group of all processes."""
     is_first: bool = True
-    """Is this the process that writes files and prints? With tensor parallelism there are several of rank 0."""
+    """Is this the process that writes the run's files and prints?"""
+    leads: bool = True
+    """Is this the process that speaks for its share of the data? Its tensor-parallel neighbours have the same."""
 
     @classmethod
     def of(cls, strategy: Any) -> Ranks:
@@ -62,11 +64,13 @@ class Ranks:
         width = 1 if mesh is None else mesh["tensor_parallel"].size()
         if mesh is None or width == 1:
             return cls(rank, world, None, everyone, everyone, rank == 0)
-        control = None
+        control, leads = None, rank % width == 0
         for offset in range(width):  # every process opens every group
             group = distributed.new_group(list(range(offset, world, width)), backend="gloo", timeout=PATIENCE)
             control = group if rank % width == offset else control
-        return cls(rank // width, world // width, mesh["data_parallel"].get_group(), control, everyone, rank == 0)
+        return cls(
+            rank // width, world // width, mesh["data_parallel"].get_group(), control, everyone, rank == 0, leads
+        )
 
     def __len__(self) -> int:
         return self.size

@@ -32,10 +32,8 @@ def write_parquet(path: Path, rollout: Rollout, *, tokens: bool = False) -> Path
         DiskFullError: there is no room for it.
     """
     learnt = rollout.name == "train" and not rollout.skip_update
-    kept = [
-        (prompt, completion, result, learnt)
-        for prompt, completion, result in zip(rollout.prompts, rollout.completions, rollout.results, strict=True)
-    ]
+    own = zip(rollout.prompts, rollout.completions, rollout.results, strict=True)
+    kept = [] if rollout.placeholder else [(prompt, completion, result, learnt) for prompt, completion, result in own]
     dropped = [
         (group.prompt, completion, result, False)
         for group in rollout.dropped

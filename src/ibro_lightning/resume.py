@@ -23,7 +23,7 @@ END = Path("checkpoints", "end.json")
 KEPT = ("rollouts", "checkpoints", "model")
 """Parts of a run's folder that the first iteration or a later one writes."""
 _EVENTS = "events.out.tfevents.*"
-_ITERATION = re.compile(r"iteration_(\d{6,})(?:\.json|\.parquet|\.\d+|\.\d+\.json)?")
+_ITERATION = re.compile(r"iteration_(\d{6,})(?:_rank_\d+)?(?:\.json|\.parquet|\.\d+|\.\d+\.json)?")
 
 
 def find_checkpoint(wanted: str, run: Path) -> Path | None:

@@ -29,7 +29,8 @@ class RankWatch(pl.Callback):
         self.watch.start()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.watch.start()
+        if trainer.world_size > 1:
+            self.watch.start()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.watch.stop()
@@ -37,6 +38,8 @@ class RankWatch(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Interrupted):  # all ranks agreed to stop, and leave together
             self.watch.stop()
+            return
+        if trainer.world_size == 1:
             return
         self.watch.start()  # in case this happened before setup
         self.watch.report(exception)

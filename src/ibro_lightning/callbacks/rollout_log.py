@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ibro_lightning.callbacks.say import say
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.ranks import Ranks
 from ibro_lightning.records import write_parquet
 from ibro_lightning.run_folders import run_folder
 from ibro_lightning.types import Rollout
@@ -17,6 +19,7 @@ from ibro_lightning.types import Rollout
 
 class RolloutLog(pl.Callback):
     """Writes ``rollouts/iteration_000012.parquet`` in training and ``predictions/SET/batch_0000.parquet`` in predict.
+    With several ranks, each writes its own share: ``iteration_000012_rank_3.parquet``.
 
     A file per rollout, written whole or not at all, survives a killed run; ``pandas.read_parquet("rollouts")`` reads
     the folder as one table.
@@ -32,18 +35,17 @@ class RolloutLog(pl.Callback):
             )
         self.every_n_iterations = every_n_iterations
 
-    @rank_zero_only
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if isinstance(batch, Rollout) and self.every_n_iterations and batch.iteration % self.every_n_iterations == 0:
-            write_parquet(run_folder(trainer) / "rollouts" / f"iteration_{batch.iteration:06d}.parquet", batch)
+            folder = run_folder(trainer) / "rollouts"
+            _write(folder / f"iteration_{batch.iteration:06d}.parquet", batch, Ranks.of(trainer.strategy))
 
     @rank_zero_only
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         shutil.rmtree(run_folder(trainer) / "predictions", ignore_errors=True)  # batches of an earlier call
 
-    @rank_zero_only
     def on_predict_batch_end(
         self,
         trainer: pl.Trainer,
@@ -53,7 +55,16 @@ class RolloutLog(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        write_parquet(run_folder(trainer) / "predictions" / batch.name / f"batch_{batch_idx:04d}.parquet", batch)
+        folder = run_folder(trainer) / "predictions" / batch.name
+        _write(folder / f"batch_{batch_idx:04d}.parquet", batch, Ranks.of(trainer.strategy))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         say(trainer, f"responses  {run_folder(trainer) / 'predictions'}")
+
+
+def _write(path: Path, rollout: Rollout, ranks: Ranks) -> None:
+    if ranks.size > 1:
+        path = path.with_name(f"{path.stem}_rank_{ranks.rank}{path.suffix}")
+    responses = len(rollout.dropped) if rollout.placeholder else len(rollout) + len(rollout.dropped)
+    if ranks.leads and responses:
+        write_parquet(path, rollout)
