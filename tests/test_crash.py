@@ -55,6 +55,22 @@ def test_killed_again_and_again(references: dict[str, Reference], algorithm: str
     check(folder, ", ".join(map(str, moments)))
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_two_sharded_ranks_killed_again_and_again(algorithm: str, tiny_policy: Path, tmp_path: Path) -> None:
+    """While it samples in its first iteration, saves the second one's checkpoint, and updates in the third."""
+    write_recipe(tmp_path, algorithm, tiny_policy, USER_CODE)
+    Reference.make(tmp_path, ranks=2)
+    moments = [
+        Moment("ibro_lightning.engines.hf.HFEngine.generate", 3),
+        Moment("half", 2),
+        Moment("ibro_lightning.modules.base.PolicyModule.clip_and_step", 3, after=True),
+    ]
+    for number, moment in enumerate(moments):
+        assert kill(tmp_path, moment, "--ckpt_path", "last", ranks=2, fresh=not number), f"{moment} never came"
+    go_on(tmp_path, ranks=2)
+    check(tmp_path, algorithm)
+
+
 def test_the_comparison_finds_a_file_a_point_and_a_bit_too_many(
     references: dict[str, Reference], tmp_path: Path
 ) -> None:

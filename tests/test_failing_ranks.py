@@ -117,9 +117,11 @@ class Fails(pl.Callback):
 def test_so_it_is_with_processes_that_lightning_starts(failing: int, workspace: Path) -> None:
     (workspace / "fails.py").write_text(FAILS)
     fails = ["--trainer.callbacks+=fails.Fails", f"--trainer.callbacks.rank={failing}", "--trainer.strategy=ddp"]
+    environment = os.environ | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(workspace), *sys.path])
     result = subprocess.run(
         [sys.executable, "-m", "ibro_lightning", *FIT, *fails],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(workspace), *sys.path]), "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
+        env=environment,
         timeout=BOUND_S,
         capture_output=True,
         text=True,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +26,7 @@ from ibro_lightning.engines import HFEngine
 from ibro_lightning.interruption import Interrupted
 from ibro_lightning.modules import DAPOModule, PolicyModule
 from ibro_lightning.modules.actor import ActorModule
-from processes import logs, run_ranks
+from processes import free_port, logs, run_ranks
 
 FIT = ["fit", "--config", "tiny.yaml", "--trainer.max_epochs=4", "--checkpoint.every_n_iterations=0"]
 HANDLERS = (signal.SIGTERM, signal.SIGINT)
@@ -138,7 +140,7 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, list[tuple
         events.Reload()
         for tag in events.Tags()["scalars"]:
             # What the weight check finds depends on how often this process has asked before.
-            if not tag.startswith(("time", "tokens_per_second")) and "sync/logp" not in tag:
+            if not tag.startswith(("time", "tokens_per_second")):
                 curves.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
     weights = load_file(folder / "model" / "model.safetensors")
     return weights, {tag: sorted(points.items()) for tag, points in curves.items()}
@@ -261,6 +263,33 @@ def test_all_ranks_stop_together_though_one_is_asked(strategy: str, workspace: P
         resume = ["--ckpt_path=last"]
     assert fit(-1, "", *resume) == [0, 0], logs(workspace)
     assert_same(outcome(workspace / "run"), expected)
+
+
+def test_ctrl_c_in_a_terminal_reaches_all_processes_that_lightning_started(workspace: Path) -> None:
+    settings = [
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+        "--trainer.max_epochs=100000",
+        "--progress.line_every=1",
+    ]
+    environment = os.environ | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(workspace), *sys.path])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ibro_lightning", *FIT, *settings, "--trainer.check_val_every_n_epoch=100000"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert any("3/100000" in line for line in process.stdout)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "stopped by SIGINT" in said
+    assert "Traceback" not in said
+    assert len(checkpoints(workspace / "run")) == 1
 
 
 # The handlers.

@@ -28,16 +28,22 @@ ALLOWED = {
     "experience": {"ranks", "sequences", "types"},
     "tasks": {"errors"},
     "recipes": {"errors"},
-    "run_folders": {"errors"},
+    "disk": set(),
+    "failure_watch": {"errors"},
+    "memory_advice": {"errors", "sequences"},
+    "run_folders": {"disk", "errors"},
     "answers": set(),
     "interruption": set(),
     "ranks": {"errors", "interruption"},
-    "records": {"run_folders", "types"},
+    "records": {"disk", "run_folders", "types"},
+    "checkpoints": {"errors", "run_folders"},
+    "resume": {"checkpoints", "disk", "errors", "run_folders", "seeding"},
+    "arguments": {"recipes"},
     "compare": {"errors", "functional", "records", "run_folders"},
     "metrics": {"functional", "types"},
     "regularizers": {"coefficients", "errors", "experience", "rendering", "sequences", "types"},
     "models": {"errors", "functional", "sequences", "tasks", "types"},
-    "engines": {"errors", "seeding", "types"},
+    "engines": {"errors", "memory_advice", "seeding", "types"},
     "rewards": {"answers", "errors", "responses", "tasks"},
     "datamodules": {
         "answers",
@@ -53,10 +59,15 @@ ALLOWED = {
     }
     | {"records", "run_folders", "timing", "types", "version"},
     "modules": {"coefficients", "errors", "experience", "functional", "metrics", "models", "regularizers", "seeding"}
-    | {"ranks", "sequences", "timing", "types"},
-    "callbacks": {"errors", "metrics", "modules", "ranks", "records", "run_folders", "types", "version"},
-    "strategies": {"errors", "models"},
+    | {"disk", "memory_advice", "ranks", "records", "run_folders", "sequences", "timing", "types"},
+    "callbacks": {"checkpoints", "disk", "failure_watch", "interruption", "seeding", "timing"}
+    | {"errors", "metrics", "modules", "ranks", "records", "run_folders", "types", "version"},
+    "strategies": {"checkpoints", "errors", "models"},
+    "exporting": {"arguments", "checkpoints", "errors", "modules", "resume"},
+    "estimate": {"datamodules", "engines", "errors", "experience", "functional", "models", "modules", "regularizers"}
+    | {"rewards", "sequences", "strategies", "types"},
     "cli": {"callbacks", "compare", "datamodules", "engines", "errors", "modules", "recipes", "regularizers", "rewards"}
+    | {"arguments", "checkpoints", "disk", "estimate", "exporting", "interruption", "resume"}
     | {"run_folders", "strategies", "version"},
     "__main__": {"cli"},
     "__init__": {"version"},

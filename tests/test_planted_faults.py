@@ -35,7 +35,7 @@ class NaNGradient(torch.autograd.Function):
 
 def plant(patch: pytest.MonkeyPatch, fault: str, iteration: int | None = None) -> None:
     """In one iteration or in all of them."""
-    loss, update = ActorModule.loss, ActorModule.update
+    loss, update = ActorModule.loss, ActorModule.update_if_finite
 
     def bad_loss(self: ActorModule, stats: Any, micro: Any) -> Any:
         value, metrics = loss(self, stats, micro)
@@ -55,7 +55,7 @@ def plant(patch: pytest.MonkeyPatch, fault: str, iteration: int | None = None) -
 
     patch.setattr(ActorModule, "loss", bad_loss)
     if fault == "advantage":
-        patch.setattr(ActorModule, "update", bad_advantages)
+        patch.setattr(ActorModule, "update_if_finite", bad_advantages)
 
 
 def fit_with_a_fault(rank: int, fault: str, iteration: int | None, settings: list[str]) -> None:

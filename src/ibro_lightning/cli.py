@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import lightning
 import lightning.pytorch as pl
 import torch
 import transformers
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -26,22 +28,27 @@ import ibro_lightning.modules
 import ibro_lightning.regularizers
 import ibro_lightning.rewards
 import ibro_lightning.strategies  # noqa: F401  imported so that recipes may name classes without their module
-from ibro_lightning import compare, exporting
+from ibro_lightning import compare, exporting, interruption
 from ibro_lightning.arguments import OneLineParser, resolve_configs
 from ibro_lightning.callbacks import (
     EvaluationReport,
     ExportModel,
+    Heartbeat,
+    Interruptions,
     IterationCheckpoint,
     IterationProgress,
     MetricsLog,
+    RankWatch,
     RolloutLog,
     RunSummary,
     SamplesTable,
 )
 from ibro_lightning.checkpoints import CheckpointFiles, check_fits
-from ibro_lightning.disk import PARTIAL, written_whole
-from ibro_lightning.errors import ConfigError, RewardError, RolloutError, check_at_least
+from ibro_lightning.disk import PARTIAL, DiskFullError, as_disk_full, written_whole
+from ibro_lightning.errors import ConfigError, RankError, RewardError, RolloutError, check_at_least
+from ibro_lightning.interruption import Interrupted
 from ibro_lightning.modules import PolicyModule
+from ibro_lightning.modules.nonfinite import NonFiniteError
 from ibro_lightning.resume import (
     check_continues,
     check_exists,
@@ -87,7 +94,10 @@ class IbroCLI(LightningCLI):
             default=None,
             help="CPU threads of this process. Small models are fastest with 1; None leaves torch's choice.",
         )
-        # Order matters: the metrics come first, those who show them after.
+        # Order matters: who must hear of a failure or a wish to stop first; then the metrics, and those who show them.
+        parser.add_lightning_class_args(RankWatch, "rank_watch")
+        parser.add_lightning_class_args(Interruptions, "interruptions")
+        parser.add_lightning_class_args(Heartbeat, "heartbeat")
         parser.add_lightning_class_args(MetricsLog, "metrics_log")
         parser.add_lightning_class_args(IterationProgress, "progress")
         parser.add_lightning_class_args(RolloutLog, "rollout_log")
@@ -131,6 +141,12 @@ class IbroCLI(LightningCLI):
         config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), CheckpointFiles()]
         return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, off)])
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RankWatch) and self.trainer.world_size > 1:
+                callback.start()
+        super()._run_subcommand(subcommand)
+
     def fit(self, **kwargs: Any) -> None:
         folder, wanted = Path(self.trainer.default_root_dir), kwargs.get("ckpt_path")
         checkpoint = self._checkpoint(kwargs)
@@ -160,7 +176,7 @@ class IbroCLI(LightningCLI):
             known = None
             if not self.model.evaluation_is_current:
                 known = evaluation_of(Path(self.trainer.default_root_dir), self.resumed, self.model.iteration)
-                if known is None:
+                if known is None:  # all ranks agree in it, if somebody has asked to stop meanwhile
                     self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, RunSummary):
@@ -209,6 +225,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m ibro_lightning``; ``args`` as on the command line."""
     argv = list(sys.argv[1:] if args is None else args)
     # Lightning and the parser read sys.argv themselves (for relaunches and messages), so it must hold what is parsed.
+    interruption.clear()
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     try:
@@ -233,8 +250,13 @@ def main(args: Sequence[str] | None = None) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
+    except Interrupted as stop:
+        # Lightning's observer kills everybody if a process that it has started ends with another code than 0.
+        started_by_lightning = "LOCAL_RANK" in os.environ and not TorchElasticEnvironment.detect()
+        raise SystemExit(0 if started_by_lightning and os.environ["LOCAL_RANK"] != "0" else stop.exit_code) from None
     except Exception as error:
-        if (cause := _own_error(error)) is None:
+        cause = _own_error(error) or as_disk_full(error, Path.cwd() / "a file of this run")
+        if cause is None:
             raise
         sys.stderr.write(f"error: {' '.join(str(cause).split())}\n")
         raise SystemExit(2) from error
@@ -260,7 +282,8 @@ TRAINER_DEFAULTS = {
 
 def _own_error(error: BaseException | None) -> Exception | None:
     """The error of ours that ``error`` is or was caused by; the configuration parser wraps what constructors raise."""
-    while error is not None and not isinstance(error, ConfigError | RewardError | RolloutError):
+    ours = ConfigError | RewardError | RolloutError | RankError | DiskFullError | NonFiniteError
+    while error is not None and not isinstance(error, ours):
         error = error.__cause__
     return error
 

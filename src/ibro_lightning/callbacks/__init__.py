@@ -3,8 +3,11 @@
 from ibro_lightning.callbacks.checkpoint import IterationCheckpoint
 from ibro_lightning.callbacks.evaluation_report import EvaluationReport
 from ibro_lightning.callbacks.export import ExportModel
+from ibro_lightning.callbacks.heartbeat import Heartbeat
+from ibro_lightning.callbacks.interruptions import Interruptions
 from ibro_lightning.callbacks.metrics_log import MetricsLog
 from ibro_lightning.callbacks.progress import IterationProgress
+from ibro_lightning.callbacks.rank_watch import RankWatch
 from ibro_lightning.callbacks.rollout_log import RolloutLog
 from ibro_lightning.callbacks.samples import SamplesTable
 from ibro_lightning.callbacks.summary import RunSummary
@@ -13,9 +16,12 @@ from ibro_lightning.run_folders import run_folder
 __all__ = [
     "EvaluationReport",
     "ExportModel",
+    "Heartbeat",
+    "Interruptions",
     "IterationCheckpoint",
     "IterationProgress",
     "MetricsLog",
+    "RankWatch",
     "RolloutLog",
     "RunSummary",
     "SamplesTable",

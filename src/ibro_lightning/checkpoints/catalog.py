@@ -65,9 +65,10 @@ def _why_no_file(path: Path) -> str | None:
         with zipfile.ZipFile(path) as parts:
             if not any(name.endswith("/data.pkl") for name in parts.namelist()):
                 return "this file is no checkpoint"
-            damaged = parts.testzip()
-        if damaged:
-            return f"the file is damaged: {damaged} does not match its checksum"
+            # torch takes a part that is marked as a folder for an empty one, without a word.
+            folders = [part.filename for part in parts.infolist() if part.external_attr & 0x10]
+            if folders or (damaged := parts.testzip()):
+                return f"the file is damaged: {folders[0] if folders else damaged} does not match its checksum"
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # opened, not read again
     except pickle.UnpicklingError:
         return REFUSED

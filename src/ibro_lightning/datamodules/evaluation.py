@@ -195,8 +195,11 @@ class EvaluationDataModule(pl.LightningDataModule):
         self.stop_judging()
         self._record = self._recorded = self._verifier = None
 
-    def sync_engine(self, timer: PhaseTimer) -> dict[str, float]:
+    def sync_engine(self, timer: PhaseTimer, *moment: int | str) -> dict[str, float]:
         """Hand the policy's current weights to the engine, and check that it has them; what the check measured.
+
+        Args:
+            moment: where in the run this is, which decides what the engine is asked.
 
         Raises:
             WeightSyncError: it has not.
@@ -209,7 +212,11 @@ class EvaluationDataModule(pl.LightningDataModule):
         with timer("verify"):
             if self._verifier is None:
                 self._verifier = WeightVerifier(self.weight_check, self.engine, self.provider, run_seed(), self.ranks)
-            return self._verifier.verify()
+            return self._verifier.verify(*moment)
+
+    def moment(self) -> tuple[str, ...]:
+        """Which evaluation this is."""
+        return () if self.trainer is None or self.trainer.predicting else (evaluation_name(self.trainer),)
 
     def eval_prompts(self, name: str) -> list[Prompt]:
         return self._eval_prompts[name]
@@ -288,7 +295,7 @@ class EvalStream:
                 groups = ranks.share(known)
             else:
                 if not synced:
-                    measured, synced = self.data.sync_engine(timer), True
+                    measured, synced = self.data.sync_engine(timer, *self.data.moment(), self.name), True
                 with ranks.together():
                     groups = self._generate(ranks.share(chunk), ranks.share(seeds), timer)
             if synced and start + size >= len(prompts):  # nobody asks for more than the last batch

@@ -131,7 +131,7 @@ class RolloutDataModule(EvaluationDataModule):
 
     def _make_rollout(self, timer: PhaseTimer) -> Rollout:
         stopped = self.verifications_stopped()
-        measured = self.sync_engine(timer)
+        measured = self.sync_engine(timer, "train", self.iteration)
         sampled = self._collect_groups(timer)
         self.engine.offload()
         stopped = {why: count - stopped[why] for why, count in self.verifications_stopped().items()}

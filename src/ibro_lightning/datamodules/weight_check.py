@@ -91,6 +91,7 @@ class WeightVerifier:
                 f"model and engine take {longest} tokens, a prompt included: write {longest // 2} or less",
             )
         self._tied = bool(getattr(config, "tie_word_embeddings", False))
+        self._moment: tuple[int | str, ...] = ()
         self._asked = 0
         self._reference: Answer | None = None
         """The first of the answers that the engine has given since it last moved."""
@@ -102,8 +103,14 @@ class WeightVerifier:
             return self.check.tolerance
         return max(TOLERANCES[self.engine.dtype], TOLERANCES[self.provider.compute_dtype])
 
-    def verify(self) -> dict[str, float]:
-        """Raise :class:`WeightSyncError` unless the engine has the policy's weights; what was measured otherwise."""
+    def verify(self, *moment: int | str) -> dict[str, float]:
+        """Raise :class:`WeightSyncError` unless the engine has the policy's weights; what was measured otherwise.
+
+        Args:
+            moment: where in the run this is; what is asked is then a function of it, in a resumed run as well.
+        """
+        if moment:
+            self._moment, self._asked = moment, 0
         same, new = self._ask()
         differences = torch.cat([answer.engine_logp - answer.trainer_logp for answer in (same, new)]).abs()
         unchanged = self._unchanged(same)
@@ -121,8 +128,9 @@ class WeightVerifier:
     def _ask(self) -> tuple[Answer, Answer]:
         """The engine's answers to the prompt that is always the same and to one that is always new."""
         self._asked += 1
-        prompts = [self._prompt("same"), self._prompt("new", self._asked)]
-        seeds = [[derive_seed(self.seed, "weight check")], [derive_seed(self.seed, "weight check", self._asked)]]
+        now = (*self._moment, self._asked)
+        prompts = [self._prompt("same"), self._prompt("new", *now)]
+        seeds = [[derive_seed(self.seed, "weight check")], [derive_seed(self.seed, "weight check", *now)]]
         with self.ranks.together():
             generations = [own[0] for own in self.engine.generate(prompts, self._sampling, seeds)]
             if not all(generation.token_ids for generation in generations):

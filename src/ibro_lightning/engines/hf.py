@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from ibro_lightning.engines.sampling import sample_tokens
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.memory_advice import engine_memory_advice
 from ibro_lightning.types import Dtype, FinishReason, Generation, ModelSpec, RolloutEngine, SamplingParams
 
 
@@ -83,7 +84,10 @@ class HFEngine(RolloutEngine):
         results: list[list[Generation]] = [[] for _ in prompts]
         for batch in self._batches(prompts, seeds):
             indices = [index for index, _ in batch]
-            generated = iter(self._generate_batch([prompts[i] for i in indices], sampling, [s for _, s in batch]))
+            longest = max(len(prompts[i]) for i in indices) + sampling.max_tokens
+            responses = sum(len(own) for _, own in batch)
+            with engine_memory_advice("data.engine.max_batch_size", self.max_batch_size, responses, longest):
+                generated = iter(self._generate_batch([prompts[i] for i in indices], sampling, [s for _, s in batch]))
             for index, batch_seeds in batch:
                 results[index] += islice(generated, len(batch_seeds))
         return results

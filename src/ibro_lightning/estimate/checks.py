@@ -135,7 +135,7 @@ def _check_set(
         raise ConfigError(
             "data.prompt_limits.max_tokens",
             most,
-            f"{len(read) - len(prompts)} of the first {len(read)} prompts of {some.setting} are longer (up to {longest}): "
+            f"{len(read) - len(prompts)} of the first {len(read)} prompts of {some.setting} are longer (to {longest}): "
             "raise it, or take shorter problems",
         )
     spec = ModelSpec(module.policy_source.config(), module.eos_token_ids, torch.device("cpu"))
