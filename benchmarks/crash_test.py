@@ -47,10 +47,11 @@ def main() -> None:
     parser.add_argument("--chain", type=int, default=1, help="kills before a run may end")
     parser.add_argument("--ranks", type=int, default=1, help="more than one: fsdp2")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folders", action="store_true", help="several ranks write checkpoints as folders of shards")
     settings = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        write_recipe(folder, settings.algorithm, make_policy(folder / "policy"), USER_CODE)
+        write_recipe(folder, settings.algorithm, make_policy(folder / "policy"), USER_CODE, folders=settings.folders)
         fit = ["--ckpt_path", "last"]
         Reference.make(
             folder, ranks=settings.ranks

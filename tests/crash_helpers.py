@@ -24,6 +24,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from ibro_lightning.checkpoints import read_checkpoint
 from processes import logs, start_ranks
 
 CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate", "shutil.rmtree"}
@@ -94,10 +95,24 @@ OWN = {
 }
 
 
-def write_recipe(folder: Path, algorithm: str, policy: Path, user_code: str) -> None:
+FOLDERS = """
+trainer:
+  strategy:
+    class_path: ibro_lightning.strategies.FSDP2Strategy
+    init_args: {save_distributed_checkpoint: true}
+"""
+
+
+def write_recipe(folder: Path, algorithm: str, policy: Path, user_code: str, *, folders: bool = False) -> None:
     """A user's folder: ``crash.yaml`` runs three iterations in about a second; the last one is not evaluated within
-    training, but after."""
+    training, but after.
+
+    Args:
+        folders: several ranks write checkpoints to which each adds its shards, and not one file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if folders:
+        (folder / "folders.yaml").write_text(FOLDERS)
     (folder / "user_code.py").write_text(user_code)
     (folder / "crash.yaml").write_text(
         textwrap.dedent(RECIPE).format(algorithm=algorithm, policy=policy, own=OWN[algorithm])
@@ -106,7 +121,8 @@ def write_recipe(folder: Path, algorithm: str, policy: Path, user_code: str) -> 
 
 def fit(folder: Path, *argv: str, ranks: int = 1, moment: Moment | None = None) -> list[int | None]:
     """``fit --config crash.yaml`` in ``folder``; the exit codes of its processes: -9 for those that were killed."""
-    several = ["--trainer.devices", str(ranks), "--trainer.strategy", "fsdp2"] if ranks > 1 else []
+    strategy = ["--config", "folders.yaml"] if (folder / "folders.yaml").exists() else ["--trainer.strategy", "fsdp2"]
+    several = ["--trainer.devices", str(ranks), *strategy] if ranks > 1 else []
     processes = start_ranks(ranks, _run, ["fit", "--config", "crash.yaml", *several, *argv], moment, folder=folder)
     first = processes[0]
     if moment is not None and moment.what == "time":
@@ -154,9 +170,10 @@ def arm(moment: Moment) -> None:
     elif moment.what == "half":
         _save_half(int(moment.number))
     elif moment.what != "time":
-        owner, name = moment.what.rsplit(".", 1)
-        module, owner = owner.rsplit(".", 1)
-        target = getattr(importlib.import_module(module), owner)
+        path, name = moment.what.rsplit(".", 1)
+        module, last = path.rsplit(".", 1)
+        is_class = last[0].isupper()
+        target = getattr(importlib.import_module(module), last) if is_class else importlib.import_module(path)
         setattr(target, name, _counted(getattr(target, name), int(moment.number), moment.after))
 
 
@@ -212,7 +229,7 @@ def _save_half(number: int) -> None:
     def save(content: Any, file: Any, **kwargs: Any) -> None:
         nonlocal calls
         saved(content, file, **kwargs)
-        calls += str(getattr(file, "name", "")).endswith(".ckpt.partial")
+        calls += ".ckpt.partial" in str(getattr(file, "name", ""))
         if calls == number:
             file.flush()
             file.truncate(file.tell() // 2)
@@ -254,11 +271,14 @@ def differences(one: Path, other: Path) -> list[str]:
             found.append(f"{name}: other bytes")
         elif path.suffix == ".parquet" and not pandas.read_parquet(path).equals(pandas.read_parquet(twin)):
             found.append(f"{name}: other rows")
-        elif path.suffix == ".json" and _plain(json.loads(path.read_text())) != _plain(json.loads(twin.read_text())):
+        elif (
+            path.suffix == ".json"
+            and path.name != "manifest.json"
+            and _plain(json.loads(path.read_text())) != _plain(json.loads(twin.read_text()))
+        ):
             found.append(f"{name}: other content")
-        elif path.suffix == ".ckpt" and path.is_file():
-            content = [torch.load(file, weights_only=True) for file in (path, twin)]
-            found += [f"{name}: {where}" for where in unequal(*content)]
+        elif path.suffix == ".ckpt":
+            found += [f"{name}: {where}" for where in unequal(read_checkpoint(path), read_checkpoint(twin))]
     points = [curves(run) for run in (one, other)]
     found += [f"curve {tag}" for tag in sorted({*points[0], *points[1]}) if points[0].get(tag) != points[1].get(tag)]
     return found

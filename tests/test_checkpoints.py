@@ -392,21 +392,14 @@ def test_a_checkpoint_becomes_a_model_folder(workspace: Path, capsys: pytest.Cap
 @pytest.fixture
 def recipes(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for algorithm in ("DAPOModule", "PPOModule"):
-        write_recipe(tmp_path, algorithm, tiny_policy, USER_CODE)
+        write_recipe(tmp_path, algorithm, tiny_policy, USER_CODE, folders=True)
         (tmp_path / "crash.yaml").rename(tmp_path / f"{algorithm}.yaml")
-    (tmp_path / "folders.yaml").write_text(FOLDERS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 
 STRATEGIES = {"file": ["--trainer.strategy", "fsdp2"], "folder": ["--config", "folders.yaml"]}
-FOLDERS = """
-trainer:
-  strategy:
-    class_path: ibro_lightning.strategies.FSDP2Strategy
-    init_args: {save_distributed_checkpoint: true}
-"""
 PARTS = {"DAPOModule": ("model",), "PPOModule": ("model", "critic")}
 
 

@@ -55,14 +55,22 @@ def test_killed_again_and_again(references: dict[str, Reference], algorithm: str
     check(folder, ", ".join(map(str, moments)))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_two_sharded_ranks_killed_again_and_again(algorithm: str, tiny_policy: Path, tmp_path: Path) -> None:
-    """While it samples in its first iteration, saves the second one's checkpoint, and updates in the third."""
-    write_recipe(tmp_path, algorithm, tiny_policy, USER_CODE)
+SHARDS = "torch.distributed.checkpoint.filesystem._write_item"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "saving"), [("DAPOModule", Moment("half", 2)), ("PPOModule", Moment(SHARDS, 70, after=True))]
+)
+def test_two_sharded_ranks_killed_again_and_again(
+    algorithm: str, saving: Moment, tiny_policy: Path, tmp_path: Path
+) -> None:
+    """While sampling in the first iteration, while saving (one file with DAPO; with PPO a folder, into which every
+    tensor is saved for itself), and in an update."""
+    write_recipe(tmp_path, algorithm, tiny_policy, USER_CODE, folders=algorithm == "PPOModule")
     Reference.make(tmp_path, ranks=2)
     moments = [
         Moment("ibro_lightning.engines.hf.HFEngine.generate", 3),
-        Moment("half", 2),
+        saving,
         Moment("ibro_lightning.modules.base.PolicyModule.clip_and_step", 3, after=True),
     ]
     for number, moment in enumerate(moments):

@@ -139,7 +139,6 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, list[tuple
         events = EventAccumulator(str(path), size_guidance={"scalars": 0})
         events.Reload()
         for tag in events.Tags()["scalars"]:
-            # What the weight check finds depends on how often this process has asked before.
             if not tag.startswith(("time", "tokens_per_second")):
                 curves.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
     weights = load_file(folder / "model" / "model.safetensors")

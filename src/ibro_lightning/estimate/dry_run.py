@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TextIO
+from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -23,7 +21,7 @@ from ibro_lightning.estimate.networks import parameter_count
 from ibro_lightning.estimate.report import memory_table, shape_line, time_lines
 from ibro_lightning.estimate.shapes import Shapes
 from ibro_lightning.estimate.work import Tokens, measured_speeds, work_of
-from ibro_lightning.modules import ActorModule, PolicyModule, PPOModule
+from ibro_lightning.modules import ActorModule, PolicyModule
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     parser.add_class_arguments(EstimateOptions, "estimate")
 
 
-def dry_run(module: Any, data: Any, trainer: Any, options: EstimateOptions, out: TextIO = sys.stdout) -> MemoryEstimate:
+def dry_run(module: Any, data: Any, trainer: Any, options: EstimateOptions) -> MemoryEstimate:
     """Check and estimate, and print both.
 
     Args:
@@ -75,8 +73,7 @@ def dry_run(module: Any, data: Any, trainer: Any, options: EstimateOptions, out:
         raise ConfigError("dry_run", kinds, "it knows our modules with RolloutDataModule or SFTDataModule, only")
 
     def say(*lines: str) -> None:
-        out.write("".join(f"{line}\n" for line in lines))
-        out.flush()
+        print(*lines, sep="\n", flush=True)
 
     say(f"{type(module).__name__} on {layout}")
     checked = check_data(module, data)
@@ -152,13 +149,7 @@ def _time(
     prompts, group = (data.prompts_per_rollout, data.group_size) if rollouts else (data.batch_size, 1)
     length = options.response_tokens or speeds.get("rollout/length") or shapes.response
     tokens = Tokens(prompts, prompts * group, checked.mean_prompt, length)
-    starts: Any = SimpleNamespace(num_groups=shapes.groups, iteration=_iteration(module))
-    scored = isinstance(module, ActorModule) and module.scores_first(starts)
+    scored = isinstance(module, ActorModule) and shapes.scores_first(module)
     work = work_of(module, estimate, tokens, scored)
     rounds = data.dynamic_sampling.max_rounds if getattr(data, "dynamic_sampling", None) else 1
     return time_lines(work, tokens, estimate.layout, options.tflops, speeds, rounds, folder)
-
-
-def _iteration(module: Any) -> int:
-    """One in which all that is trained is trained."""
-    return module.critic_warmup_iterations + 1 if isinstance(module, PPOModule) else 1

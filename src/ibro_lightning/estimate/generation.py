@@ -102,7 +102,7 @@ def _embedded(
     # A token is added by copying a layer's keys and values.
     growing = tokens * _cache_bytes_per_layer(config, dtype)
     with ShadowMemory(layout.device) as memory, torch.no_grad():
-        logits = torch.empty(rows, text.vocab_size, dtype=dtype)
+        logits = torch.zeros(rows, text.vocab_size, dtype=dtype)
         sample_tokens(logits, sampling, torch.zeros(rows, dtype=torch.long), 0)
     prefilled = -(-rows // group_size) * prompt
     wide = 4 * text.hidden_size + 3 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)

@@ -75,7 +75,7 @@ def frozen_network(name: str, source: PolicySource, options: PolicyOptions, layo
         network = _policy(source, options, frozen=True)
         count = _count(network)
         with ShadowMemory(layout.device) as memory:
-            _materialize(network, sharding)
+            _materialize(network, sharding, memory)
             return NetworkMemory(name, count, 0, memory.now)
 
 
@@ -118,7 +118,7 @@ def _trained(
         network = build()
         count, trained = _count(network), _count(network, trained=True)
         with ShadowMemory(layout.device) as memory, layout.autocast():
-            _materialize(network, sharding)
+            _materialize(network, sharding, memory)
             weights = memory.now
             parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
             optimizer = _optimizer(factory, parameters, name, layout)
@@ -194,11 +194,12 @@ def _empty(source: PolicySource, auto_class: Any, options: PolicyOptions) -> Any
         )
 
 
-def _materialize(network: Any, sharding: Sharding | None) -> None:
+def _materialize(network: Any, sharding: Sharding | None, memory: ShadowMemory) -> None:
     if sharding is not None:
         shard(network, sharding)
         network.device = sharding.device
-    materialize(network, torch.device("cpu"))
+    with memory.without_values():
+        materialize(network, torch.device("cpu"))
 
 
 def _count(network: nn.Module, *, trained: bool = False) -> int:

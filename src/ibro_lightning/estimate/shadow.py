@@ -45,9 +45,19 @@ class ShadowMemory(TorchDispatchMode):
         """Bytes alive."""
         self.peak = 0
         """The largest :attr:`now` so far; whoever wants to know that of a part sets it back to :attr:`now`."""
+        self._real_bytes = REAL_BYTES
         self._alive: dict[int, tuple[int, Any]] = {}
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._stack = ExitStack()
+
+    @contextmanager
+    def without_values(self) -> Iterator[None]:
+        """Whatever is made within is a shadow, however small: weights."""
+        self._real_bytes = -1
+        try:
+            yield
+        finally:
+            self._real_bytes = REAL_BYTES
 
     def __enter__(self) -> ShadowMemory:
         self._stack.enter_context(_head_in_shape_only(self._device))
@@ -84,15 +94,13 @@ class ShadowMemory(TorchDispatchMode):
 
     def _stays_real(self, func: Any, tensors: list[Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         """Is the result small? Found out on shadows, so that a large one never exists."""
-        if sum(_bytes(tensor) for tensor in tensors) > REAL_BYTES:
+        if sum(_bytes(tensor) for tensor in tensors) > self._real_bytes:
             return False
-        if tensors and all(tensor.numel() == 1 for tensor in tensors) and func is READ:
-            return True
         try:
             results = tree_leaves(func(*args, **kwargs))
         except RuntimeError:  # its shape depends on values, which are small
             return True
-        return sum(_bytes(leaf) for leaf in results if isinstance(leaf, Tensor)) <= REAL_BYTES
+        return sum(_bytes(leaf) for leaf in results if isinstance(leaf, Tensor)) <= self._real_bytes
 
     def _count(self, result: Any) -> None:
         for leaf in tree_leaves(result):

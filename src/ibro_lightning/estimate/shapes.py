@@ -86,6 +86,12 @@ class Shapes:
         """A micro-batch."""
         return Sequences.collate([[0] * self.prompt] * self.micro_rows, [[0] * self.response] * self.micro_rows)
 
+    def scores_first(self, module: ActorModule) -> bool:
+        """Is a rollout scored before its update, in an iteration in which all that is trained is trained?"""
+        iteration = module.critic_warmup_iterations + 1 if isinstance(module, PPOModule) else 1
+        rollout: Any = SimpleNamespace(num_groups=self.groups, iteration=iteration)
+        return module.scores_first(rollout)
+
     def experience(self, module: ActorModule) -> Experience:
         """A micro-batch as ``module.begin_step`` expects a step, with all that the module's own loss may read."""
 
@@ -94,7 +100,6 @@ class Shapes:
 
         names = ["token_rewards", "sampler_logp", *_extra_names(module)]
         rows = range(self.micro_rows if self.prompts else 0)
-        trains: Any = SimpleNamespace(num_groups=self.groups, iteration=_first_trained(module))
         return Experience(
             sequences=self.sequences(),
             old_logp=zeros(),
@@ -105,7 +110,7 @@ class Shapes:
             temperature=1.0,
             prompts=tuple(self.prompts[row % len(self.prompts)] for row in rows),
             extra={name: zeros() for name in names},
-            scored=module.scores_first(trains),
+            scored=self.scores_first(module),
         )
 
     def rollout_bytes(self, module: Any) -> int:
@@ -123,7 +128,3 @@ class Shapes:
 def _extra_names(module: ActorModule) -> list[str]:
     ppo = ["values", "returns"] if isinstance(module, PPOModule) else []
     return ppo + (["reference_logp", "reference_kl"] if module.kl is not None else [])
-
-
-def _first_trained(module: ActorModule) -> int:
-    return module.critic_warmup_iterations + 1 if isinstance(module, PPOModule) else 1
