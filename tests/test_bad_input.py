@@ -50,7 +50,6 @@ CASES = {
         ["trainer.accumulate_grad_batches: 2", "model.mini_batch_prompts"],
     ),
     "Lightning's own clipping": (["--trainer.gradient_clip_val", "1"], ["gradient_clip_val: 1", "model.max_grad_norm"]),
-    "several devices": (["--trainer.devices", "2"], ["trainer.devices: 2", "not there yet"]),
     "half precision": (["--trainer.precision", "bf16-true"], ["trainer.precision: 'bf16-true'", "bf16-mixed"]),
     "a controller of KL for an entropy term": (
         ["--model.regularizer.coef", "AdaptiveKL"],

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-from ibro_lightning.checkpoints import ABOUT, checkpoint_name, checkpoints_in, iteration_of
+from ibro_lightning.checkpoints import ABOUT, checkpoint_name, checkpoints_in, iteration_of, why_invalid
 from ibro_lightning.disk import PARTIAL, disk_errors
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.run_folders import run_folder
@@ -94,6 +94,13 @@ class IterationCheckpoint(Checkpoint):
         """If training ends for another reason than ``max_epochs``."""
         self.save_now(trainer)
 
+    @rank_zero_only
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A run that was killed right after it wrote its last checkpoint goes on with nothing left to train."""
+        path = self._folder / checkpoint_name(_iteration(trainer))
+        if self._saved is None and path.exists():
+            self._keep(path)
+
     def save_now(self, trainer: pl.Trainer) -> None:
         """Write one for the iteration that is done, unless it is there already. All ranks must call this."""
         if self._saved != _iteration(trainer):
@@ -124,6 +131,11 @@ class IterationCheckpoint(Checkpoint):
         iteration = _iteration(trainer)
         path = self._folder / checkpoint_name(iteration)
         partial = path.with_name(path.name + PARTIAL)
+        # A folder cannot be replaced in one step, so a whole one stays: it was written before this iteration's
+        # evaluation, and a run that goes on from it repeats that.
+        if trainer.strategy.broadcast(path.is_dir() and why_invalid(path) is None):
+            self._saved = iteration
+            return
         if (value := self._value(trainer)) is not None:
             self.values[iteration] = value
             self.values = dict(self._ranked()[: self.keep_best])
@@ -140,14 +152,16 @@ class IterationCheckpoint(Checkpoint):
 
     @rank_zero_only
     def _finish(self, partial: Path, path: Path) -> None:
-        """Give it its name, then remove those that need not stay."""
+        """Give it its name; from here on it is the newest."""
         if partial.is_file():
             _to_disk(partial)
-        if path.is_dir() and not path.is_symlink():  # os.replace takes the place of files only
-            aside = path.with_name(f"{path.name}.old{PARTIAL}")
-            _remove(aside)
-            path.rename(aside)
+        if path.is_dir():  # a damaged one; os.replace takes the place of files only
+            _remove(path)
         os.replace(partial, path)
+        self._keep(path)
+
+    def _keep(self, path: Path) -> None:
+        """Link to the newest, and remove those that need not stay."""
         link = path.with_name(LAST + PARTIAL)
         link.unlink(missing_ok=True)
         link.symlink_to(path.name)
@@ -157,7 +171,6 @@ class IterationCheckpoint(Checkpoint):
         for number, old in enumerate(checkpoints_in(path.parent)):
             if self.keep_last is not None and number >= self.keep_last and iteration_of(old) not in stays:
                 _remove_atomically(old)
-        _remove(path.with_name(f"{path.name}.old{PARTIAL}"))
 
     def _value(self, trainer: pl.Trainer) -> float | None:
         """The metric now; None if there is none, or only one of an earlier iteration."""
