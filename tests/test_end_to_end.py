@@ -113,7 +113,7 @@ def test_a_resumed_run_sums_up_the_whole_run(workspace: Path) -> None:
     assert whole["seconds"] >= checkpoint["callbacks"]["RunSummary"]["seconds"] > first["seconds"] / 2
     assert (whole["iterations"], first["iterations"]) == (3, 2)
     assert (workspace / "run" / "evaluations" / "iteration_000000.json").read_text() == evaluation
-    assert sorted(path.name for path in (workspace / "run" / "checkpoints").iterdir()) == [
+    assert sorted(path.name for path in (workspace / "run" / "checkpoints").glob("*.ckpt")) == [
         "iteration_000002.ckpt",
         "iteration_000003.ckpt",
         "last.ckpt",

@@ -724,7 +724,7 @@ def test_a_run_can_stop_and_go_on_while_its_critic_warms_up(ppo_workspace: Path,
 def test_there_are_checkpoints_while_the_critic_warms_up(ppo_workspace: Path) -> None:
     settings = ["--model.critic_warmup_iterations", "2", "--checkpoint.keep_last", "null", "--trainer.max_epochs", "3"]
     main(["fit", "--config", "ppo.yaml", "--trainer.limit_val_batches", "0", *settings])
-    names = sorted(path.name for path in Path("run/checkpoints").iterdir())
+    names = sorted(path.name for path in Path("run/checkpoints").glob("*.ckpt"))
     assert names == [f"iteration_00000{number}.ckpt" for number in (1, 2, 3)] + ["last.ckpt"]
 
 

@@ -1,0 +1,304 @@
+"""The memory that a dry run prints, against real steps; and its arithmetic, against torch's count."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.tensorboard import SummaryWriter
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ibro_lightning.engines import HFEngine, VLLMEngine
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.estimate import GIB, Layout, Shapes, engine_memory, estimate_memory
+from ibro_lightning.estimate.memory import MemoryEstimate
+from ibro_lightning.estimate.networks import NetworkMemory
+from ibro_lightning.estimate.report import verdict
+from ibro_lightning.estimate.shadow import ShadowMemory
+from ibro_lightning.estimate.work import Tokens, measured_speeds, seconds_at, work_of
+from ibro_lightning.models import PolicyOptions
+from ibro_lightning.modules import DAPOModule, ReferenceKL
+from ibro_lightning.regularizers import IBRO, ClipCov, InformationBottleneck, KLCov
+from ibro_lightning.sequences import Sequences
+from ibro_lightning.tasks import NumberPath
+from ibro_lightning.types import Prompt, SamplingParams
+from processes import logs, run_ranks
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "dry_run_memory.py"
+ONE = Layout()
+
+
+def benchmark() -> ModuleType:
+    """``benchmarks/dry_run_memory.py``, whose measurement this is a small version of."""
+    if "dry_run_memory" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("dry_run_memory", BENCHMARK)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules["dry_run_memory"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["dry_run_memory"])
+    return sys.modules["dry_run_memory"]
+
+
+@pytest.fixture(scope="module")
+def small_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """SmolLM2's architecture, smaller: a few MiB of weights."""
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    NumberPath(size=12).tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def module_of(policy: str, kind: type = DAPOModule, checkpointing: bool = False, **settings: Any) -> Any:
+    settings = {"regularizer": InformationBottleneck(), "micro_batch_tokens": 1024, **settings}
+    return kind(policy, policy_options=PolicyOptions(gradient_checkpointing=checkpointing), **settings)
+
+
+def shapes_of(module: Any, ranks: int = 1) -> Shapes:
+    asked = Prompt("1", "1>2:", (3, 4), "2", {}, "1>2:", "1>2:")
+    return Shapes.of_rollouts(
+        module, ranks, prompts_per_rollout=8, group_size=4, prompt=32, response=96, prompts=[asked]
+    )
+
+
+# The estimate against what torch's allocator has handed out.
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "checkpointing", "micro_batch_tokens"),
+    [("dapo", False, 1024), ("dapo", True, 1024), ("dapo", False, 256), ("ppo", False, 1024)],
+)
+def test_the_estimate_is_the_measured_peak_of_a_training_step(
+    small_llama: str, algorithm: str, checkpointing: bool, micro_batch_tokens: int
+) -> None:
+    measuring = benchmark()
+    case = measuring.Case(algorithm, checkpointing=checkpointing, micro_batch_tokens=micro_batch_tokens)
+    measured = measuring.measure_allocator(case, small_llama)
+    assert measured > 20 * 2**20, "too small to say anything"
+    assert measuring.estimate(case, small_llama)["estimate"] == pytest.approx(measured, rel=0.15)
+
+
+def _measure_rank(policy: str) -> None:
+    measuring = benchmark()
+    measured = measuring.measure_allocator(measuring.Case(strategy="fsdp2", ranks=2), policy)
+    Path(f"{torch.distributed.get_rank()}.json").write_text(json.dumps(measured))
+
+
+def test_the_estimate_is_the_measured_peak_of_two_fsdp2_ranks(small_llama: str, tmp_path: Path) -> None:
+    measuring = benchmark()
+    case = measuring.Case(strategy="fsdp2", ranks=2)
+    found = measuring.estimate(case, small_llama)
+    assert run_ranks(2, _measure_rank, small_llama, folder=tmp_path) == [0, 0], logs(tmp_path)
+    for rank in range(2):
+        measured = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["estimate"] == pytest.approx(measured, rel=0.15)
+    assert found["static"] <= 0.6 * measuring.estimate(measuring.Case(), small_llama)["static"]
+
+
+# What it is made of.
+
+
+def test_a_shadow_counts_storages_as_long_as_they_live() -> None:
+    with ShadowMemory() as memory:
+        first = torch.empty(1 << 20)
+        view = first.view(2, -1)
+        assert memory.now == 4 << 20
+        second = first * 2
+        assert memory.now == 8 << 20
+        del first
+        assert memory.now == 8 << 20, "the view holds it"
+        del view, second
+        assert (memory.now, memory.peak) == (0, 8 << 20)
+        third = torch.empty(1 << 20)
+        third.untyped_storage().resize_(0)
+        assert memory.now == 0
+        third.untyped_storage().resize_(4 << 20)
+        assert memory.now == 4 << 20
+
+
+def test_in_a_shadow_small_tensors_have_values_and_large_ones_take_no_memory() -> None:
+    with ShadowMemory() as memory:
+        mask = torch.tensor([True, False, True])
+        huge = torch.empty(3, 1 << 40)
+        assert huge[mask].shape == (2, 1 << 40)
+        assert int(mask.sum()) == 2
+        assert float(huge[0, 0]) == 0.0
+        assert memory.peak > 12 << 40
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"regularizer": IBRO()},
+        {"regularizer": IBRO(form="two-term")},
+        {"regularizer": ClipCov()},
+        {"regularizer": KLCov(), "kl": ReferenceKL()},
+        {"surrogate": "gspo", "aggregation": "seq-mean-token-mean"},
+    ],
+    ids=["ibro", "two-term", "clip-cov", "kl", "gspo"],
+)
+def test_every_loss_runs_in_a_shadow(small_llama: str, settings: dict[str, Any]) -> None:
+    module = module_of(small_llama, **settings)
+    found = estimate_memory(module, shapes_of(module), Layout())
+    assert found.notes == ()
+    plain = module_of(small_llama)
+    reference = found.networks[-1].weights if module.kl is not None else 0
+    extra = found.update - reference - estimate_memory(plain, shapes_of(plain), Layout()).update
+    two_terms = isinstance(module.regularizer, IBRO) and module.regularizer.form == "two-term"
+    assert (extra > 5 * 2**20) == two_terms, "only two-term keeps the activations of a second forward pass"
+
+
+def test_a_loss_that_looks_into_values_is_left_out_and_that_is_said(small_llama: str) -> None:
+    class Peeking(InformationBottleneck):
+        def objective(self, stats: Any) -> Any:
+            return stats.entropy[stats.entropy > 1].sum() * stats.mask
+
+    module = module_of(small_llama, regularizer=Peeking())
+    assert "the loss was left out" in estimate_memory(module, shapes_of(module), Layout()).notes[0]
+
+
+def test_the_optimizer_is_asked_what_it_keeps(small_llama: str) -> None:
+    def states(optimizer: Any) -> float:
+        module = module_of(small_llama, optimizer=optimizer)
+        network = estimate_memory(module, shapes_of(module), Layout()).networks[0]
+        return network.states / network.weights
+
+    assert states(torch.optim.AdamW) == pytest.approx(2, rel=1e-3)
+    assert states(torch.optim.SGD) == 0
+    assert states(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)) == pytest.approx(1, rel=1e-3)
+    with pytest.raises(ConfigError, match=r"model\.optimizer"):
+        states(lambda p: torch.optim.AdamW(p, lr=-1.0))
+
+
+def test_what_settings_do_to_the_estimate(small_llama: str) -> None:
+    def estimate(layout: Layout = ONE, **settings: Any) -> MemoryEstimate:
+        module = module_of(small_llama, **settings)
+        return estimate_memory(module, shapes_of(module, layout.data_parallel), layout)
+
+    plain = estimate()
+    assert estimate(checkpointing=True).update < plain.update
+    assert estimate(micro_batch_tokens=256).update < plain.update
+    assert estimate(Layout(world=2, kind="ddp")).networks[0].buckets == plain.networks[0].gradients
+    assert estimate(Layout(precision="bf16-mixed")).networks[0].micro_batch < plain.networks[0].micro_batch
+    eighth = estimate(Layout(world=8, kind="fsdp2")).networks[0]
+    assert eighth.weights + eighth.states < 0.13 * (plain.networks[0].weights + plain.networks[0].states)
+    offloaded = estimate(Layout(world=8, kind="fsdp2", cpu_offload=True))
+    assert offloaded.host == eighth.weights + eighth.states + eighth.gradients
+    assert offloaded.update == eighth.micro_batch + offloaded.rollout
+    both = estimate(Layout(world=4, kind="fsdp2", tensor_parallel=2)).networks[0]
+    assert both.weights < 0.6 * plain.networks[0].weights
+    assert both.micro_batch < estimate(Layout(world=2, kind="fsdp2")).networks[0].micro_batch
+
+
+def test_the_estimate_leaves_the_random_generators_and_the_process_alone(small_llama: str) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    module = module_of(small_llama)
+    estimate_memory(module, shapes_of(module), Layout(world=4, kind="fsdp2"))
+    assert torch.equal(torch.rand(3), expected)
+    assert not torch.distributed.is_initialized()
+
+
+def test_the_engines_cache(small_llama: str) -> None:
+    config = LlamaConfig.from_pretrained(small_llama)
+    sampling = SamplingParams(max_tokens=96)
+    where = {"prompt": 32, "group_size": 4, "responses": 32}
+    found = engine_memory(HFEngine(max_batch_size=16), config, 1000, sampling, Layout(), **where)
+    assert found.cache == 16 * (32 + 96) * 4 * (2 * 2 * 32) * 4  # rows, tokens, layers, keys and values, bytes
+    assert (found.weights, found.stays) == (4000, True)
+    assert found.work > 16 * 4096 * 8, "cumulative sums in float64"
+    gpu = Layout(device="cuda", memory=80 * GIB)
+    vllm = engine_memory(VLLMEngine(gpu_memory_utilization=0.5), config, 1000, sampling, gpu, **where)
+    assert vllm.total == 40 * GIB
+    assert not vllm.stays
+    assert engine_memory(VLLMEngine(kv_cache_gib=2), config, 1000, sampling, gpu, **where).cache == 2 * GIB
+    assert "not known" in engine_memory(VLLMEngine(), config, 1000, sampling, Layout(device="cuda"), **where).note
+
+
+def test_the_verdict_says_what_to_change(small_llama: str) -> None:
+    module = module_of(small_llama)
+    network = NetworkMemory("policy", 10, 10, weights=4 * GIB, states=8 * GIB, gradients=4 * GIB, micro_batch=60 * GIB)
+
+    def said(gib: int, **changes: Any) -> str:
+        layout = Layout(memory=gib * GIB, **changes)
+        return verdict(MemoryEstimate((network,), None, 0, layout), shapes_of(module), module)
+
+    assert said(100).startswith("fits: 76.0 of 100.0 GiB")
+    assert said(80).startswith("tight")
+    refused = said(40)
+    assert refused.startswith("does not fit")
+    for setting in ("gradient_checkpointing: true", "model.micro_batch_tokens: 512", "fsdp2", "lora"):
+        assert setting in refused
+    assert "cpu_offload" in said(40, kind="fsdp2", world=2)
+
+
+# Arithmetic and time.
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_are_those_that_torch_counts(tmp_path: Path, tied: bool) -> None:
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    NumberPath(size=12).tokenizer().save_pretrained(tmp_path)
+    options = PolicyOptions(fused_head=False, attn_implementation="eager")
+    module = DAPOModule(str(tmp_path), policy_options=options)
+    found = work_of(module, estimate_memory(module, shapes_of(module), Layout()), Tokens(1, 4, 32, 96), True)
+    module = DAPOModule(str(tmp_path), policy_options=options)
+    module.configure_model()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module.policy(Sequences.collate([[1] * 32] * 4, [[1] * 96] * 4), temperature=1.0)
+    # torch counts all pairs of an attention, half of which are masked, and the head at one position more.
+    attention = 4 * 2 * (4 * 16) * 4 * 128**2
+    head = 2 * 512 * 64 * 4
+    assert found.score == pytest.approx(counter.get_total_flops() - attention / 2 - head, rel=0.01)
+    assert found.update == pytest.approx(3 * found.score + 2 * 512 * 64 * 4 * 96, rel=1e-9)  # the head once more
+
+
+def test_time_is_that_of_an_earlier_run_and_otherwise_there_is_none(tmp_path: Path) -> None:
+    assert measured_speeds(tmp_path) == {}
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in range(20):
+            writer.add_scalar("tokens_per_second/generate", 100.0 if step >= 10 else 1.0, step)
+            writer.add_scalar("tokens_per_second/update", 50.0, step)
+    speeds = measured_speeds(tmp_path)
+    assert speeds == {"tokens_per_second/generate": 100.0, "tokens_per_second/update": 50.0}
+    assert seconds_at(speeds, Tokens(2, 8, 10, 50)) == {"generate": 4.0, "update": 9.6}
+
+
+def test_nothing_of_a_network_is_allocated(small_llama: str) -> None:
+    """The module's networks stay without values, so that 7B do not fill a laptop."""
+    module = module_of(small_llama)
+    estimate_memory(module, shapes_of(module), Layout())
+    policy: nn.Module = module.policy
+    assert all(isinstance(parameter, FakeTensor) for parameter in policy.parameters())
