@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,10 +187,14 @@ def in_processes(what: str, case: Case, arguments: argparse.Namespace) -> Any:
                 }
             answer = str(Path(folder) / f"{rank}.json")
             processes.append(subprocess.Popen([*command, "--answer", answer], env=environment, stderr=subprocess.PIPE))
-        errors = [process.communicate()[1] for process in processes]
-        for process, error in zip(processes, errors, strict=True):
-            if process.returncode:
-                raise RuntimeError(f"{case.name}, {what}: {error.decode()[-2000:]}")
+        with ThreadPoolExecutor() as pool:  # all at once: a full pipe would hold a rank up
+            errors = [error for _, error in pool.map(subprocess.Popen.communicate, processes)]
+        if any(process.returncode for process in processes):
+            ends = [
+                f"rank {rank} ended with {process.returncode}: {error.decode()[-1500:]}"
+                for rank, (process, error) in enumerate(zip(processes, errors, strict=True))
+            ]
+            raise RuntimeError("\n".join([f"{case.name}, {what}", *ends]))
         return json.loads((Path(folder) / "0.json").read_text())
 
 

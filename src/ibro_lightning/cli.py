@@ -46,6 +46,7 @@ from ibro_lightning.callbacks import (
 from ibro_lightning.checkpoints import CheckpointFiles, check_fits
 from ibro_lightning.disk import PARTIAL, DiskFullError, as_disk_full, written_whole
 from ibro_lightning.errors import ConfigError, RankError, RewardError, RolloutError, check_at_least
+from ibro_lightning.estimate import add_arguments, dry_run
 from ibro_lightning.interruption import Interrupted
 from ibro_lightning.modules import PolicyModule
 from ibro_lightning.modules.nonfinite import NonFiniteError
@@ -94,6 +95,7 @@ class IbroCLI(LightningCLI):
             default=None,
             help="CPU threads of this process. Small models are fastest with 1; None leaves torch's choice.",
         )
+        add_arguments(parser)
         # Order matters: who must hear of a failure or a wish to stop first; then the metrics, and those who show them.
         parser.add_lightning_class_args(RankWatch, "rank_watch")
         parser.add_lightning_class_args(Interruptions, "interruptions")
@@ -124,6 +126,11 @@ class IbroCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         settings = self._get(self.config_init, "trainer")
         refuse_trainer_settings(settings)
+        if self._get(self.config_init, "dry_run"):  # before there is a Trainer, whose GPUs may be elsewhere
+            if self.subcommand != "fit":
+                raise ConfigError("dry_run", True, f"only fit has one: leave it out of {self.subcommand}")
+            dry_run(self.model, self.datamodule, settings, self._get(self.config_init, "estimate"))
+            raise SystemExit(0)
         root = kwargs["default_root_dir"] = settings.default_root_dir or "runs/default"
         if kwargs.get("inference_mode") is None and settings.inference_mode is True:
             kwargs["inference_mode"] = False  # the default, under which FSDP2 cannot gather weights
