@@ -15,7 +15,20 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["ibro_lightning.cli", "ibro_lightning.strategies", "torch.utils.tensorboard"])
+CONTEXT.set_forkserver_preload(
+    [
+        "ibro_lightning.cli",
+        "torch.utils.tensorboard",
+        "transformers.models.qwen2.modeling_qwen2",
+    ]
+)
+    [
+        "ibro_lightning.cli",
+        "ibro_lightning.strategies",
+        "torch.utils.tensorboard",
+        "transformers.models.qwen2.modeling_qwen2",
+    ]
+)
 
 
 def free_port() -> int:

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ibro_lightning.disk import DiskFullError, as_disk_full, disk_errors, written_whole
+from ibro_lightning.guards.disk import DiskFullError, as_disk_full, disk_errors, written_whole
 from ibro_lightning.records import read_groups, write_parquet
 from ibro_lightning.responses import Completion, Group, Prompt, RewardResult
 from ibro_lightning.run_folders import write_json

@@ -113,6 +113,7 @@ class Fails(pl.Callback):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_so_it_is_with_processes_that_lightning_starts(failing: int, workspace: Path) -> None:
     (workspace / "fails.py").write_text(FAILS)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import pytest
 
 from ibro_lightning.errors import RankError
-from ibro_lightning.failure_watch import FailureWatch, note
+from ibro_lightning.guards.failure_watch import FailureWatch, note
 
 GRACE_S, SILENCE_S = 1.0, 3.0
 BOUND_S = 30.0
@@ -27,7 +27,7 @@ from datetime import timedelta
 import torch
 from torch import distributed
 from ibro_lightning.errors import RankError
-from ibro_lightning.failure_watch import FailureWatch, leave
+from ibro_lightning.guards.failure_watch import FailureWatch, leave
 
 watch = FailureWatch(grace_s={GRACE_S}, silence_s={SILENCE_S}, period_s=0.1)
 watch.start()  # before there is a process group

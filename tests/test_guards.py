@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.experience import Experience
-from ibro_lightning.memory_advice import (
+from ibro_lightning.guards.memory_advice import (
     Load,
     OutOfMemory,
     engine_memory_advice,
@@ -194,7 +194,7 @@ class TestMemory:
         """In a process that may have little memory: the error is torch's own, and so is what it says."""
         code = """
 import resource, torch
-from ibro_lightning.memory_advice import memory_advice
+from ibro_lightning.guards.memory_advice import memory_advice
 from ibro_lightning.sequences import Sequences
 batch = Sequences.collate([[1]] * 8, [[2] * 1023] * 8)
 torch.set_num_threads(1)

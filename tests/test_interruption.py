@@ -18,12 +18,12 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ibro_lightning import interruption
 from ibro_lightning.callbacks.interruptions import Interruptions, requeue
 from ibro_lightning.cli import main
 from ibro_lightning.datamodules.collector import Collector
 from ibro_lightning.engines import HFEngine
-from ibro_lightning.interruption import Interrupted
+from ibro_lightning.guards import interruption
+from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.modules import DAPOModule, PolicyModule
 from ibro_lightning.modules.actor import ActorModule
 from processes import free_port, logs, run_ranks
@@ -244,7 +244,7 @@ def fit_on_a_rank(struck_rank: int, phase: str, settings: list[str]) -> None:
         raise SystemExit(run(*settings))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_all_ranks_stop_together_though_one_is_asked(strategy: str, workspace: Path) -> None:
     several = ["--trainer.devices=2", f"--trainer.strategy={strategy}"]
 
@@ -264,6 +264,7 @@ def test_all_ranks_stop_together_though_one_is_asked(strategy: str, workspace: P
     assert_same(outcome(workspace / "run"), expected)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_reaches_all_processes_that_lightning_started(workspace: Path) -> None:
     settings = [
         "--trainer.devices=2",

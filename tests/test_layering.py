@@ -28,22 +28,19 @@ ALLOWED = {
     "experience": {"ranks", "sequences", "types"},
     "tasks": {"errors"},
     "recipes": {"errors"},
-    "disk": set(),
-    "failure_watch": {"errors"},
-    "memory_advice": {"errors", "sequences"},
-    "run_folders": {"disk", "errors"},
+    "run_folders": {"guards", "errors"},
     "answers": set(),
-    "interruption": set(),
-    "ranks": {"errors", "interruption"},
-    "records": {"disk", "run_folders", "types"},
+    "guards": {"errors", "sequences"},
+    "ranks": {"errors", "guards"},
+    "records": {"guards", "run_folders", "types"},
     "checkpoints": {"errors", "run_folders"},
-    "resume": {"checkpoints", "disk", "errors", "run_folders", "seeding"},
+    "resume": {"checkpoints", "guards", "errors", "run_folders", "seeding"},
     "arguments": {"recipes"},
     "compare": {"errors", "functional", "records", "run_folders"},
     "metrics": {"functional", "types"},
     "regularizers": {"coefficients", "errors", "experience", "rendering", "sequences", "types"},
     "models": {"errors", "functional", "sequences", "tasks", "types"},
-    "engines": {"errors", "memory_advice", "seeding", "types"},
+    "engines": {"errors", "guards", "seeding", "types"},
     "rewards": {"answers", "errors", "responses", "tasks"},
     "datamodules": {
         "answers",
@@ -59,15 +56,15 @@ ALLOWED = {
     }
     | {"records", "run_folders", "timing", "types", "version"},
     "modules": {"coefficients", "errors", "experience", "functional", "metrics", "models", "regularizers", "seeding"}
-    | {"disk", "memory_advice", "ranks", "records", "run_folders", "sequences", "timing", "types"},
-    "callbacks": {"checkpoints", "disk", "failure_watch", "interruption", "seeding", "timing"}
+    | {"guards", "ranks", "records", "run_folders", "sequences", "timing", "types"},
+    "callbacks": {"checkpoints", "guards", "seeding", "timing"}
     | {"errors", "metrics", "modules", "ranks", "records", "run_folders", "types", "version"},
     "strategies": {"checkpoints", "errors", "models"},
     "exporting": {"arguments", "checkpoints", "errors", "modules", "resume"},
     "estimate": {"datamodules", "engines", "errors", "experience", "functional", "models", "modules", "regularizers"}
     | {"rewards", "sequences", "strategies", "types"},
     "cli": {"callbacks", "compare", "datamodules", "engines", "errors", "modules", "recipes", "regularizers", "rewards"}
-    | {"arguments", "checkpoints", "disk", "estimate", "exporting", "interruption", "resume"}
+    | {"arguments", "checkpoints", "guards", "estimate", "exporting", "resume"}
     | {"run_folders", "strategies", "version"},
     "__main__": {"cli"},
     "__init__": {"version"},

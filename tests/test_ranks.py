@@ -13,9 +13,9 @@ import torch
 from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 
-from ibro_lightning import interruption
 from ibro_lightning.errors import RankError
-from ibro_lightning.interruption import Interrupted
+from ibro_lightning.guards import interruption
+from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.ranks import ALONE, Ranks
 
 torch.set_num_threads(1)

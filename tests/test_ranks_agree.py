@@ -181,7 +181,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory, policy: Path) -> Mapping[str
 
 
 # Ranks of a tensor-parallel group share their data: nothing is split, so two cases are enough.
-PAIRS = [(case, name) for case in CASES for name in TWO_RANKS if name != "tensor parallel" or case in ("DAPO", "PPO")]
+PAIRS = [
+    pytest.param(case, name, marks=() if case in ("DAPO", "PPO", "steps of one prompt") else pytest.mark.slow)
+    for case in CASES
+    for name in TWO_RANKS
+    if name != "tensor parallel" or case in ("DAPO", "PPO")
+]
 
 
 @pytest.mark.parametrize(("case", "strategy"), PAIRS)

@@ -28,7 +28,7 @@ import ibro_lightning.modules
 import ibro_lightning.regularizers
 import ibro_lightning.rewards
 import ibro_lightning.strategies  # noqa: F401  imported so that recipes may name classes without their module
-from ibro_lightning import compare, exporting, interruption
+from ibro_lightning import compare, exporting
 from ibro_lightning.arguments import OneLineParser, resolve_configs
 from ibro_lightning.callbacks import (
     EvaluationReport,
@@ -44,10 +44,11 @@ from ibro_lightning.callbacks import (
     SamplesTable,
 )
 from ibro_lightning.checkpoints import CheckpointFiles, check_fits
-from ibro_lightning.disk import PARTIAL, DiskFullError, as_disk_full, written_whole
 from ibro_lightning.errors import ConfigError, RankError, RewardError, RolloutError, check_at_least
 from ibro_lightning.estimate import add_arguments, dry_run
-from ibro_lightning.interruption import Interrupted
+from ibro_lightning.guards import interruption
+from ibro_lightning.guards.disk import PARTIAL, DiskFullError, as_disk_full, written_whole
+from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.modules import PolicyModule
 from ibro_lightning.modules.nonfinite import NonFiniteError
 from ibro_lightning.resume import (

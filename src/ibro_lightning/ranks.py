@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from ibro_lightning import interruption
 from ibro_lightning.errors import RankError
-from ibro_lightning.interruption import Interrupted
+from ibro_lightning.guards import interruption
+from ibro_lightning.guards.interruption import Interrupted
 
 T = TypeVar("T")
 

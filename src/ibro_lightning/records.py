@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ibro_lightning.disk import written_whole
+from ibro_lightning.guards.disk import written_whole
 from ibro_lightning.run_folders import write_json
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult, Rollout
 

@@ -13,8 +13,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ibro_lightning.checkpoints import ABOUT, checkpoints_in, iteration_of, newest_valid, read_about, why_invalid
-from ibro_lightning.disk import PARTIAL
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.guards.disk import PARTIAL
 from ibro_lightning.run_folders import write_json
 from ibro_lightning.seeding import run_seed
 

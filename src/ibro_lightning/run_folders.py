@@ -14,8 +14,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from ibro_lightning.disk import written_whole
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.guards.disk import written_whole
 
 HEADER = "# ibro_lightning"
 """How the ``config.yaml`` of a run begins."""

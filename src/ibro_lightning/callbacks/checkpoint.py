@@ -15,8 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from ibro_lightning.checkpoints import ABOUT, checkpoint_name, checkpoints_in, iteration_of, why_invalid
-from ibro_lightning.disk import PARTIAL, disk_errors
 from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.guards.disk import PARTIAL, disk_errors
 from ibro_lightning.run_folders import run_folder
 from ibro_lightning.seeding import run_seed
 from ibro_lightning.version import __version__

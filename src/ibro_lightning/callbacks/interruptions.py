@@ -27,8 +27,8 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-from ibro_lightning import interruption
-from ibro_lightning.interruption import Interrupted
+from ibro_lightning.guards import interruption
+from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.types import Rollout
 

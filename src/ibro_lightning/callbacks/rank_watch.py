@@ -7,8 +7,8 @@ import sys
 import lightning.pytorch as pl
 
 from ibro_lightning.errors import RankError, check_at_least
-from ibro_lightning.failure_watch import FailureWatch
-from ibro_lightning.interruption import Interrupted
+from ibro_lightning.guards.failure_watch import FailureWatch
+from ibro_lightning.guards.interruption import Interrupted
 
 
 class RankWatch(pl.Callback):

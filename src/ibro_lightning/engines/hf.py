@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from ibro_lightning.engines.sampling import sample_tokens
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.memory_advice import engine_memory_advice
+from ibro_lightning.guards.memory_advice import engine_memory_advice
 from ibro_lightning.types import Dtype, FinishReason, Generation, ModelSpec, RolloutEngine, SamplingParams
 
 

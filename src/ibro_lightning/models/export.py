@@ -64,9 +64,12 @@ def _write(
 
 
 def _replace(folder: Path, partial: Path) -> None:
+    old = folder.with_name(folder.name + ".old.partial")  # swept away when the run goes on, should it end right here
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _collect(model: nn.Module) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibro_lightning.disk import written_whole
 from ibro_lightning.errors import check_at_least
 from ibro_lightning.experience import Experience
+from ibro_lightning.guards.disk import written_whole
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.records import write_parquet
 from ibro_lightning.types import Rollout

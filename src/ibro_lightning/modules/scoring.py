@@ -14,7 +14,7 @@ from ibro_lightning.coefficients import Coefficient
 from ibro_lightning.errors import check_at_least
 from ibro_lightning.experience import Experience, StepContext
 from ibro_lightning.functional import masked_whiten
-from ibro_lightning.memory_advice import memory_advice
+from ibro_lightning.guards.memory_advice import memory_advice
 from ibro_lightning.models import Policy, PolicySource
 from ibro_lightning.modules.base import PolicyModule, local_folders
 from ibro_lightning.modules.batching import token_budget_batches
