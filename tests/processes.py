@@ -16,18 +16,7 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    [
-        "ibro_lightning.cli",
-        "torch.utils.tensorboard",
-        "transformers.models.qwen2.modeling_qwen2",
-    ]
-)
-    [
-        "ibro_lightning.cli",
-        "ibro_lightning.strategies",
-        "torch.utils.tensorboard",
-        "transformers.models.qwen2.modeling_qwen2",
-    ]
+    ["ibro_lightning.cli", "torch.utils.tensorboard", "transformers.models.qwen2.modeling_qwen2"]
 )
 
 
