@@ -44,7 +44,7 @@ class Experience:
     """What was measured while the step was prepared, for the curves."""
     num_groups: int | None = None
     """Groups of the whole rollout on all ranks; None: those that are here are all."""
-    placeholder: bool = False
+    stands_in: bool = False
     """These rows stand for nothing: this rank has no share of the rollout, and takes part in the collectives."""
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class Experience:
     def responses(self) -> Tensor:
         """``[B, T]`` bool: the response tokens that statistics count, those that take no part in the loss included."""
         responses = self.sequences.response_mask
-        return torch.zeros_like(responses) if self.placeholder else responses
+        return torch.zeros_like(responses) if self.stands_in else responses
 
     def select(self, rows: Tensor) -> Self:
         """Some rows, trimmed to the longest response among them."""

@@ -33,7 +33,7 @@ def write_parquet(path: Path, rollout: Rollout, *, tokens: bool = False) -> Path
     """
     learnt = rollout.name == "train" and not rollout.skip_update
     own = zip(rollout.prompts, rollout.completions, rollout.results, strict=True)
-    kept = [] if rollout.placeholder else [(prompt, completion, result, learnt) for prompt, completion, result in own]
+    kept = [] if rollout.stands_in else [(prompt, completion, result, learnt) for prompt, completion, result in own]
     dropped = [
         (group.prompt, completion, result, False)
         for group in rollout.dropped

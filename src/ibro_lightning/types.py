@@ -81,7 +81,7 @@ class Rollout:
     metrics: Mapping[str, float] = field(default_factory=dict)
     total_groups: int | None = None
     """G, over all ranks; None: the groups that are here are all."""
-    placeholder: bool = False
+    stands_in: bool = False
     """The rows stand for nothing: this rank has no share of the rollout, and takes part in the others' collectives."""
 
     @classmethod

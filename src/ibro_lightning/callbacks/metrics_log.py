@@ -66,7 +66,7 @@ class ResponseTable(NamedTuple):
     @classmethod
     def of(cls, rollout: Rollout) -> ResponseTable:
         """The responses of a rollout, those that are trained on first."""
-        own = [] if rollout.placeholder else list(zip(rollout.completions, rollout.results, strict=True))
+        own = [] if rollout.stands_in else list(zip(rollout.completions, rollout.results, strict=True))
         dropped = [pair for group in rollout.dropped for pair in zip(group.completions, group.results, strict=True)]
         rows = [*own, *dropped]
         learnt = [not rollout.skip_update] * len(own) + [False] * len(dropped)
@@ -136,7 +136,7 @@ def throughput(rollout: Rollout, metrics: Mapping[str, float], ranks: Ranks = AL
     (prompt + response).
     """
     generated = metrics.get("rollout/generated_tokens", 0.0)
-    trained = sum(ranks.gather(0.0 if rollout.placeholder else float(rollout.sequences.lengths.sum())))
+    trained = sum(ranks.gather(0.0 if rollout.stands_in else float(rollout.sequences.lengths.sum())))
     seconds = {phase: metrics[f"time/{phase}_s"] for phase in PHASES if f"time/{phase}_s" in metrics}
     total = sum(seconds.values())
     if total == 0:

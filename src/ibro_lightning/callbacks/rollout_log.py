@@ -65,6 +65,6 @@ class RolloutLog(pl.Callback):
 def _write(path: Path, rollout: Rollout, ranks: Ranks) -> None:
     if ranks.size > 1:
         path = path.with_name(f"{path.stem}_rank_{ranks.rank}{path.suffix}")
-    responses = len(rollout.dropped) if rollout.placeholder else len(rollout) + len(rollout.dropped)
+    responses = len(rollout.dropped) if rollout.stands_in else len(rollout) + len(rollout.dropped)
     if ranks.leads and responses:
         write_parquet(path, rollout)

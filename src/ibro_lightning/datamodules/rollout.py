@@ -140,7 +140,7 @@ class RolloutDataModule(EvaluationDataModule):
         self.iteration += 1
         mine, learnt = self._hand_out(sampled, trained), set(trained)
         return Rollout.from_groups(
-            list(mine.values()) or [self._placeholder()],
+            list(mine.values()) or [self._stand_in()],
             numbers=list(mine) or [len(trained)],
             name="train",
             iteration=self.iteration,
@@ -149,7 +149,7 @@ class RolloutDataModule(EvaluationDataModule):
             skip_update=skip,
             metrics=metrics,
             total_groups=len(trained),
-            placeholder=not mine,
+            stands_in=not mine,
         )
 
     def _collect_groups(self, timer: PhaseTimer) -> SampledGroups:
@@ -217,7 +217,7 @@ class RolloutDataModule(EvaluationDataModule):
         received = self.ranks.trade(parcels)
         return dict(sorted(pair for parcel in received for pair in parcel.items()))
 
-    def _placeholder(self) -> Group:
+    def _stand_in(self) -> Group:
         """What a rank without a share of the rollout brings along: responses that are late, so that nothing counts
         them."""
         assert self._cursor is not None

@@ -93,7 +93,7 @@ class ScoringModule(PolicyModule):
             prompts=rollout.prompts,
             scored=scored,
             num_groups=rollout.num_groups,
-            placeholder=rollout.placeholder,
+            stands_in=rollout.stands_in,
             extra={"token_rewards": rewards, **extra},
         )
 
@@ -155,7 +155,7 @@ class ScoringModule(PolicyModule):
     def observe(self, coefficient: Coefficient, measured: Tensor, experience: Experience) -> None:
         """Tell a coefficient the mean of ``measured`` ``[B, T]`` over the rollout's response tokens on all ranks."""
         mean = self.ranks.mean(measured, experience.responses).item()
-        count = 0 if experience.placeholder else len(experience)
+        count = 0 if experience.stands_in else len(experience)
         coefficient.observe(mean, int(self.ranks.sum(torch.tensor(count, device=measured.device))))
 
     def whiten(self, values: Tensor, mask: Tensor) -> Tensor:
