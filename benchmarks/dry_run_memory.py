@@ -9,6 +9,9 @@ Measured twice:
 - *resident*: how much the process grew (``VmHWM`` less what Python and its libraries took), without the profiler. It
   adds what the C library keeps of freed memory, code, threads, and whatever is not a tensor.
 
+The profiler keeps a record of every operation, which takes several times the memory of what it measures (not counted):
+24 GB are too little for two ranks with many micro-batches.
+
     python benchmarks/dry_run_memory.py --policy FOLDER [--case NAME …] [--threads 1]
 """
 
@@ -76,7 +79,7 @@ CASES = [
     Case("ppo"),
     Case("ppo", checkpointing=True, micro_batch_tokens=256),
     *(Case(strategy="fsdp2", ranks=2, checkpointing=c) for c in (False, True)),
-    Case("ppo", "fsdp2", 2, checkpointing=True, micro_batch_tokens=256),
+    Case("ppo", "fsdp2", 2),
     Case(strategy="ddp", ranks=2),
 ]
 

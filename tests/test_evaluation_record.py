@@ -33,10 +33,12 @@ from ibro_lightning.datamodules import evaluation as evaluation_module
 from ibro_lightning.datamodules.collector import Collector
 from ibro_lightning.datamodules.evaluation_record import EvaluationRecord, describe, fingerprint
 from ibro_lightning.metrics import Estimate, Evaluation
-from ibro_lightning.records import read_groups, write_parquet
+from ibro_lightning.records import MANIFEST, read_groups, write_parquet
 from ibro_lightning.rewards import CountdownReward, LastNumberReward, RewardByPart, RewardSum, VerifiableReward
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult, Rollout
 from ibro_lightning.version import __version__
+from processes import command as command_line
+from processes import logs, run_ranks
 
 torch.set_num_threads(1)
 
@@ -673,13 +675,28 @@ def test_a_quick_look_overrides_every_set(lab: Path) -> None:
         assert table.response_tokens.max() <= 2
 
 
-@pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_several_devices_are_refused(command: str, lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every process would evaluate every question, into the same files."""
-    with pytest.raises(SystemExit):
-        validate("--trainer.devices", "2", command=command)
-    assert "trainer.devices: 2 - " in capsys.readouterr().err
-    assert not (lab / "run").exists()
+def test_two_ranks_share_an_evaluation_that_one_process_goes_on_with(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, generated: list[int]
+) -> None:
+    """The same results and samples as one process, and one record, whoever has generated what is in it."""
+    validate()
+    whole = len(generated)
+    (lab / "run").rename(lab / "one")
+    two = ["validate", "--config", "eval.yaml", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    codes = run_ranks(2, command_line, two, folder=lab)
+    assert codes == [0, 0], logs(lab)
+    assert results(lab / "one") == results(lab / "run")
+    for name in RESPONSES:  # in other batches, the engine's log-probs are rounded otherwise
+        ours, theirs = (samples(lab / run, name).drop(columns=["logp", "mean_logp"]) for run in ("one", "run"))
+        pandas.testing.assert_frame_equal(ours, theirs, check_exact=True)
+    manifest = json.loads((lab / "run" / "evaluations" / "validate" / MANIFEST).read_text())
+    last = sorted(manifest["files"])[-1]
+    del manifest["files"][last]
+    (lab / "run" / "evaluations" / "validate" / MANIFEST).write_text(json.dumps({**manifest, "complete": False}))
+    generated.clear()
+    validate()
+    assert len(generated) == 1 < whole
+    assert results(lab / "one") == results(lab / "run")
 
 
 # The recipe for any Hugging Face folder.
