@@ -37,7 +37,8 @@ test-vllm: $(VLLM_READY)
 	$(VLLM_PY) -m pytest -n 2 --dist loadfile tests/vllm
 
 test: $(READY) lint
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 -m "not slow and not alone"
+	$(PY) -m pytest -m alone
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -63,7 +63,12 @@ def fit_and_fail(failing: int, where: str, happens: Callable[..., None], setting
 
 @pytest.mark.parametrize(
     ("strategy", "where", "failing"),
-    [("ddp", "prepare", 1), ("ddp", "step", 0), ("fsdp2", "update", 1), ("fsdp2", "prepare", 0)],
+    [
+        ("ddp", "prepare", 1),
+        pytest.param("ddp", "step", 0, marks=pytest.mark.slow),
+        ("fsdp2", "update", 1),
+        pytest.param("fsdp2", "prepare", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_an_exception_on_one_rank_ends_all(strategy: str, where: str, failing: int, workspace: Path) -> None:
     settings = [f"--trainer.strategy={strategy}"]

@@ -210,6 +210,7 @@ def check_all(reward: Reward, texts: list[str], answer: object, workers: int = 2
     return Counter("stopped" if r.timed_out else "right" if r.parts["accuracy"] else "wrong" for r in results), pool
 
 
+@pytest.mark.alone
 def test_ten_thousand_of_them() -> None:
     texts = mathematical()
     programs = [f"```python\n{program}\n```" for program in PROGRAMS for _ in range(12)]

@@ -92,6 +92,7 @@ def test_the_readme_names_every_script() -> None:
     assert set(re.findall(r"launch/([\w.]+)", (LAUNCH / "README.md").read_text())) == set(SCRIPTS)
 
 
+@pytest.mark.slow
 def test_the_same_training_whoever_starts_its_processes(workspace: Path) -> None:
     """Two processes each: Lightning's own, two torchruns, and two tasks of srun. Bit for bit the same weights."""
     finish(start("one_machine.sh", "lightning", DEVICES="2"))
