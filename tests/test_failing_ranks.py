@@ -137,6 +137,23 @@ def test_so_it_is_with_processes_that_lightning_starts(failing: int, workspace: 
     assert not alive(workspace), "no process is left behind"
 
 
+@pytest.mark.slow
+def test_a_process_that_lightning_started_does_not_outlive_it(workspace: Path) -> None:
+    """Killed before the ranks have met: nobody else could tell the second one."""
+    environment = os.environ | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(workspace), *sys.path])
+    first = subprocess.Popen([sys.executable, "-m", "ibro_lightning", *FIT, "--trainer.strategy=ddp"], env=environment)
+    deadline = time.monotonic() + BOUND_S
+    while len(alive(workspace)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    first.kill()
+    first.wait()
+    while alive(workspace):
+        assert time.monotonic() < deadline, "it waits for the first one"
+        time.sleep(0.5)
+
+
 def alive(workspace: Path) -> list[str]:
     """Processes that work in the folder, apart from this one."""
     found = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ import lightning
 import lightning.pytorch as pl
 import torch
 import transformers
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -49,6 +47,7 @@ from ibro_lightning.estimate import add_arguments, dry_run
 from ibro_lightning.guards import interruption
 from ibro_lightning.guards.disk import PARTIAL, DiskFullError, as_disk_full, written_whole
 from ibro_lightning.guards.interruption import Interrupted
+from ibro_lightning.guards.orphans import end_with_launcher, started_by_lightning
 from ibro_lightning.modules import PolicyModule
 from ibro_lightning.modules.nonfinite import NonFiniteError
 from ibro_lightning.resume import (
@@ -234,6 +233,7 @@ def main(args: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if args is None else args)
     # Lightning and the parser read sys.argv themselves (for relaunches and messages), so it must hold what is parsed.
     interruption.clear()
+    end_with_launcher()
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     try:
@@ -260,8 +260,7 @@ def main(args: Sequence[str] | None = None) -> None:
         )
     except Interrupted as stop:
         # Lightning's observer kills everybody if a process that it has started ends with another code than 0.
-        started_by_lightning = "LOCAL_RANK" in os.environ and not TorchElasticEnvironment.detect()
-        raise SystemExit(0 if started_by_lightning and os.environ["LOCAL_RANK"] != "0" else stop.exit_code) from None
+        raise SystemExit(0 if started_by_lightning() else stop.exit_code) from None
     except Exception as error:
         cause = _own_error(error) or as_disk_full(error, Path.cwd() / "a file of this run")
         if cause is None:
