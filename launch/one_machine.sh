@@ -8,4 +8,4 @@ set -euo pipefail
 recipe=${1:?which recipe? e.g. launch/one_machine.sh dapo_ib.yaml}
 shift
 exec python -m ibro_lightning fit --config "$recipe" \
-  --trainer.devices "${DEVICES:-8}" --trainer.strategy fsdp2 "$@"
+  --trainer.devices "${DEVICES:-8}" "$@"

@@ -19,9 +19,11 @@ shift
 nodes=${NODES:-1}
 devices=${DEVICES:-8}
 [[ $nodes == 1 || -n ${RENDEZVOUS:-} ]] || { echo "RENDEZVOUS: not set - write host:port of one machine" >&2; exit 2; }
+# Asked to stop, torchrun kills its workers after so many seconds: an update must end and a checkpoint be written first.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}
 exec python -m torch.distributed.run \
   --nnodes "$nodes" --nproc-per-node "$devices" \
   --rdzv-backend c10d --rdzv-endpoint "${RENDEZVOUS:-localhost:0}" --rdzv-id "${RUN_ID:-ibro}" \
   ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \
   -m ibro_lightning fit --config "$recipe" \
-  --trainer.num_nodes "$nodes" --trainer.devices "$devices" --trainer.strategy fsdp2 "$@"
+  --trainer.num_nodes "$nodes" --trainer.devices "$devices" "$@"

@@ -3,8 +3,9 @@
 A *rank* here is a share of the data. The processes of a tensor-parallel group hold parts of one model: they get the
 same data, and count as one rank.
 
-Objects travel through a gloo group of their own: it works beside any accelerator's, and its timeout bounds how long a
-rank waits for one that hangs. Tensors go through the strategy's own group.
+Objects travel through a gloo group of their own: it works beside any accelerator's, and waits for hours if need be, as
+ranks generate for different times; that a rank is gone is for :mod:`.guards.failure_watch` to notice. Tensors go
+through the strategy's own group.
 """
 
 from __future__ import annotations

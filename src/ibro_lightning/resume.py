@@ -37,7 +37,8 @@ def find_checkpoint(wanted: str, run: Path) -> Path | None:
         ConfigError: there is no such checkpoint, or it is damaged.
     """
     if wanted in BY_NAME:
-        return _newest(run, wanted) if wanted == "last" else _best(run)
+        found = _newest(run, wanted) if wanted == "last" else _best(run)
+        return found and found.resolve()
     check_exists(wanted)
     path = Path(wanted).resolve()
     if (reason := why_invalid(path)) is not None:
@@ -63,7 +64,7 @@ def _newest(run: Path, wanted: str) -> Path | None:
             wanted,
             f"none of the {len(passed_over)} checkpoints in {run} is whole: leave it out to start anew",
         )
-    if found is not None:
+    if found is not None and wanted == "last":
         rank_zero_info(f"the newest whole checkpoint is {found}")
     return found
 
@@ -97,6 +98,7 @@ def check_continues(checkpoint: Path, run: Path, algorithm: str) -> dict[str, An
     Raises:
         ConfigError: it is of another seed or algorithm, or newer ones lie beside it.
     """
+    checkpoint = checkpoint.resolve()
     about: dict[str, Any] = read_about(checkpoint).get(ABOUT, {})
     if not about:
         return about

@@ -133,18 +133,18 @@ class IterationCheckpoint(Checkpoint):
         partial = path.with_name(path.name + PARTIAL)
         # A folder cannot be replaced in one step, so a whole one stays: it was written before this iteration's
         # evaluation, and a run that goes on from it repeats that.
-        if trainer.strategy.broadcast(path.is_dir() and why_invalid(path) is None):
-            self._saved = iteration
-            return
         if (value := self._value(trainer)) is not None:
             self.values[iteration] = value
             self.values = dict(self._ranked()[: self.keep_best])
+        if trainer.strategy.broadcast(path.is_dir() and why_invalid(path) is None):
+            self._saved = iteration
+            return
         with disk_errors(path):
             try:
                 _remove(partial)
-                trainer.save_checkpoint(partial)
+                trainer.save_checkpoint(partial, weights_only=False)  # optimizers, too
                 self._finish(partial, path)
-            except Exception:
+            except BaseException:
                 _remove(partial)
                 raise
         trainer.strategy.barrier("checkpoint")

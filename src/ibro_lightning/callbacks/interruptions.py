@@ -27,7 +27,9 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
+from ibro_lightning.callbacks.rank_watch import RankWatch
 from ibro_lightning.guards import interruption
+from ibro_lightning.guards.failure_watch import FailureWatch
 from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.types import Rollout
@@ -114,10 +116,21 @@ class Interruptions(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Interrupted):
-            saved = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._save(trainer)
-            self._farewell(trainer, exception, saved)
+            training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+            self._farewell(trainer, exception, training and self._save_or_tell(trainer))
+            for watch in _watches(trainer):
+                watch.stop()
             interruption.clear()
         self.teardown(trainer, pl_module, "")
+
+    def _save_or_tell(self, trainer: pl.Trainer) -> bool:
+        """A rank that cannot write its part must not leave the others waiting."""
+        try:
+            return self._save(trainer)
+        except Exception as error:
+            for watch in _watches(trainer):
+                watch.report(error)
+            raise
 
     def _save(self, trainer: pl.Trainer) -> bool:
         """Have the checkpoint written, if there is anything to go on with; all ranks take part."""
@@ -144,6 +157,11 @@ class Interruptions(pl.Callback):
         sys.stderr.write(f"stopped by {exception}, {after}\n")
         if self._requeue:
             requeue()
+
+
+def _watches(trainer: pl.Trainer) -> list[FailureWatch]:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback.watch for callback in callbacks if isinstance(callback, RankWatch)]
 
 
 def _nothing() -> None:

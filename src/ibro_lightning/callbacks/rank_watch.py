@@ -36,8 +36,7 @@ class RankWatch(pl.Callback):
         self.watch.stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, Interrupted):  # all ranks agreed to stop, and leave together
-            self.watch.stop()
+        if isinstance(exception, Interrupted):  # all ranks agreed to stop; a checkpoint comes first, so watch on
             return
         if trainer.world_size == 1:
             return

@@ -9,12 +9,14 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -86,7 +88,8 @@ def save_shards(folder: Path, checkpoint: dict[str, Any], *, is_first: bool) -> 
     rest = {name: value for name, value in checkpoint.items() if name != "state_dict"}
     tensors, rest["optimizer_states"] = _split(checkpoint.get("optimizer_states", []))
     tensors |= {f"{WEIGHT}/{name}": value for name, value in checkpoint["state_dict"].items()}
-    save(tensors, storage_writer=FileSystemWriter(folder))  # returns when all processes are done
+    with _errors_of(folder):
+        save(tensors, storage_writer=FileSystemWriter(folder))  # returns when all processes are done
     if is_first:
         with (folder / REST).open("wb") as file:
             torch.save(rest, file)
@@ -117,7 +120,8 @@ def load_shards(folder: Path, module: nn.Module, optimizers: Sequence[Optimizer]
             tensors[key] = torch.zeros_like(like, dtype=entry.properties.dtype)
             if tensors[key].shape != entry.size:
                 raise ValueError(f"{key} has the shape {list(entry.size)}, its parameter {list(like.shape)}")
-    load(tensors, storage_reader=reader)
+    with _errors_of(folder):
+        load(tensors, storage_reader=reader)
     rest = read_rest(folder)
     states = rest.pop("optimizer_states", [])
     _join(states, tensors)
@@ -136,11 +140,23 @@ def read_shards(folder: Path, *, with_optimizers: bool = True) -> dict[str, Any]
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to.*")
-        load(tensors, storage_reader=reader, no_dist=True)
+        with _errors_of(folder):
+            load(tensors, storage_reader=reader, no_dist=True)
     checkpoint = read_rest(folder)
     checkpoint["state_dict"] = {key.removeprefix(f"{WEIGHT}/"): t for key, t in tensors.items() if _is_weight(key)}
     _join(checkpoint["optimizer_states"], tensors)
     return checkpoint
+
+
+@contextmanager
+def _errors_of(folder: Path) -> Iterator[None]:
+    """DCP raises what is no ``Exception``, with a traceback of every process: here it is one, and the first cause."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        said = " ".join(str(cause).split())
+        raise RuntimeError(f"the shards of {folder} on rank {rank}: {type(cause).__name__}: {said}") from cause
 
 
 def read_rest(folder: Path) -> dict[str, Any]:

@@ -17,11 +17,9 @@ _FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "files may not be that large",
 }
-# How libraries say it that keep no errno: safetensors (Rust), arrow, and torch.save, which only knows that it failed.
-_SAID = re.compile(
-    r"No space left on device|Disk quota exceeded|File too large|os error (?:28|122|27)\b"
-    r"|PytorchStreamWriter failed|iostream error|inline_container\.cc.*unexpected pos"
-)
+# How libraries say it that keep no errno: safetensors (Rust), arrow; and torch.save, which only knows that it failed.
+_SAID = re.compile(r"No space left on device|Disk quota exceeded|File too large|os error (?:28|122|27)\b")
+_UNSAID = re.compile(r"PytorchStreamWriter failed|iostream error|inline_container\.cc.*unexpected pos")
 
 
 class DiskFullError(RuntimeError):
@@ -89,6 +87,8 @@ def _reason(error: BaseException) -> str | None:
         return f"{_FULL[error.errno]} ({os.strerror(error.errno)})"
     if isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError":
         text = str(error)
+        if _UNSAID.search(text):
+            return "writing failed, most likely as the disk is full"
         return f"writing failed ({' '.join(text.split())[:120]})" if _SAID.search(text) else None
     return None
 

@@ -28,6 +28,8 @@ from ibro_lightning.errors import RankError
 
 _NOTE, _READERS, _ALIVE, _DONE = "ibro/failed", "ibro/failed/readers", "ibro/alive/{}", "done"
 LONGEST_NOTE = 500
+JOINING_S = 900.0
+"""Longest time until all processes have met; torchrun and SLURM may start them minutes apart."""
 STOP_S = 3.0
 """Longest time to wait for the store when all is well."""
 _LOST = re.compile(r"[Cc]onnection (?:closed|reset|was reset)|Broken pipe|remote process exited")
@@ -134,9 +136,13 @@ class FailureWatch:
     # The thread that acts.
 
     def _judge(self) -> None:
+        began = time.monotonic()
         while not _in_a_group():
             if self._stopped.wait(self.period_s):
                 return
+            if time.monotonic() - began > JOINING_S:
+                sys.stderr.write(f"error: the ranks have not met within {JOINING_S:g} s: one of them did not start\n")
+                leave(1)
         self._contact = time.monotonic()
         deadline = float("inf")
         while not self._stopped.wait(self.period_s / 2):
