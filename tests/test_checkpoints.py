@@ -37,6 +37,7 @@ from ibro_lightning.checkpoints import (
 )
 from ibro_lightning.cli import main
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.resume import check_continues, find_checkpoint
 from processes import logs, run_ranks
 
 CHECKPOINTS = Path("run", "checkpoints")
@@ -228,6 +229,12 @@ def test_the_newest_and_the_best_stay(workspace: Path) -> None:
     assert names() == [checkpoint_name(iteration) for iteration in sorted(expected)]
     assert os.readlink(CHECKPOINTS / "last.ckpt") == checkpoint_name(6)
     main(["validate", "--config", "tiny.yaml", "--ckpt_path", "best"])
+    best_one = find_checkpoint("best", Path("run"))
+    assert best_one is not None
+    assert best_one.is_absolute()
+    # Going on from an older one in the same folder, which recipes name by a relative path, would mix two histories.
+    with pytest.raises(ConfigError, match="is newer, and the folder would show two histories"):
+        check_continues(CHECKPOINTS / checkpoint_name(min(expected)), Path("run"), "DAPOModule")
 
 
 def test_a_better_evaluation_is_a_reason_for_a_checkpoint_and_the_end_is_another(workspace: Path) -> None:

@@ -25,6 +25,7 @@ from ibro_lightning.records import read_groups, write_parquet
 from ibro_lightning.responses import Completion, Group, Prompt, RewardResult
 from ibro_lightning.run_folders import write_json
 from ibro_lightning.types import Rollout
+from processes import command, logs, run_ranks
 
 SMALL = 256 * 1024
 
@@ -197,3 +198,18 @@ def test_a_run_ends_with_one_line_and_goes_on_when_there_is_room(
     resume = ["--ckpt_path=last"] if whole else []
     main([*fit, *resume, "--trainer.max_epochs=6"])
     assert (full_disk / "run" / "model" / "model.safetensors").exists()
+
+
+def test_two_ranks_that_save_shards_end_with_one_line_each(workspace: Path, full_disk: Path) -> None:
+    """DCP's own error is a page per rank."""
+    settings = ["--checkpoint.every_n_iterations=1", "--checkpoint.keep_last=null", "--trainer.max_epochs=50"]
+    sharded = ["--trainer.strategy=FSDP2Strategy", "--trainer.strategy.save_distributed_checkpoint=true"]
+    run = ["fit", "--config", "tiny.yaml", f"--trainer.default_root_dir={full_disk}/run", "--trainer.devices=2"]
+    codes = run_ranks(2, command, [*run, *settings, *sharded], folder=workspace)
+    assert codes == [2, 2], logs(workspace)
+    for rank in (0, 1):
+        said = (workspace / f"rank_{rank}.log").read_text()
+        assert "error: " in said.splitlines()[-1]
+        assert "Traceback" not in said
+    assert "cannot be written to" in logs(workspace)
+    assert not list(full_disk.rglob("*.partial"))
