@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 from pathlib import Path
 
@@ -73,10 +74,10 @@ def train(folder: Path, policy: Path, ranks: int, strategy: str | None) -> tuple
 
 
 def test_two_ranks_with_an_engine_each_train_and_evaluate_as_one_process_does(tmp_path: Path, policy: Path) -> None:
+    faulthandler.dump_traceback_later(400, exit=True)  # three engines start here, not one
     weights, responses = train(tmp_path / "one", policy, 1, None)
     start = load_file(policy / "model.safetensors")
     assert max((weights[name] - start[name]).abs().max() for name in weights) > 1e-3
-    for strategy in ("ddp", "fsdp2"):
-        two, others = train(tmp_path / strategy, policy, 2, strategy)
-        assert max((weights[name] - two[name]).abs().max() for name in weights) < 1e-4, strategy
-        assert others == responses
+    two, others = train(tmp_path / "two", policy, 2, "fsdp2")
+    assert max((weights[name] - two[name]).abs().max() for name in weights) < 1e-4
+    assert others == responses
