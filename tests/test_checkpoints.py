@@ -479,3 +479,11 @@ def test_any_strategy_goes_on_with_any_checkpoint(recipes: Path, algorithm: str)
     main(["export", "--ckpt_path", "last", "--run", "folder", "--output", "out/model"])
     for part in PARTS[algorithm]:
         assert same(load_file(f"out/{part}/model.safetensors"), load_file(f"folder/{part}/model.safetensors"))
+
+
+def test_a_callback_of_lightnings_may_remove_its_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "file.ckpt").touch()
+    (tmp_path / "folder.ckpt" / "part").mkdir(parents=True)
+    for name in ("file.ckpt", "folder.ckpt", "gone.ckpt"):
+        CheckpointFiles().remove_checkpoint(tmp_path / name)
+    assert not list(tmp_path.iterdir())

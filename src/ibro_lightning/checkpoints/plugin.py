@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,12 @@ class CheckpointFiles(CheckpointIO):
         return {name: whole[name] for name in ("state_dict", "pytorch-lightning_version") if name in whole}
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        raise NotImplementedError("IterationCheckpoint removes its own")
+        """For a user's own ``ModelCheckpoint``; ours removes by itself."""
+        path = Path(path)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path, *, with_optimizers: bool = True, mmap: bool = False) -> dict[str, Any]:
