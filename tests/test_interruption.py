@@ -332,6 +332,7 @@ def test_slurms_signal_stops_the_run_and_requeues_the_job(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     trainer: Any = SimpleNamespace(
+        callbacks=[],
         state=SimpleNamespace(fn="validate"),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=-1)),
     )
