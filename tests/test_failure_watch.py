@@ -194,3 +194,17 @@ def test_a_note_is_one_line_and_tells_a_lost_connection_from_an_error() -> None:
     assert lost.startswith("rank 0 lost the connection to another rank")
     assert len(note(0, ValueError("x" * 10_000))) < 1000
     assert issubclass(RankError, RuntimeError)
+
+
+def test_ranks_that_do_not_meet_give_up() -> None:
+    """Nobody else can tell a process whose group never came about."""
+    code = """
+import time
+from ibro_lightning.guards import failure_watch
+failure_watch.JOINING_S = 0.5
+failure_watch.FailureWatch(period_s=0.1).start()
+time.sleep(60)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: the ranks have not met within 0.5 s")
