@@ -38,7 +38,6 @@ test-vllm: $(VLLM_READY)
 
 test: $(READY) lint
 	$(PY) -m pytest -n 2 -m "not slow and not alone"
-	$(PY) -m pytest -m alone
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -1,26 +1,29 @@
-"""The long crash test: kill runs (SIGKILL) before every single file operation and at random times, let them go on, and
-compare all they leave, bit for bit, with a run that was not killed. tests/test_crash.py does a few of these.
+"""The long crash test: kill commands (SIGKILL, now and then SIGTERM) before random file operations and at random times,
+have one like it go on, every tenth time two at once, and compare all that is left, bit for bit, with what an
+undisturbed command leaves. Files of other people lie in and beside the run's folder, and must all be there afterwards.
 
-    python benchmarks/crash_test.py --algorithm PPOModule --moments 200 --seed 0
-    python benchmarks/crash_test.py --algorithm DAPOModule --ranks 2 --moments 40
+    python benchmarks/crash_test.py --moments 200 --seed 0
+    python benchmarks/crash_test.py --kinds ddp shards --moments 40 --minutes 20 --progress crash.jsonl
 
-Half of the moments are file operations, spread evenly over the run, the others times drawn with ``--seed``. Every
-moment is a run of its own; with ``--chain 5``, five kills come one after the other before the run may end.
+Kinds take turns. With ``--progress``, a run of the same seed goes on after the last trial in that file.
+tests/test_crash.py does a few of these.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import json
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from conftest import USER_CODE
-from crash_helpers import Moment, Reference, differences, go_on, kill, write_recipe
+from helpers.crash_trials import FOREIGN, KINDS, LIKE_OURS, Bench
+from helpers.processes import start_ranks
 from ibro_lightning.models import PolicyOptions, Qwen2FromScratch, export_folder
 from ibro_lightning.tasks import NumberPath
 
@@ -30,52 +33,78 @@ def make_policy(folder: Path) -> Path:
     return export_folder(source.build(PolicyOptions()), source.tokenizer(), folder)
 
 
-def draw_moments(reference: Reference, count: int, seed: int) -> list[Moment]:
-    """Half of them file operations at equal distances, half of them times; in random order."""
-    draw = random.Random(seed)
-    files = count // 2
-    moments = [Moment("file", 1 + i * reference.changes // files) for i in range(files)] if files else []
-    moments += [Moment("time", draw.uniform(0.1, reference.seconds)) for _ in range(count - files)]
-    draw.shuffle(moments)
-    return moments
+def read_progress(path: Path | None, seed: int) -> list[dict[str, Any]]:
+    """The trials of that seed that are done. A line that was not finished is none."""
+    done = []
+    for line in path.read_text().splitlines() if path is not None and path.exists() else ():
+        try:
+            trial = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if trial["seed"] == seed:
+            done.append(trial)
+    return done
+
+
+def report(trials: list[dict[str, Any]]) -> str:
+    """A line per kind, and one of all."""
+    groups = defaultdict(list)
+    for trial in trials:
+        groups[trial["kind"]].append(trial)
+    lines = [_line(kind, group) for kind, group in sorted(groups.items())]
+    return "\n".join([*lines, _line("all", trials)])
+
+
+def _line(name: str, trials: list[dict[str, Any]]) -> str:
+    wrong = sum(bool(trial["differences"]) for trial in trials)
+    touched = sum(len(trial["touched"]) for trial in trials)
+    two = [trial for trial in trials if trial["starts"] > 1]
+    return (
+        f"{name:<9} {sum(trial['killed'] for trial in trials):>3} kills in {len(trials):>3} trials: "
+        f"{wrong} with differences, {touched} foreign files touched; {len(two)} times two starts, "
+        f"{sum(trial['refused'] for trial in two)} refused; {sum(trial['seconds'] for trial in trials):.0f} s"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithm", choices=["DAPOModule", "PPOModule"], default="DAPOModule")
-    parser.add_argument("--moments", type=int, default=100)
-    parser.add_argument("--chain", type=int, default=1, help="kills before a run may end")
-    parser.add_argument("--ranks", type=int, default=1, help="more than one: fsdp2")
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS], default=[*KINDS])
+    parser.add_argument("--moments", type=int, default=200, help="trials, over all kinds")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folders", action="store_true", help="several ranks write checkpoints as folders of shards")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no trial after so many")
+    parser.add_argument("--progress", type=Path, help="a file with a line of JSON per trial, which is gone on with")
     settings = parser.parse_args()
+    trials = read_progress(settings.progress, settings.seed)
+    done = {(trial["kind"], trial["number"]) for trial in trials}
+    begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        write_recipe(folder, settings.algorithm, make_policy(folder / "policy"), USER_CODE, folders=settings.folders)
-        fit = ["--ckpt_path", "last"]
-        Reference.make(
-            folder, ranks=settings.ranks
-        )  # the first one is slow: it starts the server that others fork from
-        (folder / "reference").rename(folder / "other")
-        reference = Reference.make(folder, ranks=settings.ranks)
-        found = differences(reference.folder / "reference", folder / "other")
-        assert not found, f"two undisturbed runs differ: {found}"
-        moments = draw_moments(reference, settings.moments, settings.seed)
-        started, killed, wrong = time.perf_counter(), 0, 0
-        for first in range(0, len(moments), settings.chain):
-            chain = moments[first : first + settings.chain]
-            for number, moment in enumerate(chain):
-                killed += kill(folder, moment, *fit, ranks=settings.ranks, fresh=not number)
-            go_on(folder, ranks=settings.ranks)
-            if found := differences(folder / "reference", folder / "run"):
-                wrong += 1
-                print(f"{', '.join(map(str, chain))}: {found}", flush=True)
-    print(
-        f"{settings.algorithm}, {settings.ranks} rank(s): {reference.changes} file operations in a run of "
-        f"{reference.seconds:.1f} s; {killed} of {len(moments)} kills hit it; {wrong} runs ended differently "
-        f"({time.perf_counter() - started:.0f} s)"
-    )
-    raise SystemExit(bool(wrong))
+        policy = make_policy(Path(place, "policy"))
+        for process in start_ranks(1, print, folder=Path(place)):  # starts the server that all others fork from
+            process.join()
+        benches = {
+            kind: Bench(kind, KINDS[kind], Path(place, kind), policy, (*FOREIGN, *LIKE_OURS), settings.seed)
+            for kind in settings.kinds
+        }
+        for number in range(settings.moments):
+            kind = settings.kinds[number % len(settings.kinds)]
+            if time.perf_counter() - begun > 60 * settings.minutes:
+                print(f"stopped after {settings.minutes:g} minutes", flush=True)
+                break
+            if (kind, number) in done:
+                continue
+            _ = benches[kind].reference
+            started = time.perf_counter()
+            outcome = benches[kind].trial(number, starts=2 if number % 10 == 9 else 1)
+            outcome.seconds = time.perf_counter() - started
+            trials.append(outcome.as_json() | {"seed": settings.seed})
+            if settings.progress is not None:
+                with settings.progress.open("a") as file:
+                    file.write(json.dumps(trials[-1]) + "\n")
+            told = f"{outcome.moment}{' twice' * (outcome.starts > 1)}: {outcome.seconds:.1f} s"
+            wrong = [*outcome.differences, *(f"touched {path}" for path in outcome.touched)]
+            print(f"{number + 1}/{settings.moments} {kind} {told}{''.join(f', {one}' for one in wrong)}", flush=True)
+    print(report(trials))
+    raise SystemExit(any(trial["differences"] or trial["touched"] for trial in trials))
 
 
 if __name__ == "__main__":

@@ -33,12 +33,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from ibro_lightning.estimate import Layout, Shapes, estimate_memory
+from ibro_lightning.batches import Rollout
+from ibro_lightning.dry_run.layout import Layout
+from ibro_lightning.dry_run.memory import estimate_memory
+from ibro_lightning.dry_run.shapes import Shapes
 from ibro_lightning.models import PolicyOptions
 from ibro_lightning.modules import DAPOModule, PPOModule
 from ibro_lightning.regularizers import InformationBottleneck
-from ibro_lightning.responses import Completion, Group, Prompt, RewardResult
-from ibro_lightning.types import Rollout
+from ibro_lightning.types import Completion, Group, Prompt, RewardResult
 
 PROMPTS, GROUP, PROMPT_TOKENS, RESPONSE_TOKENS = 8, 4, 32, 96
 MIB = 2**20

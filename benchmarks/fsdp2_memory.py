@@ -30,8 +30,8 @@ from torch import Tensor, distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.models import PolicyOptions, PretrainedPolicy, Sharding, build_policy, clip_gradients
-from ibro_lightning.sequences import Sequences
 
 MIB = 2**20
 

@@ -4,7 +4,7 @@
     python benchmarks/ib_overhead.py --shape head       # SmolLM2's output layer alone, with its entropy and without
     python benchmarks/ib_overhead.py --shape smollm2    # SmolLM2-135M's shapes (49,152 x 576), random weights
 
-A step is what ``ActorModule.update`` does with one mini-batch: forward, loss and backward of every micro-batch,
+A step is what ``Updater.update`` does with one mini-batch: forward, loss and backward of every micro-batch,
 gradient clipping, AdamW. Steps with and without alternate, in changing order; the figure is the median of the ratios of
 CPU seconds, and beside it the ratio of the fastest steps, which noise can only slow. ``none / none`` is the same
 comparison of the method with itself: the noise to read the others against.
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ibro_lightning.experience import Experience
+from ibro_lightning.batches.experience import Experience
+from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.functional import linear_logprob_entropy
 from ibro_lightning.models import PolicyOptions, PolicySource, Qwen2FromScratch
 from ibro_lightning.modules import DAPOModule
 from ibro_lightning.regularizers import EntropyBonus, InformationBottleneck, NoRegularizer
-from ibro_lightning.sequences import Sequences
 from ibro_lightning.tasks import NumberPath
 
 
@@ -66,7 +66,7 @@ def experience_of(module: DAPOModule, responses: int, prompt_tokens: int, respon
     vocabulary = module.policy_source.config().vocab_size
     tokens = torch.randint(vocabulary, (responses, prompt_tokens + response_tokens), generator=generator)
     sequences = Sequences.collate(tokens[:, :prompt_tokens].tolist(), tokens[:, prompt_tokens:].tolist())
-    logp, entropy = module.score(sequences, 1.0)
+    logp, entropy = module.scorer.score(sequences, 1.0)
     advantages = torch.randn(responses, 1, generator=generator).expand(logp.shape)
     groups = torch.arange(responses) // 8
     return Experience(sequences, logp, entropy, advantages, sequences.response_mask, groups, 1.0)
@@ -75,10 +75,11 @@ def experience_of(module: DAPOModule, responses: int, prompt_tokens: int, respon
 def step(module: DAPOModule, optimizer: torch.optim.Optimizer, experience: Experience) -> float:
     """CPU seconds of one update."""
     start = time.process_time()
-    prepared = module.begin_step(experience)
-    for rows in module.micro_batches(prepared.sequences):
+    loss_of, context = module.policy_loss, module.context()
+    prepared = loss_of.prepare(experience, context)
+    for rows, _ in module.scorer.budget.micro_batches(prepared.sequences):
         micro = prepared.select(rows)
-        loss, _ = module.loss(module.token_stats(micro), micro)
+        loss, _ = loss_of(loss_of.stats(micro, context), micro)
         loss.backward()
     torch.nn.utils.clip_grad_norm_(module.policy.parameters(), 1.0)
     optimizer.step()

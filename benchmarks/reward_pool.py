@@ -19,20 +19,22 @@ import warnings
 import lightning.pytorch as pl
 import torch
 
-from ibro_lightning.datamodules import DynamicSampling, NumberPathSource, RolloutDataModule
+from ibro_lightning.batches import Rollout
+from ibro_lightning.datamodules import DynamicSampling, RolloutDataModule
 from ibro_lightning.engines import HFEngine
 from ibro_lightning.modules import DAPOModule
 from ibro_lightning.regularizers import InformationBottleneck
 from ibro_lightning.rewards import (
     MathVerifyReward,
-    NumberPathReward,
     OverlongPenalty,
     PoolOptions,
     RewardPool,
     RewardSum,
+    judge_all,
     judge_here,
 )
-from ibro_lightning.types import Completion, Prompt, Rollout, SamplingParams
+from ibro_lightning.tasks import NumberPathReward, NumberPathSource
+from ibro_lightning.types import Completion, Prompt, SamplingParams
 
 GOLDS = (
     "34",
@@ -72,13 +74,13 @@ def throughput(count: int, repeats: int) -> None:
     answered = ordinary_responses(count)
     pools = {workers: RewardPool([reward], PoolOptions(workers=workers)) for workers in (1, 2)}
     for pool in pools.values():
-        pool(reward, answered[:8])  # start-up is not what is measured
+        judge_all(reward, answered[:8], pool)  # start-up is not what is measured
     ratios, rates = [], []
     for repeat in range(repeats):
         seconds = {}
         for workers in (1, 2)[:: 1 if repeat % 2 else -1]:
             start = time.perf_counter()
-            pools[workers](reward, answered)
+            judge_all(reward, answered, pools[workers])
             seconds[workers] = time.perf_counter() - start
         ratios.append(seconds[1] / seconds[2])
         rates.append(count / seconds[1])
@@ -103,8 +105,8 @@ class Alternating(RolloutDataModule):
     """Every other rollout is judged in this process."""
 
     def next_rollout(self) -> Rollout:
-        assert self._pool is not None
-        self.collector.judge = self._pool if self.iteration % 2 else judge_here
+        assert self.collector.pool is not None
+        self.collector.judge = self.collector.pool if self.iteration % 2 else judge_here
         return super().next_rollout()
 
 

@@ -25,8 +25,9 @@ import torch
 
 from ibro_lightning.engines import VLLMEngine
 from ibro_lightning.models import PretrainedPolicy, Qwen2FromScratch
+from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.tasks import NumberPath
-from ibro_lightning.types import ModelSpec, SamplingParams
+from ibro_lightning.types import SamplingParams
 
 
 def arguments() -> argparse.Namespace:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerFast
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
+from helpers.user_code import USER_CODE
 from ibro_lightning.models import PolicyOptions, Qwen2FromScratch, export_folder
 from ibro_lightning.tasks import NumberPath
 
 torch.set_num_threads(1)
+SRC = Path(__file__).parents[1] / "src"
+# Processes that tests start find the package of this checkout, whichever one is installed; pytest itself by pyproject.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SRC), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(scope="session")
@@ -22,73 +33,31 @@ def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_folder(source.build(PolicyOptions()), source.tokenizer(), folder)
 
 
-USER_CODE = '''
-"""What a user would write: a reward, a regulariser and a prompt source in a file of their own."""
-
-from ibro_lightning.datamodules import PromptSource
-from ibro_lightning.regularizers import EntropyRegularizer
-from ibro_lightning.rewards import VerifiableReward
-from ibro_lightning.types import Problem
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return NumberPath().tokenizer()
 
 
-class SaysEquals(VerifiableReward):
-    def verify(self, prompt, completion):
-        return "=" in completion.text
+def half_only(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Like flash attention, which transformers gives half precision under autocast or with half-precision weights."""
+    if query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        raise RuntimeError("FlashAttention only supports fp16 and bf16")
+    return sdpa_attention_forward(module, query, *args, **kwargs)
 
 
-class Raises(VerifiableReward):
-    def verify(self, prompt, completion):
-        raise KeyError("oops\\nsecond line")
-
-
-class MinusOne(VerifiableReward):
-    def verify(self, prompt, completion):
-        return -1.0
-
-
-class NeverRight(VerifiableReward):
-    def verify(self, prompt, completion):
-        return False
-
-
-class ReturnsNaN(VerifiableReward):
-    def verify(self, prompt, completion):
-        return float("nan")
-
-
-class NaNLater(VerifiableReward):
-    def verify(self, prompt, completion):
-        return float("nan") if completion.token_ids else 0.0
-
-
-class Squared(EntropyRegularizer):
-    def __init__(self, coef: float = 0.5):
-        super().__init__(coef)
-
-    def objective(self, stats):
-        return stats.entropy**2
-
-
-class Starts(PromptSource):
-    def problems(self):
-        for n in range(10):
-            yield Problem(id=str(n), prompt=f"{n}>{n + 1}:", answer=n + 1)
-
-
-class NotProblems(PromptSource):
-    def problems(self):
-        return [{"prompt": "1>2:", "answer": 2}]
-
-
-class NoProblems(PromptSource):
-    def problems(self):
-        return []
-'''
+@pytest.fixture
+def half_only_attention() -> Iterator[str]:
+    AttentionInterface.register("half_only", half_only)
+    AttentionMaskInterface.register("half_only", sdpa_mask)
+    yield "half_only"
+    del AttentionInterface._global_mapping["half_only"], AttentionMaskInterface._global_mapping["half_only"]
 
 
 @pytest.fixture
 def workspace(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder with code of their own and a recipe ``tiny.yaml`` that runs in a second."""
+    """A user's folder with code of their own and a recipe ``tiny.yaml`` that runs in a second.
+
+    ``max_skips`` lets a run of any length go on when its policy gets everything right, after some twenty iterations."""
     (tmp_path / "user_code.py").write_text(USER_CODE)
     (tmp_path / "tiny.yaml").write_text(
         textwrap.dedent(f"""
@@ -101,6 +70,7 @@ def workspace(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
             policy: {tiny_policy}
             regularizer: {{class_path: InformationBottleneck}}
             optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 1.0e-2}}}}
+            warmup_steps: 0
             mini_batch_prompts: 2
         data:
           class_path: RolloutDataModule
@@ -112,7 +82,7 @@ def workspace(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
             group_size: 4
             allow_overlap: true
             reward_pool: null  # starting its processes, which import user_code, takes longer than these runs
-            dynamic_sampling: {{max_rounds: 2, on_exhausted: fill}}
+            dynamic_sampling: {{max_rounds: 2, on_exhausted: fill, max_skips: 1000000}}
             eval_sets:
               starts:
                 source: {{class_path: user_code.Starts}}

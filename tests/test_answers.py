@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ibro_lightning import answers
-from ibro_lightning.answers import after_hashes, boxed, canonical_gold
+from ibro_lightning.rewards.mathematics import gold_text as answers
+from ibro_lightning.rewards.mathematics.gold_text import after_hashes, boxed, canonical_gold
 
 DATA = Path(os.environ.get("IBRO_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

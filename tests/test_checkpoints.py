@@ -17,14 +17,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from conftest import USER_CODE
-from crash_helpers import write_recipe
-from ibro_lightning.checkpoints import (
+from helpers.crash import write_recipe
+from helpers.processes import logs, run_ranks
+from helpers.runs import CHECKPOINTS, QUICK, content, curve, refusal, same, train, weights
+from helpers.user_code import USER_CODE
+from ibro_lightning.cli.main import main
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.runs.checkpoints import (
     CheckpointFiles,
     check_fits,
     checkpoint_name,
@@ -35,43 +38,7 @@ from ibro_lightning.checkpoints import (
     save_shards,
     why_invalid,
 )
-from ibro_lightning.cli import main
-from ibro_lightning.errors import ConfigError
-from ibro_lightning.resume import check_continues, find_checkpoint
-from processes import logs, run_ranks
-
-CHECKPOINTS = Path("run", "checkpoints")
-QUICK = ["fit", "--config", "tiny.yaml", "--trainer.limit_val_batches", "0"]
-
-
-def trained(module: nn.Module, steps: int = 2) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
-    for step in range(steps):
-        module(torch.full((2, 3), step + 1.0)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return optimizer
-
-
-def content() -> dict[str, Any]:
-    """A checkpoint as Lightning makes it: two optimizers, of which the first has no state yet."""
-    torch.manual_seed(0)
-    policy, critic = nn.Linear(3, 4), nn.Linear(3, 1).to(torch.bfloat16).float()
-    states = [trained(policy, 0).state_dict(), trained(critic).state_dict()]
-    weights = {**policy.state_dict(prefix="policy."), **critic.state_dict(prefix="critic.")}
-    weights["half"] = torch.randn(5).to(torch.bfloat16)
-    return {"state_dict": weights, "optimizer_states": states, "pytorch-lightning_version": "2.6.6", "epoch": 3}
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
+from ibro_lightning.runs.resume import check_continues, find_checkpoint
 
 # One checkpoint on disk.
 
@@ -200,27 +167,6 @@ def names() -> list[str]:
     return sorted(path.name for path in CHECKPOINTS.iterdir() if iteration_of(path) is not None)
 
 
-def weights(run: str = "run") -> dict[str, torch.Tensor]:
-    return load_file(Path(run) / "model" / "model.safetensors")
-
-
-def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which the command line refuses ``argv``."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main(argv)
-    assert ended.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1
-    return lines[0]
-
-
-def curve(name: str, run: str = "run") -> dict[int, float]:
-    events = EventAccumulator(run)
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars(name)}
-
-
 def test_the_newest_and_the_best_stay(workspace: Path) -> None:
     best = ["--checkpoint.best", "rollout/reward", "--checkpoint.keep_best", "2", "--checkpoint.keep_last", "1"]
     main([*QUICK, "--trainer.max_epochs", "6", *best])
@@ -246,6 +192,20 @@ def test_a_better_evaluation_is_a_reason_for_a_checkpoint_and_the_end_is_another
     records = [step for step in range(1, 5) if all(accuracy[step] > accuracy[before] for before in range(1, step))]
     written = sorted({*records, 4})
     assert names() == [checkpoint_name(step) for step in sorted({*written[-2:], records[-1]})]
+
+
+def test_monitors_of_ours_and_of_lightnings_need_not_know_k(workspace: Path) -> None:
+    stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val/accuracy"]
+    stop += ["--trainer.callbacks.mode", "max", "--trainer.callbacks.stopping_threshold", "-1"]
+    keep = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor", "val/starts/accuracy"]
+    keep += ["--trainer.callbacks.dirpath", "kept", "--checkpoint.best", "val/starts/accuracy"]
+    often = ["--trainer.check_val_every_n_epoch", "1", "--trainer.max_epochs", "9"]
+    main(["fit", "--config", "tiny.yaml", *often, *stop, *keep])
+    accuracy = curve("val/starts/avg@4")
+    assert curve("val/starts/accuracy") == curve("val/accuracy") == accuracy
+    assert max(accuracy) == 1, "stopped after the first evaluation"
+    assert len(list(Path("kept").iterdir())) == 1
+    assert find_checkpoint("best", Path("run")) is not None
 
 
 def test_training_that_is_told_to_stop_ends_with_a_checkpoint(workspace: Path) -> None:
@@ -303,7 +263,9 @@ def test_a_run_goes_on_only_with_its_own_seed_algorithm_and_model(
     assert "it is of a run with DAPOModule, this one has PPOModule" in refusal([*more, "last", *ppo], capsys)
     wide = Qwen2FromScratch(NumberPath(size=12), hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1)
     folder = export_folder(wide.build(PolicyOptions()), wide.tokenizer(), tmp_path_factory.mktemp("wide") / "model")
-    said = refusal([*more, "last", "--model.policy", str(folder)], capsys)
+    other = [*more, "last", "--model.policy", str(folder)]
+    assert "model.policy" in refusal(other, capsys)
+    said = refusal([*other, "--resume.allow_changes", "true"], capsys)
     assert "another model or algorithm" in said
     assert "not [" in said
     said = refusal([*more, str(CHECKPOINTS / checkpoint_name(1))], capsys)
@@ -377,15 +339,17 @@ def test_a_checkpoint_becomes_a_model_folder(workspace: Path, capsys: pytest.Cap
     assert sorted(path.name for path in Path("out/model").iterdir()) == sorted(
         p.name for p in Path("run/model").iterdir()
     )
-    main(["export", "--ckpt_path", "last", "--run", "run", "--config", "tiny.yaml", "--output", "out/model"])
+    last = ["export", "--ckpt_path", "last", "--run", "run"]
+    main([*last, "--config", "tiny.yaml", "--output", "out/model", "--overwrite"])
     assert same(load_file("out/model/model.safetensors"), weights())
+    assert same(load_file("out/model.1/model.safetensors"), weights())
     older = str(CHECKPOINTS / checkpoint_name(1))
     main(["export", "--ckpt_path", older, "--output", "older"])
     assert not same(load_file("older/model.safetensors"), weights())
     (workspace / "precious").mkdir()
     (workspace / "precious" / "thesis.tex").touch()
     for argv, said in (
-        (["--ckpt_path", older, "--output", "precious"], "output: 'precious' - exists and is no model's folder"),
+        (["--ckpt_path", older, "--output", "precious"], "output: 'precious' - exists, and no export has written it"),
         (["--ckpt_path", "last", "--output", "x"], "of which run?"),
         (["--ckpt_path", "nope.ckpt", "--output", "x"], "ckpt_path: 'nope.ckpt'"),
         (["--ckpt_path", older, "--output", "x", "--config", "user_code.py"], "config: 'user_code.py'"),
@@ -406,17 +370,7 @@ def recipes(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) 
     return tmp_path
 
 
-STRATEGIES = {"file": ["--trainer.strategy", "fsdp2"], "folder": ["--config", "folders.yaml"]}
 PARTS = {"DAPOModule": ("model",), "PPOModule": ("model", "critic")}
-
-
-def train(recipes: Path, algorithm: str, run: str, ranks: int, form: str, *argv: str) -> None:
-    """``fit`` on so many processes to iteration 3; goes on if the run exists. Several write checkpoints of ``form``."""
-    settings = ["--trainer.default_root_dir", run, "--ckpt_path", "last", *argv]
-    off = ["--trainer.limit_val_batches", "0", "--checkpoint.best", "null"]
-    several = ["--trainer.devices", str(ranks), *STRATEGIES[form]] if ranks > 1 else []
-    codes = run_ranks(ranks, main, ["fit", "--config", f"{algorithm}.yaml", *settings, *off, *several], folder=recipes)
-    assert codes == [0] * ranks, f"{run}: exit codes {codes}\n{logs(recipes)}"
 
 
 def state_of(run: str, iteration: int) -> dict[str, Any]:
@@ -449,7 +403,7 @@ MOVES = {
 """A checkpoint's origin, and how many processes go on from it."""
 
 
-@pytest.mark.parametrize("algorithm", MOVES)
+@pytest.mark.parametrize("algorithm", ["DAPOModule", pytest.param("PPOModule", marks=pytest.mark.slow)])
 def test_any_strategy_goes_on_with_any_checkpoint(recipes: Path, algorithm: str) -> None:
     """Of PPO, the policy has no optimizer state yet when they are written: its critic is still warming up."""
     first = Path("checkpoints", checkpoint_name(1))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +18,17 @@ from hypothesis import strategies as st
 if sys.platform != "linux":
     pytest.skip("the sandbox needs Linux", allow_module_level=True)
 
+from helpers.leftovers import nothing_is_left  # noqa: F401  an autouse fixture
 from ibro_lightning.errors import ConfigError, RewardError
-from ibro_lightning.responses import Completion, Prompt
-from ibro_lightning.rewards import PoolOptions, RewardPool
-from ibro_lightning.rewards.code import child, sandbox, sandbox_folder
+from ibro_lightning.rewards import PoolOptions, RewardPool, judge_all
+from ibro_lightning.rewards.code import in_sandbox, sandbox, sandbox_folder
 from ibro_lightning.rewards.code.reward import CodeReward, last_program
 from ibro_lightning.rewards.code.sandbox import SandboxLimits, run_python
 from ibro_lightning.rewards.code.unit_tests import OpenTest, TestParts, take_apart, trusted_names
+from ibro_lightning.types import Completion, Prompt
 
 QUICK = SandboxLimits(wall_s=1.5, cpu_s=1, memory_mib=256)
 DOUBLE = {"tests": ["assert f(2) == 4", "assert f(0) == 0", "assert f(-1.5) == -3"]}
-
-
-def children() -> set[int]:
-    """Processes whose parent is this one; also those that have ended and were not waited for."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[1]) == os.getpid():
-            found.add(int(stat.parent.name))
-    return found
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """After every test here: no child process, no open descriptor, no temporary folder."""
-    folder = tmp_path / "tmp"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    before, descriptors = children(), len(os.listdir("/proc/self/fd"))
-    yield
-    assert children() == before
-    assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert not list(folder.iterdir())
 
 
 def judge(program: str, answer: Any, *, fence: bool = True, **options: Any) -> float:
@@ -166,7 +140,7 @@ def test_expected_values_never_enter_the_programs_process(monkeypatch: pytest.Mo
         programs.append(program)
         return run_python(program, **options)
 
-    monkeypatch.setattr("ibro_lightning.rewards.code.reward.run_python", spy)
+    monkeypatch.setattr("ibro_lightning.rewards.code.execution.run_python", spy)
     tests = ["want = 314159\nassert f(2) == want", "assert abs(f(2) - 314159) < 1", "assert f(2) in (1, 314159)"]
     assert judge("def f(x): return 314159 + 0 * x", {"tests": tests}) == 1.0
     with_response, without = programs
@@ -184,6 +158,127 @@ def test_programs_with_stdin_and_stdout() -> None:
     assert judge("print(' 3')", {"inputs": [""], "outputs": ["3"]}) == 0.0
     assert judge("print('3\\n\\n4')", {"inputs": [""], "outputs": ["3\n4"]}) == 0.0
     assert judge("print(input())", '{"inputs": ["5"], "outputs": ["5"]}') == 1.0  # as JSON text
+
+
+ADD = {"fn_name": "add", "inputs": [[1, 2], [[3], [4]]], "outputs": [3, [3, 4]]}
+LINES = {"fn_name": "add", "inputs": ["1\n2", "[3]\n[4]\n"], "outputs": ["3", "[3, 4]"]}
+
+
+@pytest.mark.parametrize(
+    "answer", [ADD, LINES, json.dumps(ADD), json.dumps(LINES)], ids=["list", "lines", "json", "json"]
+)
+def test_functions_are_called_with_the_inputs(answer: Any) -> None:
+    """As a program that reads stdin and prints, every one of these fails."""
+    assert judge("def add(a, b): return a + b", answer) == 1.0
+    assert judge("class Solution:\n  def add(self, a, b): return a + b", answer) == 1.0
+    assert judge("class Solution: pass\ndef add(a, b): return a + b\nprint('debug')", answer) == 1.0
+    assert judge("def add(a, b): return 3", answer) == 0.0
+    assert judge("def add(a, b): return 3", answer, partial=True) == 0.5
+    assert judge("def add(a, b):\n  if a == 1: raise SystemExit\n  return a + b", answer, partial=True) == 0.5
+    assert judge("def plus(a, b): return a + b", answer) == 0.0
+    assert judge("print(3)", answer) == 0.0
+
+
+CALLS = [
+    ("def f(xs: List[int]) -> int: return Counter(xs).most_common(1)[0][0]", [[[1, 1, 2]]], [1], 1.0),
+    ("def f(): return (1, (2, 3))", [[]], [[1, [2, 3]]], 1.0),
+    ("def f(): return {1: [2.0]}", [[]], [{"1": [2]}], 1.0),
+    ("def f(): return 0.1 + 0.2", [[]], [0.3], 1.0),
+    ("def f(): return 0.31", [[]], [0.3], 0.0),
+    ("def f(): return 'a'", [[]], ["a"], 1.0),
+    ("def f(): return None", [[]], [None], 1.0),
+    ("def f(): return '1'", [[]], [1], 0.0),
+    ("def f(): return [1]", [[]], [[[1]]], 1.0),  # APPS wraps what is returned
+    ("def f(): return 2", [[]], [[1]], 0.0),
+    ("def f(xs): xs.append(1); return xs", [[[0]], [[0]]], [[0, 1], [0, 1]], 1.0),
+    ("def f(x): return x", ['"a\\nb"', "null", "{}"], ['"a\\nb"', "null", "{}"], 1.0),
+    ("def f(x): return [x]", ["1"], ["1"], 0.0),
+    ("class A:\n  def __eq__(self, other): return True\ndef f(): return A()", [[]], [1], 0.0),
+    ("class L(list):\n  def __eq__(self, other): return True\ndef f(): return L([7])", [[]], [[1, 2]], 0.0),
+]
+
+
+@pytest.mark.parametrize(("program", "inputs", "outputs", "expected"), CALLS)
+def test_what_functions_return_is_compared(program: str, inputs: Any, outputs: Any, expected: float) -> None:
+    assert judge(program, {"fn_name": "f", "inputs": inputs, "outputs": outputs}) == expected
+
+
+def test_a_setup_of_ones_own_is_in_place_of_the_usual_imports() -> None:
+    answer = {"fn_name": "f", "inputs": [[2]], "outputs": [6], "setup": "def three(): return 3"}
+    assert judge("def f(x): return x * three()", answer) == 1.0
+    assert judge("def f(x: List[int]): return x * three()", answer) == 0.0
+
+
+def test_expected_values_of_calls_never_enter_the_programs_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def watching(program: str, **settings: Any) -> Any:
+        ran.append(program)
+        return run_python(program, **settings)
+
+    monkeypatch.setattr("ibro_lightning.rewards.code.execution.run_python", watching)
+    assert judge("def f(x): return 123450000 + x", {"fn_name": "f", "inputs": [[6789]], "outputs": [123456789]}) == 1.0
+    observed, checked = ran
+    assert "123456789" not in observed
+    assert "123456789" in checked
+    assert "def f(x)" not in checked
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ({"fn_name": "f", "inputs": ["1 2"], "outputs": ["3"]}, "input 1 is text, and '1 2' no JSON"),
+        ({"fn_name": "f", "inputs": ["1"], "outputs": ["three"]}, "output 1 is text, and 'three' no JSON"),
+        ({"fn_name": "f", "inputs": [1], "outputs": [1]}, "input 1 must be a list of arguments"),
+        ({"fn_name": "f", "inputs": [[1]], "outputs": []}, "outputs must be a list of at least one"),
+        ({"fn_name": "f", "inputs": [[1], [2]], "outputs": [1]}, "2 inputs for 1 outputs"),
+        ({"fn_name": "f", "outputs": [1]}, "inputs must be a list"),
+        ({"fn_name": "f g", "inputs": [[1]], "outputs": [1]}, "fn_name must be the name of a function"),
+        ({"fn_name": 7, "inputs": [[1]], "outputs": [1]}, "fn_name must be the name of a function"),
+        ({"fn_name": "f", "inputs": [[float("nan")]], "outputs": [1]}, "input 1 holds nan"),
+        ({"fn_name": "f", "inputs": [[{1}]], "outputs": [1]}, "input 1 holds a set"),
+        ({"fn_name": "f", "inputs": [[1]], "outputs": [1], "setup": "import"}, "invalid syntax"),
+        ({"func_name": "f", "inputs": ["1"], "outputs": ["1"]}, "func_name beside inputs and outputs"),
+        ({"entry_point": "f", "inputs": ["1"], "outputs": ["1"]}, "entry_point beside inputs and outputs"),
+        ({"function": "f", "inputs": ["1"], "outputs": ["1"]}, "function beside inputs and outputs"),
+        ({"func": "f", "inputs": ["1"], "outputs": ["1"]}, "func beside inputs and outputs"),
+        ({"fn_name": "f", "inputs": [[1]], "outputs": [1], "timeout": 3}, "timeout beside inputs and outputs"),
+        ({"setup": "x = 1", "inputs": ["1"], "outputs": ["1"]}, "setup beside inputs and outputs"),
+        ({"metadata": {"function": "f"}, "inputs": ["1"], "outputs": ["1"]}, "its metadata has function"),
+        ({"metadata": "func_name", "inputs": ["1"], "outputs": ["1"]}, "its metadata is a text, but no JSON"),
+        ({"metadata": "[1]", "inputs": ["1"], "outputs": ["1"]}, "its metadata is list"),
+        (
+            {"metadata": {"func_name": "g"}, "fn_name": "f", "inputs": [[1]], "outputs": [1]},
+            "two functions, 'f' and 'g'",
+        ),
+    ],
+)
+def test_calls_that_cannot_be_made_are_errors_that_name_the_prompt(answer: Any, words: str) -> None:
+    with pytest.raises(RewardError, match="apps/7") as refused:
+        judge("", answer)
+    assert words in str(refused.value)
+
+
+def test_without_a_functions_name_inputs_are_stdin() -> None:
+    for beside in ({"fn_name": None}, {"metadata": '{"func_name": null}'}, {"metadata": {}, "function": None}):
+        answer = {**beside, "inputs": ["1 2\n"], "outputs": ["3\n"]}
+        assert judge("print(sum(map(int, input().split())))", answer) == 1.0
+
+
+@pytest.mark.parametrize("metadata", [{"func_name": "add"}, '{"func_name": "add"}', {"func_name": "add", "level": 3}])
+def test_live_code_bench_names_the_function_in_its_metadata(metadata: Any) -> None:
+    answer = {"metadata": metadata, "inputs": ["1\n2"], "outputs": ["3"]}
+    assert judge("class Solution:\n  def add(self, a, b): return a + b", answer) == 1.0
+    assert judge("print(3)", answer) == 0.0
+
+
+def test_names_that_solutions_take_for_granted_are_there() -> None:
+    program = (
+        "def f(n): return [gcd(n, 4), inf > n, int(sqrt(n)), copy.copy([n]), deepcopy([n]), pow(n, 2, 5), "
+        "bisect.bisect([1], n), bisect_left([1], n), math.floor(1.5), ceil(1.5), comb(4, 2), Counter('a')['a']]"
+    )
+    expected = [2, True, 2, [6], [6], 1, 1, 1, 1, 2, 6, 1]
+    assert judge(program, {"fn_name": "f", "inputs": [[6]], "outputs": [expected]}) == 1.0
 
 
 def test_all_inputs_share_one_wall_budget() -> None:
@@ -316,14 +411,9 @@ plain_values = st.recursive(
 @given(plain_values)
 @settings(max_examples=200, deadline=None)
 def test_values_arrive_as_they_are(value: object) -> None:
-    arrived = child.rebuilt(ast.literal_eval(repr(child.plain(value))))
+    arrived = in_sandbox.rebuilt(ast.literal_eval(repr(in_sandbox.plain(value))))
     assert arrived == value
     assert type(arrived) is type(value)
-
-
-def test_the_reward_module_starts_without_heavy_imports() -> None:
-    code = "import sys, ibro_lightning.rewards.code; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_in_the_reward_pool_programs_die_with_a_worker_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +423,7 @@ def test_in_the_reward_pool_programs_die_with_a_worker_that_is_killed(monkeypatc
     texts = ["def f(x): return 2 * x", "import time; time.sleep(99)", "import os\nwhile True: os.fork()", "f = abs"]
     completions = [Completion((1,), (0.0,), "stop", f"```python\n{text}\n```", 64, 0) for text in texts]
     with RewardPool([reward], PoolOptions(workers=2)) as pool:
-        (results,) = pool(reward, [(Prompt("p", "text", (1,), DOUBLE), completions)])
+        (results,) = judge_all(reward, [(Prompt("p", "text", (1,), DOUBLE), completions)], pool)
     assert [result.parts["accuracy"] for result in results] == [1.0, 0.0, 0.0, 0.0]
     assert [result.timed_out for result in results] == [False, True, False, False]
     until = time.monotonic() + 10

@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ibro_lightning.cli import main
-from ibro_lightning.coefficients import (
+from ibro_lightning.cli.main import main
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.modules import DAPOModule
+from ibro_lightning.regularizers import EntropyBonus, NoRegularizer
+from ibro_lightning.regularizers.coefficients import (
     AdaptiveKL,
     Coefficient,
     Constant,
@@ -24,9 +27,7 @@ from ibro_lightning.coefficients import (
     TargetEntropy,
     as_coefficient,
 )
-from ibro_lightning.errors import ConfigError
-from ibro_lightning.modules import DAPOModule, ReferenceKL
-from ibro_lightning.regularizers import EntropyBonus, NoRegularizer
+from ibro_lightning.update import ReferenceKL
 
 CONTROLLERS = {
     "constant": lambda: Constant(0.3),
@@ -195,7 +196,28 @@ def test_no_measurement_makes_a_coefficient_negative_or_infinite(name: str) -> N
         assert math.isfinite(value)
 
 
+@pytest.mark.parametrize("name", CONTROLLERS)
+@pytest.mark.parametrize("measured", [math.nan, math.inf, -math.inf])
+def test_a_measurement_that_is_not_finite_moves_nothing_but_the_iteration(name: str, measured: float) -> None:
+    coefficient = CONTROLLERS[name]()
+    values_over(coefficient, MEASURED[:3], samples=3)
+    before = coefficient.state_dict()
+    coefficient.observe(measured, 3)
+    assert coefficient.state_dict() == {**before, "iterations": before["iterations"] + 1}
+
+
 # State.
+
+
+@pytest.mark.parametrize("of", CONTROLLERS)
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_of_another_class_a_state_gives_only_what_both_have(name: str, of: str) -> None:
+    coefficient, other = CONTROLLERS[name](), CONTROLLERS[of]()
+    values_over(other, MEASURED[:3], samples=3)
+    fresh, saved = coefficient.state_dict(), other.state_dict()
+    coefficient.load_state_dict(saved)
+    assert coefficient.state_dict() == {key: saved.get(key, value) for key, value in fresh.items()}
+    assert coefficient.state_dict()["iterations"] == 3
 
 
 @pytest.mark.parametrize("done", [0, 1, 5])
@@ -274,34 +296,34 @@ def test_a_number_is_a_constant_and_an_object_stays_itself() -> None:
     [
         (lambda: Constant(-0.1), "coef"),
         (lambda: Constant(math.nan), "coef"),
-        (lambda: as_coefficient(-1.0, "model.kl.init_args.coef", "KL"), "model.kl.init_args.coef"),
-        (lambda: as_coefficient(math.inf, "model.kl.init_args.coef", "KL"), "model.kl.init_args.coef"),
-        (lambda: ReferenceKL(coef=-1.0), "model.kl.init_args.coef"),
-        (lambda: EntropyBonus(math.nan), "regularizer.init_args.coef"),
-        *((lambda c=c: c(-0.1, 1.0, 3), "coef.init_args.start") for c in (Linear, Cosine)),
-        *((lambda c=c: c(0.1, -1.0, 3), "coef.init_args.end") for c in (Linear, Cosine)),
-        *((lambda c=c: c(0.1, math.inf, 3), "coef.init_args.end") for c in (Linear, Cosine)),
-        *((lambda c=c: c(0.1, 1.0, 0), "coef.init_args.iterations") for c in (Linear, Cosine)),
-        (lambda: TargetEntropy(target=-0.1), "coef.init_args.target"),
-        (lambda: TargetEntropy(step=-0.1), "coef.init_args.step"),
-        (lambda: TargetEntropy(start=-0.1), "coef.init_args.start"),
-        (lambda: TargetEntropy(start=math.nan), "coef.init_args.start"),
-        (lambda: TargetEntropy(maximum=-1.0), "coef.init_args.maximum"),
-        (lambda: TargetEntropy(start=0.2, maximum=0.1), "coef.init_args.maximum"),
-        (lambda: TargetEntropy(maximum=math.nan), "coef.init_args.maximum"),
-        (lambda: EntropyBand(low=-0.1), "coef.init_args.low"),
-        (lambda: EntropyBand(low=0.4, high=0.3), "coef.init_args.low"),
-        (lambda: EntropyBand(low=math.nan), "coef.init_args.low"),
-        (lambda: EntropyBand(high=math.inf), "coef.init_args.high"),
-        (lambda: EntropyBand(high=math.nan), "coef.init_args.high"),
-        (lambda: EntropyBand(proportional=-1.0), "coef.init_args.proportional"),
-        (lambda: EntropyBand(integral=-1.0), "coef.init_args.integral"),
-        (lambda: EntropyBand(start=-1.0), "coef.init_args.start"),
-        (lambda: EntropyBand(start=0.5, maximum=0.4), "coef.init_args.maximum"),
-        (lambda: AdaptiveKL(start=-0.1), "coef.init_args.start"),
-        (lambda: AdaptiveKL(target=0.0), "coef.init_args.target"),
-        (lambda: AdaptiveKL(target=math.nan), "coef.init_args.target"),
-        (lambda: AdaptiveKL(horizon=0), "coef.init_args.horizon"),
+        (lambda: as_coefficient(-1.0, "coef", "KL"), "coef"),
+        (lambda: as_coefficient(math.inf, "coef", "KL"), "coef"),
+        (lambda: ReferenceKL(coef=-1.0), "coef"),
+        (lambda: EntropyBonus(math.nan), "coef"),
+        *((lambda c=c: c(-0.1, 1.0, 3), "start") for c in (Linear, Cosine)),
+        *((lambda c=c: c(0.1, -1.0, 3), "end") for c in (Linear, Cosine)),
+        *((lambda c=c: c(0.1, math.inf, 3), "end") for c in (Linear, Cosine)),
+        *((lambda c=c: c(0.1, 1.0, 0), "iterations") for c in (Linear, Cosine)),
+        (lambda: TargetEntropy(target=-0.1), "target"),
+        (lambda: TargetEntropy(step=-0.1), "step"),
+        (lambda: TargetEntropy(start=-0.1), "start"),
+        (lambda: TargetEntropy(start=math.nan), "start"),
+        (lambda: TargetEntropy(maximum=-1.0), "maximum"),
+        (lambda: TargetEntropy(start=0.2, maximum=0.1), "maximum"),
+        (lambda: TargetEntropy(maximum=math.nan), "maximum"),
+        (lambda: EntropyBand(low=-0.1), "low"),
+        (lambda: EntropyBand(low=0.4, high=0.3), "low"),
+        (lambda: EntropyBand(low=math.nan), "low"),
+        (lambda: EntropyBand(high=math.inf), "high"),
+        (lambda: EntropyBand(high=math.nan), "high"),
+        (lambda: EntropyBand(proportional=-1.0), "proportional"),
+        (lambda: EntropyBand(integral=-1.0), "integral"),
+        (lambda: EntropyBand(start=-1.0), "start"),
+        (lambda: EntropyBand(start=0.5, maximum=0.4), "maximum"),
+        (lambda: AdaptiveKL(start=-0.1), "start"),
+        (lambda: AdaptiveKL(target=0.0), "target"),
+        (lambda: AdaptiveKL(target=math.nan), "target"),
+        (lambda: AdaptiveKL(horizon=0), "horizon"),
     ],
 )
 def test_bad_settings_are_refused_by_name(build: object, setting: str) -> None:
@@ -317,7 +339,7 @@ ADAPTIVE = "{class_path: AdaptiveKL, init_args: {start: 0.5, target: 0.01, horiz
 MOVING = {
     "linear": "{class_path: Linear, init_args: {start: 0.5, end: 0.1, iterations: 4}}",
     "target": "{class_path: TargetEntropy, init_args: {target: 10.0, step: 0.1}}",
-    "band": "{class_path: ibro_lightning.coefficients.EntropyBand, "
+    "band": "{class_path: ibro_lightning.regularizers.coefficients.EntropyBand, "
     "init_args: {low: 4.0, high: 5.0, proportional: 0.05, integral: 0.1}}",
 }
 
@@ -394,7 +416,7 @@ def test_every_iteration_logs_the_coefficient_also_of_methods_without_one(worksp
     "text",
     [
         "--model.regularizer.coef={class_path: Linear, init_args: {start: 0.5, end: 0.1, iterations: 2}}",
-        "--model.regularizer.coef.class_path ibro_lightning.coefficients.Linear "
+        "--model.regularizer.coef.class_path ibro_lightning.regularizers.coefficients.Linear "
         "--model.regularizer.coef.init_args.start 0.5 --model.regularizer.coef.init_args.end 0.1 "
         "--model.regularizer.coef.init_args.iterations 2",
         "--model.regularizer.coef Linear --model.regularizer.coef.start 0.5 --model.regularizer.coef.end 0.1 "
@@ -405,17 +427,17 @@ def test_every_iteration_logs_the_coefficient_also_of_methods_without_one(worksp
 def test_the_command_line_can_name_a_coefficient(workspace: Path, text: str) -> None:
     fit("tiny.yaml", "run", 2, *([text] if "=" in text else text.split()))
     assert curves(workspace / "run")["regularizer/coef"] == [(1, pytest.approx(0.5)), (2, pytest.approx(0.3))]
-    assert "ibro_lightning.coefficients.Linear" in (workspace / "run" / "config.yaml").read_text()
+    assert "ibro_lightning.regularizers.coefficients.Linear" in (workspace / "run" / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (["Nope"], ["Nope", "AdaptiveKL, Constant, Cosine, EntropyBand, Linear, TargetEntropy"]),
-        (["Linear", "--model.regularizer.coef.start", "0.1"], ["end", "iterations", "required"]),
+        (["Linear", "--model.regularizer.coef.start", "0.1"], ["coef.end", "missing"]),
         (["TargetEntropy", "--model.regularizer.coef.targt", "0.1"], ["targt", "target"]),
         # Ours is found only behind the first member of the union `Coefficient | float`.
-        (["TargetEntropy", "--model.regularizer.coef.target", "-1"], ["coef.init_args.target: -1", "0 or more"]),
+        (["TargetEntropy", "--model.regularizer.coef.target", "-1"], ["target: -1", "0 or more"]),
     ],
     ids=["unknown class", "missing settings", "misspelt setting", "bad value"],
 )

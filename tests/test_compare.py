@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ibro_lightning.cli import main
-from ibro_lightning.compare import compare, compare_evaluations
-from ibro_lightning.datamodules.evaluation_record import EvaluationRecord
+from ibro_lightning.batches import Rollout
+from ibro_lightning.cli.main import main
+from ibro_lightning.evaluation.compare import compare, compare_evaluations
+from ibro_lightning.evaluation.record import EvaluationRecord
 from ibro_lightning.functional import bootstrap_interval
-from ibro_lightning.records import mark_complete
-from ibro_lightning.types import Completion, Group, Prompt, RewardResult, Rollout
+from ibro_lightning.runs.parquet import mark_complete
+from ibro_lightning.types import Completion, Group, Prompt, RewardResult
 
 Sets = Mapping[str, Mapping[str, Sequence[float]]]
 """``{set: {question: accuracies of its samples}}``"""
@@ -153,6 +154,24 @@ def test_the_command_prints_the_comparison_and_writes_it(
     assert written["amc"]["difference"] == 0.375
     low, high = written["amc"]["low"], written["amc"]["high"]
     assert f"[{100 * low:+.1f}, {100 * high:+.1f}]" in amc
+
+
+def test_an_earlier_comparison_and_with_overwrite_any_file_is_moved_aside(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "c.json"
+    arguments = ["compare", *map(str, pair), "--json", str(file)]
+    main(arguments)
+    first = file.read_bytes()
+    main(arguments)
+    assert (tmp_path / "c.json.1").read_bytes() == file.read_bytes() == first
+    file.write_text('{"mine": {}}')
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert file.read_text() == '{"mine": {}}'
+    main([*arguments, "--overwrite"])
+    assert (tmp_path / "c.json.2").read_text() == '{"mine": {}}'
+    assert file.read_bytes() == first
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *paths: Path) -> str:

@@ -11,21 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ibro_lightning.datamodules import (
-    TEMPLATES,
-    DatasetSource,
-    EvalSet,
-    NumberPathSource,
-    Overlap,
-    PromptSource,
-    RolloutDataModule,
-    SumsSource,
-    overlaps,
-)
-from ibro_lightning.datamodules.contamination import TrainingTexts, normalized
+from ibro_lightning.datamodules import EvalSet, RolloutDataModule
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.rewards import VerifiableReward
-from ibro_lightning.types import ModelSpec, Problem, Prompt
+from ibro_lightning.sources import TEMPLATES, DatasetSource, Overlap, PromptSource, overlaps
+from ibro_lightning.sources.contamination import TrainingTexts, normalized
+from ibro_lightning.tasks import NumberPathSource, SumsSource
+from ibro_lightning.types import Problem, Prompt
 
 DATA = Path(os.environ.get("IBRO_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no folder {DATA} (set IBRO_DATA)")
@@ -194,7 +187,7 @@ def set_up(train: PromptSource, evaluated: PromptSource, **settings: object) -> 
     data = RolloutDataModule(
         train, NeverRight(), engine=SilentEngine(), eval_sets=sets, weight_check=None, reward_pool=None, **settings
     )
-    data.trainer = SimpleNamespace(lightning_module=Provider())
+    data.trainer = SimpleNamespace(fast_dev_run=1, lightning_module=Provider())
     data.setup("fit")
     return data
 
@@ -207,17 +200,17 @@ class TestTrainingRefusesThem:
         with pytest.raises(ConfigError) as refused:
             set_up(self.TRAINED, evaluated)
         assert str(refused.value) == (
-            "data.eval_sets.aime: '4 of 5 questions' - are trained on (v = e 'what is $5$?'; "
-            f"x = b '{LONG.upper()[:59]}…'; y = d 'What is (4)?'; …): write other splits, or data.allow_overlap: true"
+            "eval_sets.aime: '4 of 5 questions' - are trained on (v = e 'what is $5$?'; "
+            f"x = b '{LONG.upper()[:59]}…'; y = d 'What is (4)?'; …): write other splits, or allow_overlap: true"
         )
 
     def test_allow_overlap_warns_instead(self):
-        with pytest.warns(UserWarning, match=r"data\.eval_sets\.aime: 1 of 2 questions are trained on \(w = c 'What"):
+        with pytest.warns(UserWarning, match=r"^data\.eval_sets\.aime: 1 of 2 questions are trained on \(w = c 'What"):
             set_up(self.TRAINED, Listed(v="What is 2?", w="What is 3?"), allow_overlap=True)
 
     def test_other_problems_are_evaluated(self, recwarn):
         data = set_up(self.TRAINED, Listed(v="What is 2?", w="What is 6?"))
-        assert [prompt.id for prompt in data.eval_prompts("aime")] == ["v", "w"]
+        assert [prompt.id for prompt in data.eval_prompts["aime"]] == ["v", "w"]
         assert not [warning for warning in recwarn if "trained on" in str(warning.message)]
 
     def test_only_what_is_evaluated_and_trained_on_counts(self):
@@ -225,9 +218,9 @@ class TestTrainingRefusesThem:
         sets = {"aime": EvalSet(Listed(v="What is 2?", w="What is 3?"), NeverRight(), limit=1)}
         settings = {"engine": SilentEngine(), "weight_check": None, "reward_pool": None}
         data = RolloutDataModule(self.TRAINED, NeverRight(), eval_sets=sets, **settings)
-        data.trainer = SimpleNamespace(lightning_module=Provider())
+        data.trainer = SimpleNamespace(fast_dev_run=1, lightning_module=Provider())
         data.setup("fit")
-        assert [prompt.id for prompt in data.eval_prompts("aime")] == ["v"]
+        assert [prompt.id for prompt in data.eval_prompts["aime"]] == ["v"]
 
     @pytest.mark.parametrize(
         "source", [lambda split: NumberPathSource(split=split), lambda split: SumsSource(chat=False, split=split)]
@@ -235,7 +228,7 @@ class TestTrainingRefusesThem:
     def test_short_tasks_are_compared_exactly(self, source):
         """Thousands of prompts that differ in one character: the splits have none in common, and each has its own."""
         assert set_up(source("train"), source("heldout"))
-        with pytest.raises(ConfigError, match=r"data\.eval_sets\.aime: '(\d+) of \1 questions' - are trained on"):
+        with pytest.raises(ConfigError, match=r"^eval_sets\.aime: '(\d+) of \1 questions' - are trained on"):
             set_up(source("all"), source("heldout"))
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from conftest import USER_CODE
-from crash_helpers import Moment, Reference, differences, go_on, kill, phases, unequal, write_recipe
+from helpers.crash import Moment, Reference, go_on, kill, phases, write_recipe
+from helpers.crash_trials import FOREIGN, KINDS, Bench, Foreign
+from helpers.run_comparison import differences, unequal
+from helpers.user_code import USER_CODE
+from ibro_lightning.runs.checkpoints import ABOUT, read_about
 
 ALGORITHMS = ("DAPOModule", "PPOModule")
 
@@ -60,7 +63,11 @@ SHARDS = "torch.distributed.checkpoint.filesystem._write_item"
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "saving"), [("DAPOModule", Moment("half", 2)), ("PPOModule", Moment(SHARDS, 70, after=True))]
+    ("algorithm", "saving"),
+    [
+        ("DAPOModule", Moment("half", 2)),
+        pytest.param("PPOModule", Moment(SHARDS, 70, after=True), marks=pytest.mark.slow),
+    ],
 )
 def test_two_sharded_ranks_killed_again_and_again(
     algorithm: str, saving: Moment, tiny_policy: Path, tmp_path: Path
@@ -72,12 +79,36 @@ def test_two_sharded_ranks_killed_again_and_again(
     moments = [
         Moment("ibro_lightning.engines.hf.HFEngine.generate", 3),
         saving,
-        Moment("ibro_lightning.modules.base.PolicyModule.clip_and_step", 3, after=True),
+        Moment("ibro_lightning.update.updater.Updater.clip_and_step", 3, after=True),
     ]
     for number, moment in enumerate(moments):
         assert kill(tmp_path, moment, "--ckpt_path", "last", ranks=2, fresh=not number), f"{moment} never came"
     go_on(tmp_path, ranks=2)
     check(tmp_path, algorithm)
+
+
+def stop_in_an_evaluation_and_go_on(folder: Path, ranks: int = 1) -> None:
+    """The checkpoint that the stopped run leaves says that its iteration is not evaluated."""
+    evaluates = Moment("ibro_lightning.callbacks.Interruptions.on_validation_start", 2, after=True, stop=True)
+    assert kill(folder, evaluates, ranks=ranks), f"{evaluates} never came"
+    checkpoint = folder / "run" / "checkpoints" / "iteration_000002.ckpt"
+    assert not read_about(checkpoint)[ABOUT]["evaluated"]
+    go_on(folder, ranks=ranks)
+    assert read_about(checkpoint)[ABOUT]["evaluated"]
+    check(folder, str(evaluates))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_stopped_in_an_evaluation(references: dict[str, Reference], algorithm: str) -> None:
+    stop_in_an_evaluation_and_go_on(references[algorithm].folder)
+
+
+@pytest.mark.slow
+def test_two_ranks_that_save_shards_stopped_in_an_evaluation(tiny_policy: Path, tmp_path: Path) -> None:
+    """Their checkpoint is a folder, whose shards stay when the evaluation has been made."""
+    write_recipe(tmp_path, "PPOModule", tiny_policy, USER_CODE, folders=True)
+    Reference.make(tmp_path, ranks=2)
+    stop_in_an_evaluation_and_go_on(tmp_path, ranks=2)
 
 
 def test_the_comparison_finds_a_file_a_point_and_a_bit_too_many(
@@ -96,3 +127,26 @@ def test_the_comparison_finds_a_file_a_point_and_a_bit_too_many(
     assert len(differences(reference, other)) > 20
     assert unequal({"a": [1.0]}, {"a": [1.0]}) == []
     assert unequal({"a": [1.0]}, {"a": [1.0 + 2**-52]}) == ["/a/0: 1.0 and 1.0000000000000002"]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ("dapo", "validate") else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
+)
+def test_two_go_on_at_once_among_files_of_other_people(name: str, tiny_policy: Path, tmp_path: Path) -> None:
+    """One of them does, and the other is refused, or finds nothing left to do. The benchmark draws other moments."""
+    bench = Bench(name, KINDS[name], tmp_path, tiny_policy, seed=0)
+    outcome = bench.trial(0, starts=2)
+    assert outcome.differences == [], outcome
+    assert outcome.touched == [], outcome
+
+
+def test_a_trial_finds_files_of_other_people_that_are_gone_or_changed(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    foreign = Foreign(tmp_path, FOREIGN)
+    foreign.plant()
+    foreign.plant_later()
+    assert foreign.touched() == []
+    (tmp_path / "run" / "notes.txt").write_text("another text")
+    (tmp_path / "run" / "checkpoints" / "notes.md").unlink()
+    (tmp_path / "run" / ".hidden").rename(tmp_path / "run" / "elsewhere")
+    assert foreign.touched() == ["run/.hidden", "run/checkpoints/notes.md", "run/notes.txt"]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 
 from ibro_lightning.errors import RewardError
-from ibro_lightning.responses import Completion, Prompt
-from ibro_lightning.rewards.mathematics.dapo import DapoMathReward, dapo_score
+from ibro_lightning.rewards.mathematics.dapo_reward import DapoMathReward, dapo_score
+from ibro_lightning.types import Completion, Prompt
 
 REMOVED_UNITS = (
     *("square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "sue", "points", "feet", "minutes"),

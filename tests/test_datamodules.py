@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-import csv
+import inspect
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from helpers.collecting import IsOne, Paths, Provider, ScriptedEngine, build
+from helpers.prompts import Listed
+from helpers.tables import write
+from ibro_lightning.batches import Rollout
 from ibro_lightning.callbacks.metrics_log import rollout_metrics
-from ibro_lightning.datamodules import (
-    DatasetSource,
-    DynamicSampling,
-    EvalSet,
-    EvaluationDataModule,
-    NumberPathDemonstrations,
-    PromptCursor,
-    PromptLimits,
-    PromptSource,
-    RolloutDataModule,
-    SFTDataModule,
-    encode_prompts,
-)
+from ibro_lightning.cli.parser import OneLineParser
+from ibro_lightning.datamodules import DynamicSampling, EvalSet, EvaluationDataModule, RolloutDataModule, SFTDataModule
+from ibro_lightning.engines.sampling import sample_tokens
 from ibro_lightning.errors import ConfigError, RewardError, RolloutError
-from ibro_lightning.metrics import SampleAccuracy
-from ibro_lightning.rewards import OverlongPenalty, VerifiableReward
-from ibro_lightning.tasks import NumberPath
-from ibro_lightning.types import Generation, ModelSpec, Problem, Prompt, Rollout, RolloutEngine, SamplingParams
+from ibro_lightning.evaluation.metrics import SampleAccuracy
+from ibro_lightning.rewards import LastNumberReward, OverlongPenalty, RewardSum
+from ibro_lightning.sources import DatasetSource, PromptCursor, PromptLimits, encode_prompts
+from ibro_lightning.tasks import NumberPath, NumberPathDemonstrations
+from ibro_lightning.types import Problem, Prompt, SamplingParams
 
 torch.set_num_threads(1)
 DATA = Path(os.environ.get("IBRO_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -51,30 +44,6 @@ def _run_seed(monkeypatch):
 @pytest.fixture(autouse=True)
 def _own_dataset_cache(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets_cache"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return NumberPath().tokenizer()
-
-
-class Paths(PromptSource):
-    """``count`` raw prompts ``0>1:``, ``0>2:``, … of four tokens each."""
-
-    def __init__(self, count: int = 12) -> None:
-        self.count = count
-
-    def problems(self):
-        for number in range(1, self.count + 1):
-            yield Problem(f"path-{number}", f"0>{number}:", number, {"number": number})
-
-
-class Listed(PromptSource):
-    def __init__(self, *problems: Problem) -> None:
-        self.listed = problems
-
-    def problems(self):
-        return self.listed
 
 
 class TestPromptCursor:
@@ -117,7 +86,7 @@ class TestPromptCursor:
 
 
 class TestEncodePrompts:
-    SETTING = "data.source"
+    SETTING = "source"
 
     def encode(self, tokenizer, *problems: Problem, **limits) -> list[Prompt]:
         return encode_prompts(Listed(*problems), tokenizer, PromptLimits(**limits), setting=self.SETTING)
@@ -150,19 +119,19 @@ class TestEncodePrompts:
 
     def test_repeated_ids_are_refused(self, tokenizer):
         """Seeds derive from ids: two problems of one id would be sampled with the same random numbers."""
-        with pytest.raises(ConfigError, match=r"data\.source.*same id"):
+        with pytest.raises(ConfigError, match=r"^source.*same id"):
             self.encode(tokenizer, Problem("a", "0>7:", 0), Problem("a", "0>8:", 0))
 
     def test_a_source_without_problems_is_refused(self, tokenizer):
-        with pytest.raises(ConfigError, match=r"data\.source.*Listed.*no problems"):
+        with pytest.raises(ConfigError, match=r"^source.*Listed.*no problems"):
             self.encode(tokenizer)
 
     def test_a_prompt_without_tokens_is_refused(self, tokenizer):
-        with pytest.raises(ConfigError, match=r"data\.source.*empty-one.*no tokens"):
+        with pytest.raises(ConfigError, match=r"^source.*empty-one.*no tokens"):
             self.encode(tokenizer, Problem("a", "0>7:", 0), Problem("empty-one", "", 0))
 
     def test_a_chat_prompt_needs_a_template(self, tokenizer):
-        with pytest.raises(ConfigError, match=r"data\.source.*no chat template.*chat: false"):
+        with pytest.raises(ConfigError, match=r"^source.*no chat template.*chat: false"):
             self.encode(tokenizer, Problem("a", [{"role": "user", "content": "0>7:"}], 0))
 
     @pytest.fixture
@@ -194,22 +163,6 @@ class TestEncodePrompts:
 
 
 ROWS = [{"problem": "one?", "answer": "1"}, {"problem": "two?", "answer": "2"}, {"problem": "three?", "answer": "3"}]
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    """``rows`` in the format that the file's ending names."""
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    return str(path)
 
 
 class TestDatasetSource:
@@ -253,7 +206,7 @@ class TestDatasetSource:
 
     @pytest.mark.parametrize("template", ["no name", "{question}", "{problem", "{}", "{problem} {0}"])
     def test_a_template_that_cannot_be_filled_in_is_refused(self, template):
-        with pytest.raises(ConfigError, match=r"source\.template"):
+        with pytest.raises(ConfigError, match=r"^template"):
             DatasetSource("x.jsonl", template=template)
 
     def test_repeated_questions_are_dropped(self, tmp_path):
@@ -269,7 +222,7 @@ class TestDatasetSource:
         path = write(tmp_path / "math.jsonl", ROWS)
         assert [p.prompt for p in DatasetSource(path, chat=False, limit=2).problems()] == ["one?", "two?"]
         assert len(list(DatasetSource(path, chat=False, limit=99).problems())) == 3
-        with pytest.raises(ConfigError, match=r"source\.limit"):
+        with pytest.raises(ConfigError, match=r"^limit"):
             DatasetSource(path, limit=0)
 
     def test_ids_do_not_depend_on_the_limit(self, tmp_path):
@@ -293,7 +246,7 @@ class TestDatasetSource:
     )
     def test_a_missing_column_is_named_with_those_that_exist(self, tmp_path, settings, setting):
         path = write(tmp_path / "math.jsonl", ROWS)
-        with pytest.raises(ConfigError, match=rf"source\.{setting}.*math\.jsonl.*answer.*problem"):
+        with pytest.raises(ConfigError, match=rf"^{setting}.*math\.jsonl.*answer.*problem"):
             list(DatasetSource(path, **settings).problems())
 
     def test_a_missing_nested_value_is_named(self, tmp_path):
@@ -309,7 +262,7 @@ class TestDatasetSource:
         path = write(tmp_path / f"math.{ending}", [ROWS[0], {**ROWS[1], column: nothing}, ROWS[2]])
         setting = {"problem": "prompt_column", "answer": "answer_column"}[column]
         where = "line 2" if ending == "jsonl" else "data row 2"
-        with pytest.raises(ConfigError, match=rf"source\.{setting}.*math\.{ending}, {where}: no value"):
+        with pytest.raises(ConfigError, match=rf"^{setting}.*math\.{ending}, {where}: no value"):
             list(DatasetSource(path).problems())
 
     @pytest.mark.parametrize("question", [7, ["one?"], [{"role": "user"}]])
@@ -320,7 +273,7 @@ class TestDatasetSource:
 
     @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
     def test_a_missing_file_is_named(self, tmp_path, ending):
-        with pytest.raises(ConfigError, match=rf"source\.path.*nowhere\.{ending}.*no such file"):
+        with pytest.raises(ConfigError, match=rf"^path.*nowhere\.{ending}.*no such file"):
             list(DatasetSource(str(tmp_path / f"nowhere.{ending}")).problems())
 
     @pytest.mark.parametrize(
@@ -336,7 +289,7 @@ class TestDatasetSource:
     )
     def test_a_broken_file_is_named(self, tmp_path, name, content):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ConfigError, match=rf"source\.path.*{name}"):
+        with pytest.raises(ConfigError, match=rf"^path.*{name}"):
             list(DatasetSource(str(tmp_path / name)).problems())
 
     def test_a_file_that_changed_is_read_anew(self, tmp_path):
@@ -367,99 +320,6 @@ class TestDatasetSource:
         assert message["role"] == "user"
         assert "$m^2 + n^2 + 1 = kmn$" in message["content"]
         assert all(problem.answer.lstrip("-").isdigit() for problem in problems)
-
-
-class ScriptedEngine(RolloutEngine):
-    """Answers right (``1!``) or wrong (``0!``) as the script says, and remembers everything it was told.
-
-    ``rights`` gives, for each group in the order they are asked for, how many of its responses are right. It has no
-    weights that a check could find wanting: :mod:`test_weight_check` is about that.
-    """
-
-    dtype = "float32"
-
-    max_model_len = None
-
-    def __init__(self, tokenizer, rights: Sequence[int] | None = None) -> None:
-        self.tokenizer = tokenizer
-        self.rights: Iterator[int] = iter(rights if rights is not None else [1] * 10_000)
-        self.events: list[str] = []
-        self.weights: list[float] = []
-        self.calls: list[tuple[list[str], list[list[int]], SamplingParams]] = []
-        self.weights_at_calls: list[float] = []
-
-    def setup(self, spec):
-        assert isinstance(spec, ModelSpec)
-        self.events.append("setup")
-
-    def load_weights(self, named_tensors, *, partial=False):
-        self.events.append("load")
-        self.weights.append({name: tensor.item() for name, tensor in named_tensors}["version"])
-
-    def generate(self, prompts, sampling, seeds):
-        self.events.append("generate")
-        self.weights_at_calls.append(self.weights[-1])
-        texts = [self.tokenizer.decode(list(ids)) for ids in prompts]
-        self.calls.append((texts, [list(row) for row in seeds], sampling))
-        right, wrong = (tuple(self.tokenizer(text)["input_ids"]) for text in ("1!", "0!"))
-        groups = []
-        for row in seeds:
-            count = next(self.rights)
-            groups.append([Generation(right if i < count else wrong, (-0.5, -0.25), "stop") for i in range(len(row))])
-        return groups
-
-    def offload(self):
-        self.events.append("offload")
-
-    def onload(self):
-        self.events.append("onload")
-
-    def close(self):
-        self.events.append("close")
-
-    @property
-    def texts(self) -> list[str]:
-        """All prompts asked so far, in order."""
-        return [text for texts, _, _ in self.calls for text in texts]
-
-
-class IsOne(VerifiableReward):
-    def verify(self, prompt, completion):
-        return completion.text == "1"
-
-
-class Provider(SimpleNamespace):
-    """As much of a LightningModule as datamodules may know."""
-
-    def __init__(self, tokenizer, min_group_size: int = 2) -> None:
-        super().__init__(tokenizer=tokenizer, eos_token_ids=(tokenizer.eos_token_id,), min_group_size=min_group_size)
-        self.version = 0.0
-
-    def model_spec(self):
-        config = SimpleNamespace(vocab_size=len(self.tokenizer))
-        config.get_text_config = lambda: config
-        return ModelSpec(config, self.eos_token_ids, torch.device("cpu"))
-
-    def named_full_weights(self):
-        yield "version", torch.tensor(self.version)
-
-
-def build(tokenizer, rights: Sequence[int] | None = None, *, attach: bool = True, **settings) -> RolloutDataModule:
-    """A datamodule with 3 prompts per rollout and groups of 4, ready to generate."""
-    defaults = {
-        "source": Paths(),
-        "reward": IsOne(),
-        "engine": ScriptedEngine(tokenizer, rights),
-        "prompts_per_rollout": 3,
-        "group_size": 4,
-        "weight_check": None,
-        "reward_pool": None,
-    }
-    data = RolloutDataModule(**{**defaults, **settings})
-    if attach:
-        data.trainer = SimpleNamespace(lightning_module=Provider(tokenizer), predicting=True)
-        data.setup("fit")
-    return data
 
 
 def right_answers(rollout: Rollout) -> list[float]:
@@ -675,7 +535,7 @@ class TestDynamicSampling:
 
     @pytest.mark.parametrize("setting", ["max_rounds", "max_skips"])
     def test_refused_settings_are_named(self, setting):
-        with pytest.raises(ConfigError, match=rf"data\.dynamic_sampling\.{setting}: 0"):
+        with pytest.raises(ConfigError, match=rf"^{setting}: 0"):
             DynamicSampling(**{setting: 0})
 
 
@@ -694,7 +554,7 @@ class TestResuming:
         resumed = build(tokenizer, attach=False)
         if load_first:
             resumed.load_state_dict(state)
-        resumed.trainer = SimpleNamespace(lightning_module=Provider(tokenizer), predicting=True)
+        resumed.trainer = SimpleNamespace(fast_dev_run=1, lightning_module=Provider(tokenizer), predicting=True)
         resumed.setup("fit")
         if not load_first:
             resumed.load_state_dict(state)
@@ -718,23 +578,51 @@ class TestRefusedSettings:
     @pytest.mark.parametrize(
         ("settings", "name"),
         [
-            ({"sampling": SamplingParams(temperature=0)}, "data.sampling.temperature"),
-            ({"sampling": SamplingParams(top_p=0.9)}, "data.sampling.top_p"),
-            ({"sampling": SamplingParams(top_k=20)}, "data.sampling.top_k"),
-            ({"sampling": SamplingParams(min_p=0.1)}, "data.sampling.min_p"),
-            ({"prompts_per_rollout": 0}, "data.prompts_per_rollout"),
-            ({"group_size": 0}, "data.group_size"),
-            ({"rollouts_per_epoch": 0}, "data.rollouts_per_epoch"),
-            ({"eval_batch_prompts": 0}, "data.eval_batch_prompts"),
-            ({"eval_sets": {"a b": EvalSet(Paths(), IsOne())}}, "data.eval_sets"),
-            ({"eval_sets": {"a/b": EvalSet(Paths(), IsOne())}}, "data.eval_sets"),
-            ({"eval_sets": {"aime": EvalSet(Paths(), IsOne(), samples=0)}}, "data.eval_sets.aime.samples"),
+            ({"sampling": SamplingParams(temperature=0)}, "sampling.temperature"),
+            ({"sampling": SamplingParams(top_p=0.9)}, "sampling.top_p"),
+            ({"sampling": SamplingParams(top_k=20)}, "sampling.top_k"),
+            ({"sampling": SamplingParams(min_p=0.1)}, "sampling.min_p"),
+            ({"prompts_per_rollout": 0}, "prompts_per_rollout"),
+            ({"group_size": 0}, "group_size"),
+            ({"group_size": 2.5}, "group_size"),
+            ({"group_size": None}, "group_size"),
+            ({"prompts_per_rollout": 4.0}, "prompts_per_rollout"),
+            ({"chat_template_kwargs": ["enable_thinking"]}, "chat_template_kwargs"),
+            ({"rollouts_per_epoch": 0}, "rollouts_per_epoch"),
+            ({"eval_batch_prompts": 0}, "eval_batch_prompts"),
+            ({"eval_sets": {"a b": EvalSet(Paths(), IsOne())}}, "eval_sets"),
+            ({"eval_sets": {"a/b": EvalSet(Paths(), IsOne())}}, "eval_sets"),
+            ({"eval_sets": {"aime": EvalSet(Paths(), IsOne(), samples=0)}}, "eval_sets.aime.samples"),
+            ({"eval_sets": {"aime": EvalSet(Paths(), IsOne(), samples=1.5)}}, "eval_sets.aime.samples"),
         ],
     )
     def test_are_named_before_anything_is_built(self, tokenizer, settings, name):
         with pytest.raises(ConfigError) as caught:
             build(tokenizer, attach=False, **settings)
         assert caught.value.setting == name
+
+    @pytest.mark.parametrize(
+        ("name", "values"),
+        [
+            ("temperature", [-1, -0.0001, 1e-7, 1e-40, float("nan"), float("inf"), None, "1", True]),
+            ("top_p", [0, -0.1, 1.01, float("nan"), None, "0.9"]),
+            ("top_k", [-1, 1.5, 20.0, float("nan"), None, "20"]),
+            ("min_p", [-0.1, 1, 1.5, float("nan"), None]),
+            ("max_tokens", [0, -1, 16.0, 1.5, float("inf"), None, "16"]),
+        ],
+    )
+    def test_sampling_values_that_no_engine_samples_with_are_named(self, name, values):
+        for value in values:
+            with pytest.raises(ConfigError) as caught:
+                SamplingParams(**{name: value})
+            assert caught.value.setting == name, value
+
+    def test_those_that_are_allowed_are_sampled_with_as_they_are(self):
+        """Down to the coldest temperature, the log-prob is a number and the likeliest token is drawn."""
+        for temperature in (1e-6, 1e-3, 2.5, 1e6):
+            sampling = SamplingParams(temperature=temperature, top_p=1e-9 if temperature > 1 else 1.0)
+            tokens, logp = sample_tokens(torch.tensor([[-100.0, 3e4, 50.0]]), sampling, torch.tensor([7]), 0)
+            assert (tokens.item(), logp.item()) == (1, 0.0)
 
     @pytest.mark.parametrize("limit", [0, -1])
     def test_an_evaluation_of_no_problems_is_named(self, tokenizer, limit):
@@ -755,30 +643,62 @@ class TestRefusedSettings:
         ],
     )
     def test_impossible_sampling_is_named(self, name, value):
-        with pytest.raises(ConfigError, match=rf"sampling\.{name}"):
+        with pytest.raises(ConfigError, match=rf"^{name}: "):
             SamplingParams(**{name: value})
 
     @pytest.mark.parametrize(("minimum", "size", "allowed"), [(2, 1, False), (2, 2, True), (1, 1, True), (3, 2, False)])
     def test_the_algorithm_says_how_large_a_group_must_be(self, tokenizer, minimum, size, allowed):
         data = build(tokenizer, attach=False, group_size=size)
-        data.trainer = SimpleNamespace(lightning_module=Provider(tokenizer, min_group_size=minimum))
+        data.trainer = SimpleNamespace(fast_dev_run=1, lightning_module=Provider(tokenizer, min_group_size=minimum))
         if allowed:
             data.setup("fit")
         else:
-            with pytest.raises(ConfigError, match=rf"data\.group_size: {size} - Provider.*write {minimum} or more"):
+            with pytest.raises(ConfigError, match=rf"^group_size: {size} - Provider.*write {minimum} or more"):
                 data.setup("fit")
 
     def test_a_reward_without_accuracy_is_found_before_the_first_response(self, tokenizer):
         data = build(tokenizer, attach=False, reward=OverlongPenalty(4))
-        data.trainer = SimpleNamespace(lightning_module=Provider(tokenizer), predicting=True)
+        data.trainer = SimpleNamespace(fast_dev_run=1, lightning_module=Provider(tokenizer), predicting=True)
         with pytest.raises(RewardError, match="accuracy"):
             data.setup("fit")
         assert data.engine.events == []
 
+    @pytest.mark.parametrize(
+        ("rule", "setting"),
+        [
+            (None, "null"),
+            (DynamicSampling(on_exhausted="fill"), "on_exhausted: fill"),
+            (DynamicSampling(on_exhausted="smaller"), ""),
+        ],
+    )
+    def test_shaping_of_groups_that_do_not_differ_is_announced(self, tokenizer, rule, setting, recwarn):
+        shaped = RewardSum([IsOne(), OverlongPenalty(4)])
+        build(tokenizer, reward=shaped, dynamic_sampling=rule)
+        said = [str(w.message) for w in recwarn if "data.dynamic_sampling" in str(w.message)]
+        assert len(said) == bool(setting)
+        assert all(line.startswith(f"data.dynamic_sampling: {setting} - ") and " overlong " in line for line in said)
+        build(tokenizer, dynamic_sampling=rule)
+        assert len([w for w in recwarn if "data.dynamic_sampling" in str(w.message)]) == len(said), "nothing is shaped"
+
+    @pytest.mark.parametrize("where", ["source", "eval_sets.half"])
+    def test_a_gold_that_its_verifier_cannot_use_is_refused_or_dropped(self, tokenizer, where):
+        """In training and in evaluation, before the engine does anything."""
+        mixed = Listed(*(Problem(f"half/{n}", f"0>{n + 1}:", gold) for n, gold in enumerate(["1/2", "7", "8", "9"])))
+        sets = {"half": EvalSet(mixed, LastNumberReward())} if "eval" in where else {}
+        own = {} if sets else {"source": mixed, "reward": LastNumberReward()}
+        data = build(tokenizer, attach=False, eval_sets=sets, allow_overlap=True, **own)
+        data.trainer = SimpleNamespace(fast_dev_run=1, lightning_module=Provider(tokenizer), predicting=True)
+        with pytest.raises(ConfigError, match=rf"{where}: 'half/0' - 1 of 4 golds.*'1/2'.*or on_bad_gold: drop"):
+            data.setup("fit")
+        assert data.engine.events == []
+        data = build(tokenizer, eval_sets=sets, allow_overlap=True, on_bad_gold="drop", **own)
+        left = data.eval_prompts["half"] if sets else data._cursor.prompts
+        assert [prompt.id for prompt in left] == ["half/1", "half/2", "half/3"]
+
     @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
     def test_evaluating_without_a_set_is_named(self, tokenizer, stage):
         data = build(tokenizer)
-        with pytest.raises(ConfigError, match=rf"data\.eval_sets.*{stage}"):
+        with pytest.raises(ConfigError, match=rf"^eval_sets.*{stage}"):
             data.setup(stage)
 
     def test_using_it_without_a_trainer_says_so(self, tokenizer):
@@ -797,7 +717,7 @@ class TestEvaluation:
             "reward_pool": None,
         }
         data = EvaluationDataModule(**{**defaults, **settings})
-        data.trainer = SimpleNamespace(lightning_module=Provider(tokenizer), predicting=True)
+        data.trainer = SimpleNamespace(fast_dev_run=1, lightning_module=Provider(tokenizer), predicting=True)
         data.setup(stage)
         return data
 
@@ -880,7 +800,7 @@ class TestEvaluation:
         if limit is None or longest + 7 <= limit:
             self.build(tokenizer, engine=engine)
             engine.max_model_len = longest + 6
-        with pytest.raises(ConfigError, match=r"data\.eval_sets\.aime\.sampling\.max_tokens: 7 - .* write at most 6"):
+        with pytest.raises(ConfigError, match=r"^eval_sets\.aime\.sampling\.max_tokens: 7 - .* write at most 6"):
             self.build(tokenizer, engine=engine)
 
     def test_evaluates_the_current_weights(self, tokenizer):
@@ -911,7 +831,7 @@ class TestEvaluation:
 class TestDemonstrations:
     def build(self, tokenizer, **settings) -> SFTDataModule:
         data = SFTDataModule(NumberPathDemonstrations(max_steps=4), batch_size=8, **settings)
-        data.trainer = SimpleNamespace(lightning_module=Provider(tokenizer), predicting=True)
+        data.trainer = SimpleNamespace(fast_dev_run=1, lightning_module=Provider(tokenizer), predicting=True)
         return data
 
     def test_rows_are_prompt_response_and_eos(self, tokenizer):
@@ -939,7 +859,7 @@ class TestDemonstrations:
 
     @pytest.mark.parametrize("name", ["batch_size", "steps_per_epoch"])
     def test_refused_settings_are_named(self, name):
-        with pytest.raises(ConfigError, match=rf"data\.{name}: 0"):
+        with pytest.raises(ConfigError, match=rf"^{name}: 0"):
             SFTDataModule(NumberPathDemonstrations(), **{name: 0})
 
 
@@ -949,3 +869,28 @@ def test_a_local_file_answers_to_any_split_name_and_slice(tmp_path, split, rows)
     path = tmp_path / "sums.jsonl"
     path.write_text("".join(f'{{"problem": "{n}+1", "answer": "{n + 1}"}}\n' for n in range(3)))
     assert len(list(DatasetSource(str(path), split=split).problems())) == rows
+
+
+class TestConstructors:
+    KINDS = (EvaluationDataModule, RolloutDataModule, SFTDataModule)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_signature_and_help_show_the_same_parameters_each_explained(self, kind):
+        parser = OneLineParser()
+        parser.add_class_arguments(kind, "data")
+        actions = {action.dest.removeprefix("data."): action for action in parser._actions}
+        parameters = inspect.signature(kind).parameters
+        assert not [one for one in parameters.values() if one.kind in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+        shown = {name.partition(".")[0] for name in actions} - {"data", "help"}
+        assert shown == parameters.keys()
+        defaults = {name: actions[name].default for name in parameters if name in actions}
+        plain = {name: one.default for name, one in parameters.items() if isinstance(one.default, bool | int | str)}
+        assert plain.items() <= defaults.items()
+        assert not [name for name in parameters if name in actions and not actions[name].help]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_wrong_keyword_names_the_class(self, kind):
+        with pytest.raises(
+            TypeError, match=rf"{kind.__name__}\.__init__\(\) got an unexpected keyword argument 'engin'"
+        ):
+            kind(engin=None)

@@ -6,9 +6,10 @@ The formats, templates of one's own and limits are tested in ``test_datamodules.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
+from datetime import datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -16,9 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ibro_lightning.answers import canonical_gold
-from ibro_lightning.datamodules import TEMPLATES, DatasetSource, SourceReport, bare_question
+from helpers.tables import write
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.regularizers.hindsight import HindsightTemplate
+from ibro_lightning.rewards.mathematics.gold_text import canonical_gold
+from ibro_lightning.sources import TEMPLATES, DatasetSource, SourceReport, bare_question
+from ibro_lightning.types import Prompt
 
 DATA = Path(os.environ.get("IBRO_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no folder {DATA} (set IBRO_DATA)")
@@ -29,22 +33,6 @@ ROWS = [{"problem": "one?", "answer": "1"}, {"problem": "two?", "answer": "2"}, 
 @pytest.fixture(autouse=True)
 def _own_dataset_cache(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets_cache"))
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    """``rows`` in the format that the file's ending names."""
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    return str(path)
 
 
 def answers(path: str, **settings: object) -> list[object]:
@@ -94,11 +82,11 @@ class TestColumns:
     @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
     def test_none_of_the_names_is_an_error_that_lists_what_there_is(self, tmp_path, ending):
         line = error(write(tmp_path / f"m.{ending}", ROWS), answer_column=["gold", "solution"])
-        assert line.startswith("source.answer_column: ['gold', 'solution'] - ")
+        assert line.startswith("answer_column: ['gold', 'solution'] - ")
         assert line.endswith("has no such column: write one of ['answer', 'problem']")
 
     def test_no_name_at_all_is_refused(self):
-        with pytest.raises(ConfigError, match=r"source\.prompt_column: \[\]"):
+        with pytest.raises(ConfigError, match=r"^prompt_column: \[\]"):
             DatasetSource("x.jsonl", prompt_column=[])
 
     def test_csv_text_stays_text(self, tmp_path):
@@ -138,7 +126,7 @@ class TestColumns:
 
     @pytest.mark.parametrize("split", ["train[", "train[:x]", "train+test", "[:2]"])
     def test_a_split_that_is_none_is_refused(self, tmp_path, split):
-        with pytest.raises(ConfigError, match=r"^source\.split: .*such as"):
+        with pytest.raises(ConfigError, match=r"^split: .*such as"):
             list(DatasetSource(write(tmp_path / "m.jsonl", ROWS), split=split).problems())
 
     def test_what_datasets_can_load_is_loaded_by_it(self, tmp_path):
@@ -155,7 +143,7 @@ class TestColumns:
         assert [p.id for p in problems] == [f"set/{n}" for n in range(1300)]
         assert [p.answer for p in problems] == [[{"v": n}] for n in range(1300)]
         line = error(tmp_path / "set", split="validation", **settings)
-        assert line.startswith("source.path: ")
+        assert line.startswith("path: ")
         assert "validation" in line
 
     def test_a_large_parquet_file_is_read_in_batches(self, tmp_path):
@@ -214,7 +202,7 @@ class TestAnswers:
         rows = [{"problem": "one?", "answer": good}] * (not isinstance(value, dict))
         path = write(tmp_path / "m.jsonl", [*rows, {"problem": "two?", "answer": value}])
         line = error(path, answer_format=answer_format)
-        assert line.startswith("source.answer_column: 'answer' - ")
+        assert line.startswith("answer_column: 'answer' - ")
         assert f"m.jsonl, line {len(rows) + 1}: {reason}" in line
 
     def test_real_files_mix_numbers_and_text(self, tmp_path):
@@ -285,6 +273,81 @@ class TestRepetitions:
         assert str(source.report).endswith("1 duplicates dropped, 3 rows without question or answer skipped")
 
 
+class TestMetaColumns:
+    def test_are_kept_beside_each_problem_under_their_names(self, tmp_path):
+        rows = [{**row, "level": n, "extra_info": {"index": n, "source": "x"}} for n, row in enumerate(ROWS)]
+        path = write(tmp_path / "m.jsonl", rows)
+        problems = list(DatasetSource(path, meta_columns=["level", "extra_info.index", "extra_info"]).problems())
+        assert [p.meta for p in problems] == [
+            {"level": n, "extra_info.index": n, "extra_info": {"index": n, "source": "x"}} for n in range(3)
+        ]
+        assert [p.meta for p in DatasetSource(path).problems()] == [{}] * 3
+
+    def test_one_name_is_a_list_of_one(self, tmp_path):
+        path = write(tmp_path / "m.csv", [{**row, "level": "hard"} for row in ROWS])
+        assert {p.meta["level"] for p in DatasetSource(path, meta_columns="level").problems()} == {"hard"}
+
+    def test_a_row_without_one_has_none(self, tmp_path):
+        rows = [ROWS[0], {**ROWS[1], "extra": {"level": 2}}, {**ROWS[2], "extra": None}]
+        path = write(tmp_path / "m.jsonl", rows)
+        problems = DatasetSource(path, meta_columns=["extra.level"]).problems()
+        assert [p.meta["extra.level"] for p in problems] == [None, 2, None]
+
+    @pytest.mark.parametrize(
+        ("name", "hint"),
+        [
+            ("levle", "did you mean 'level'?"),
+            ("levle.x", "did you mean 'level.x'?"),
+            ("extra_info.indx", "did you mean 'extra_info.index'?"),
+            ("level.deep", "write one of"),
+            ("nothing", "write one of"),
+        ],
+    )
+    @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+    def test_a_column_that_does_not_exist_is_answered_with_the_nearest(self, tmp_path, name, hint, ending):
+        rows = [{**row, "level": 1, "extra_info": {"index": 1}} for row in ROWS]
+        path = write(tmp_path / f"m.{ending}", rows)
+        with pytest.raises(ConfigError) as refused:
+            list(DatasetSource(path, meta_columns=[name]).problems())
+        assert str(refused.value).startswith(f"meta_columns: {name!r} - {path} has no such column: {hint}")
+
+    def test_values_are_plain_json(self, tmp_path):
+        day, nan = datetime(2026, 1, 2, 3, 4, 5), float("nan")
+        beside = {
+            "day": day,
+            "price": Decimal("1.50"),
+            "missing": nan,
+            "deep": {"days": [day.date(), None], "ok": True},
+            "long": timedelta(minutes=1),
+        }
+        path = write(tmp_path / "m.parquet", [{**ROWS[0], **beside}])
+        (problem,) = DatasetSource(path, meta_columns=list(beside)).problems()
+        assert problem.meta == {
+            "day": "2026-01-02T03:04:05",
+            "price": 1.5,
+            "missing": None,
+            "deep": {"days": ["2026-01-02", None], "ok": True},
+            "long": 60.0,
+        }
+        assert json.loads(json.dumps(problem.meta, allow_nan=False)) == problem.meta
+
+    def test_bytes_are_refused_with_their_row(self, tmp_path):
+        path = write(tmp_path / "m.parquet", [{**row, "image": {"bytes": b"PNG"}} for row in ROWS])
+        with pytest.raises(ConfigError, match=r"meta_columns: 'image' - .*data row 1: a value of type bytes cannot be"):
+            list(DatasetSource(path, meta_columns=["image"]).problems())
+
+    @pytest.mark.parametrize("names", [["level", "level"], [""], [7]])
+    def test_each_is_named_once(self, names):
+        with pytest.raises(ConfigError, match=r"^meta_columns: "):
+            DatasetSource("x.jsonl", meta_columns=names)
+
+    def test_hindsight_templates_and_rewards_find_them(self, tmp_path):
+        path = write(tmp_path / "m.jsonl", [{**ROWS[0], "extra": {"way": "1 = 1"}}])
+        (problem,) = DatasetSource(path, meta_columns=["extra.way"], chat=False).problems()
+        prompt = Prompt(problem.id, "", (1,), problem.answer, problem.meta, problem.prompt)
+        assert HindsightTemplate("{prompt} {meta[extra.way]}").content(prompt) == "one? 1 = 1"
+
+
 class TestTemplates:
     @pytest.mark.parametrize("name", sorted(TEMPLATES))
     def test_a_name_is_a_template_that_can_be_taken_off(self, tmp_path, name):
@@ -322,9 +385,7 @@ class TestTemplates:
         assert problem.question == "one?"
 
     def test_a_name_that_does_not_exist_is_answered_with_those_that_do(self):
-        with pytest.raises(
-            ConfigError, match=r"^source\.template: 'dpao' - write one of plain, dapo, boxed, or a text"
-        ):
+        with pytest.raises(ConfigError, match=r"^template: 'dpao' - write one of plain, dapo, boxed, or a text"):
             DatasetSource("x.jsonl", template="dpao")
 
 
@@ -365,5 +426,5 @@ class TestRealFiles:
 
 def test_an_unknown_answer_format_is_refused() -> None:
     """From Python nothing else would check it, and every answer would be taken whole."""
-    with pytest.raises(ConfigError, match=r"source.answer_format: 'box' - write one of auto, boxed, raw, after_hashes"):
+    with pytest.raises(ConfigError, match=r"^answer_format: 'box' - write one of auto, boxed, raw, after_hashes"):
         DatasetSource("x.jsonl", answer_format="box")  # type: ignore[arg-type]

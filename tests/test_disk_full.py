@@ -20,12 +20,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ibro_lightning.guards.disk import DiskFullError, as_disk_full, disk_errors, written_whole
-from ibro_lightning.records import read_groups, write_parquet
-from ibro_lightning.responses import Completion, Group, Prompt, RewardResult
-from ibro_lightning.run_folders import write_json
-from ibro_lightning.types import Rollout
-from processes import command, logs, run_ranks
+from helpers.processes import command, logs, run_ranks
+from ibro_lightning.batches import Rollout
+from ibro_lightning.guards.disk import DiskFullError, as_disk_full, disk_errors, write_json, written_whole
+from ibro_lightning.runs.parquet import read_groups, write_parquet
+from ibro_lightning.types import Completion, Group, Prompt, RewardResult
 
 SMALL = 256 * 1024
 
@@ -183,7 +182,7 @@ class TestWhatCountsAsAFullDisk:
 def test_a_run_ends_with_one_line_and_goes_on_when_there_is_room(
     workspace: Path, full_disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from ibro_lightning.cli import main
+    from ibro_lightning.cli.main import main
 
     fit = ["fit", "--config", "tiny.yaml", f"--trainer.default_root_dir={full_disk}/run", "--trainer.max_epochs=50"]
     with pytest.raises(SystemExit) as end:
@@ -200,6 +199,7 @@ def test_a_run_ends_with_one_line_and_goes_on_when_there_is_room(
     assert (full_disk / "run" / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_that_save_shards_end_with_one_line_each(workspace: Path, full_disk: Path) -> None:
     """DCP's own error is a page per rank."""
     settings = ["--checkpoint.every_n_iterations=1", "--checkpoint.keep_last=null", "--trainer.max_epochs=50"]

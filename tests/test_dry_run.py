@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ibro_lightning.cli import main
+from ibro_lightning.cli.main import main
+from ibro_lightning.dry_run.layout import GIB, Layout
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.estimate import GIB, Layout
 from ibro_lightning.strategies import FSDP2Strategy
 from ibro_lightning.tasks import NumberPath
 
@@ -128,7 +130,7 @@ def test_a_7b_model_on_16_gpus_needs_neither_weights_nor_gpus(
     ("arguments", "setting"),
     [
         (["--data.source", "user_code.NoProblems"], "data.source"),
-        (["--data.reward", "user_code.ReturnsNaN"], "data.reward"),
+        (["--data.reward", "user_code.ReturnsNaN"], "ReturnsNaN"),
         (["--data.sampling.max_tokens", "100000"], "data.sampling.max_tokens"),
         (["--data.group_size", "1"], "data.group_size"),
         (["--data.prompt_limits.max_tokens", "1"], "data.prompt_limits.max_tokens"),
@@ -146,6 +148,12 @@ def test_what_training_would_stop_at_is_one_line(
     assert error.startswith("error: ")
     assert setting in error
     assert not (workspace / "run").exists()
+
+
+def test_a_command_without_a_dry_run_imports_none_of_it() -> None:
+    code = "import ibro_lightning.cli.main, sys; print(*sorted(name for name in sys.modules if 'dry_run' in name))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ibro_lightning.dry_run", "ibro_lightning.dry_run.options"]
 
 
 def test_only_fit_has_a_dry_run(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

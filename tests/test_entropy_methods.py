@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from helpers.updates import begin_step, micro_loss, token_stats
+from ibro_lightning.batches.experience import Experience, TokenStats
+from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.experience import Experience, StepContext, TokenStats
 from ibro_lightning.functional import group_advantages
 from ibro_lightning.models import PolicyOptions, PolicySource
 from ibro_lightning.modules import DAPOModule
+from ibro_lightning.ranks import Ranks
 from ibro_lightning.regularizers import (
     IBRO,
     ClipCov,
@@ -31,9 +34,10 @@ from ibro_lightning.regularizers import (
     InformationBottleneck,
     KLCov,
     NoRegularizer,
+    OppositeInformationBottleneck,
+    StepContext,
     TopEntropyTokens,
 )
-from ibro_lightning.sequences import Sequences
 from ibro_lightning.tasks import NumberPath
 from ibro_lightning.types import Prompt
 
@@ -61,7 +65,7 @@ def alone(**others: Any) -> StepContext:
     def nothing(*_: Any, **__: Any) -> Any:
         raise AssertionError("this method needs no scoring")
 
-    settings = {"policy": nothing, "score": nothing, "sum_over_ranks": lambda x: x, "tokenizer": None, "seed": 0}
+    settings = {"policy": nothing, "score": nothing, "tokenizer": None, "seed": 0}
     return StepContext(**{**settings, **others})
 
 
@@ -188,11 +192,11 @@ def experience() -> Experience:
 
 
 def loss_and_gradients(module: DAPOModule, micro_batches: Iterable[Experience]) -> list[Tensor]:
-    """What :meth:`ActorModule.update` accumulates: the summed loss, then the summed gradient of each parameter."""
+    """What :meth:`Updater.update` accumulates: the summed loss, then the summed gradient of each parameter."""
     parameters = list(SOURCE.model.parameters())
     total = [torch.zeros((), dtype=torch.float64), *(torch.zeros_like(p) for p in parameters)]
     for micro in micro_batches:
-        loss, _ = module.loss(module.token_stats(micro), micro)
+        loss, _ = micro_loss(module, micro)
         for place, value in zip(total, [loss.detach(), *torch.autograd.grad(loss, parameters)], strict=True):
             place += value
     return total
@@ -215,8 +219,8 @@ METHODS: dict[str, Callable[[], EntropyRegularizer]] = {
     "ib uniform": lambda: InformationBottleneck(0.5, part="uniform"),
     "ib centred sign": lambda: InformationBottleneck(0.5, part="centred", transform="sign"),
     "ib uniform clip": lambda: InformationBottleneck(0.5, part="uniform", transform="clip", clip=0.6),
-    "ces": lambda: CorrectPathEntropySuppression(0.5),
-    "ces centred": lambda: CorrectPathEntropySuppression(0.5, part="centred"),
+    "opposite": lambda: OppositeInformationBottleneck(0.5),
+    "opposite centred": lambda: OppositeInformationBottleneck(0.5, part="centred"),
     "ibro weighted": lambda: IBRO(0.8, beta=2.5, template=TEMPLATE),
     "ibro two-term": lambda: IBRO(0.8, beta=2.5, form="two-term", template=TEMPLATE),
     "clip-cov": lambda: ClipCov(fraction=0.15, low=0.05, high=2.0),
@@ -225,7 +229,7 @@ METHODS: dict[str, Callable[[], EntropyRegularizer]] = {
     "shaped": EntropyShapedAdvantage,
 }
 MEASURED = {
-    **{name: "ib_mean_weight" for name in METHODS if name.startswith(("ib ", "ces"))},
+    **{name: "ib_mean_weight" for name in METHODS if name.startswith(("ib ", "opposite"))},
     "ib": "ib_mean_weight",
     "ibro weighted": "hindsight_entropy",
     "clip-cov": "clip_cov",
@@ -284,8 +288,8 @@ def formula(name: str, step: Experience) -> Tensor:
         "ib uniform": lambda: mean(a) * entropy,
         "ib centred sign": lambda: (a.sign() - mean(a.sign())) * entropy,
         "ib uniform clip": lambda: mean(a.clamp(-0.6, 0.6)) * entropy,
-        "ces": lambda: -a * entropy,
-        "ces centred": lambda: (mean(a) - a) * entropy,
+        "opposite": lambda: -a * entropy,
+        "opposite centred": lambda: (mean(a) - a) * entropy,
     }[name]()
     return mean(plain) - (0.3 if name == "naive" else 0.5) * mean(objective)
 
@@ -293,7 +297,7 @@ def formula(name: str, step: Experience) -> Tensor:
 @pytest.mark.parametrize("name", METHODS)
 def test_the_steps_loss_and_gradient_are_the_formula_written_out(name: str, experience: Experience) -> None:
     module = dapo(METHODS[name]())
-    step = module.begin_step(experience, seed=11)
+    step = begin_step(module, experience, seed=11)
     expected = formula(name, step)
     gradients = torch.autograd.grad(expected, list(SOURCE.model.parameters()))
     assert_same(loss_and_gradients(module, [step]), [expected.detach(), *gradients])
@@ -304,7 +308,7 @@ def test_the_example_tells_all_methods_apart(experience: Experience) -> None:
     losses = {}
     for name in METHODS:
         module = dapo(METHODS[name]())
-        losses[name] = loss_and_gradients(module, [module.begin_step(experience, seed=11)])[0].item()
+        losses[name] = loss_and_gradients(module, [begin_step(module, experience, seed=11)])[0].item()
     values = sorted(losses.values())
     assert min(b - a for a, b in pairwise(values)) > 1e-4, losses
 
@@ -322,7 +326,7 @@ CUTS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_any_cut_into_micro_batches_gives_the_same_step(name: str, cut: str, experience: Experience) -> None:
     module = dapo(METHODS[name]())
-    step = module.begin_step(experience, seed=11)
+    step = begin_step(module, experience, seed=11)
     parts = [step.select(torch.tensor(rows)) for rows in CUTS[cut]]
     assert_same(loss_and_gradients(module, parts), loss_and_gradients(module, [step]))
 
@@ -330,7 +334,7 @@ def test_any_cut_into_micro_batches_gives_the_same_step(name: str, cut: str, exp
 @pytest.mark.parametrize("name", METHODS)
 def test_the_token_budget_does_not_matter_to_what_is_prepared(name: str, experience: Experience) -> None:
     small, large = dapo(METHODS[name](), micro_batch_tokens=1), dapo(METHODS[name](), micro_batch_tokens=10_000)
-    one, other = small.begin_step(experience, seed=11), large.begin_step(experience, seed=11)
+    one, other = begin_step(small, experience, seed=11), begin_step(large, experience, seed=11)
     assert one.metrics == pytest.approx(other.metrics, rel=1e-6)
     for key, values in one.extra.items():
         torch.testing.assert_close(values, other.extra[key], rtol=1e-12, atol=1e-14)
@@ -349,8 +353,8 @@ def padded(experience: Experience, side: Any, left: int, right: int) -> Experien
 @pytest.mark.parametrize("name", METHODS)
 def test_padding_does_not_change_the_step(name: str, side: str, left: int, right: int, experience: Experience) -> None:
     module = dapo(METHODS[name]())
-    expected = loss_and_gradients(module, [module.begin_step(experience, seed=11)])
-    other = module.begin_step(padded(experience, side, left, right), seed=11)
+    expected = loss_and_gradients(module, [begin_step(module, experience, seed=11)])
+    other = begin_step(module, padded(experience, side, left, right), seed=11)
     assert_same(loss_and_gradients(module, [other]), expected)
 
 
@@ -358,18 +362,18 @@ def test_padding_does_not_change_the_step(name: str, side: str, left: int, right
 def test_the_order_of_the_rows_does_not_change_the_step(name: str, experience: Experience) -> None:
     """Clip-Cov draws places, so it is left out; with a share of 1 it is the same below."""
     module = dapo(METHODS[name]())
-    expected = loss_and_gradients(module, [module.begin_step(experience, seed=11)])
+    expected = loss_and_gradients(module, [begin_step(module, experience, seed=11)])
     for order in ([7, 6, 5, 4, 3, 2, 1, 0], [3, 0, 6, 1, 7, 2, 5, 4]):
         shuffled = experience.select(torch.tensor(order))
-        assert_same(loss_and_gradients(module, [module.begin_step(shuffled, seed=11)]), expected)
+        assert_same(loss_and_gradients(module, [begin_step(module, shuffled, seed=11)]), expected)
 
 
 def test_clip_cov_that_takes_all_eligible_tokens_knows_no_order(experience: Experience) -> None:
     module = dapo(ClipCov(fraction=1.0, low=0.05, high=2.0))
-    step = module.begin_step(experience, seed=11)
+    step = begin_step(module, experience, seed=11)
     assert 3 < step.extra["clip_cov"].sum() < N - 3
     shuffled = experience.select(torch.tensor([3, 0, 6, 1, 7, 2, 5, 4]))
-    other = loss_and_gradients(module, [module.begin_step(shuffled, seed=12)])
+    other = loss_and_gradients(module, [begin_step(module, shuffled, seed=12)])
     assert_same(other, loss_and_gradients(module, [step]))
 
 
@@ -382,8 +386,8 @@ def test_masked_tokens_have_no_say(name: str, fields: list[str], experience: Exp
     """Old log-probs, entropies and advantages on padding and on the masked token may be any number."""
     garbage = {key: getattr(experience, key).where(experience.mask, GARBAGE[key]) for key in fields}
     module = dapo(METHODS[name]())
-    expected = loss_and_gradients(module, [module.begin_step(experience, seed=11)])
-    step = module.begin_step(replace(experience, **garbage), seed=11)
+    expected = loss_and_gradients(module, [begin_step(module, experience, seed=11)])
+    step = begin_step(module, replace(experience, **garbage), seed=11)
     assert_same(loss_and_gradients(module, [step]), expected)
     assert all(math.isfinite(value) for value in step.metrics.values())
 
@@ -392,11 +396,11 @@ def test_masked_tokens_have_no_say(name: str, fields: list[str], experience: Exp
 def test_a_fully_masked_step_is_zero_never_nan(name: str, experience: Experience) -> None:
     """Overlong filtering may leave nothing."""
     module = dapo(METHODS[name]())
-    step = module.begin_step(replace(experience, mask=torch.zeros_like(experience.mask)), seed=11)
+    step = begin_step(module, replace(experience, mask=torch.zeros_like(experience.mask)), seed=11)
     for values in loss_and_gradients(module, [step]):
         assert torch.equal(values, torch.zeros_like(values))
     assert step.metrics == dict.fromkeys(step.metrics, 0.0)
-    _, metrics = module.loss(module.token_stats(step), step)
+    _, metrics = micro_loss(module, step)
     assert metrics == dict.fromkeys(metrics, 0.0)
 
 
@@ -404,7 +408,7 @@ def test_a_fully_masked_step_is_zero_never_nan(name: str, experience: Experience
 def test_prepared_tensors_are_logged_as_means_over_valid_tokens(name: str, experience: Experience) -> None:
     """By hand in numpy; and nothing else is measured."""
     module = dapo(METHODS[name]())
-    step = module.begin_step(experience, seed=11)
+    step = begin_step(module, experience, seed=11)
     expected = {}
     if name in MEASURED:
         values = step.extra[MEASURED[name]].double().numpy()
@@ -417,7 +421,7 @@ def test_prepared_tensors_are_logged_as_means_over_valid_tokens(name: str, exper
 @pytest.mark.parametrize("name", METHODS)
 def test_preparing_a_step_leaves_the_experience_alone(name: str, experience: Experience) -> None:
     kept = {key: getattr(experience, key).clone() for key in ("advantages", "old_logp", "old_entropy", "mask")}
-    dapo(METHODS[name]()).begin_step(experience, seed=11)
+    begin_step(dapo(METHODS[name]()), experience, seed=11)
     assert all(torch.equal(getattr(experience, key), values) for key, values in kept.items())
     assert experience.extra == {}
 
@@ -447,7 +451,7 @@ VALID = [[1, 1, 1], [1, 1, 0]]
 def test_ib_parts_by_hand(settings: dict[str, Any], raw: list, centred: list, uniform: list) -> None:
     """Five valid tokens; the sixth, with A = 9 and H = 7, is masked and does not count in Ā."""
     for part, expected in (("raw", raw), ("centred", centred), ("uniform", uniform)):
-        for sign, kind in ((1, InformationBottleneck), (-1, CorrectPathEntropySuppression)):
+        for sign, kind in ((1, InformationBottleneck), (-1, OppositeInformationBottleneck)):
             regularizer = kind(part=part, **settings)
             step = regularizer.prepare(step_of(A, old_entropy=H, mask=VALID), alone())
             values = regularizer.objective(stats_of(step))[step.mask]
@@ -459,7 +463,7 @@ def test_raw_ib_is_the_sum_of_its_parts_in_value_and_gradient(transform: Any, ex
     results = {}
     for part in ("raw", "centred", "uniform"):
         module = dapo(InformationBottleneck(1.0, part=part, transform=transform))
-        step = module.begin_step(replace(experience, advantages=experience.advantages * 1.3))
+        step = begin_step(module, replace(experience, advantages=experience.advantages * 1.3))
         loss = loss_and_gradients(module, [step])
         plain = loss_and_gradients(dapo(NoRegularizer()), [step])
         results[part] = [a - b for a, b in zip(loss, plain, strict=True)]
@@ -488,11 +492,11 @@ def test_the_centred_objective_is_the_covariance_and_the_uniform_one_the_product
 @pytest.mark.parametrize("transform", ["none", "sign", "clip"])
 def test_the_uniform_gradient_is_the_mean_advantage_times_the_naive_one(transform: Any, experience: Experience) -> None:
     """Lengths differ, so the token mean of group-normalised advantages is not 0, nor that of their signs."""
-    plain = loss_and_gradients(dapo(NoRegularizer()), [dapo(NoRegularizer()).begin_step(experience)])
+    plain = loss_and_gradients(dapo(NoRegularizer()), [begin_step(dapo(NoRegularizer()), experience)])
     gradients = {}
     for regularizer in (EntropyBonus(1.0), InformationBottleneck(1.0, part="uniform", transform=transform, clip=0.4)):
         module = dapo(regularizer)
-        loss = loss_and_gradients(module, [module.begin_step(experience)])
+        loss = loss_and_gradients(module, [begin_step(module, experience)])
         gradients[type(regularizer)] = [a - b for a, b in zip(loss, plain, strict=True)]
     a = experience.advantages[experience.mask].numpy()
     mean = {"none": a, "sign": np.sign(a), "clip": np.clip(a, -0.4, 0.4)}[transform].mean()
@@ -504,16 +508,21 @@ def test_the_uniform_gradient_is_the_mean_advantage_times_the_naive_one(transfor
 def test_the_mean_advantage_counts_the_tokens_of_all_ranks() -> None:
     """This rank: advantages 2, 4. The other one: three tokens that sum to −1. Ā = (6 − 1)/(2 + 3) = 1."""
     others = iter([-1.0, 3.0])
+
+    class TwoRanks(Ranks):
+        def sum(self, value: Tensor) -> Tensor:
+            return value + next(others)
+
     regularizer = InformationBottleneck(part="uniform")
-    step = regularizer.prepare(step_of([[2.0, 4.0]]), alone(sum_over_ranks=lambda value: value + next(others)))
+    step = regularizer.prepare(step_of([[2.0, 4.0]]), alone(ranks=TwoRanks()))
     assert step.extra["ib_mean_weight"].tolist() == [[1.0, 1.0]]
 
 
 def test_ces_has_the_opposite_gradient_of_ib(experience: Experience) -> None:
-    plain = loss_and_gradients(dapo(NoRegularizer()), [dapo(NoRegularizer()).begin_step(experience)])
+    plain = loss_and_gradients(dapo(NoRegularizer()), [begin_step(dapo(NoRegularizer()), experience)])
     ib, ces = (
-        loss_and_gradients(module, [module.begin_step(experience)])
-        for module in (dapo(InformationBottleneck(0.5)), dapo(CorrectPathEntropySuppression(0.5)))
+        loss_and_gradients(module, [begin_step(module, experience)])
+        for module in (dapo(InformationBottleneck(0.5)), dapo(OppositeInformationBottleneck(0.5)))
     )
     for one, other, none in zip(ib, ces, plain, strict=True):
         assert (one - none).abs().max() > 1e-4
@@ -578,12 +587,12 @@ def test_hindsight_entropies_are_those_of_each_sequence_on_its_own(experience: E
     expected = one_by_one(tokens_of(text) for text in shown)[1].detach()
     expected = torch.where(experience.sequences.response_mask, expected, 0.0)
     weighted, two_term = dapo(METHODS["ibro weighted"]()), dapo(METHODS["ibro two-term"]())
-    prepared = weighted.begin_step(experience).extra["hindsight_entropy"]
+    prepared = begin_step(weighted, experience).extra["hindsight_entropy"]
     torch.testing.assert_close(prepared, expected, rtol=1e-12, atol=1e-13)
     assert not prepared.requires_grad
-    step = two_term.begin_step(experience)
+    step = begin_step(two_term, experience)
     assert "hindsight_entropy" not in step.extra
-    computed = two_term.token_stats(step).extra["hindsight_entropy"]
+    computed = token_stats(two_term, step).extra["hindsight_entropy"]
     torch.testing.assert_close(computed.detach(), expected, rtol=1e-12, atol=1e-13)
     assert computed.requires_grad
 
@@ -594,7 +603,7 @@ def test_ibro_pays_for_its_entropies_only_while_its_coefficient_is_positive(form
     step = regularizer.prepare(experience, alone())  # whose score() would raise
     assert step is experience
     module = dapo(regularizer)
-    assert module.token_stats(module.begin_step(experience)).entropy is None
+    assert token_stats(module, begin_step(module, experience)).entropy is None
 
 
 # Prompts that show the answer.
@@ -612,9 +621,8 @@ class Characters:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, tokenize: bool
     ) -> str:
-        assert add_generation_prompt
         assert not tokenize
-        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>" * add_generation_prompt
 
 
 def shown_text(template: str, prompt: Prompt) -> str:
@@ -657,7 +665,7 @@ def test_in_a_chat_the_answer_goes_into_the_last_user_message() -> None:
         {"role": "assistant", "content": "Let me"},
     ]
     prompt = Prompt("p", "", (9,), answer=4, content=messages)
-    expected = "<system>Be {brief}.<user>1+1?<assistant>2<user>2+2? (4)<assistant>Let me<assistant>"
+    expected = "<system>Be {brief}.<user>1+1?<assistant>2<user>2+2? (4)<assistant>Let me"
     assert shown_text("{prompt} ({answer})", prompt) == expected
     assert messages[3] == {"role": "user", "content": "2+2?"}, "the prompt itself does not change"
 
@@ -708,7 +716,7 @@ def test_a_template_that_cannot_be_right_is_refused_by_name(template: str) -> No
     for build in (HindsightTemplate, lambda text: IBRO(template=text)):
         with pytest.raises(ConfigError) as refused:
             build(template)
-        assert refused.value.setting == "regularizer.init_args.template"
+        assert refused.value.setting == "template"
 
 
 @pytest.mark.parametrize(
@@ -729,7 +737,7 @@ def test_a_template_that_does_not_fit_a_prompt_says_which(template: str, answer:
     prompt = Prompt("train/17", "", (9,), answer=answer, meta={"other": 1}, content=content)
     with pytest.raises(ConfigError, match="train/17") as refused:
         HindsightTemplate(template).content(prompt)
-    assert refused.value.setting == "regularizer.init_args.template"
+    assert refused.value.setting == "template"
 
 
 # Clip-Cov and KL-Cov.
@@ -788,7 +796,10 @@ def test_a_modules_clip_cov_draws_anew_in_every_step_and_again_the_same(experien
     module = dapo(ClipCov(fraction=0.1, low=-5.0, high=5.0), mini_batch_prompts=4, update_epochs=3)
 
     def draws() -> list[list]:
-        return [step.extra["clip_cov"].tolist() for step in module.steps(rollout)]
+        return [
+            step.extra["clip_cov"].tolist()
+            for step in module.updater.steps(rollout, module.policy_loss, module.context())
+        ]
 
     first = draws()
     assert draws() == first
@@ -799,9 +810,9 @@ def test_clip_covs_tokens_have_no_policy_gradient_and_count_in_the_denominator()
     """Ratio 1: each token's loss is −A, its gradient −A/N. Two of four tokens are drawn; N stays 4."""
     step = step_of([[3.0, -1.0, -1.0, -1.0]], [[-0.5, -3.0, -3.5, -1.0]])
     module = dapo(ClipCov(fraction=1.0))
-    step = module.begin_step(step)
+    step = begin_step(module, step)
     logp = step.old_logp.clone().requires_grad_()
-    loss, _ = module.loss(stats_of(step, logp=logp), step)
+    loss, _ = module.policy_loss(stats_of(step, logp=logp), step)
     (grad,) = torch.autograd.grad(loss, logp)
     assert step.num_tokens == 4
     assert loss.item() == pytest.approx((1.0 + 1.0) / 4, rel=1e-12)
@@ -837,10 +848,10 @@ def test_only_the_most_uncertain_tokens_are_learned_from() -> None:
     h = [[0.1, 0.9, 0.3, 7.0, 0.5, 0.2], [0.4, 0.6, 0.7, 0.8, 0.0, 8.0]]
     mask = [[1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0]]
     module = dapo(TopEntropyTokens())
-    step = module.begin_step(step_of([[1.0] * 6, [-2.0] * 6], old_entropy=h, mask=mask))
+    step = begin_step(module, step_of([[1.0] * 6, [-2.0] * 6], old_entropy=h, mask=mask))
     assert step.extra["top_entropy"].nonzero().tolist() == [[0, 1], [1, 3]]
     logp = step.old_logp.clone().requires_grad_()
-    loss, _ = module.loss(stats_of(step, logp=logp), step)
+    loss, _ = module.policy_loss(stats_of(step, logp=logp), step)
     (grad,) = torch.autograd.grad(loss, logp)
     expected = torch.zeros(2, 6, dtype=torch.float64)
     expected[0, 1], expected[1, 3] = -0.1, 0.2  # −A/N with N = 10, not 2
@@ -863,8 +874,8 @@ def test_exactly_a_fifth_of_the_valid_tokens_is_chosen_even_among_equals(tokens:
 def test_all_tokens_are_learned_from_with_a_fraction_of_one(experience: Experience) -> None:
     all_of_them, none = dapo(TopEntropyTokens(fraction=1.0)), dapo(NoRegularizer())
     assert_same(
-        loss_and_gradients(all_of_them, [all_of_them.begin_step(experience)]),
-        loss_and_gradients(none, [none.begin_step(experience)]),
+        loss_and_gradients(all_of_them, [begin_step(all_of_them, experience)]),
+        loss_and_gradients(none, [begin_step(none, experience)]),
     )
 
 
@@ -897,8 +908,8 @@ def test_shaping_keeps_signs_and_zeros_and_stays_within_its_bound(kappa: float) 
 def test_shaping_takes_the_old_entropy_and_no_gradient(experience: Experience) -> None:
     """Else the policy would be paid for the entropy itself."""
     module = dapo(EntropyShapedAdvantage())
-    step = module.begin_step(experience)
-    stats = module.token_stats(step)
+    step = begin_step(module, experience)
+    stats = token_stats(module, step)
     assert stats.entropy is None
     assert not stats.advantages.requires_grad
     expected = torch.minimum(0.4 * experience.old_entropy, experience.advantages.abs() / 2)
@@ -913,12 +924,12 @@ def test_shaping_takes_the_old_entropy_and_no_gradient(experience: Experience) -
     ("build", "setting"),
     [
         (lambda: InformationBottleneck(part="center"), "part"),
-        (lambda: CorrectPathEntropySuppression(part="both"), "part"),
-        (lambda: CorrectPathEntropySuppression(transform="Sign"), "transform"),
-        (lambda: CorrectPathEntropySuppression(clip=0.0), "clip"),
+        (lambda: OppositeInformationBottleneck(part="both"), "part"),
+        (lambda: OppositeInformationBottleneck(transform="Sign"), "transform"),
+        (lambda: OppositeInformationBottleneck(clip=0.0), "clip"),
         (lambda: InformationBottleneck(clip=math.inf), "clip"),
         (lambda: InformationBottleneck(clip=math.nan), "clip"),
-        (lambda: CorrectPathEntropySuppression(coef=-1.0), "coef"),
+        (lambda: OppositeInformationBottleneck(coef=-1.0), "coef"),
         (lambda: IBRO(coef=-1.0), "coef"),
         (lambda: IBRO(beta=-1.0), "beta"),
         (lambda: IBRO(beta=math.inf), "beta"),
@@ -942,23 +953,30 @@ def test_shaping_takes_the_old_entropy_and_no_gradient(experience: Experience) -
 def test_bad_settings_are_refused_by_name(build: Callable[[], object], setting: str) -> None:
     with pytest.raises(ConfigError) as refused:
         build()
-    assert refused.value.setting == f"regularizer.init_args.{setting}"
+    assert refused.value.setting == setting
 
 
 def test_defaults_are_those_of_the_papers() -> None:
-    ces, ibro, clip_cov, kl_cov, shaped = (
-        CorrectPathEntropySuppression(),
+    opposite, ibro, clip_cov, kl_cov, shaped = (
+        OppositeInformationBottleneck(),
         IBRO(),
         ClipCov(),
         KLCov(),
         EntropyShapedAdvantage(),
     )
-    assert (ces.coef, ces.part, ces.transform) == (0.005, "raw", "none")
+    assert (opposite.coef, opposite.part, opposite.transform) == (0.005, "raw", "none")
     assert (ibro.coef, ibro.beta, ibro.form, ibro.max_ratio) == (0.005, 2.0, "weighted", 1.0)
     assert (clip_cov.fraction, clip_cov.low, clip_cov.high) == (2e-4, 1.0, 5.0)
     assert (kl_cov.fraction, kl_cov.kl_coef) == (2e-3, 1.0)
     assert TopEntropyTokens().fraction == 0.2
     assert (shaped.scale, shaped.kappa) == (0.4, 2.0)
+
+
+def test_the_former_name_of_the_opposite_says_that_it_is_no_ces() -> None:
+    with pytest.warns(FutureWarning, match=r"now OppositeInformationBottleneck: .*not the Conditional Entropy Shaping"):
+        former = CorrectPathEntropySuppression(0.5, part="centred")
+    assert isinstance(former, OppositeInformationBottleneck)
+    assert (former.coef, former.part) == (0.5, "centred")
 
 
 def test_a_hindsight_prompt_longer_than_the_model_is_refused() -> None:
@@ -968,5 +986,5 @@ def test_a_hindsight_prompt_longer_than_the_model_is_refused() -> None:
     responses = Sequences.collate([[97, 98]], [[1, 2, 3, 4]])
     template = HindsightTemplate("{answer}{prompt}")
     assert template.sequences([prompt], responses, Characters(), max_length=10).lengths.tolist() == [10]
-    with pytest.raises(ConfigError, match=r"init_args\.template: .* up to 10 tokens.* positions for 8"):
+    with pytest.raises(ConfigError, match=r"^template: .* up to 10 tokens.* positions for 8"):
         template.sequences([prompt], responses, Characters(), max_length=8)

@@ -27,18 +27,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from helpers.processes import command as command_line
+from helpers.processes import logs, run_ranks
+from ibro_lightning.batches import Rollout
 from ibro_lightning.callbacks.evaluation_report import evaluation_table
-from ibro_lightning.cli import main
-from ibro_lightning.datamodules import evaluation as evaluation_module
+from ibro_lightning.cli.main import main
+from ibro_lightning.datamodules import base as datamodule_base
 from ibro_lightning.datamodules.collector import Collector
-from ibro_lightning.datamodules.evaluation_record import EvaluationRecord, describe, fingerprint
-from ibro_lightning.metrics import Estimate, Evaluation
-from ibro_lightning.records import MANIFEST, read_groups, write_parquet
-from ibro_lightning.rewards import CountdownReward, LastNumberReward, RewardByPart, RewardSum, VerifiableReward
-from ibro_lightning.types import Completion, Group, Prompt, RewardResult, Rollout
+from ibro_lightning.evaluation.metrics import Estimate, Evaluation
+from ibro_lightning.evaluation.record import EvaluationRecord, describe, fingerprint
+from ibro_lightning.rewards import LastNumberReward, RewardByPart, RewardSum, VerifiableReward
+from ibro_lightning.runs.parquet import MANIFEST, read_groups, write_parquet
+from ibro_lightning.tasks import CountdownReward
+from ibro_lightning.types import Completion, Group, Prompt, RewardResult
 from ibro_lightning.version import __version__
-from processes import command as command_line
-from processes import logs, run_ranks
 
 torch.set_num_threads(1)
 
@@ -165,7 +167,7 @@ def test_an_evaluation_by_another_version_of_ours_is_not_continued(
     """The version stands for the source of our own verifiers."""
     continued(tmp_path / "validate")
     assert continued(tmp_path / "validate").continues
-    monkeypatch.setattr("ibro_lightning.datamodules.evaluation_record.__version__", "0.0.1")
+    monkeypatch.setattr("ibro_lightning.evaluation.record.__version__", "0.0.1")
     assert not continued(tmp_path / "validate").continues
 
 
@@ -234,9 +236,9 @@ DIFFERENT = [
 
 @pytest.mark.parametrize(("first", "second"), DIFFERENT)
 def test_settings_that_differ_have_different_fingerprints(first: Any, second: Any) -> None:
-    assert fingerprint([], reward=first) != fingerprint([], reward=second)
+    assert fingerprint([], {"reward": first}) != fingerprint([], {"reward": second})
     for reward in (first, second):
-        assert fingerprint([], reward=reward) == fingerprint([], reward=reward)
+        assert fingerprint([], {"reward": reward}) == fingerprint([], {"reward": reward})
 
 
 def test_the_same_settings_have_the_same_fingerprint() -> None:
@@ -250,7 +252,7 @@ def test_the_fingerprint_tells_every_bit_of_the_weights() -> None:
     weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
 
     def of(**changed: torch.Tensor) -> str:
-        return fingerprint({**weights, **changed}.items())["weights"]
+        return fingerprint({**weights, **changed}.items(), {})["weights"]
 
     assert of() == of(a=weights["a"].clone())
     assert of() == of(a=weights["a"].t().contiguous().t()), "the same numbers, laid out otherwise"
@@ -272,7 +274,7 @@ import os
 import time
 from pathlib import Path
 
-from ibro_lightning.datamodules import PromptSource
+from ibro_lightning.sources import PromptSource
 from ibro_lightning.rewards import Verdict, VerifiableReward
 from ibro_lightning.types import Problem
 
@@ -434,9 +436,10 @@ def test_an_evaluation_that_failed_goes_on_where_it_was(
 def test_an_evaluation_that_was_killed_goes_on_where_it_was(lab: Path, generated: list[int]) -> None:
     """SIGKILL, while the third batch is being judged."""
     arguments = [sys.executable, "-m", "ibro_lightning", "validate", "--config", "eval.yaml"]
-    environment = {**os.environ, "WAIT_AT": "22", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(lab)}
+    path = os.pathsep.join([str(lab), os.environ["PYTHONPATH"]])
+    environment = {**os.environ, "WAIT_AT": "22", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     with subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        patience = time.monotonic() + 120
+        patience = time.monotonic() + 600
         while not (lab / "waiting").exists():
             assert process.poll() is None, "it ended before it could be killed"
             assert time.monotonic() < patience
@@ -624,7 +627,7 @@ def test_evaluations_within_training_leave_samples_and_curves_and_hash_no_weight
     def refuse(*arguments: object, **settings: object) -> None:
         raise AssertionError("weights were hashed")
 
-    monkeypatch.setattr(evaluation_module, "fingerprint", refuse)
+    monkeypatch.setattr(datamodule_base, "fingerprint", refuse)
     reward = ["--data.eval_sets.starts.reward", "graders.Reads"]
     main(["fit", "--config", "tiny.yaml", "--data.eval_batch_prompts", "4", *reward])
     evaluations = lab / "run" / "evaluations"
@@ -639,9 +642,12 @@ def test_evaluations_within_training_leave_samples_and_curves_and_hash_no_weight
     events.Reload()
     drawn = {tag.removeprefix("val/starts/") for tag in events.Tags()["scalars"] if tag.startswith("val/starts/")}
     assert {tag for tag in drawn if "/" not in tag} == {
+        "accuracy",
         "avg@4",
+        "coverage",
         "pass@2",
         "pass@4",
+        "majority",
         "maj@4",
         "length",
         "truncated",

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ibro_lightning.functional import avg_at_k, bootstrap_interval, majority_at_k, pass_at_k, sign_flip_p_value
-from ibro_lightning.functional.evaluation import _student_quantile
+from ibro_lightning.functional.accuracy import _student_quantile
 
 torch.set_num_threads(1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.tensors import doubles, f64, prefix_mask
 from ibro_lightning.functional import (
     dr_grpo_advantages,
     gae,
     group_advantages,
     length_adaptive_lambda,
+    masked_whiten,
     reinforce_plus_plus_advantages,
     reward_to_go,
     rloo_advantages,
@@ -28,19 +31,6 @@ from ibro_lightning.functional import (
 torch.set_num_threads(1)
 quick = settings(max_examples=50, deadline=None)
 NAN = math.nan
-
-
-def doubles(*shape: int, seed: int = 0, grad: bool = False) -> Tensor:
-    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return values.requires_grad_(grad)
-
-
-def f64(*values: object) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def prefix_mask(lengths: list[int], columns: int) -> Tensor:
-    return torch.arange(columns) < torch.tensor(lengths)[:, None]
 
 
 def poisoned(values: Tensor, mask: Tensor, bad: float = NAN) -> Tensor:
@@ -345,7 +335,8 @@ def test_reinforce_plus_plus_by_hand() -> None:
 def test_reinforce_plus_plus_discounts() -> None:
     """γ = 0.5: rewards to go 2, 2 and 1 minus the given mean 1, over the given deviation 2."""
     rewards, mask = f64([1, 2, NAN], [1, NAN, NAN]), prefix_mask([2, 1], 3)
-    advantages = reinforce_plus_plus_advantages(rewards, mask, gamma=0.5, mean=1.0, variance=torch.tensor(4.0))
+    whiten = partial(masked_whiten, mean=1.0, variance=torch.tensor(4.0))
+    advantages = reinforce_plus_plus_advantages(rewards, mask, gamma=0.5, whiten=whiten)
     torch.testing.assert_close(advantages, f64([0.5, 0.5, 0], [0, 0, 0]), rtol=1e-8, atol=1e-8)
 
 
@@ -354,7 +345,8 @@ def test_ranks_that_share_mean_and_variance_get_the_advantages_of_the_whole_batc
     whole = reinforce_plus_plus_advantages(rewards, mask)
     togo = reward_to_go(rewards, mask)[mask]
     statistics = {"mean": togo.mean(), "variance": togo.var(correction=0)}
-    parts = [reinforce_plus_plus_advantages(rewards[i : i + 2], mask[i : i + 2], **statistics) for i in (0, 2)]
+    whiten = partial(masked_whiten, **statistics)
+    parts = [reinforce_plus_plus_advantages(rewards[i : i + 2], mask[i : i + 2], whiten=whiten) for i in (0, 2)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-12)
     assert (whole[~mask] == 0).all()
     np.testing.assert_allclose([whole[mask].mean(), whole[mask].var(correction=0)], [0, 1], atol=1e-7)
@@ -363,3 +355,83 @@ def test_ranks_that_share_mean_and_variance_get_the_advantages_of_the_whole_batc
 def test_reinforce_plus_plus_passes_gradcheck() -> None:
     mask = prefix_mask([3, 2], 3)
     assert gradcheck(lambda x: reinforce_plus_plus_advantages(x, mask, gamma=0.9), doubles(2, 3, grad=True))
+
+
+# Groups whose outcomes do not differ: shaping is not blown up by its own deviation.
+
+WRONG = [-1.0] * 7 + [-1.001]
+
+
+def one_group(rewards: list[float], outcomes: list[float], span: float) -> list[float]:
+    groups = torch.zeros(len(rewards), dtype=torch.long)
+    values = torch.tensor(rewards, dtype=torch.float64)
+    return group_advantages(values, groups, outcomes=torch.tensor(outcomes), outcome_span=span).tolist()
+
+
+def test_a_small_penalty_in_a_group_that_is_all_wrong_stays_small() -> None:
+    """By hand: mean −1.000125, deviation max(0.00035, 2/2) = 1."""
+    published = group_advantages(torch.tensor(WRONG, dtype=torch.float64), torch.zeros(8, dtype=torch.long)).tolist()
+    assert published == pytest.approx([0.3526] * 7 + [-2.4679], abs=1e-3), "what the formula alone makes of it"
+    found = one_group(WRONG, [0.0] * 8, 2.0)
+    assert found == pytest.approx([0.000125] * 7 + [-0.000875], rel=1e-5)
+    right = [reward + 2 for reward in WRONG]
+    assert one_group(right, [1.0] * 8, 2.0) == pytest.approx(found, rel=1e-9)
+    halves = [reward / 2 for reward in WRONG]
+    assert one_group(halves, [0.0] * 8, 1.0) == pytest.approx(found, rel=1e-5), "0/1 rewards and half the penalty"
+
+
+def test_shaping_larger_than_the_outcomes_span_is_divided_by_its_own_deviation() -> None:
+    rewards = [-1.0, -4.0, -1.0, -4.0]
+    published = group_advantages(torch.tensor(rewards, dtype=torch.float64), torch.zeros(4, dtype=torch.long)).tolist()
+    assert one_group(rewards, [0.0] * 4, 2.0) == published
+
+
+def test_each_group_is_looked_at_on_its_own() -> None:
+    """One that differs, one that does not, one whose verifications were all stopped, one with a span of 0."""
+    rewards = torch.tensor([1.0, -1.5, -1.0, -1.2, 0.0, 0.1, 0.0, 0.1], dtype=torch.float64)
+    groups = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    outcomes = torch.tensor([1.0, 0.0, 0.0, 0.0, math.nan, math.nan, 1.0, 1.0])
+    span = torch.tensor([2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 0.0, 0.0])
+    half = 1 / math.sqrt(2)
+    found = group_advantages(rewards, groups, outcomes=outcomes, outcome_span=span, epsilon=0.0)
+    assert found.tolist() == pytest.approx([half, -half, 0.1, -0.1, -0.1, 0.1, -half, half], rel=1e-9)
+
+
+def test_a_stopped_verification_makes_no_difference_and_fractions_do() -> None:
+    rewards = [-1.0, -1.0, -0.8]
+    assert max(map(abs, one_group(rewards, [0.0, 0.0, math.nan], 2.0))) == pytest.approx(0.4 / 3, rel=1e-5)
+    published = group_advantages(torch.tensor(rewards, dtype=torch.float64), torch.zeros(3, dtype=torch.long)).tolist()
+    assert one_group(rewards, [0.0, 0.0, 0.1], 2.0) == published
+
+
+@quick
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 2), st.sampled_from([0.0, 0.5, 1.0]), st.floats(-3, 3)), min_size=1),
+    scale=st.floats(0.01, 100),
+    shift=st.floats(-5, 5),
+)
+def test_advantages_of_shaped_rewards(rows: list[tuple[int, float, float]], scale: float, shift: float) -> None:
+    """They are the published ones where outcomes differ, never larger, sum to 0, and know no unit of reward."""
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(group for group, _, _ in rows))}
+    groups = torch.tensor([numbers[group] for group, _, _ in rows])
+    outcomes = torch.tensor([outcome for _, outcome, _ in rows], dtype=torch.float64)
+    rewards = 2 * outcomes - 1 + torch.tensor([shaping for _, _, shaping in rows], dtype=torch.float64)
+    of = partial(group_advantages, groups=groups, epsilon=1e-12)
+    found, published = of(rewards, outcomes=outcomes, outcome_span=2.0), of(rewards)
+    differ = torch.tensor([outcomes[groups == group].unique().numel() > 1 for group in groups])
+    centred = rewards - torch.stack([rewards[groups == group].mean() for group in groups])
+    assert torch.equal(found[differ], published[differ])
+    assert (found.abs() <= published.abs() + 1e-12).all()
+    assert (found.abs()[~differ] <= centred.abs()[~differ] + 1e-12).all()
+    other = of(scale * rewards + shift, outcomes=outcomes, outcome_span=2.0 * scale)
+    assert other.tolist() == pytest.approx(found.tolist(), rel=1e-4, abs=1e-7)
+
+
+def test_a_batch_whose_outcomes_do_not_differ_is_whitened_by_no_less_than_their_span() -> None:
+    """REINFORCE++: variance (0.001² · 3/16) of four rewards counts as (2/2)²."""
+    rewards, mask = torch.tensor([[-1.0], [-1.0], [-1.0], [-1.001]], dtype=torch.float64), torch.ones(4, 1)
+    whiten = partial(masked_whiten, least_variance=1.0)
+    found = reinforce_plus_plus_advantages(rewards, mask, whiten=whiten).squeeze(1).tolist()
+    assert found == pytest.approx([0.00025] * 3 + [-0.00075], rel=1e-6)
+    published = reinforce_plus_plus_advantages(rewards, mask).squeeze(1).tolist()
+    assert published == pytest.approx([1 / math.sqrt(3)] * 3 + [-math.sqrt(3)], abs=0.05)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from helpers.tensors import doubles, f64, prefix_mask
 from ibro_lightning.functional import (
     ClippedSurrogate,
     KLEstimator,
@@ -24,9 +25,11 @@ from ibro_lightning.functional import (
     clipped_surrogate,
     clipped_value_loss,
     gspo_surrogate,
+    information_bottleneck_objective,
     kl_divergence,
     mismatch_diagnostics,
     mismatch_weights,
+    token_mean,
 )
 
 torch.set_num_threads(1)
@@ -35,19 +38,6 @@ LN2, LN3, LN4, LN8 = (math.log(x) for x in (2, 3, 4, 8))
 NAN, INF = math.nan, math.inf
 exactly = {"rtol": 0, "atol": 0}
 closely = {"rtol": 1e-12, "atol": 1e-12}
-
-
-def doubles(*shape: int, seed: int = 0, grad: bool = False) -> Tensor:
-    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return values.requires_grad_(grad)
-
-
-def f64(*values: object) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def prefix_mask(lengths: list[int], columns: int) -> Tensor:
-    return torch.arange(columns) < torch.tensor(lengths)[:, None]
 
 
 def flags(result: ClippedSurrogate) -> list[Tensor]:
@@ -439,20 +429,19 @@ def test_by_default_ratios_are_truncated_at_2_per_token() -> None:
 @pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
 @pytest.mark.parametrize("mode", ["truncate", "mask"])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_a_logprob_that_is_not_finite_has_ratio_1(level: str, mode: str, bad: float) -> None:
-    """As if both had said the same; on padding it does not matter at all."""
+def test_a_token_whose_logprob_is_not_finite_is_as_good_as_masked_out(level: str, mode: str, bad: float) -> None:
+    """It has weight 0, no say in its row's ratio, and is named; on padding it does not matter at all."""
     for broken in (0, 1):
         logps = [f64([LN2, -LN2, LN4, 0]) / 3 - 2, f64([-2, -2, -2, 0])]
-        repaired = [x.clone() for x in logps]
+        whole = [x.clone() for x in logps]
         logps[broken][0, 1:4:2] = bad
-        repaired[0][0, 1] = repaired[1][0, 1] = -2
-        mask = torch.tensor([[1, 1, 1, 0]])
-        result, expected = (mismatch_weights(*x, mask, level=level, mode=mode) for x in (logps, repaired))
+        result = mismatch_weights(*logps, torch.tensor([[1, 1, 1, 0]]), level=level, mode=mode)
+        expected = mismatch_weights(*whole, torch.tensor([[1, 0, 1, 0]]), level=level, mode=mode)
         assert torch.equal(result.weights, expected.weights)
-        assert result.weights[0, 3] == 0
-        if level == "token":
-            assert result.weights[0, 1] == 1
-        assert mismatch_diagnostics(*logps, mask)["non_finite"].item() == 1.0
+        assert result.weights[0, 1] == result.weights[0, 3] == 0
+        assert result.non_finite.tolist() == [[False, True, False, False]]
+        assert torch.equal(result.masked, expected.masked), "masked tokens are those out of bounds"
+        assert mismatch_diagnostics(*logps, torch.tensor([[1, 1, 1, 0]]))["non_finite"].item() == 1.0
 
 
 def test_mismatch_weights_are_detached() -> None:
@@ -507,19 +496,19 @@ def test_importance_weights_turn_the_samplers_expectation_into_the_trainers() ->
 
 
 def test_mismatch_diagnostics_by_hand() -> None:
-    """Ratios 2, 1/2, 1, 1 (the last one for lack of a number): Σw = 4.5, Σw² = 6.25."""
+    """Ratios 2, 1/2, 1 and one token without a number, which is counted and left out: Σw = 3.5, Σw² = 5.25."""
     train, sampler = f64([LN2 - 3, -LN2 - 3], [-3, -3], [NAN, NAN]), f64([-3, -3], [-3, NAN], [INF, 0])
     mask = torch.tensor([[1, 1], [1, 1], [0, 0]])
     result = mismatch_weights(train, sampler, mask, mode="mask", cap=1.9, floor=0.1)
     measured = mismatch_diagnostics(train, sampler, mask, result)
     expected = {
-        "ratio_mean": 4.5 / 4,
+        "ratio_mean": 3.5 / 3,
         "ratio_max": 2.0,
-        "effective_sample_size": 4.5**2 / (4 * 6.25),
+        "effective_sample_size": 3.5**2 / (3 * 5.25),
         "kl_k1": 0.0,
-        "kl_k3": (1 - LN2 - 0.5 + LN2) / 4,  # 2 − 1 − ln 2, ½ − 1 + ln 2, and 0 twice
+        "kl_k3": (1 - LN2 - 0.5 + LN2) / 3,  # 2 − 1 − ln 2, ½ − 1 + ln 2, and 0
         "non_finite": 1.0,
-        "masked_share": 0.25,
+        "masked_share": 1 / 3,
     }
     assert {name: x.item() for name, x in measured.items()} == pytest.approx(expected, rel=1e-12, abs=1e-12)
     assert all(x.shape == () and x.is_floating_point() for x in measured.values())
@@ -580,3 +569,41 @@ def test_mismatch_weights_equal_a_plain_loop(lengths: list[int], level: str, mod
     assert diagnostics["masked_share"].item() == pytest.approx(dropped.sum() / max(sum(lengths), 1))
     assert 0 < diagnostics["effective_sample_size"] <= 1 + 1e-12
     assert diagnostics["kl_k3"] >= 0
+
+
+# The information-bottleneck term.
+
+
+def test_the_ib_term_by_hand() -> None:
+    entropy, advantages = f64([1.0, 2.0, 9.0], [3.0, 0.5, 9.0]), f64([2.0, 2.0, 2.0], [-1.0, -1.0, -1.0])
+    mask = prefix_mask([2, 1], 3)  # three tokens; their mean advantage is 1, their mean entropy 2
+    term = information_bottleneck_objective(entropy, advantages, mask)
+    assert term[mask].tolist() == [2.0, 4.0, -3.0]
+    assert token_mean(term, mask, 3) == 1.0
+    assert information_bottleneck_objective(entropy, advantages, mask, part="uniform")[mask].tolist() == [1.0, 2.0, 3.0]
+    assert information_bottleneck_objective(entropy, advantages, mask, part="centred")[mask].tolist() == [
+        1.0,
+        2.0,
+        -6.0,
+    ]
+
+
+def test_the_two_parts_of_the_ib_term_add_up_whatever_the_mean_is() -> None:
+    entropy, advantages, mask = doubles(3, 4), doubles(3, 4, seed=1), prefix_mask([4, 2, 1], 4)
+
+    def term(part: Any) -> Tensor:
+        return information_bottleneck_objective(entropy, advantages, mask, part=part, mean_advantage=0.7)
+
+    torch.testing.assert_close(term("centred") + term("uniform"), term("raw"), **closely)
+
+
+@pytest.mark.parametrize("part", ["raw", "centred", "uniform"])
+def test_the_ib_term_moves_entropy_and_no_advantage(part: Any) -> None:
+    entropy, advantages = doubles(2, 3, grad=True), doubles(2, 3, seed=1, grad=True)
+    mask = prefix_mask([3, 1], 3)
+    token_mean(information_bottleneck_objective(entropy, advantages, mask, part=part), mask, 4).backward()
+    assert advantages.grad is None
+    assert entropy.grad is not None
+    mean = advantages.detach()[mask].mean()
+    weight = {"raw": advantages.detach(), "centred": advantages.detach() - mean, "uniform": mean.expand(2, 3)}[part]
+    torch.testing.assert_close(entropy.grad, torch.where(mask, weight, 0.0) / 4, **closely)

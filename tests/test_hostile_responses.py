@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ibro_lightning.responses import Completion, Prompt
 from ibro_lightning.rewards import (
-    CountdownReward,
     DapoMathReward,
     LastNumberReward,
     MathVerifyReward,
@@ -22,9 +20,12 @@ from ibro_lightning.rewards import (
     Reward,
     RewardPool,
     VerifiableReward,
+    judge_all,
 )
 from ibro_lightning.rewards.code.reward import CodeReward
 from ibro_lightning.rewards.code.sandbox import SandboxLimits
+from ibro_lightning.tasks import CountdownReward
+from ibro_lightning.types import Completion, Prompt
 
 DEADLINE_S = 1.5
 FRAGMENTS = (
@@ -195,8 +196,8 @@ def check_all(reward: Reward, texts: list[str], answer: object, workers: int = 2
     deadline = reward.deadline_s or DEADLINE_S
     pool = RewardPool([reward], PoolOptions(workers=workers, deadline_s=DEADLINE_S, memory_mib=400))
     with pool, Watch(pool) as watch:
-        results = [result for row in pool(reward, ask(texts, answer)) for result in row]
-        (((after,),)) = pool(reward, ask(["Answer: 34 \\boxed{34} 34"], answer))  # it is alive
+        results = [result for row in judge_all(reward, ask(texts, answer), pool) for result in row]
+        (((after,),)) = judge_all(reward, ask(["Answer: 34 \\boxed{34} 34"], answer), pool)  # it is alive
     assert not after.timed_out
     assert len(results) == len(texts)
     stopped = sum(result.timed_out for result in results)

@@ -18,17 +18,18 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from helpers.processes import free_port, logs, run_ranks
 from ibro_lightning.callbacks.interruptions import Interruptions, requeue
-from ibro_lightning.cli import main
+from ibro_lightning.cli.main import main
 from ibro_lightning.datamodules.collector import Collector
 from ibro_lightning.engines import HFEngine
 from ibro_lightning.guards import interruption
 from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.modules import DAPOModule, PolicyModule
-from ibro_lightning.modules.actor import ActorModule
-from processes import free_port, logs, run_ranks
+from ibro_lightning.update.updater import Updater
 
 FIT = ["fit", "--config", "tiny.yaml", "--trainer.max_epochs=4", "--checkpoint.every_n_iterations=0"]
+FIT += ["--data.eval_batch_prompts=4"]  # evaluations of three batches
 HANDLERS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -88,9 +89,14 @@ PHASES: dict[str, tuple[Any, str, Callable[[pl.Trainer], bool]]] = {
     "generate": (HFEngine, "generate", lambda trainer: trainer.training and done(trainer) == 2),
     "reward": (Collector, "_completions", lambda trainer: trainer.training and done(trainer) == 2),
     "prepare": (DAPOModule, "prepare", lambda trainer: done(trainer) == 2),
-    "update": (ActorModule, "update", lambda trainer: done(trainer) == 2),
+    "update": (Updater, "update", lambda trainer: done(trainer) == 2),
     "generate the first": (HFEngine, "generate", lambda trainer: trainer.training and done(trainer) == 0),
     "evaluate": (HFEngine, "generate", lambda trainer: trainer.validating and done(trainer) == 2),
+    "evaluate the second batch": (
+        HFEngine,
+        "generate",
+        lambda trainer: trainer.validating and done(trainer) == 2 and evaluated(trainer) == 1,
+    ),
     "evaluate before training": (HFEngine, "generate", lambda trainer: trainer.sanity_checking),
     "evaluate at the end": (HFEngine, "generate", lambda trainer: trainer.validating and done(trainer) == 4),
     "save": (pl.Trainer, "save_checkpoint", lambda trainer: done(trainer) == 2),
@@ -102,6 +108,11 @@ SAVED_AT |= {"evaluate at the end": 4, "export": 4}
 
 def done(trainer: pl.Trainer) -> int:
     return trainer.fit_loop.epoch_loop.batch_progress.total.completed
+
+
+def evaluated(trainer: pl.Trainer) -> int:
+    """How many batches of the evaluation that is running are complete."""
+    return trainer.fit_loop.epoch_loop.val_loop.batch_progress.current.completed
 
 
 def strike(patch: pytest.MonkeyPatch, phase: str, number: int = signal.SIGTERM) -> None:
@@ -133,16 +144,15 @@ def run(*settings: str) -> int:
 
 
 def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, list[tuple[int, float]]]]:
-    """The trained weights, and the curves without times; of a point that was logged twice, the later one."""
-    curves: dict[str, dict[int, float]] = {}
+    """The trained weights, and every point of every curve that does not measure time, in the order of the files."""
+    curves: dict[str, list[tuple[int, float]]] = {}
     for path in sorted(folder.glob("events.*"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0})
         events.Reload()
         for tag in events.Tags()["scalars"]:
             if not tag.startswith(("time", "tokens_per_second")):
-                curves.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
-    weights = load_file(folder / "model" / "model.safetensors")
-    return weights, {tag: sorted(points.items()) for tag, points in curves.items()}
+                curves.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
+    return load_file(folder / "model" / "model.safetensors"), curves
 
 
 def assert_same(got: Any, expected: Any) -> None:
@@ -205,17 +215,18 @@ def test_a_run_may_be_stopped_again_and_again(
     assert_same(outcome(workspace / "run"), uninterrupted)
 
 
+@pytest.mark.parametrize("best", ["null", "rollout/reward"])
 def test_a_resumed_run_that_is_stopped_at_once_goes_on_from_where_it_was(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Any
+    best: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Any
 ) -> None:
-    resume: list[str] = []
+    resume = [f"--checkpoint.best={best}"]
     for _ in range(3):
         with monkeypatch.context() as patch:
             strike(patch, "generate")
             assert run(*resume) == 143
         interruption.clear()
         assert checkpoints(workspace / "run") == [2]
-        resume = ["--ckpt_path=last"]
+        resume = [f"--checkpoint.best={best}", "--ckpt_path=last"]
     assert run(*resume) == 0
     assert_same(outcome(workspace / "run"), uninterrupted)
 
@@ -249,7 +260,7 @@ def test_all_ranks_stop_together_though_one_is_asked(strategy: str, workspace: P
     several = ["--trainer.devices=2", f"--trainer.strategy={strategy}"]
 
     def fit(struck_rank: int, phase: str, *settings: str) -> list[int]:
-        codes = run_ranks(2, fit_on_a_rank, struck_rank, phase, [*several, *settings], folder=workspace, timeout_s=120)
+        codes = run_ranks(2, fit_on_a_rank, struck_rank, phase, [*several, *settings], folder=workspace)
         assert -9 not in codes, logs(workspace)
         return codes
 
@@ -285,7 +296,7 @@ def test_ctrl_c_in_a_terminal_reaches_all_processes_that_lightning_started(works
     assert process.stdout is not None
     assert any("3/100000" in line for line in process.stdout)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 130, said
     assert "stopped by SIGINT" in said
     assert "Traceback" not in said
@@ -297,6 +308,8 @@ def test_ctrl_c_in_a_terminal_reaches_all_processes_that_lightning_started(works
 
 def stub(environment: Any = None) -> Any:
     return SimpleNamespace(
+        callbacks=[],
+        checkpoint_callbacks=[],
         _signal_connector=SimpleNamespace(),
         _accelerator_connector=SimpleNamespace(cluster_environment=environment),
         strategy=SimpleNamespace(launcher=None),

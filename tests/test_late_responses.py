@@ -17,48 +17,31 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from helpers.collecting import ScriptedEngine, build
+from helpers.models import TinySource, gpt2, qwen2, qwen2_critic
+from helpers.rollouts import LATE, make_rollout, with_late
+from helpers.updates import (
+    adamw,
+    assert_same,
+    begin_step,
+    dapo,
+    fit,
+    micro_loss,
+    ppo,
+    scored_first,
+    sgd,
+    summed,
+    value_loss,
+)
+from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.callbacks.metrics_log import rollout_metrics
-from ibro_lightning.cli import main
+from ibro_lightning.cli.main import main
 from ibro_lightning.models import Critic, Policy
-from ibro_lightning.modules import ActorModule, DAPOModule, PPOModule
+from ibro_lightning.modules import DAPOModule, PolicyModule, PPOModule
 from ibro_lightning.regularizers import ClipCov, EntropyBonus, EntropyShapedAdvantage, InformationBottleneck
-from ibro_lightning.sequences import Sequences
-from ibro_lightning.types import Completion, Generation, Group, RewardResult, Rollout
-from test_datamodules import ScriptedEngine, build, tokenizer  # noqa: F401  the tokenizer is a fixture
-from test_ppo import TinySource, adamw, dapo, fit, ppo, qwen2_critic, summed
-from test_skipped_scoring import sgd
-from test_update_invariances import assert_same, gpt2, make_rollout, qwen2, scored_first
+from ibro_lightning.types import Generation, Group, RewardResult
 
 torch.set_num_threads(1)
-LATE = {1: 0, 4: 0, 5: 2}
-"""Rows of the rollout that came late, and how many tokens they have: one of a group, then both of another."""
-
-
-def with_late(rows: Mapping[int, int] = LATE, *, iteration: int = 0) -> Rollout:
-    """The rollout of the other tests, of which ``rows`` were cut off after so many tokens."""
-    rollout = make_rollout(iteration=iteration)
-    groups: dict[int, list[int]] = {}
-    for row, group in enumerate(rollout.groups.tolist()):
-        groups.setdefault(group, []).append(row)
-
-    def cut(row: int) -> Completion:
-        completion = rollout.completions[row]
-        if row not in rows:
-            return completion
-        tokens, logp = completion.token_ids[: rows[row]], completion.logp[: rows[row]]
-        return replace(completion, token_ids=tokens, logp=logp, finish_reason="deadline")
-
-    built = [
-        Group(
-            rollout.prompts[own[0]],
-            tuple(cut(row) for row in own),
-            tuple(RewardResult(rollout.rewards[row].item(), {"accuracy": rollout.accuracy[row].item()}) for row in own),
-        )
-        for own in groups.values()
-    ]
-    return Rollout.from_groups(built, name="train", iteration=iteration, temperature=rollout.temperature)
-
-
 FULL = {1: 6, 4: 6, 5: 6}
 """The same rows, with all the tokens that they have."""
 
@@ -99,7 +82,7 @@ class Hurried(ScriptedEngine):
         return [[*group[:3], Generation((), (), "deadline")] for group in groups]
 
 
-def test_a_datamodule_takes_what_the_deadline_left(tokenizer: Any) -> None:  # noqa: F811
+def test_a_datamodule_takes_what_the_deadline_left(tokenizer: Any) -> None:
     rollout = build(tokenizer, engine=Hurried(tokenizer, [1, 2, 0])).next_rollout()
     assert rollout.late.tolist() == [False, False, False, True] * 3
     assert rollout.sequences.response_lengths.tolist() == [2, 2, 2, 0] * 3
@@ -178,17 +161,17 @@ def test_scores_do_not_depend_on_the_token_budget(build: Any, budget: int) -> No
 # The loss.
 
 
-def gradients(module: ActorModule, experience: Any) -> list[list[Tensor]]:
-    step = module.begin_step(experience)
+def gradients(module: PolicyModule, experience: Any) -> list[list[Tensor]]:
+    step = begin_step(module, experience)
     found = [
         summed(
-            lambda micro: module.loss(module.token_stats(micro), micro),
+            lambda micro: micro_loss(module, micro),
             [step.select(torch.tensor(rows)) for rows in ([0, 4, 7], [1], [2, 3, 5, 6])],
             list(module.policy.parameters()),
         )
     ]
     if isinstance(module, PPOModule):
-        found.append(summed(module.value_loss, [step], list(module.critic.parameters())))
+        found.append(summed(partial(value_loss, module), [step], list(module.critic.parameters())))
     return found
 
 
@@ -228,7 +211,7 @@ REGULARIZERS = {
 }
 
 
-def trained(kind: type[ActorModule], rows: Mapping[int, int], **settings: Any) -> tuple[dict[str, Tensor], Any]:
+def trained(kind: type[PolicyModule], rows: Mapping[int, int], **settings: Any) -> tuple[dict[str, Tensor], Any]:
     settings = {"optimizer": sgd, **settings}
     if issubclass(kind, PPOModule):
         settings["critic_optimizer"] = adamw(0.01)
@@ -242,7 +225,7 @@ def trained(kind: type[ActorModule], rows: Mapping[int, int], **settings: Any) -
 @pytest.mark.parametrize("name", REGULARIZERS)
 @pytest.mark.parametrize("kind", [DAPOModule, PPOModule])
 def test_what_a_late_response_said_before_it_was_cut_never_matters(
-    kind: type[ActorModule], name: str, steps: int
+    kind: type[PolicyModule], name: str, steps: int
 ) -> None:
     """Nothing, two tokens, or all of it: the same weights, whatever the micro-batches, and no nan in any curve."""
     few = {"regularizer": REGULARIZERS[name](), "mini_batch_prompts": None if steps == 1 else 2}
@@ -261,7 +244,7 @@ def test_what_a_late_response_said_before_it_was_cut_never_matters(
 @pytest.mark.parametrize("prompts", [None, 1], ids=["one step", "four steps"])
 @pytest.mark.parametrize("tokens", [0, 2])
 def test_a_group_of_late_responses_alone_may_be_a_step(
-    kind: type[ActorModule], prompts: int | None, tokens: int
+    kind: type[PolicyModule], prompts: int | None, tokens: int
 ) -> None:
     """An optimizer step without a token of the loss: no gradient, and no nan."""
     late = {0: tokens, 1: tokens}  # the first group
@@ -273,7 +256,7 @@ def test_a_group_of_late_responses_alone_may_be_a_step(
 
 @pytest.mark.parametrize("kind", [DAPOModule, PPOModule])
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_a_rollout_of_late_responses_alone_teaches_nothing(kind: type[ActorModule], tokens: int) -> None:
+def test_a_rollout_of_late_responses_alone_teaches_nothing(kind: type[PolicyModule], tokens: int) -> None:
     """A deadline far too short: the run goes on as it was, and the curves say why."""
     rollout = with_late(dict.fromkeys(range(8), tokens), iteration=1)
     assert rollout_metrics(rollout)["rollout/late"] == 1

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from processes import free_port
+from helpers.processes import free_port
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = ["one_machine.sh", "torchrun.sh", "slurm.sbatch"]
@@ -56,7 +56,7 @@ def finish(*processes: subprocess.Popen[str]) -> str:
     outputs = []
     try:
         for process in processes:
-            outputs.append(process.communicate(timeout=240)[0])
+            outputs.append(process.communicate(timeout=600)[0])
     finally:
         for process in processes:
             process.kill()

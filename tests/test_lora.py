@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ibro_lightning.engines import HFEngine
-from ibro_lightning.errors import ConfigError
-from ibro_lightning.models import LoRAOptions, Policy, PolicyOptions, build_critic, build_policy, export_folder
-from ibro_lightning.models.lora import is_adapter
-from ibro_lightning.sequences import Sequences
-from ibro_lightning.types import ModelSpec, SamplingParams
-from test_strategies import (
+from helpers.models import TinyQwen2, gpt2, qwen2
+from helpers.rollouts import PROMPTS, RESPONSES
+from helpers.sharded import (
     OPTIONS,
     NoTokenizer,
     backward,
@@ -31,7 +28,14 @@ from test_strategies import (
     source_of,
     trainable,
 )
-from test_update_invariances import PROMPTS, RESPONSES, TinyQwen2, gpt2, qwen2
+from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.cli.main import main
+from ibro_lightning.engines import HFEngine
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.models import LoRAOptions, Policy, PolicyOptions, build_critic, build_policy, export_folder
+from ibro_lightning.models.lora import is_adapter
+from ibro_lightning.models.spec import ModelSpec
+from ibro_lightning.types import SamplingParams
 
 torch.set_num_threads(1)
 LORA = LoRAOptions(rank=3, alpha=6.0)
@@ -150,11 +154,24 @@ def test_the_reference_and_the_critic_have_none() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"rank": 0}, "lora.rank: 0 - write 1 or more"), ({"alpha": -1.0}, "lora.alpha: -1.0 - write a positive number")],
+    [({"rank": 0}, "rank: 0 - write 1 or more"), ({"alpha": -1.0}, "alpha: -1.0 - write a positive number")],
 )
 def test_wrong_settings_are_one_line(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         LoRAOptions(**settings)
+
+
+@pytest.mark.parametrize("names", ["all-linear", "q_proj", ["all-linear"], []])
+def test_layers_that_are_no_list_of_names_are_one_line_from_the_command_line(
+    names: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``all-linear`` is peft's word for what null means here."""
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", "quickstart", f"--model.policy_options.lora.target_modules={json.dumps(names)}"])
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "model.policy_options.lora.target_modules: " in line
+    assert line.endswith("write a list such as [q_proj, v_proj], or null for all linear layers of the decoder blocks")
 
 
 def test_an_unknown_layer_is_named() -> None:

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ibro_lightning.datamodules import DatasetSource
+from helpers.tables import write
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.sources import DatasetSource
 
 ROWS = [{"problem": "one?", "answer": "1"}, {"problem": "two?", "answer": "2"}, {"problem": "three?", "answer": "3"}]
 
 REPAIR = ": repair the row, or write skip_bad_rows: true"
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    """``rows`` in the format that the file's ending names."""
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    return str(path)
 
 
 def error(path: Path | str, **settings: object) -> str:
@@ -49,8 +32,7 @@ class TestMalformedFiles:
     def test_missing_column(self, tmp_path, ending):
         line = error(write(tmp_path / f"m.{ending}", ROWS), answer_column="gold")
         assert line == (
-            f"source.answer_column: 'gold' - {tmp_path}/m.{ending} has no such column: "
-            "write one of ['answer', 'problem']"
+            f"answer_column: 'gold' - {tmp_path}/m.{ending} has no such column: write one of ['answer', 'problem']"
         )
 
     @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
@@ -60,7 +42,7 @@ class TestMalformedFiles:
         line = error(write(tmp_path / f"m.{ending}", [ROWS[0], ROWS[1], {**ROWS[2], column: nothing}]))
         setting = {"problem": "prompt_column", "answer": "answer_column"}[column]
         where = "line 3" if ending == "jsonl" else "data row 3"
-        assert line == f"source.{setting}: '{column}' - {tmp_path}/m.{ending}, {where}: no value there{REPAIR}"
+        assert line == f"{setting}: '{column}' - {tmp_path}/m.{ending}, {where}: no value there{REPAIR}"
 
     @pytest.mark.parametrize("nothing", [[], {}, float("nan")])
     def test_other_kinds_of_nothing(self, tmp_path, nothing):
@@ -199,8 +181,8 @@ class TestMalformedFiles:
     @pytest.mark.parametrize(
         ("column", "first", "other", "kinds"),
         [
-            ("answer", 1, [2], "a list here, but a plain value in line 1"),
-            ("answer", [1], "2", "a plain value here, but a list in line 1"),
+            ("answer", 1, [[2]], "a list here, but a plain value in line 1"),
+            ("answer", [True], "2", "a plain value here, but a list in line 1"),
             ("answer", {"v": 1}, ["2"], "a list here, but an object in line 1"),
             ("problem", "one?", {"text": "two?"}, "an object here, but text in line 1"),
             ("problem", "one?", 2, "a number here, but text in line 1"),
@@ -222,7 +204,7 @@ class TestMalformedFiles:
             ({"role": "user"}, "message 2 has no 'content'"),
             ({"content": "one?"}, "message 2 has no 'role'"),
             ({"role": "user", "content": None}, "message 2 has no 'content'"),
-            ({"role": "user", "content": [{"type": "text", "text": "one?"}]}, "message 2 'content' is a list"),
+            ({"role": "user", "content": [{"url": "x"}]}, "message 2 'content' is a list that holds more than text"),
             ({"role": "user", "content": " "}, "message 2 is empty"),
         ],
     )
@@ -235,14 +217,14 @@ class TestMalformedFiles:
         rows = [{"problem": [system, message], "answer": "1"}]
         line = error(write(tmp_path / f"m.{ending}", rows))
         where = "line 1" if ending == "jsonl" else "data row 1"
-        assert line.startswith("source.prompt_column: 'problem' - ")
+        assert line.startswith("prompt_column: 'problem' - ")
         assert f"m.{ending}, {where}: " in line
         assert line.removesuffix(REPAIR).endswith(reason)
 
     def test_half_a_surrogate_pair(self, tmp_path):
         """No tokenizer takes it, and the tokenizer's error would not say where it is."""
         (tmp_path / "m.jsonl").write_text('{"problem": "one \\ud83d?", "answer": "1"}\n')
-        assert "source.prompt_column: 'problem' - " in error(tmp_path / "m.jsonl")
+        assert "prompt_column: 'problem' - " in error(tmp_path / "m.jsonl")
         assert "line 1: it holds half a surrogate pair" in error(tmp_path / "m.jsonl")
 
 
@@ -259,7 +241,7 @@ def test_parquet_that_is_not_utf8_names_row_and_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl.gz", "x"])
 def test_a_file_with_another_ending_is_not_looked_for_on_the_hub(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text('{"problem": "1+1?", "answer": "2"}\n')
-    with pytest.raises(ConfigError, match=r"source.path: .* - write a .jsonl, .json, .csv or .parquet file"):
+    with pytest.raises(ConfigError, match=r"^path: .* - write a .jsonl, .json, .csv or .parquet file"):
         list(DatasetSource(str(tmp_path / name)).problems())
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing
 
-from ibro_lightning.metrics import Evaluation, SampleAccuracy
-from ibro_lightning.types import Completion, FinishReason, Group, Prompt, RewardResult, Rollout
+from ibro_lightning.batches import Rollout
+from ibro_lightning.evaluation.metrics import Evaluation, SampleAccuracy
+from ibro_lightning.types import Completion, FinishReason, Group, Prompt, RewardResult
 
 torch.set_num_threads(1)
 
@@ -112,7 +113,18 @@ def test_intervals_have_the_width_of_the_normal_approximation() -> None:
 def test_scalars_name_the_k_that_was_sampled() -> None:
     scalars = evaluate(rollout_of(CORRECT, LENGTHS, TRUNCATED)).scalars()
     expected = {"avg@4": 0.5, "pass@2": 11 / 18, "pass@4": 2 / 3, "length": 3.5, "truncated": 0.25, "timed_out": 0.0}
-    assert scalars == pytest.approx(expected)
+    assert scalars == pytest.approx({**expected, "accuracy": 0.5, "coverage": 2 / 3})
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_monitors_have_names_that_do_not_change_with_k(k: int) -> None:
+    correct, answers = [[1] * k, [0] * k, [1] + [0] * (k - 1)], [["7"] * k] * 3
+    rollout = rollout_of(correct, [[3] * k] * 3, [[0] * k] * 3, answers)
+    scalars = evaluate(rollout).scalars()
+    same = {"accuracy": f"avg@{k}", "coverage": f"pass@{k}", "majority": f"maj@{k}"}
+    assert {name: scalars[name] for name in same} == {name: scalars[other] for name, other in same.items()}
+    assert scalars["accuracy"] == pytest.approx((1 + 1 / k) / 3)
+    assert scalars["coverage"] == pytest.approx(2 / 3)
 
 
 # The first question's samples say 7, 7, 3 and nothing; the second's two answers have a vote each; nobody reads the

@@ -16,21 +16,22 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ibro_lightning.datamodules import (
+from ibro_lightning.datamodules import RolloutDataModule
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.models.spec import ModelSpec
+from ibro_lightning.rewards import VerifiableReward
+from ibro_lightning.seeding import derive_seed, permutation
+from ibro_lightning.sources import (
     DatasetSource,
     MixturePart,
     MixtureSource,
     PromptCursor,
     PromptLimits,
     PromptSource,
-    RolloutDataModule,
-    SumsSource,
     encode_prompts,
 )
-from ibro_lightning.errors import ConfigError
-from ibro_lightning.rewards import VerifiableReward
-from ibro_lightning.seeding import derive_seed, permutation
-from ibro_lightning.types import Generation, ModelSpec, Problem, Prompt
+from ibro_lightning.tasks import SumsSource
+from ibro_lightning.types import Generation, Problem, Prompt
 
 
 class Numbers(PromptSource):
@@ -116,24 +117,24 @@ class TestMixtureSource:
 
     @pytest.mark.parametrize("weight", [0, -1.0, math.nan, math.inf])
     def test_a_weight_that_is_no_share_is_refused(self, weight):
-        with pytest.raises(ConfigError, match=r"^source\.parts\.math\.weight: .* above 0$"):
+        with pytest.raises(ConfigError, match=r"^parts\.math\.weight: .* above 0$"):
             MixtureSource({"math": MixturePart(Numbers(1), weight)})
 
     @pytest.mark.parametrize("name", ["", "a/b", "a b", "a.b"])
     def test_a_name_that_ids_cannot_hold_is_refused(self, name):
-        with pytest.raises(ConfigError, match=r"^source\.parts: .*letters"):
+        with pytest.raises(ConfigError, match=r"^parts: .*letters"):
             MixtureSource({name: MixturePart(Numbers(1))})
 
     def test_no_parts_are_refused(self):
-        with pytest.raises(ConfigError, match=r"source\.parts.*at least one"):
+        with pytest.raises(ConfigError, match=r"^parts.*at least one"):
             MixtureSource({})
 
     def test_mixtures_cannot_be_nested(self):
         inner = MixtureSource({"a": MixturePart(Numbers(1))})
-        with pytest.raises(ConfigError, match=r"source\.parts\.outer\.source.*cannot be nested"):
+        with pytest.raises(ConfigError, match=r"^parts\.outer\.source.*cannot be nested"):
             MixtureSource({"outer": MixturePart(inner)})
         disguised = MixtureSource({"outer": MixturePart(Numbers(1, part="inner"))})
-        with pytest.raises(ConfigError, match=r"source\.parts\.outer\.source: 'inner'.*cannot be nested"):
+        with pytest.raises(ConfigError, match=r"^parts\.outer\.source: 'inner'.*cannot be nested"):
             list(disguised.problems())
 
     def test_a_part_that_yields_something_else_is_named(self):
@@ -141,7 +142,7 @@ class TestMixtureSource:
             def problems(self):
                 return [{"prompt": "1+1"}]
 
-        with pytest.raises(ConfigError, match=r"source\.parts\.mine\.source: 'dict'.*Problem"):
+        with pytest.raises(ConfigError, match=r"^parts\.mine\.source: 'dict'.*Problem"):
             list(MixtureSource({"mine": MixturePart(Dicts())}).problems())
 
     def test_parses_from_yaml(self, tmp_path):
@@ -264,7 +265,7 @@ class TestOrder:
 
 class TestRefusedMixtures:
     def encode(self, source: PromptSource, limit: int) -> list[Prompt]:
-        return encode_prompts(source, ByCharacter(), PromptLimits(limit), setting="data.source")
+        return encode_prompts(source, ByCharacter(), PromptLimits(limit), setting="source")
 
     def test_a_part_that_the_length_filter_dropped_whole_is_named(self):
         class Long(PromptSource):
@@ -274,19 +275,19 @@ class TestRefusedMixtures:
         source = MixtureSource({"short": MixturePart(Numbers(3)), "long": MixturePart(Long())})
         prompts = self.encode(source, limit=10)
         assert [prompt.id for prompt in prompts] == ["short/0", "short/1", "short/2"]
-        with pytest.raises(ConfigError, match=r"^data\.source\.parts\.long: .*max_tokens"):
+        with pytest.raises(ConfigError, match=r"^source\.parts\.long: .*max_tokens"):
             PromptCursor(prompts, 0, source.weights)
         assert len(PromptCursor(self.encode(source, limit=50), 0, source.weights).draw(9)) == 9
 
     def test_a_prompt_of_an_unknown_part_is_named(self):
         prompts, _ = mixed(a=(1.0, 2), b=(1.0, 2))
-        with pytest.raises(ConfigError, match=r"data\.source: 'b' - the prompt 'b/0'"):
+        with pytest.raises(ConfigError, match=r"^source: 'b' - the prompt 'b/0'"):
             PromptCursor(prompts, 0, {"a": 1.0})
 
     @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan])
     def test_a_users_own_weights_are_checked(self, weight):
         prompts, _ = mixed(a=(1.0, 2), b=(1.0, 2))
-        with pytest.raises(ConfigError, match=r"data\.source\.weights\['b'\]"):
+        with pytest.raises(ConfigError, match=r"^source\.weights\['b'\]"):
             PromptCursor(prompts, 0, {"a": 1.0, "b": weight})
 
 
@@ -313,7 +314,7 @@ def test_training_draws_by_weight_and_resumes_where_it_stopped(monkeypatch):
 
     straight, resumed = build(), build()
     ids = drawn(straight, 4)
-    prompts = encode_prompts(source, ByCharacter(), PromptLimits(), setting="data.source")
+    prompts = encode_prompts(source, ByCharacter(), PromptLimits(), setting="source")
     assert ids == [prompt.id for _, prompt in PromptCursor(prompts, 5, {"a": 0.25, "b": 0.75}).draw(40)]
     assert {prompt_id[0] for prompt_id in ids} == {"a", "b"}
     first = build()

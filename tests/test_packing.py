@@ -12,30 +12,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, BloomForTokenClassification, OPTForCausalLM
 
-from ibro_lightning.cli import main
+from helpers.heads import LINEAR
+from helpers.models import TinyOPT, TinyQwen2, TinySource, gpt2, gpt2_critic, qwen2, qwen2_critic
+from helpers.rollouts import PROMPTS, RESPONSES, TEMPERATURE, padded_further, reference_scores, rollouts, sequences
+from helpers.updates import fit, ppo
+from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import Critic, Policy, PolicyOptions, Qwen2FromScratch, export_folder
-from ibro_lightning.modules import DAPOModule, PPOModule, ReferenceKL
-from ibro_lightning.modules.batching import token_budget_batches
+from ibro_lightning.modules import DAPOModule, PPOModule
 from ibro_lightning.regularizers import InformationBottleneck
-from ibro_lightning.sequences import Sequences
 from ibro_lightning.tasks import NumberPath
-from test_policy_head import LINEAR, half_only_attention
-from test_ppo import TinyOPT, TinySource, fit, gpt2_critic, ppo, qwen2_critic, rollouts
-from test_update_invariances import (
-    PROMPTS,
-    RESPONSES,
-    TEMPERATURE,
-    TinyQwen2,
-    gpt2,
-    padded_further,
-    qwen2,
-    reference_scores,
-    sequences,
-)
+from ibro_lightning.update import ReferenceKL
+from ibro_lightning.update.steps import token_budget_batches
 
 torch.set_num_threads(1)
-__all__ = ["half_only_attention"]  # the fixture
 
 
 def values_and_gradients(network: Any, seqs: Sequences) -> list[Tensor]:
@@ -127,7 +118,7 @@ def test_a_module_counts_as_its_policy_runs(packing: bool) -> None:
     module = DAPOModule(TinyQwen2(), policy_options=PolicyOptions(packing=packing), micro_batch_tokens=60)
     lengths = sequences().lengths.tolist()
     assert sum(lengths) <= 60 < len(lengths) * max(lengths)
-    assert len(list(module.micro_batches(sequences()))) == (1 if packing else 2)
+    assert len(list(module.scorer.budget.micro_batches(sequences()))) == (1 if packing else 2)
 
 
 # In training.
@@ -196,7 +187,7 @@ def test_this_model_is_here_because_packed_it_is_wrong() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_sequences_that_would_see_each_other_are_refused(dtype: torch.dtype) -> None:
     policy = Policy(OPTSource(dtype).model, packing=True)
-    with pytest.raises(ConfigError, match=r"^model\.policy_options\.packing: True - .*see each other .*write false"):
+    with pytest.raises(ConfigError, match=r"^policy_options\.packing: True - .*see each other .*write false"):
         policy.check_packing()
     Policy(policy.model).check_packing()  # nobody wants to pack
 
@@ -225,7 +216,7 @@ def test_a_model_that_cannot_run_a_packed_row_is_refused_too() -> None:
         def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> Any:
             return self.inner(input_ids=input_ids, attention_mask=attention_mask)
 
-    with pytest.raises(ConfigError, match=r"^model\.policy_options\.packing: True - .*cannot run .*write false"):
+    with pytest.raises(ConfigError, match=r"^policy_options\.packing: True - .*cannot run .*write false"):
         Policy(NoPositions(), packing=True).check_packing()
 
 
@@ -233,7 +224,7 @@ def test_a_critic_is_checked_like_a_policy() -> None:
     """Bloom's attention is biased by distance over the whole row."""
     config = BloomConfig(vocab_size=23, hidden_size=16, n_layer=2, n_head=2, num_labels=1, initializer_range=0.4)
     critic = Critic(BloomForTokenClassification(config).double(), packing=True)
-    with pytest.raises(ConfigError, match=r"^model\.policy_options\.packing: True"):
+    with pytest.raises(ConfigError, match=r"^policy_options\.packing: True"):
         critic.check_packing()
 
 

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from ibro_lightning.cli import main
+from helpers.processes import logs, run_ranks
+from ibro_lightning.cli.main import main
 from ibro_lightning.engines import HFEngine
-from ibro_lightning.modules.actor import ActorModule
-from processes import logs, run_ranks
+from ibro_lightning.update.loss import PolicyLoss
+from ibro_lightning.update.updater import Updater
 
 FIT = ["fit", "--config", "tiny.yaml", "--checkpoint.every_n_iterations=1", "--trainer.max_epochs=3"]
 
@@ -35,9 +36,9 @@ class NaNGradient(torch.autograd.Function):
 
 def plant(patch: pytest.MonkeyPatch, fault: str, iteration: int | None = None) -> None:
     """In one iteration or in all of them."""
-    loss, update = ActorModule.loss, ActorModule.update_if_finite
+    loss, update = PolicyLoss.__call__, Updater.update
 
-    def bad_loss(self: ActorModule, stats: Any, micro: Any) -> Any:
+    def bad_loss(self: PolicyLoss, stats: Any, micro: Any) -> Any:
         value, metrics = loss(self, stats, micro)
         if iteration in (None, micro.iteration):
             if fault == "gradient":
@@ -48,14 +49,14 @@ def plant(patch: pytest.MonkeyPatch, fault: str, iteration: int | None = None) -
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
         return value, metrics
 
-    def bad_advantages(self: ActorModule, step: Any) -> Any:
+    def bad_advantages(self: Updater, step: Any, *others: Any) -> Any:
         if iteration in (None, step.iteration):
             step.advantages[step.mask.nonzero()[0].unbind()] = torch.nan
-        return update(self, step)
+        return update(self, step, *others)
 
-    patch.setattr(ActorModule, "loss", bad_loss)
+    patch.setattr(PolicyLoss, "__call__", bad_loss)
     if fault == "advantage":
-        patch.setattr(ActorModule, "update_if_finite", bad_advantages)
+        patch.setattr(Updater, "update", bad_advantages)
 
 
 def fit_with_a_fault(rank: int, fault: str, iteration: int | None, settings: list[str]) -> None:
@@ -80,7 +81,7 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all_and_counted(
 ) -> None:
     several = ["--trainer.devices=2", f"--trainer.strategy={strategy}"] if strategy else []
     ranks = 2 if strategy else 1
-    codes = run_ranks(ranks, fit_with_a_fault, ranks - 1, fault, 2, several, folder=workspace, timeout_s=120)
+    codes = run_ranks(ranks, fit_with_a_fault, ranks - 1, fault, 2, several, folder=workspace)
     assert codes == [0] * ranks, logs(workspace)
     skipped = curve(workspace / "run", "update/skipped_steps")
     assert skipped[1] == skipped[3] == 0
@@ -91,7 +92,7 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all_and_counted(
 
 def test_training_stops_on_all_ranks_and_the_batch_is_on_disk(workspace: Path) -> None:
     settings = ["--trainer.devices=2", "--trainer.strategy=ddp", "--model.max_nonfinite_steps=3"]
-    codes = run_ranks(2, fit_with_a_fault, 1, "gradient", None, settings, folder=workspace, timeout_s=120)
+    codes = run_ranks(2, fit_with_a_fault, 1, "gradient", None, settings, folder=workspace)
     assert codes == [2, 2], logs(workspace)
     folder = workspace / "run" / "nonfinite"
     said = (workspace / "rank_0.log").read_text()
@@ -161,6 +162,7 @@ class Killer(VerifiableReward):
 """
 
 
+@pytest.mark.slow
 def test_a_reward_worker_that_is_killed_changes_nothing(workspace: Path) -> None:
     """It is replaced, and what it was judging is judged again."""
     (workspace / "killer.py").write_text(KILLER)

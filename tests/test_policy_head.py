@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,82 +11,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    CohereConfig,
-    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
-    GPTJConfig,
-    GPTJForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from helpers.heads import LINEAR, tiny
+from helpers.models import qwen2
+from helpers.rollouts import PROMPTS, RESPONSES, TEMPERATURE, sequences
+from helpers.updates import assert_same
 from ibro_lightning.models import Policy
 from ibro_lightning.models.head import find_linear_head
-from test_update_invariances import PROMPTS, RESPONSES, TEMPERATURE, assert_same, gpt2, qwen2, sequences
 
 torch.set_num_threads(1)
-SIZES: dict[str, Any] = {
-    "vocab_size": 23,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 24,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.4,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
 
 
-def tiny(config: type, model: type, **settings: Any) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return model(config(**{**SIZES, **settings}))
-
-
-def with_bias(model: Any) -> Any:
-    """Biases start at 0, where nobody would miss them."""
-    with torch.no_grad():
-        model.lm_head.bias.copy_(torch.linspace(-2, 2, len(model.lm_head.bias)))
-    return model
-
-
-def gptj() -> Any:
-    config = GPTJConfig(
-        vocab_size=23, n_positions=64, n_embd=16, n_layer=2, n_head=2, rotary_dim=4, initializer_range=0.4
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return with_bias(GPTJForCausalLM(config))
-
-
-LINEAR: dict[str, Callable[[], Any]] = {
-    "qwen2, tied": qwen2,
-    "qwen2, untied": lambda: qwen2(tie_word_embeddings=False),
-    "gpt2, tied": gpt2,
-    "gpt2, untied": lambda: gpt2(tie_word_embeddings=False),
-    "llama, tied": lambda: tiny(LlamaConfig, LlamaForCausalLM, tie_word_embeddings=True),
-    "llama, untied": lambda: tiny(LlamaConfig, LlamaForCausalLM, tie_word_embeddings=False),
-    "gptj, bias": gptj,
-    "phi, bias": lambda: with_bias(tiny(PhiConfig, PhiForCausalLM, num_key_value_heads=2)),
-    "cohere, scaled up": lambda: tiny(CohereConfig, CohereForCausalLM, logit_scale=1.5),
-    "cohere, as published": lambda: tiny(CohereConfig, CohereForCausalLM, logit_scale=0.0625),
-    "granite, divided by 6": lambda: tiny(GraniteConfig, GraniteForCausalLM, logits_scaling=6.0),
-    "granite, multiplied by 3": lambda: tiny(GraniteConfig, GraniteForCausalLM, logits_scaling=1 / 3),
-}
 SCALES = {
     "cohere, scaled up": 1.5,
     "cohere, as published": 0.0625,
@@ -363,21 +303,6 @@ def test_a_scaled_head_is_recognised_under_mixed_precision() -> None:
         head = find_linear_head(model)
     assert head is not None
     assert head.scale == pytest.approx(1 / 6, rel=1e-6)
-
-
-def half_only(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Like flash attention, which transformers gives half precision under autocast or with half-precision weights."""
-    if query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-        raise RuntimeError("FlashAttention only supports fp16 and bf16")
-    return sdpa_attention_forward(module, query, *args, **kwargs)
-
-
-@pytest.fixture
-def half_only_attention() -> Iterator[str]:
-    AttentionInterface.register("half_only", half_only)
-    AttentionMaskInterface.register("half_only", sdpa_mask)
-    yield "half_only"
-    del AttentionInterface._global_mapping["half_only"], AttentionMaskInterface._global_mapping["half_only"]
 
 
 def test_the_probe_works_with_attention_that_only_runs_under_autocast(half_only_attention: str) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
+from helpers.sharded import on_ranks
 from ibro_lightning.errors import RankError
 from ibro_lightning.guards import interruption
 from ibro_lightning.guards.interruption import Interrupted
@@ -70,6 +71,22 @@ def check_numbers(ranks: Ranks) -> None:
         largest = values[mask].max() if mask.any() else torch.tensor(-torch.inf)
         assert ranks.largest(mine, mask[ranks.rank]) == largest
         assert ranks.largest(mine[:0], mask[ranks.rank][:0]) == -torch.inf
+
+
+def check_choices(ranks: Ranks) -> None:
+    """The largest of all ranks' values: those that one process would choose that has all of them."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        # Few distinct values, so that there are ties; a rank may have none at all.
+        sizes = torch.randint(0, 7, (SIZE,), generator=generator).tolist()
+        values = [torch.randint(0, 5, (size,), generator=generator).double() for size in sizes]
+        everything = torch.cat(values)
+        for count in (0, 1, 4, 30):
+            chosen = ranks.gather(values[ranks.rank][ranks.top(values[ranks.rank], count)].tolist())
+            largest = everything.topk(min(count, len(everything))).values.tolist()
+            assert sorted((value for own in chosen for value in own), reverse=True) == largest
+        places = ranks.gather(ranks.top(values[ranks.rank], 4).tolist())
+        assert all(len(set(own)) == len(own) for own in places)
 
 
 def outcome_of(ranks: Ranks, work: Callable[[], None]) -> str:
@@ -136,28 +153,22 @@ def check_tensor_parallel(ranks: Ranks) -> None:
     assert outcome_of(ranks, work) == expected, "a failure in any process stops all of them"
 
 
-def on_rank(rank: int, store: str, folder: str) -> None:
-    torch.set_num_threads(1)
+def check_all() -> None:
     assert Ranks.of(Strategy(SIZE)) is ALONE, "no process group yet"
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE)
+    distributed.init_process_group("gloo")
     strategy = Strategy(SIZE)
     ranks = Ranks.of(strategy)
     assert Ranks.of(strategy) is ranks
-    assert (ranks.rank, ranks.size, len(ranks)) == (rank, SIZE, SIZE)
+    assert (ranks.rank, ranks.size, len(ranks)) == (int(os.environ["RANK"]), SIZE, SIZE)
     check_objects(ranks)
     check_numbers(ranks)
+    check_choices(ranks)
     check_together(ranks)
     check_tensor_parallel(ALONE)
-    Path(folder, f"rank{rank}").touch()
-    distributed.barrier()
-    os._exit(0)  # gloo's threads now and then abort at the interpreter's end
 
 
 def test_three_ranks_agree(tmp_path: Path) -> None:
-    done = tmp_path / "done"
-    done.mkdir()
-    multiprocessing.spawn(on_rank, args=(str(tmp_path / "store"), str(done)), nprocs=SIZE)
-    assert {path.name for path in done.iterdir()} == {"rank0", "rank1", "rank2"}
+    on_ranks(SIZE, check_all, folder=tmp_path)
 
 
 class TestAlone:

@@ -16,10 +16,10 @@ import pytest
 pytest.importorskip("reasoning_gym")
 from reasoning_gym.factory import DATASETS
 
-from ibro_lightning.datamodules.gym_source import UNSEEDED, ReasoningGymSource
 from ibro_lightning.errors import ConfigError, RewardError
-from ibro_lightning.responses import Completion, Problem, Prompt
-from ibro_lightning.rewards.gym import ReasoningGymReward, is_formula, is_inert, last_tagged, make_dataset
+from ibro_lightning.tasks.gym_datasets import UNSEEDED, is_formula, is_inert, make_dataset
+from ibro_lightning.tasks.reasoning_gym import ReasoningGymReward, ReasoningGymSource, last_tagged
+from ibro_lightning.types import Completion, Problem, Prompt
 
 # Their problems have no answer of their own: the scorer judges any solution.
 WITHOUT_ANSWER = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
@@ -252,15 +252,15 @@ def test_prompts_with_template_system_and_examples() -> None:
 @pytest.mark.parametrize(
     ("settings", "setting", "words"),
     [
-        ({"dataset": "knight_knave"}, "source.dataset", "knights_knaves"),
-        ({"dataset": "qqqq"}, "source.dataset", "zebra_puzzles"),
-        ({"dataset": "maze", "config": {"grid": 3}}, "source.config", "grid"),
-        ({"dataset": "maze", "config": {"min_dist": -1}}, "source.config", "min_dist"),
-        ({"dataset": "maze", "config": {"seed": 3}}, "source.config.seed", "source.seed"),
-        ({"dataset": "maze", "size": 0}, "source.size", "1 or more"),
-        ({"dataset": "maze", "template": "{problem}"}, "source.template", "{question}"),
-        ({"dataset": "maze", "example_answer": "42"}, "source.example_answer", "{answer}"),
-        ({"dataset": "composite"}, "source.config", "dataset"),
+        ({"dataset": "knight_knave"}, "dataset", "knights_knaves"),
+        ({"dataset": "qqqq"}, "dataset", "zebra_puzzles"),
+        ({"dataset": "maze", "config": {"grid": 3}}, "config", "grid"),
+        ({"dataset": "maze", "config": {"min_dist": -1}}, "config", "min_dist"),
+        ({"dataset": "maze", "config": {"seed": 3}}, "config.seed", "write it as seed"),
+        ({"dataset": "maze", "size": 0}, "size", "1 or more"),
+        ({"dataset": "maze", "template": "{problem}"}, "template", "{question}"),
+        ({"dataset": "maze", "example_answer": "42"}, "example_answer", "{answer}"),
+        ({"dataset": "composite"}, "config", "dataset"),
     ],
 )
 def test_wrong_settings_of_the_source(settings: dict[str, Any], setting: str, words: str) -> None:
@@ -279,7 +279,7 @@ def test_wrong_settings_of_the_reward_and_examples_without_answers() -> None:
     ):
         with pytest.raises(ConfigError, match=setting):
             ReasoningGymReward(**settings)
-    with pytest.raises(ConfigError, match=r"source\.examples"):
+    with pytest.raises(ConfigError, match=r"^examples"):
         problems("graph_color", examples=1)
 
 
@@ -289,6 +289,8 @@ def test_a_missing_library_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
         ReasoningGymReward()
 
 
-def test_the_reward_module_starts_without_the_library() -> None:
-    code = "import sys, ibro_lightning.rewards.gym; sys.exit('reasoning_gym' in sys.modules or 'torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_importing_the_tasks_loads_neither_their_libraries_nor_torch() -> None:
+    code = "import pickle, sys, ibro_lightning.tasks as tasks; pickle.dumps(tasks.NumberPathReward()); "
+    code += "print({'reasoning_gym', 'torch', 'datasets', 'pyarrow', 'transformers'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"

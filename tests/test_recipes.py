@@ -8,10 +8,12 @@ import lightning.pytorch as pl
 import pytest
 import yaml
 
-from ibro_lightning.cli import IbroCLI, main
+from ibro_lightning.cli.main import main
+from ibro_lightning.cli.recipes import find_config, recipe_folder, recipe_names
+from ibro_lightning.cli.training import IbroCLI
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.modules import DAPOModule, PPOModule, ReferenceKL
-from ibro_lightning.recipes import find_config, recipe_folder, recipe_names
+from ibro_lightning.modules import DAPOModule, PPOModule
+from ibro_lightning.update import ReferenceKL
 
 RECIPES = recipe_names()
 
@@ -59,7 +61,7 @@ def test_the_published_dapo_values_are_in_dapo_ib(capsys: pytest.CaptureFixture[
     assert model["policy"] == "Qwen/Qwen2.5-7B"
     assert (model["clip_ratio_low"], model["clip_ratio_high"], model["dual_clip"]) == (0.2, 0.28, 10.0)
     assert model["regularizer"]["init_args"]["coef"] == 0.005
-    assert model["optimizer"]["init_args"]["lr"] == 1e-6
+    assert model["learning_rate"] == 1e-6
     assert model["optimizer"]["init_args"]["weight_decay"] == 0.1
     assert (model["warmup_steps"], model["max_grad_norm"], model["mini_batch_prompts"]) == (10, 1.0, 32)
     assert (data["prompts_per_rollout"], data["group_size"]) == (512, 16)
@@ -121,12 +123,12 @@ ALGORITHMS = {
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_readmes_algorithms_are_options_that_parse_and_build(
+def test_the_documented_algorithms_are_options_that_parse_and_build(
     name: str, tiny_policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = (recipe_folder().parent / "README.md").read_text()
+    documentation = (recipe_folder().parent / "docs" / "methods.md").read_text()
     cells = ", ".join(f"`{option}`" for option in ALGORITHMS[name].split(", "))
-    assert f"| {name} | {cells} |" in readme
+    assert f"| {name} | {cells} |" in documentation
     options = [word for option in ALGORITHMS[name].split(", ") for word in f"--model.{option}".split()]
     settings = printed_config(capsys, "fit", "--config", "quickstart.yaml", *options)["model"]["init_args"]
     kl = settings.pop("kl")
@@ -137,15 +139,28 @@ def test_the_readmes_algorithms_are_options_that_parse_and_build(
 
 
 @pytest.mark.parametrize("algorithm", ["dapo", "ppo"])
-@pytest.mark.parametrize(("arm", "regularizer"), [("naive", "EntropyBonus"), ("none", "NoRegularizer")])
-def test_the_papers_arms_differ_in_the_regularizer_alone(algorithm: str, arm: str, regularizer: str) -> None:
-    """Otherwise their difference would say nothing about it."""
-    ours, theirs = (yaml.safe_load(find_config(f"{algorithm}_{name}.yaml").read_text()) for name in ("ib", arm))
-    assert ours["model"]["init_args"].pop("regularizer")["class_path"] == "InformationBottleneck"
-    assert theirs["model"]["init_args"].pop("regularizer")["class_path"] == regularizer
-    for recipe in (ours, theirs):
-        recipe["trainer"].pop("default_root_dir")
+@pytest.mark.parametrize(("number", "regularizer"), [(0, "EntropyBonus"), (1, "NoRegularizer")])
+def test_the_papers_arms_differ_in_the_regularizer_alone(
+    algorithm: str, number: int, regularizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise their difference would say nothing about it. The options are those in the recipe's head comment."""
+    name = f"{algorithm}_ib.yaml"
+    arms = [line for line in find_config(name).read_text().splitlines() if line.startswith("#   --")]
+    assert len(arms) == 2
+    ours = printed_config(capsys, "fit", "--config", name)
+    theirs = printed_config(capsys, "fit", "--config", name, *arms[number].removeprefix("#").split())
+    kinds = [config["model"]["init_args"].pop("regularizer")["class_path"].split(".")[-1] for config in (ours, theirs)]
+    assert kinds == ["InformationBottleneck", regularizer]
+    assert ours["trainer"].pop("default_root_dir") != theirs["trainer"].pop("default_root_dir")
     assert ours == theirs
+
+
+@pytest.mark.parametrize("algorithm", ["dapo", "ppo"])
+def test_the_readme_names_the_papers_arms(algorithm: str) -> None:
+    readme = (recipe_folder().parent / "README.md").read_text()
+    for line in find_config(f"{algorithm}_ib.yaml").read_text().splitlines():
+        if line.startswith("#   --"):
+            assert f"`{line.removeprefix('#').split(' --trainer.')[0].strip()}`" in readme
 
 
 @pytest.mark.parametrize("name", ["dapo_ib.yaml", "ppo_ib.yaml", "eval_math.yaml"])

@@ -14,15 +14,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ibro_lightning.cli import main
-from ibro_lightning.coefficients import AdaptiveKL
+from helpers.models import TinySource
+from helpers.rollouts import GROUPS, TEMPERATURE, make_rollout, reference_scores, rollouts
+from helpers.updates import CUTS, adamw, assert_same, begin_step, fit, micro_loss, scored_first, summed, token_stats
+from ibro_lightning.batches.experience import Experience
+from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.experience import Experience
 from ibro_lightning.models import PolicyOptions
-from ibro_lightning.modules import ActorModule, DAPOModule, PPOModule, ReferenceKL
+from ibro_lightning.modules import DAPOModule, PolicyModule, PPOModule
 from ibro_lightning.regularizers import NoRegularizer
-from test_ppo import CUTS, TinySource, adamw, fit, rollouts, summed
-from test_update_invariances import GROUPS, TEMPERATURE, assert_same, make_rollout, reference_scores, scored_first
+from ibro_lightning.regularizers.coefficients import AdaptiveKL
+from ibro_lightning.update import ReferenceKL
 
 torch.set_num_threads(1)
 BETA = 0.3
@@ -35,7 +37,7 @@ def elsewhere(**settings: Any) -> ReferenceKL:
     return ReferenceKL(policy=TinySource(seed=1), **{"coef": BETA, **settings})  # type: ignore[arg-type]
 
 
-def build(kind: type[ActorModule], kl: ReferenceKL | None, **settings: Any) -> Any:
+def build(kind: type[PolicyModule], kl: ReferenceKL | None, **settings: Any) -> Any:
     module = kind(TinySource(), kl=kl, **settings)
     module.configure_model()
     return module
@@ -68,14 +70,14 @@ def penalties(estimator: str) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k3_k2_grad"])
 @pytest.mark.parametrize("kind", [DAPOModule, PPOModule])
-def test_in_the_reward_every_token_pays_for_itself(kind: type[ActorModule], estimator: Any) -> None:
+def test_in_the_reward_every_token_pays_for_itself(kind: type[PolicyModule], estimator: Any) -> None:
     rollout = make_rollout()
     experience = build(kind, elsewhere(placement="reward", estimator=estimator)).prepare(rollout)
     for row, kl in enumerate(penalties(estimator)):
         expected = np.zeros(6)
         expected[: len(kl)] = -BETA * kl
         expected[len(kl) - 1] += rollout.rewards[row].item()
-        np.testing.assert_allclose(experience.extra["token_rewards"][row], expected, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(experience.token_rewards[row], expected, rtol=1e-9, atol=1e-12)
         assert np.abs(kl).min() > 1e-6
 
 
@@ -110,19 +112,19 @@ def step_of(module: Any) -> Experience:
     """A step whose ratios are not 1."""
     experience = scored_first(module).prepare(make_rollout())
     noise = torch.randn(experience.old_logp.shape, generator=torch.Generator().manual_seed(1)).double()
-    result: Experience = module.begin_step(replace(experience, old_logp=experience.old_logp + 0.3 * noise))
+    result: Experience = begin_step(module, replace(experience, old_logp=experience.old_logp + 0.3 * noise))
     return result
 
 
 def policy_gradient(module: Any, step: Experience, cut: Sequence[Sequence[int]] = CUTS[0]) -> list[Tensor]:
     """The step's loss, then the gradients of the policy's parameters."""
     parts = [step.select(torch.tensor(rows)) for rows in cut]
-    return summed(lambda micro: module.loss(module.token_stats(micro), micro), parts, list(module.policy.parameters()))
+    return summed(lambda micro: micro_loss(module, micro), parts, list(module.policy.parameters()))
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3", "k3_k2_grad"])
 @pytest.mark.parametrize("kind", [DAPOModule, PPOModule])
-def test_in_the_loss_the_penalty_is_aggregated_like_the_loss(kind: type[ActorModule], estimator: Any) -> None:
+def test_in_the_loss_the_penalty_is_aggregated_like_the_loss(kind: type[PolicyModule], estimator: Any) -> None:
     """L = L_PG + β Σ KL / N, and its gradient β Σ c·∇logπ / N, whatever the cut into micro-batches."""
     plain, module = build(kind, None), build(kind, elsewhere(estimator=estimator))
     step = step_of(module)
@@ -137,8 +139,8 @@ def test_in_the_loss_the_penalty_is_aggregated_like_the_loss(kind: type[ActorMod
     slopes = torch.zeros_like(step.old_logp)
     for row, (a, b) in enumerate(zip(scores(TinySource().model), scores(TinySource(seed=1).model), strict=True)):
         slopes[row, : len(a)] = torch.tensor(1 - np.exp(b - a) if estimator == "k3" else a - b)
-    stats = plain.token_stats(step)
-    loss, _ = plain.loss(stats, step)
+    stats = token_stats(plain, step)
+    loss, _ = plain.policy_loss(stats, step)
     loss = loss + BETA * (slopes * stats.logp).sum() / tokens
     assert_same(with_penalty[1:], torch.autograd.grad(loss, list(plain.policy.parameters())))
     for cut in CUTS[1:]:
@@ -157,8 +159,7 @@ def test_the_loss_knows_nothing_of_a_penalty_in_the_reward() -> None:
     module = build(DAPOModule, elsewhere(placement="reward"))
     step = step_of(module)
     plain = build(DAPOModule, None)
-    sampled = {"sampler_logp": step.extra["sampler_logp"]}  # for the correction, which has nothing to do with it
-    expected = policy_gradient(plain, replace(step, extra=sampled))
+    expected = policy_gradient(plain, replace(step, extra={}))
     assert_same(policy_gradient(module, step), expected)
 
 
@@ -177,7 +178,7 @@ def test_a_method_that_replaces_the_policy_loss_leaves_the_penalty_in_place() ->
 
 
 @pytest.mark.parametrize("kind", [DAPOModule, PPOModule])
-def test_the_reference_is_no_part_of_what_is_trained_or_saved(kind: type[ActorModule]) -> None:
+def test_the_reference_is_no_part_of_what_is_trained_or_saved(kind: type[PolicyModule]) -> None:
     plain, module = build(kind, None), build(kind, elsewhere())
     assert module.state_dict().keys() == plain.state_dict().keys()
     assert len(list(module.parameters())) == len(list(plain.parameters()))
@@ -191,7 +192,7 @@ def test_the_reference_is_no_part_of_what_is_trained_or_saved(kind: type[ActorMo
 
 @pytest.mark.parametrize("placement", ["loss", "reward"])
 @pytest.mark.parametrize("kind", [DAPOModule, PPOModule])
-def test_the_policy_leaves_its_reference_only_by_learning(kind: type[ActorModule], placement: Any) -> None:
+def test_the_policy_leaves_its_reference_only_by_learning(kind: type[PolicyModule], placement: Any) -> None:
     """KL is 0 to the last bit in the first iteration, and the reference's weights stay what they were."""
     source = TinySource()
     module = kind(source, kl=ReferenceKL(0.1, placement), optimizer=adamw(0.01), mini_batch_prompts=2)
@@ -228,7 +229,7 @@ def test_a_strong_penalty_keeps_the_policy_near_its_reference(placement: Any) ->
 
 
 def test_k1_in_the_loss_is_refused_for_its_gradient_is_nothing_on_average() -> None:
-    with pytest.raises(ConfigError, match=r"model\.kl\.init_args\.estimator: 'k1' - .*k2, k3 or k3_k2_grad"):
+    with pytest.raises(ConfigError, match=r"^estimator: 'k1' - .*k2, k3 or k3_k2_grad"):
         ReferenceKL(placement="loss", estimator="k1")
     assert ReferenceKL(placement="reward", estimator="k1").estimator == "k1"
 
@@ -236,10 +237,10 @@ def test_k1_in_the_loss_is_refused_for_its_gradient_is_nothing_on_average() -> N
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"placement": "advantage"}, "model.kl.init_args.placement: 'advantage'"),
-        ({"estimator": "k4"}, "model.kl.init_args.estimator: 'k4'"),
-        ({"coef": -0.1}, "model.kl.init_args.coef: -0.1"),
-        ({"coef": math.nan}, "model.kl.init_args.coef: nan"),
+        ({"placement": "advantage"}, "placement: 'advantage'"),
+        ({"estimator": "k4"}, "estimator: 'k4'"),
+        ({"coef": -0.1}, "coef: -0.1"),
+        ({"coef": math.nan}, "coef: nan"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(settings: Any, named: str) -> None:
@@ -250,7 +251,7 @@ def test_settings_that_make_no_sense_are_refused_by_name(settings: Any, named: s
 
 def test_a_reference_with_another_vocabulary_is_refused() -> None:
     kl = ReferenceKL(policy=TinySource(vocab_size=24))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"model\.kl\.init_args\.policy: .*24 tokens and the policy 23"):
+    with pytest.raises(ConfigError, match=r"^policy: .*24 tokens and the policy 23"):
         DAPOModule(TinySource(), kl=kl).configure_model()
 
 
@@ -271,6 +272,15 @@ def test_the_adaptive_coefficient_follows_what_was_measured(placement: Any) -> N
     assert recorder.metrics[0]["kl/reference"] == 0
     assert recorder.metrics[-1]["kl/reference"] > 0.01
     assert coef.state["iterations"] == 3
+
+
+def test_the_adaptive_coefficient_waits_for_the_policy_to_train() -> None:
+    """While only the critic trains, the policy is its reference: their KL is 0 because nothing has happened."""
+    coef = AdaptiveKL(start=0.5, target=0.01, horizon=20)
+    module = PPOModule(TinySource(), kl=ReferenceKL(coef), critic_warmup_iterations=2)
+    _, recorder = fit(module, rollouts(3))
+    assert [metrics["kl/coef"] for metrics in recorder.metrics] == [0.5, 0.5, 0.5]
+    assert coef.state["iterations"] == 1
 
 
 def test_the_logged_coefficient_is_the_one_that_was_used_in_the_reward() -> None:
@@ -306,7 +316,9 @@ RECIPE = """
       class_path: ReferenceKL
       init_args:
         placement: {placement}
-        coef: {{class_path: ibro_lightning.coefficients.AdaptiveKL, init_args: {{start: 0.1, horizon: 100}}}}
+        coef:
+          class_path: ibro_lightning.regularizers.coefficients.AdaptiveKL
+          init_args: {{start: 0.1, horizon: 100}}
 """
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from ibro_lightning.batches.experience import TokenStats
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.experience import TokenStats
 from ibro_lightning.functional import group_advantages, logprob_and_entropy, token_mean
 from ibro_lightning.regularizers import EntropyBonus, EntropyRegularizer, InformationBottleneck, NoRegularizer
 
@@ -51,19 +51,19 @@ def test_defaults_are_the_papers_coefficients() -> None:
 
 def test_a_negative_coefficient_is_refused_by_name() -> None:
     for regularizer in (EntropyBonus, InformationBottleneck):
-        with pytest.raises(ConfigError, match=r"regularizer\.init_args\.coef: -0\.1"):
+        with pytest.raises(ConfigError, match=r"^coef: -0\.1"):
             regularizer(coef=-0.1)
 
 
 @pytest.mark.parametrize("clip", [0.0, -1.0])
 def test_an_empty_clip_range_is_refused(clip: float) -> None:
-    with pytest.raises(ConfigError, match=r"regularizer\.init_args\.clip"):
+    with pytest.raises(ConfigError, match=r"^clip"):
         InformationBottleneck(transform="clip", clip=clip)
 
 
 def test_an_unknown_transform_is_refused() -> None:
     """In Python nothing checks the Literal: an ablation with a typo would run as the plain method."""
-    with pytest.raises(ConfigError, match=r"regularizer\.init_args\.transform"):
+    with pytest.raises(ConfigError, match=r"^transform"):
         InformationBottleneck(transform="Sign")  # type: ignore[arg-type]
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -15,18 +19,17 @@ from ibro_lightning.errors import ConfigError, RewardError
 from ibro_lightning.functional import overlong_penalty
 from ibro_lightning.rewards import (
     CodeReward,
-    CountdownReward,
     LastNumberReward,
     MathVerifyReward,
-    NumberPathReward,
     OverlongPenalty,
     Reward,
+    RewardByPart,
     RewardSum,
     VerifiableReward,
     last_number,
     score,
 )
-from ibro_lightning.tasks import NumberPath
+from ibro_lightning.tasks import CountdownReward, NumberPath, NumberPathReward
 from ibro_lightning.types import Completion, Prompt, RewardResult, SamplingParams
 
 torch.set_num_threads(1)
@@ -91,6 +94,56 @@ class TestLastNumber:
         ],
     )
     def test_is_exact(self, text, expected):
+        assert last_number(text) == expected
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            *(
+                "3/2",
+                "-3/2",
+                "it is 3 / 2.",
+                "4:30",
+                "at 4:30 p.m.",
+                "2:1",
+                "2 : 1",
+                "1.2.3",
+                "2024-05-01",
+                "05/01/2024",
+            ),
+            *(
+                r"\frac{3}{2}",
+                r"$\dfrac{1}{2}$",
+                r"\frac32",
+                r"{3 \over 2}",
+                "1/ 2",
+                "3⁄2",
+                "2^3",
+                "x_2",
+                "1e5",
+                "1.5e-3",
+            ),
+        ],
+    )
+    def test_none_if_it_is_a_part_of_something_else(self, text):
+        assert last_number(text) is None
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            *(
+                ("6/3 = 2", 2),
+                ("1/2 of it: 7", 7),
+                ("Answer:30", 30),
+                ("answer: 30", 30),
+                ("#### 72", 72),
+                ("$5/day", 5),
+            ),
+            *(("9-5", 5), ("10 - 3", 3), ("2, 3", 3), ("20 %", 20), ("5 km/h", 5), ("Total: $1,200.00.", 1200)),
+            *((r"\boxed{72}", 72), ("He has 3. 4", 4), ("1. 5 apples", 5), ("(3)(4)", 4), ("3*4", 4), ("€7.", 7)),
+        ],
+    )
+    def test_what_stands_alone_counts(self, text, expected):
         assert last_number(text) == expected
 
     @pytest.mark.parametrize("text", ["", " ", "no number", "-", ".", ",", "½", "$,.%", "eight", "x²"])
@@ -267,11 +320,16 @@ class TestNumberPathReward:
             score(reward, prompt(NUMBER_PATH), [completion()])
 
 
+def test_a_wrong_number_to_try_a_gold_with_is_none_of_the_other_golds():
+    responses = LastNumberReward().plain_responses(prompt([1, 2, 4]))
+    assert (responses.right, responses.wrong) == (("1", "2", "4"), ("3", "5"))
+
+
 class TestOverlongPenalty:
     @pytest.mark.parametrize(
         ("length", "expected"),
-        # Limit 20, buffer 8: nothing up to 12 tokens, then an eighth more for each.
-        [(0, 0.0), (1, 0.0), (12, 0.0), (13, -0.125), (16, -0.5), (19, -0.875), (20, -1.0)],
+        # Limit 20, buffer 8: nothing up to 12 tokens, then an eighth more for each, and no more beyond the limit.
+        [(0, 0.0), (1, 0.0), (12, 0.0), (13, -0.125), (16, -0.5), (19, -0.875), (20, -1.0), (25, -1.0)],
     )
     def test_grows_linearly_within_the_buffer(self, length, expected):
         (result,) = score(OverlongPenalty(8), prompt(), [completion(tokens=[1] * length, max_tokens=20)])
@@ -286,16 +344,17 @@ class TestOverlongPenalty:
         assert [r.reward for r in score(OverlongPenalty(8), prompt(), [short, long])] == [-1.0, 0.0]
 
     def test_is_what_functional_computes_on_tensors(self):
-        """Two spellings of one formula: reward workers do without torch."""
         lengths = torch.arange(65)
         expected = overlong_penalty(lengths, max_tokens=64, buffer_tokens=24, factor=0.7)
         completions = [completion(tokens=[1] * int(length), max_tokens=64) for length in lengths]
         results = score(OverlongPenalty(24, 0.7), prompt(), completions)
         assert [result.reward for result in results] == pytest.approx(expected.tolist())
+        # in double precision
+        assert [result.reward for result in results] == [0.7 * max(-1.0, min(0.0, (40 - n) / 24)) for n in range(65)]
 
     def test_a_buffer_longer_than_the_limit_is_refused(self):
         with pytest.raises((ConfigError, RewardError), match=r"buffer_tokens.*at most.*4"):
-            score(OverlongPenalty(8), prompt(), [completion(max_tokens=4)])
+            score(OverlongPenalty(8), prompt(), [completion(max_tokens=4), completion(max_tokens=20)])
 
     def test_a_settings_error_stays_one(self):
         """The user must change a setting, not the reward's code."""
@@ -324,6 +383,22 @@ class TestRewardSum:
         reward = RewardSum([LastNumberReward(), OverlongPenalty(8)])
         results = score(reward, prompt("8"), [completion("8"), completion("9", tokens=[1] * 20, max_tokens=20)])
         assert [r.reward for r in results] == [1.0, -2.0]
+
+    @pytest.mark.parametrize("stopped", [(False, False), (True, False), (False, True)])
+    def test_is_stopped_if_any_member_is(self, stopped):
+        accuracy, form = (
+            Says([RewardResult(0.0, {name: 0.0}, timed_out=flag)])
+            for name, flag in zip(("accuracy", "form"), stopped, strict=True)
+        )
+        (result,) = score(RewardSum([accuracy, form]), prompt(), [completion()])
+        assert result.timed_out == any(stopped)
+
+    @pytest.mark.parametrize(("weight", "span", "expected"), [(0.5, 2.0, 1.0), (-3.0, None, 3.0), (1.0, 0.25, 0.25)])
+    def test_right_and_wrong_are_as_far_apart_as_the_weighted_verifiers(self, weight, span, expected):
+        accuracy = Says([RewardResult(1.0, {"accuracy": 1.0}, outcome_span=span)])
+        reward = RewardSum([OverlongPenalty(8), accuracy], weights=[7.0, weight])
+        (result,) = score(reward, prompt(), [completion()])
+        assert result.outcome_span == expected
 
     def test_two_parts_of_one_name_are_refused(self):
         """One of them would silently replace the other, and filter the wrong groups."""
@@ -404,10 +479,16 @@ class TestScore:
     def test_being_interrupted_is_no_fault_of_the_reward(self):
         class Interrupted(Reward):
             def __call__(self, prompt, completions):
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGINT)
+                return [RewardResult(0.0, {"accuracy": 0.0})]
 
-        with pytest.raises(KeyboardInterrupt):
-            score(Interrupted(), prompt(), [completion()])
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                score(Interrupted(), prompt(), [completion()])
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 class TestCheckReward:
@@ -465,3 +546,53 @@ class TestCheckReward:
         parts = [Prompt(f"{part}/{n}", "text", (1,), "8", part=part) for part in ("a", "b") for n in range(3)]
         check_reward(Watching(), parts, SamplingParams(max_tokens=20))
         assert sorted(seen) == ["a/0", "b/0"]
+
+
+class TestOutcomeSpan:
+    """By how much right is rewarded more than wrong travels with each result."""
+
+    def span(self, reward, part=""):
+        asked = Prompt("p", "text", (1,), "8", part=part)
+        (result,) = reward(asked, [completion("8")])
+        return result.outcome_span
+
+    def test_of_a_verifier_and_of_what_is_made_of_it(self):
+        half = LastNumberReward(correct=0.5, incorrect=0.0)
+        assert self.span(LastNumberReward()) == 2.0
+        assert self.span(half) == 0.5
+        assert self.span(RewardSum([half, OverlongPenalty(8)], weights=[4.0, 1.0])) == 2.0
+        assert self.span(RewardSum([OverlongPenalty(8), half], weights=[1.0, -1.0])) == 0.5
+        assert self.span(RewardSum([half, OverlongPenalty(8)], weights=[0.0, 1.0])) == 0.0
+        assert self.span(RewardByPart({"a": half, "b": LastNumberReward()}), part="a") == 0.5
+        assert self.span(OverlongPenalty(8)) is None
+        assert LastNumberReward().stopped(0.5).outcome_span == 2.0
+
+    def test_a_reward_of_ones_own_need_not_say_it(self):
+        silent = Says([RewardResult(3.0, {"accuracy": 1.0})])
+        assert self.span(RewardSum([silent, OverlongPenalty(8)], weights=[0.5, 1.0])) == 0.5
+        with pytest.raises(RewardError, match="outcome_span"):
+            score(Says([RewardResult(3.0, {"accuracy": 1.0}, outcome_span=float("nan"))]), prompt(), [completion()])
+        with pytest.raises(RewardError, match="returned"):
+            score(Says([RewardResult(3.0, {"accuracy": 1.0}, outcome_span="2")]), prompt(), [completion()])
+
+
+def test_a_part_of_the_mixture_without_a_reward_is_named() -> None:
+    stray = Prompt("b/3", "text", (1,), "8", part="b")
+    with pytest.raises(ConfigError, match=r"^rewards: \['a'\] - add a reward for the part 'b' .*\(prompt 'b/3'\)$"):
+        RewardByPart({"a": LastNumberReward()})(stray, [completion("8")])
+
+
+def test_what_a_run_does_not_use_is_not_imported() -> None:
+    """Neither the sandbox, nor math-verify with sympy, nor torch, which a worker process of the pool can do without."""
+    code = """
+import sys
+import ibro_lightning.rewards
+from ibro_lightning.rewards import *
+CodeReward(), MathVerifyReward(), OverlongPenalty(4), PoolOptions()
+heavy = {"torch", "numpy", "sympy", "math_verify", "lightning", "transformers", "reasoning_gym"}
+print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
+print(sorted(name for name in sys.modules if name.startswith("ibro_lightning.rewards.code.")))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    code_reward = ["ibro_lightning.rewards.code.limits", "ibro_lightning.rewards.code.reward"]
+    assert result.stdout.splitlines() == ["[]", str(code_reward)]

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("the sandbox needs Linux", allow_module_level=True)
 
+from helpers.leftovers import nothing_is_left  # noqa: F401  an autouse fixture
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.rewards.code import sandbox, sandbox_folder
 from ibro_lightning.rewards.code.sandbox import SandboxLimits, run_python
@@ -28,32 +28,6 @@ from ibro_lightning.rewards.code.sandbox_filter import seccomp_filter
 
 QUICK = SandboxLimits(wall_s=1.5, cpu_s=1, memory_mib=256)
 HAS_LANDLOCK = sandbox.landlock_version() >= 3
-
-
-def children() -> set[int]:
-    """Processes whose parent is this one; also those that have ended and were not waited for."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[1]) == os.getpid():
-            found.add(int(stat.parent.name))
-    return found
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """After every test here: no child process, no open descriptor, no temporary folder."""
-    folder = tmp_path / "tmp"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    before, descriptors = children(), len(os.listdir("/proc/self/fd"))
-    yield
-    assert children() == before
-    assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert not list(folder.iterdir())
 
 
 # ---- what programs may do
@@ -446,5 +420,5 @@ def test_other_systems_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     "setting", [{"wall_s": 0}, {"cpu_s": float("nan")}, {"memory_mib": 10}, {"output_kib": 0}, {"open_files": 3}]
 )
 def test_wrong_limits(setting: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"limits.{next(iter(setting))}"):
+    with pytest.raises(ConfigError, match=f"^{next(iter(setting))}: "):
         SandboxLimits(**setting)

@@ -20,8 +20,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from helpers.models import gpt2, qwen2
+from helpers.sharded import OPTIONS, NoTokenizer, meet, objective, on_ranks, saved_model, source_of
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import (
+    ModelPolicy,
     PolicyOptions,
     PolicySource,
     PretrainedPolicy,
@@ -33,10 +36,8 @@ from ibro_lightning.models import (
     whole,
 )
 from ibro_lightning.models.building import parameters_on_meta
-from ibro_lightning.models.weights import RankZero, WeightFiles, agree
+from ibro_lightning.models.weight_files import RankZero, WeightFiles, agree
 from ibro_lightning.tasks import NumberPath
-from test_strategies import OPTIONS, NoTokenizer, meet, objective, on_ranks, saved_model, source_of
-from test_update_invariances import gpt2, qwen2
 
 torch.set_num_threads(1)
 
@@ -122,14 +123,15 @@ class Doubled(PretrainedPolicy):
 
 def sources(folders: dict[str, Path]) -> Iterator[tuple[PolicySource, PolicyOptions, type]]:
     """What is loaded, and how."""
-    for name in ("tied", "untied", "shards"):
+    for name in ("tied", "untied", "shards", "both"):  # both: a head of its own, which makes the config say untied
         yield source_of(folders[name]), OPTIONS, WeightFiles
     half = PolicyOptions(dtype="bfloat16")
     yield source_of(folders["untied"], half), half, WeightFiles
-    for name in ("gpt2", "bin", "both"):
+    for name in ("gpt2", "bin"):
         yield source_of(folders[name]), OPTIONS, RankZero
     yield Qwen2FromScratch(NumberPath(size=12), hidden_size=16, num_heads=2, num_kv_heads=1), PolicyOptions(), RankZero
     yield OwnSource(), OPTIONS, RankZero
+    yield ModelPolicy(qwen2(seed=5)), OPTIONS, RankZero
     yield Doubled(str(folders["tied"]), OPTIONS), OPTIONS, RankZero
 
 

@@ -13,10 +13,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from helpers.models import qwen2
+from helpers.rollouts import PROMPTS
 from ibro_lightning.engines import HFEngine
 from ibro_lightning.models import Policy
-from ibro_lightning.types import ModelSpec, SamplingParams
-from test_update_invariances import PROMPTS, qwen2
+from ibro_lightning.models.spec import ModelSpec
+from ibro_lightning.types import SamplingParams
 
 torch.set_num_threads(1)
 RANKS = 2

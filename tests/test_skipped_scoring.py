@@ -15,28 +15,33 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from ibro_lightning.cli import main
-from ibro_lightning.coefficients import Constant, EntropyBand, Linear, TargetEntropy
-from ibro_lightning.experience import Experience, StepContext, TokenStats
+from helpers.models import TinySource
+from helpers.rollouts import make_rollout
+from helpers.sampler_scores import noise, rollout_of, sampler_near, scores
+from helpers.updates import Recorder, adamw, fit, sgd
+from ibro_lightning.batches import Rollout
+from ibro_lightning.batches.experience import Experience, TokenStats
+from ibro_lightning.cli.main import main
 from ibro_lightning.models import PolicyOptions
-from ibro_lightning.modules import ActorModule, DAPOModule, PPOModule, ReferenceKL
-from ibro_lightning.modules.correction import SamplerCorrection
+from ibro_lightning.modules import DAPOModule, PolicyModule, PPOModule
 from ibro_lightning.regularizers import (
     IBRO,
     ClipCov,
-    CorrectPathEntropySuppression,
     EntropyBonus,
     EntropyRegularizer,
     EntropyShapedAdvantage,
     InformationBottleneck,
     KLCov,
     NoRegularizer,
+    OppositeInformationBottleneck,
+    StepContext,
     TopEntropyTokens,
 )
-from ibro_lightning.types import Rollout
-from test_ppo import Recorder, TinySource, adamw, fit
-from test_sampler_correction import noise, rollout_of, sampler_near, scores
-from test_update_invariances import make_rollout
+from ibro_lightning.regularizers.coefficients import Constant, EntropyBand, Linear, TargetEntropy
+from ibro_lightning.update import ReferenceKL
+from ibro_lightning.update.correction import SamplerCorrection
+from ibro_lightning.update.loss import PolicyLoss
+from ibro_lightning.update.steps import with_scores
 
 torch.set_num_threads(1)
 
@@ -51,7 +56,7 @@ class EagerPPO(PPOModule):
     advantages_need_scores = True
 
 
-EAGER: dict[type[ActorModule], type[ActorModule]] = {DAPOModule: EagerDAPO, PPOModule: EagerPPO}
+EAGER: dict[type[PolicyModule], type[PolicyModule]] = {DAPOModule: EagerDAPO, PPOModule: EagerPPO}
 
 
 class ByOldEntropy(EntropyRegularizer):
@@ -67,7 +72,7 @@ REGULARIZERS = {
     "ib": lambda: InformationBottleneck(0.5),
     "ib centred": lambda: InformationBottleneck(0.5, part="centred"),
     "ib uniform": lambda: InformationBottleneck(0.5, part="uniform", transform="sign"),
-    "ces": lambda: CorrectPathEntropySuppression(0.5),
+    "opposite": lambda: OppositeInformationBottleneck(0.5),
     "bonus": lambda: EntropyBonus(0.3),
     "a user's": lambda: ByOldEntropy(0.3),
 }
@@ -79,16 +84,14 @@ def sampled() -> tuple[Rollout, ...]:
     logp = torch.zeros(8, 6, dtype=torch.float64)
     for row, (of_row, _) in enumerate(scores()):
         logp[row, : len(of_row)] = torch.tensor(of_row)
-    first, second = (rollout_of(sampler_near(logp + noise(7, size)), iteration=n) for n, size in ((1, 0.0), (2, 0.1)))
+    first, second = (
+        rollout_of(sampler_near(logp + noise(7, size)).clamp(max=0.0), iteration=n) for n, size in ((1, 0.0), (2, 0.1))
+    )
     return first, replace(second, truncated=torch.arange(8) % 5 == 1)
 
 
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1)
-
-
 def run(
-    kind: type[ActorModule],
+    kind: type[PolicyModule],
     *,
     rollouts: Sequence[Rollout] | None = None,
     dtype: torch.dtype = torch.float64,
@@ -126,7 +129,7 @@ def assert_same_run(skipped: Recorder, scored: Recorder, tolerance: float) -> No
 @pytest.mark.parametrize("budget", [1, 20, 10_000])
 @pytest.mark.parametrize("name", REGULARIZERS)
 @pytest.mark.parametrize("kind", EAGER)
-def test_the_update_and_its_curves_are_those_of_scoring_first(kind: type[ActorModule], name: str, budget: int) -> None:
+def test_the_update_and_its_curves_are_those_of_scoring_first(kind: type[PolicyModule], name: str, budget: int) -> None:
     runs = [
         run(k, regularizer=REGULARIZERS[name](), micro_batch_tokens=budget, overlong_filter=True)
         for k in (kind, EAGER[kind])
@@ -180,7 +183,7 @@ def test_a_rollout_without_a_finite_gradient_is_still_measured() -> None:
 
 @pytest.mark.parametrize("budget", [1, 20, 10_000])
 @pytest.mark.parametrize("kind", EAGER)
-def test_every_micro_batch_goes_through_the_policy_once_instead_of_twice(kind: type[ActorModule], budget: int) -> None:
+def test_every_micro_batch_goes_through_the_policy_once_instead_of_twice(kind: type[PolicyModule], budget: int) -> None:
     passes = {}
     for k in (kind, EAGER[kind]):
         module = k(TinySource(), micro_batch_tokens=budget)
@@ -189,7 +192,7 @@ def test_every_micro_batch_goes_through_the_policy_once_instead_of_twice(kind: t
         module.policy.register_forward_pre_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
         fit(module, sampled()[:1])
         passes[k] = calls
-        micro_batches = len(list(module.micro_batches(make_rollout().sequences)))
+        micro_batches = len(module.scorer.budget.micro_batches(make_rollout().sequences))
     assert passes[kind] == [True] * micro_batches
     assert passes[EAGER[kind]] == [False] * micro_batches + [True] * micro_batches
 
@@ -198,47 +201,53 @@ def test_every_micro_batch_goes_through_the_policy_once_instead_of_twice(kind: t
 
 
 class ReadsOldEntropy(InformationBottleneck):
+    prepare_needs_scores = True
+
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         return super().prepare(step, context).with_extra(surprise=step.old_entropy - step.old_logp)
 
 
-class SaysItDoesNot(InformationBottleneck):
-    prepare_needs_scores = False  # type: ignore[assignment]
-
+class ReadsNoScores(InformationBottleneck):
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         return super().prepare(step, context).with_extra(size=step.advantages.abs())
 
 
 class OwnPrepareDAPO(DAPOModule):
+    advantages_need_scores = True
+
     def prepare(self, rollout: Rollout) -> Experience:
         experience = super().prepare(rollout)
         return replace(experience, advantages=experience.advantages * experience.old_entropy)
 
 
 class OwnAdvantages(DAPOModule):
+    advantages_need_scores = True
+
     def advantages(self, experience: Experience) -> Tensor:
         return super().advantages(experience) - experience.old_logp
 
 
 class OwnPreparePPO(PPOModule):
+    advantages_need_scores = True
+
     def prepare(self, rollout: Rollout) -> Experience:
         experience = super().prepare(rollout)
         return replace(experience, advantages=experience.advantages * experience.old_entropy)
 
 
-class OtherLoss(DAPOModule):
-    """Of a subclass that changes neither: it is skipped."""
+class OtherLoss(PolicyLoss):
+    """Reads no scores from before the update: it is skipped."""
 
-    def policy_loss(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
+    def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
         return -stats.logp * stats.advantages, {}
 
 
 SHOWN = "{prompt}{answer}>{prompt}"
-CASES: dict[str, tuple[type[ActorModule], dict[str, Any], bool]] = {
+CASES: dict[str, tuple[type[PolicyModule], dict[str, Any], bool]] = {
     "DAPO": (DAPOModule, {}, False),
     "PPO": (PPOModule, {}, False),
-    "a loss of one's own": (OtherLoss, {}, False),
-    "a prepare that says it reads no scores": (DAPOModule, {"regularizer": SaysItDoesNot()}, False),
+    "a loss of one's own": (DAPOModule, {"surrogate": OtherLoss}, False),
+    "a prepare that reads no scores": (DAPOModule, {"regularizer": ReadsNoScores()}, False),
     "two epochs": (DAPOModule, {"update_epochs": 2}, True),
     "two epochs of PPO": (PPOModule, {"update_epochs": 2}, True),
     "two steps": (DAPOModule, {"mini_batch_prompts": 2}, True),
@@ -268,12 +277,13 @@ def test_scores_come_first_where_anything_reads_them(name: str) -> None:
     module.configure_model()
     rollout = sampled()[0]
     assert module.scores_first(rollout) == first
-    experience = module.score_rollout(rollout)
-    assert experience.scored == first
+    experience = module.prepare(rollout)
+    assert (experience.old_logp is not None) == (experience.old_entropy is not None) == first
+    if not first:
+        return
     responses = rollout.sequences.response_mask
     for row, (logp, entropy) in enumerate(scores()):
-        expected = (logp, entropy) if first else (0 * logp, 0 * entropy)
-        for found, values in zip((experience.old_logp, experience.old_entropy), expected, strict=True):
+        for found, values in ((experience.old_logp, logp), (experience.old_entropy, entropy)):
             torch.testing.assert_close(found[row, : len(logp)], torch.tensor(values), rtol=1e-9, atol=1e-12)
     assert (experience.old_logp[~responses] == 0).all()
 
@@ -329,7 +339,7 @@ def test_statistics_of_ones_own_see_the_old_scores() -> None:
 
 
 @pytest.mark.parametrize("kind", [*EAGER, *EAGER.values()])
-def test_a_constant_coefficient_counts_the_iterations_in_any_case(kind: type[ActorModule]) -> None:
+def test_a_constant_coefficient_counts_the_iterations_in_any_case(kind: type[PolicyModule]) -> None:
     """A run that goes on with a schedule takes it up where the run is."""
     module = run(kind, regularizer=InformationBottleneck(0.5)).module  # type: ignore[attr-defined]
     assert module.regularizer.coefficient.state["iterations"] == 2
@@ -339,6 +349,34 @@ def test_a_constant_coefficient_counts_the_iterations_in_any_case(kind: type[Act
     resumed.on_load_checkpoint(checkpoint)
     resumed.regularizer.coefficient.observe(1.0)
     assert resumed.regularizer.coef == pytest.approx(0.2), "the third iteration's"
+
+
+class ForgotToSay(InformationBottleneck):
+    def prepare(self, step: Experience, context: StepContext) -> Experience:
+        return step.with_extra(surprise=step.old_entropy - step.old_logp)
+
+
+def test_a_prepare_that_reads_scores_that_are_not_there_is_told_what_to_set() -> None:
+    with pytest.raises(TypeError) as raised:
+        run(DAPOModule, regularizer=ForgotToSay(0.5))
+    assert "ForgotToSay sets prepare_needs_scores = True" in raised.value.__notes__[0]
+
+
+def test_a_rollout_whose_only_step_is_left_out_is_measured_all_the_same() -> None:
+    """The advantages are infinite, so that the step that would have scored it is not taken."""
+    metrics = []
+    for kind in (DAPOModule, EagerDAPO):
+
+        class Infinite(kind):
+            def advantages(self, experience: Experience) -> Tensor:
+                return super().advantages(experience) * torch.inf
+
+        with pytest.warns(UserWarning, match="policy advantage"):
+            recorder = run(Infinite, rollouts=sampled()[:1])
+        metrics.append({k: v for k, v in recorder.metrics[0].items() if k.startswith(("policy/", "sampler/"))})
+        assert recorder.metrics[0]["update/skipped_steps"] == 1
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-10)
+    assert metrics[0]["policy/entropy"] > 0.1
 
 
 def test_a_second_step_on_scores_that_never_were_is_refused() -> None:
@@ -355,15 +393,15 @@ def test_scores_are_written_where_their_rows_are() -> None:
     module = DAPOModule(TinySource())
     module.configure_model()
     experience = module.prepare(sampled()[0])
-    old_logp = experience.old_logp
     logp, entropy = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).double(), torch.tensor([[5.0], [6.0]]).double()
-    experience.record(torch.tensor([2, 0]), logp, entropy)
+    scored = with_scores(experience, [(torch.tensor([2, 0]), logp, entropy)])
     expected_logp, expected_entropy = torch.zeros(8, 6, dtype=torch.float64), torch.zeros(8, 6, dtype=torch.float64)
     expected_logp[2, :2], expected_logp[0, :2] = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
     expected_entropy[2, 0], expected_entropy[0, 0] = 5.0, 6.0
-    assert torch.equal(experience.old_logp, expected_logp)
-    assert torch.equal(experience.old_entropy, expected_entropy)
-    assert experience.old_logp is old_logp
+    assert torch.equal(scored.old_logp, expected_logp)
+    assert torch.equal(scored.old_entropy, expected_entropy)
+    assert experience.old_logp is None
+    assert with_scores(experience, []) is experience
 
 
 def test_a_run_from_the_command_line_says_which_it_was(workspace: Path) -> None:

@@ -11,10 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from ibro_lightning.errors import ConfigError
-from ibro_lightning.models import build_critic, build_policy, export_folder, whole
-from ibro_lightning.models.tensor_parallel import parallelize
-from test_strategies import (
+from helpers.models import gpt2, qwen2
+from helpers.sharded import (
     OPTIONS,
     NoTokenizer,
     check_same_weights,
@@ -24,7 +22,9 @@ from test_strategies import (
     saved_model,
     source_of,
 )
-from test_update_invariances import gpt2, qwen2
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.models import build_critic, build_policy, export_folder, whole
+from ibro_lightning.models.tensor_parallel import parallelize
 
 torch.set_num_threads(1)
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -67,7 +67,7 @@ def train(folders: list[Path], data_parallel: int) -> None:
             torch.testing.assert_close(whole(ours), theirs.detach(), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("data_parallel", [1, 2])
+@pytest.mark.parametrize("data_parallel", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_tensor_parallel_group_trains_as_one_process_does(tmp_path: Path, data_parallel: int) -> None:
     folders = [
         saved_model(tmp_path / "tied", **HEADS),

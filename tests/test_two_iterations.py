@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from ibro_lightning import regularizers
-from ibro_lightning.cli import main
+from ibro_lightning.cli.main import main
 
 Run = tuple[dict[str, Tensor], dict[str, list[float]]]
 """Weights and curves."""
@@ -28,7 +28,7 @@ METHODS: dict[str, tuple[str, str, list[str], str]] = {
     "ib clip": ("InformationBottleneck", "coef: 0.5, transform: clip, clip: 0.3", ["regularizer/ib_mean_weight"], "ib"),
     "ib centred": ("InformationBottleneck", "coef: 0.5, part: centred", ["regularizer/ib_mean_weight"], "ib"),
     "ib uniform": ("InformationBottleneck", "coef: 2.0, part: uniform", ["regularizer/ib_mean_weight"], "naive"),
-    "ces": ("CorrectPathEntropySuppression", "coef: 0.5", ["regularizer/ib_mean_weight"], "ib"),
+    "opposite": ("OppositeInformationBottleneck", "coef: 0.5", ["regularizer/ib_mean_weight"], "ib"),
     "ibro weighted": (
         "IBRO",
         f"coef: 0.5, {SHOWN}",
@@ -62,7 +62,7 @@ def fit(workspace: Path, module: str, method: str, *arguments: str) -> Run:
             "mini_batch_prompts: 2": "mini_batch_prompts: 6",
             "prompts_per_rollout: 4": "prompts_per_rollout: 12",
             "group_size: 4": "group_size: 1",
-            "dynamic_sampling: {max_rounds: 2, on_exhausted: fill}": "dynamic_sampling: null",
+            "dynamic_sampling: {max_rounds: 2, on_exhausted: fill, max_skips: 1000000}": "dynamic_sampling: null",
         }
     recipe = (workspace / "tiny.yaml").read_text()
     for old, new in changes.items():
@@ -83,6 +83,7 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def test_every_class_of_the_package_is_tried_here() -> None:
+    former = {"CorrectPathEntropySuppression"}  # a name that only warns
     concrete = {
         name
         for name in regularizers.__all__
@@ -90,7 +91,7 @@ def test_every_class_of_the_package_is_tried_here() -> None:
         and issubclass(kind, regularizers.EntropyRegularizer)
         and not {"EntropyRegularizer", "PolicyLossMethod"} & {name}
     }
-    assert concrete == {name for name, *_ in METHODS.values()}
+    assert concrete - former == {name for name, *_ in METHODS.values()}
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from ibro_lightning.answers import canonical_gold
-from ibro_lightning.rewards.mathematics.dapo import dapo_score
+from ibro_lightning.rewards.mathematics.dapo_reward import dapo_score
+from ibro_lightning.rewards.mathematics.gold_text import canonical_gold
 from ibro_lightning.rewards.mathematics.symbolic import math_verify_score
 
 DATA = Path(os.environ.get("IBRO_DATA", Path(__file__).parents[2] / "shared" / "data"))

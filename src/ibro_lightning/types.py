@@ -1,196 +1,190 @@
-"""What the parts of the framework hand to each other. Modules and datamodules meet here and nowhere else.
+"""Data that the parts of the framework exchange, without tensors: the worker processes of rewards need no torch.
 
-As the data walks one iteration: ``Problem`` (a source's text) → ``Prompt`` (its tokens) → ``Generation`` (the engine's
+In the order of one iteration: ``Problem`` (a source's text) → ``Prompt`` (its tokens) → ``Generation`` (the engine's
 tokens) → ``Completion`` (with text) → ``RewardResult`` → ``Rollout`` (one Lightning batch) → ``Experience`` (what one
-update needs, in :mod:`.experience`). Shapes: ``B`` responses, ``L`` prompt + response tokens, ``T`` response tokens,
-padded.
+update needs); the last two are in :mod:`ibro_lightning.batches`. Shapes: ``B`` responses, ``L`` prompt + response
+tokens, ``T`` response tokens, padded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from numbers import Integral, Real
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
+from ibro_lightning.errors import ConfigError
 
-from ibro_lightning.responses import (
-    Completion,
-    Dtype,
-    FinishReason,
-    Generation,
-    Group,
-    Message,
-    Problem,
-    Prompt,
-    RewardResult,
-    SamplingParams,
-)
-from ibro_lightning.sequences import Sequences, to_device
+Message = Mapping[str, Any]
+"""``{role, content}``; further keys are for the chat template."""
+FinishReason = Literal["stop", "length", "deadline"]
+"""EOS, the length limit, or the engine's deadline."""
+Dtype = Literal["float32", "bfloat16", "float16"]
 
-__all__ = [
-    "Completion",
-    "Dtype",
-    "FinishReason",
-    "Generation",
-    "Group",
-    "Message",
-    "ModelSpec",
-    "PolicyProvider",
-    "Problem",
-    "Prompt",
-    "RewardResult",
-    "Rollout",
-    "RolloutEngine",
-    "SamplingParams",
-]
+
+ControlText = Literal["warn", "refuse", "as_text"]
+"""How text in the data that spells a control token of the tokenizer, such as ``<|im_end|>``, is treated."""
+
+COLDEST = 1e-6
+"""The lowest temperature above 0: dividing logits by much less overflows float32."""
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """One Lightning batch: responses sampled from the current policy, with their rewards. With several ranks, this
-    rank's share of them, in whole groups.
+class SamplingParams:
+    """How responses are sampled.
 
-    Tensors are ``[B]`` unless said otherwise; ``prompts``, ``completions`` and ``results`` are the same rows for
-    people and callbacks. ``groups`` numbers the prompt that each response answers, 0..G-1 over all ranks. ``metrics``
-    says how generation went, on all ranks.
+    Args:
+        temperature: divides the logits; 0 is greedy decoding (evaluation only). vLLM takes 0 and 0.01 up to 2.
+        top_p: keep the most likely tokens whose probabilities sum to this; 1 keeps all.
+        top_k: keep this many most likely tokens; 0 keeps all.
+        min_p: drop tokens less likely than this share of the most likely one; 0 keeps all.
+        max_tokens: response length limit in tokens, EOS included.
+        stop_token_ids: tokens besides the model's EOS that end a response, and are its last.
     """
 
-    prompts: tuple[Prompt, ...]
-    completions: tuple[Completion, ...]
-    sequences: Sequences
-    sampler_logp: Tensor
-    """``[B, T]`` log-probs the engine sampled with; 0 on padding."""
-    rewards: Tensor
-    reward_parts: Mapping[str, Tensor]
-    results: tuple[RewardResult, ...]
-    groups: Tensor
-    truncated: Tensor
-    """bool: cut at the length limit, no EOS."""
-    late: Tensor
-    """bool: cut by the engine's deadline; never trained on."""
-    name: str
-    """"train", or the evaluation set's name."""
-    iteration: int
-    temperature: float
-    dropped: tuple[Group, ...] = ()
-    """Groups that were sampled but are not trained on (dynamic sampling); for the record."""
-    skip_update: bool = False
-    """Dynamic sampling found no group to learn from: the rows are for the record only."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    total_groups: int | None = None
-    """G, over all ranks; None: the groups that are here are all."""
-    stands_in: bool = False
-    """The rows stand for nothing: this rank has no share of the rollout, and takes part in the others' collectives."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()
 
-    @classmethod
-    def from_groups(cls, groups: Sequence[Group], numbers: Sequence[int] | None = None, **others: Any) -> Self:
-        """Build from whole groups, which are number 0, 1, … of the rollout, or those of ``numbers``; ``others`` are the
-        remaining fields (name, iteration, temperature, …)."""
-        numbers = range(len(groups)) if numbers is None else numbers
-        rows = [
-            (i, g.prompt, c, r)
-            for i, g in zip(numbers, groups, strict=True)
-            for c, r in zip(g.completions, g.results, strict=True)
-        ]
-        completions = tuple(completion for _, _, completion, _ in rows)
-        sequences = Sequences.collate([p.token_ids for _, p, _, _ in rows], [c.token_ids for c in completions])
-        sampler_logp = torch.zeros(sequences.response_mask.shape)
-        for row, completion in enumerate(completions):
-            sampler_logp[row, : len(completion.logp)] = torch.tensor(completion.logp)
-        results = [result for _, _, _, result in rows]
-        names = dict.fromkeys(name for result in results for name in result.parts)
-        return cls(
-            prompts=tuple(prompt for _, prompt, _, _ in rows),
-            completions=completions,
-            sequences=sequences,
-            sampler_logp=sampler_logp,
-            rewards=torch.tensor([float(result.reward) for result in results]),
-            reward_parts={name: torch.tensor([float(r.parts.get(name, 0.0)) for r in results]) for name in names},
-            results=tuple(results),
-            groups=torch.tensor([index for index, _, _, _ in rows], dtype=torch.long),
-            truncated=torch.tensor([completion.truncated for completion in completions], dtype=torch.bool),
-            late=torch.tensor([completion.late for completion in completions], dtype=torch.bool),
-            **others,
-        )
-
-    def __len__(self) -> int:
-        return len(self.prompts)
+    def __post_init__(self) -> None:
+        for name, kind in (("temperature", Real), ("top_p", Real), ("min_p", Real)):
+            _check_kind(name, getattr(self, name), kind, "a number")
+        for name in ("top_k", "max_tokens"):
+            _check_kind(name, getattr(self, name), Integral, "a whole number")
+        if not (self.temperature == 0 or COLDEST <= self.temperature < math.inf):
+            remedy = f"write 0 (greedy) or a finite number of at least {COLDEST:g}"
+            raise ConfigError("temperature", self.temperature, remedy)
+        if not 0 < self.top_p <= 1:
+            raise ConfigError("top_p", self.top_p, "write a number above 0 and up to 1 (1 keeps all tokens)")
+        if self.top_k < 0:
+            raise ConfigError("top_k", self.top_k, "write 0 (all tokens) or a positive number")
+        if not 0 <= self.min_p < 1:
+            raise ConfigError("min_p", self.min_p, "write 0 (all tokens) or a number below 1")
+        if self.max_tokens < 1:
+            raise ConfigError("max_tokens", self.max_tokens, "write 1 or more")
+        if any(token < 0 for token in self.stop_token_ids):
+            raise ConfigError("stop_token_ids", list(self.stop_token_ids), "write token ids, from 0")
 
     @property
-    def accuracy(self) -> Tensor:
-        """``[B]`` the reward's "accuracy" part."""
-        return self.reward_parts["accuracy"]
+    def truncates_distribution(self) -> bool:
+        """Whether some tokens cannot be sampled, which makes every importance ratio in training wrong."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
-    @property
-    def num_groups(self) -> int:
-        """On all ranks."""
-        if self.total_groups is not None:
-            return self.total_groups
-        return int(self.groups.max()) + 1 if len(self) else 0
 
-    def to(self, device: torch.device | str) -> Self:
-        return to_device(self, device)
+def _check_kind(name: str, value: object, kind: type, remedy: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ConfigError(name, value, f"write {remedy}")
 
 
 @dataclass(frozen=True)
-class ModelSpec:
-    """What an engine must know to build an empty copy of the policy; the weights arrive with ``load_weights``."""
+class Problem:
+    """A question as its source states it, before tokenization.
 
-    config: Any
-    """The transformers ``PretrainedConfig``."""
-    eos_token_ids: tuple[int, ...]
-    device: torch.device
-    trust_remote_code: bool = False
+    ``prompt`` is raw text, or a list of ``{role, content}`` messages for the model's chat template; if the last message
+    is the assistant's, the response continues it. ``answer`` is what the reward needs to judge a response. ``id`` is
+    unique within the source and stable: seeds derive from it. ``meta`` is stored with the responses in the rollout log.
+    """
 
-
-class RolloutEngine(Protocol):
-    """Generates from the weights it was last given. Speaks token ids only."""
-
-    dtype: Dtype
-    """Of its copy of the weights."""
-    max_model_len: int | None
-    """Longest prompt + response in tokens, known after :meth:`setup`; None: no limit."""
-
-    def setup(self, spec: ModelSpec) -> None:
-        """Build the model (once; later calls with the same spec do nothing)."""
-
-    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
-        """Replace all weights, or (``partial``) those of whole layers, the head or the embedding, and forget what was
-        computed with the old ones. Raises if a weight is missing or unknown."""
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[Sequence[int]]
-    ) -> list[list[Generation]]:
-        """``len(seeds[i])`` samples of ``prompts[i]``, in order. Same weights, prompts and seeds → same samples."""
-
-    def offload(self) -> None:
-        """Free the accelerator's memory until :meth:`onload` (a no-op on CPU)."""
-
-    def onload(self) -> None:
-        """Take it back."""
-
-    def close(self) -> None:
-        """Release everything. The engine may be set up again."""
+    id: str
+    prompt: str | Sequence[Message]
+    answer: Any
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    question: str = ""
+    """The bare question, if ``prompt`` wraps it in instructions: compared to find problems that are both trained and
+    evaluated on. Empty: the prompt is the question."""
+    part: str = ""
+    """The part of a mixture that it comes from."""
+    own_text: tuple[str, ...] = ()
+    """Text that a template of the recipe, not the data, puts at the beginning or end of the prompt or of one of its
+    messages: control tokens there are intended (``data.control_text``)."""
 
 
-class PolicyProvider(Protocol):
-    """What a datamodule needs of the LightningModule that it feeds. Any module with these can use our datamodules."""
+@dataclass(frozen=True)
+class Prompt:
+    """A :class:`Problem` ready for an engine: ``text`` is exactly what ``token_ids`` decode to.
 
-    tokenizer: Any
-    eos_token_ids: tuple[int, ...]
-    min_group_size: int
-    """How many responses to one prompt the algorithm needs: 2 for group-relative advantages, otherwise 1."""
+    ``content`` is the problem's own prompt before the chat template, from which hindsight prompts are built.
+    """
 
-    def model_spec(self) -> ModelSpec: ...
+    id: str
+    text: str
+    token_ids: tuple[int, ...]
+    answer: Any
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    content: str | Sequence[Message] = ""
+    question: str = ""
+    part: str = ""
+    prefill: str = ""
+    """The assistant's words at the end of the prompt. Rewards read them as the beginning of the response."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template besides the messages."""
+    own_text: tuple[str, ...] = ()
+    """See :class:`Problem`."""
+    control_text: ControlText = "warn"
+    """How control tokens in the data's text are treated."""
 
-    def named_full_weights(self) -> Iterable[tuple[str, Tensor]]:
-        """The policy's current weights under their Hugging Face names, gathered if sharded, one at a time."""
+
+@dataclass(frozen=True)
+class Generation:
+    """What an engine returns for one sample: token ids, EOS included if it was produced, and their log-probs.
+
+    ``logp`` are nats under the distribution actually sampled (temperature and truncation included): one per token, or
+    empty if they are not available. A token whose log-prob is nan or −inf is not trained on.
+    """
+
+    token_ids: tuple[int, ...]
+    logp: tuple[float, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A generation with its text, as rewards see it. ``max_tokens`` is the limit under which it was sampled.
+
+    ``text`` is the decoded tokens; rewards receive it after the prompt's ``prefill``.
+    """
+
+    token_ids: tuple[int, ...]
+    logp: tuple[float, ...]
+    finish_reason: FinishReason
+    text: str
+    max_tokens: int
+    seed: int
 
     @property
-    def compute_dtype(self) -> Dtype:
-        """What the policy computes in."""
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
 
-    def response_logp(self, sequences: Sequences, temperature: float) -> Tensor:
-        """``[B, T]`` log-probs of the response tokens under the current policy, without gradients."""
+    @property
+    def late(self) -> bool:
+        return self.finish_reason == "deadline"
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """A response's reward and its named parts. ``reward`` is trained on; ``parts["accuracy"]`` in [0, 1] is reported,
+    and dynamic sampling filters on it."""
+
+    reward: float
+    parts: Mapping[str, float]
+    answer: str | None = None
+    """The response's answer as the verifier reads it, normalized so that equal answers are equal strings; "" if it
+    finds none, None if it does not report one. For majority votes and the rate of readable answers."""
+    timed_out: bool = False
+    """The verifier was stopped at its deadline or memory limit: the reward is a configured value."""
+    outcome_span: float | None = field(default=None, compare=False)  # a property of the reward, not of the response
+    """How much more an accuracy of 1 earns than one of 0: 2 for rewards of ±1. None, if the reward does not define it,
+    counts as 1. Scales rewards in groups that do not differ in accuracy (``docs/rewards.md``)."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The responses to one prompt, which the algorithms compare."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    results: tuple[RewardResult, ...]

@@ -10,8 +10,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from tiny_vllm import EOS, SETTINGS, spec_of, tiny_model, vllm_engine, weights_of
 
+from helpers.tiny_vllm import EOS, SETTINGS, spec_of, tiny_model, vllm_engine, weights_of
 from ibro_lightning.engines import VLLMEngine
 
 # Two contended OpenMP pools are far slower than one thread; read by vLLM's own processes, too.

@@ -14,7 +14,7 @@ from ibro_lightning.models import PolicyOptions, Qwen2FromScratch, export_folder
 from ibro_lightning.tasks import NumberPath
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from processes import fit
+from helpers.processes import fit
 
 RECIPE = """
 seed_everything: 3

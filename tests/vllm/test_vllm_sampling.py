@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_vllm import (
+from torch import Tensor
+
+from helpers.tiny_vllm import (
     CONFIGS,
     EOS,
     LONG,
@@ -19,8 +21,6 @@ from tiny_vllm import (
     tiny_model,
     tokens_of,
 )
-from torch import Tensor
-
 from ibro_lightning.engines.sampling import _truncate
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.seeding import derive_seed

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_vllm import CONFIGS, EOS, changeable, difference, perturb, spec_of, weights_of
 from torch import Tensor
 
-from ibro_lightning.datamodules.weight_check import WeightCheck, WeightVerifier
+from helpers.tiny_vllm import CONFIGS, EOS, changeable, difference, perturb, spec_of, weights_of
+from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.engines import VLLMEngine
+from ibro_lightning.engines.weight_check import WeightCheck, WeightVerifier
 from ibro_lightning.errors import WeightSyncError
 from ibro_lightning.models import Policy
-from ibro_lightning.sequences import Sequences
-from ibro_lightning.types import Dtype, ModelSpec
+from ibro_lightning.models.spec import ModelSpec
+from ibro_lightning.types import Dtype
 
 
 class Provider:

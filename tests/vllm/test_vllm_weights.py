@@ -9,7 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tiny_vllm import (
+from torch import Tensor
+
+from helpers.tiny_vllm import (
     CONFIGS,
     LONG,
     PROMPTS,
@@ -23,8 +25,6 @@ from tiny_vllm import (
     tiny_model,
     weights_of,
 )
-from torch import Tensor
-
 from ibro_lightning.engines import VLLMEngine
 from ibro_lightning.engines.vllm_worker import chunks, tensors
 from ibro_lightning.errors import RolloutError

@@ -1,4 +1,4 @@
-"""What a person sees. Callbacks read the returned metrics and the rollout; modules know nothing about them."""
+"""Reports, logs and files of a run. Callbacks read the returned metrics and the rollout; modules do not know them."""
 
 from ibro_lightning.callbacks.checkpoint import IterationCheckpoint
 from ibro_lightning.callbacks.evaluation_report import EvaluationReport
@@ -11,7 +11,7 @@ from ibro_lightning.callbacks.rank_watch import RankWatch
 from ibro_lightning.callbacks.rollout_log import RolloutLog
 from ibro_lightning.callbacks.samples import SamplesTable
 from ibro_lightning.callbacks.summary import RunSummary
-from ibro_lightning.run_folders import run_folder
+from ibro_lightning.runs.folder import run_folder
 
 __all__ = [
     "EvaluationReport",

@@ -1,42 +1,47 @@
-"""Checkpoints at iteration boundaries: whole or absent, the newest and the best."""
+"""Checkpoints at iteration boundaries, written atomically: the newest and the best are kept."""
 
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-from ibro_lightning.checkpoints import ABOUT, checkpoint_name, checkpoints_in, iteration_of, why_invalid
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.guards.disk import PARTIAL, disk_errors
-from ibro_lightning.run_folders import run_folder
+from ibro_lightning.runs.checkpoints import (
+    ABOUT,
+    Keeper,
+    checkpoint_name,
+    iteration_of,
+    newer_whole,
+    remove_checkpoint,
+)
+from ibro_lightning.runs.folder import clear_way, lay_claim, rehearses, run_folder
+from ibro_lightning.runs.holding import RunLock
+from ibro_lightning.runs.loggers import logger_states
 from ibro_lightning.seeding import run_seed
 from ibro_lightning.version import __version__
 
-LAST = "last.ckpt"
-
 
 class IterationCheckpoint(Checkpoint):
-    """Writes ``checkpoints/iteration_000020.ckpt`` every so many iterations, and always when training ends.
+    """Writes ``checkpoints/iteration_000020.ckpt`` every ``every_n_iterations``, and always when training ends.
 
-    A checkpoint gets its name once it is complete and on the disk; only then older ones are removed. ``last.ckpt`` is a
-    link to the newest, for people; ``--ckpt_path last`` looks for itself.
+    A checkpoint gets its name once it is complete and synced to disk; only then are older ones removed, and only those
+    that this run wrote. ``last.ckpt`` is a link to the newest, for convenience; ``--ckpt_path last`` does not use it.
 
     Args:
         every_n_iterations: how often; 0 means only when training ends.
-        keep_last: the newest so many stay; null keeps all.
-        best: a metric, such as ``val/starts/avg@4`` or ``rollout/reward``; the checkpoints with its best values stay,
-            too. A new best value of an evaluation is a reason to write one; other metrics are compared when one is due.
-        mode: are high or low values of ``best`` good?
-        keep_best: how many of the best stay.
+        keep_last: how many of the newest valid checkpoints to keep; null keeps all.
+        best: a metric, such as ``val/starts/avg@4`` or ``rollout/reward``; the checkpoints with its best values are
+            kept, too. A new best value of an evaluation triggers a checkpoint; other metrics are compared when one is
+            due.
+        mode: whether high (max) or low (min) values of ``best`` are good.
+        keep_best: how many of the best to keep.
     """
 
     def __init__(
@@ -47,19 +52,20 @@ class IterationCheckpoint(Checkpoint):
         mode: Literal["max", "min"] = "max",
         keep_best: int = 1,
     ) -> None:
-        check_at_least("checkpoint.every_n_iterations", every_n_iterations, 0)
-        check_at_least("checkpoint.keep_best", keep_best, 1)
+        check_at_least("every_n_iterations", every_n_iterations, 0)
+        check_at_least("keep_best", keep_best, 1)
         if keep_last is not None:
-            check_at_least("checkpoint.keep_last", keep_last, 1, ", or null to keep all")
+            check_at_least("keep_last", keep_last, 1, ", or null to keep all")
         if mode not in ("max", "min"):
-            raise ConfigError("checkpoint.mode", mode, "write max or min")
+            raise ConfigError("mode", mode, "write max or min")
         self.every_n_iterations, self.keep_last = every_n_iterations, keep_last
         self.best, self.mode, self.keep_best = best, mode, keep_best
         self.values: dict[int, float] = {}
-        """What ``best`` was at the iterations of the best checkpoints."""
+        """The value of ``best`` by iteration, for the best checkpoints."""
         self._folder = Path()
         self._saved: int | None = None
         self._evaluated: int | None = None
+        self._from = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "mode": self.mode, "values": dict(self.values)}
@@ -70,46 +76,86 @@ class IterationCheckpoint(Checkpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == TrainerFn.FITTING:
-            self._folder = run_folder(trainer) / "checkpoints"  # a broadcast: all ranks ask
+            RunLock.of(trainer).take(trainer)
+            self._folder = run_folder(trainer) / "checkpoints"
+            lay_claim(trainer, "checkpoints")
             self._saved = self._evaluated = None
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer)
+
+    def _begin(self, trainer: pl.Trainer) -> None:
+        """Make way for this run, and refuse newer checkpoints of another history in its folder."""
+        clear_way(trainer)
+        self._from = _iteration(trainer)
+        if self._from == 0 or rehearses(trainer):
+            return
+        newer = newer_whole(self._folder / checkpoint_name(self._from)) if trainer.is_global_zero else None
+        if (newer := trainer.strategy.broadcast(newer)) is not None:
+            raise ConfigError(
+                "ckpt_path", trainer.ckpt_path, f"{newer} is newer: go on from that, or remove the newer ones"
+            )
+        self._go_on_from(trainer)
+
+    @rank_zero_only
+    def _go_on_from(self, trainer: pl.Trainer) -> None:
+        """Set aside the damaged checkpoints that were passed over; by now all ranks have read theirs."""
+        path = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
+        if path is not None and path.parent == self._folder.resolve() and iteration_of(path) == self._from:
+            self._keeper.go_on_from(self._folder / path.name)
+
+    @property
+    def _keeper(self) -> Keeper:
+        return Keeper(self._folder, self.keep_last)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not trainer.is_last_batch and self._is_due(_iteration(trainer)):
+        if not trainer.is_last_batch and self._is_due(_iteration(trainer)) and not _evaluation_follows(trainer):
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._evaluated = _iteration(trainer)
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        self._evaluated = iteration = _iteration(trainer)
+        if not trainer.is_last_batch and (
+            self._is_due(iteration) or trainer.strategy.broadcast(self._is_new_best(trainer))
+        ):  # within an epoch; at its end on_train_epoch_end follows
+            self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """After the evaluation of this epoch, so that resuming from here does not repeat it."""
+        """Save after the epoch's evaluation, so that a resumed run does not repeat it."""
         iteration, limit = _iteration(trainer), trainer.max_epochs
         ends = limit is not None and limit >= 0 and trainer.current_epoch + 1 >= limit
+        if iteration == self._from and self._evaluated != iteration:
+            return  # with max_steps, a resumed Lightning ends the checkpoint's epoch once more
         if ends or self._is_due(iteration) or trainer.strategy.broadcast(self._is_new_best(trainer)):
             self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """If training ends for another reason than ``max_epochs``."""
+        """Save if training ends for another reason than ``max_epochs``."""
         self.save_now(trainer)
 
     @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A run that was killed right after it wrote its last checkpoint goes on with nothing left to train."""
+        """Remove superseded checkpoints after a resume with nothing left to train: the run may have been killed right
+        after its last checkpoint."""
         path = self._folder / checkpoint_name(_iteration(trainer))
-        if self._saved is None and path.exists():
-            self._keep(path)
+        if self._saved is None and not rehearses(trainer) and self._keeper.has(path):
+            self._keeper.keep(path, self.values)
 
     def save_now(self, trainer: pl.Trainer) -> None:
-        """Write one for the iteration that is done, unless it is there already. All ranks must call this."""
+        """Write a checkpoint of the last finished iteration, unless it exists. All ranks must call this."""
         if self._saved != _iteration(trainer):
             self._save(trainer)
 
     def _is_due(self, iteration: int) -> bool:
         return bool(self.every_n_iterations) and iteration % self.every_n_iterations == 0
 
-    # What is in it, beside what Lightning puts there.
+    # Contents beyond Lightning's.
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -122,65 +168,70 @@ class IterationCheckpoint(Checkpoint):
             "evaluated": self._evaluated == iteration,
             "seed": run_seed(),
             "world_size": trainer.world_size,
-            "events": _event_files(trainer),
+            "run_id": self._keeper.run_id if trainer.is_global_zero and not rehearses(trainer) else None,
+            "loggers": logger_states(trainer.loggers, run_folder(trainer)) if trainer.is_global_zero else [],
         }
 
-    # Writing, and what stays.
+    # Writing and removing.
 
     def _save(self, trainer: pl.Trainer) -> None:
         iteration = _iteration(trainer)
+        if rehearses(trainer):
+            self._saved = iteration
+            return
         path = self._folder / checkpoint_name(iteration)
         partial = path.with_name(path.name + PARTIAL)
-        # A folder cannot be replaced in one step, so a whole one stays: it was written before this iteration's
-        # evaluation, and a run that goes on from it repeats that.
         if (value := self._value(trainer)) is not None:
             self.values[iteration] = value
             self.values = dict(self._ranked()[: self.keep_best])
-        if trainer.strategy.broadcast(path.is_dir() and why_invalid(path) is None):
-            self._saved = iteration
-            return
+        # A folder cannot be replaced in one step, so the shards of a valid one stay, which are of this iteration. If it
+        # was written before the iteration's evaluation, everything but the tensors is updated.
+        stays = trainer.strategy.broadcast(trainer.is_global_zero and path.is_dir() and self._keeper.has(path))
         with disk_errors(path):
             try:
-                _remove(partial)
-                trainer.save_checkpoint(partial, weights_only=False)  # optimizers, too
-                self._finish(partial, path)
+                self._make_way(partial)
+                if not stays:
+                    trainer.save_checkpoint(partial, weights_only=False)  # optimizers, too
+                    self._give_name(partial, path)
+                elif self._evaluated == iteration:
+                    self._renew(path, trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
             except BaseException:
-                _remove(partial)
+                if trainer.is_global_zero:
+                    remove_checkpoint(partial)
                 raise
+        self._keep(path)
         trainer.strategy.barrier("checkpoint")
         self._saved = iteration
 
     @rank_zero_only
-    def _finish(self, partial: Path, path: Path) -> None:
-        """Give it its name; from here on it is the newest."""
-        if partial.is_file():
-            _to_disk(partial)
-        if path.is_dir():  # a damaged one; os.replace takes the place of files only
-            _remove(path)
-        os.replace(partial, path)
-        self._keep(path)
+    def _make_way(self, partial: Path) -> None:
+        self._keeper.make_way(partial)
 
+    @rank_zero_only
+    def _give_name(self, partial: Path, path: Path) -> None:
+        self._keeper.give_name(partial, path)
+
+    @rank_zero_only
+    def _renew(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        self._keeper.renew(path, checkpoint)
+
+    @rank_zero_only
     def _keep(self, path: Path) -> None:
-        """Link to the newest, and remove those that need not stay."""
-        link = path.with_name(LAST + PARTIAL)
-        link.unlink(missing_ok=True)
-        link.symlink_to(path.name)
-        os.replace(link, path.with_name(LAST))
-        _to_disk(path.parent)
-        stays = set(self.values)
-        for number, old in enumerate(checkpoints_in(path.parent)):
-            if self.keep_last is not None and number >= self.keep_last and iteration_of(old) not in stays:
-                _remove_atomically(old)
+        with disk_errors(path):
+            self._keeper.keep(path, self.values)
 
     def _value(self, trainer: pl.Trainer) -> float | None:
-        """The metric now; None if there is none, or only one of an earlier iteration."""
-        if self.best is None or (self.best.startswith("val/") and self._evaluated != _iteration(trainer)):
+        """The current value of ``best``; None if there is none, or only that of an earlier iteration."""
+        if self.best is None:
             return None
-        known = trainer.callback_metrics
-        if self.best not in known:
-            some = ", ".join(sorted(known)[:8])
-            raise ConfigError("checkpoint.best", self.best, f"there is no such metric: write one of {some}, …, or null")
-        value = float(known[self.best])
+        iteration = _iteration(trainer)
+        if self._evaluated != iteration if self.best.startswith("val/") else iteration == self._from:
+            return None  # a run that has just resumed has not measured anything yet
+        metrics = trainer.callback_metrics
+        if self.best not in metrics:
+            names = ", ".join(sorted(metrics)[:8])
+            raise ConfigError("best", self.best, f"there is no such metric: write one of {names}, …, or null")
+        value = float(metrics[self.best])
         return value if math.isfinite(value) else None
 
     def _is_new_best(self, trainer: pl.Trainer) -> bool:
@@ -192,7 +243,7 @@ class IterationCheckpoint(Checkpoint):
         )
 
     def _ranked(self) -> list[tuple[int, float]]:
-        """The best first; of equal ones the earlier."""
+        """``(iteration, value)``, the best first; of equal ones the earlier first."""
         return sorted(self.values.items(), key=lambda item: (-self._key(item[1]), item[0]))
 
     def _key(self, value: float) -> float:
@@ -203,36 +254,9 @@ def _iteration(trainer: pl.Trainer) -> int:
     return trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
 
-def _event_files(trainer: pl.Trainer) -> dict[str, int]:
-    """TensorBoard's files with their sizes in bytes, once all is in them: where the curves end at this moment."""
-    sizes: dict[str, int] = {}
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            logger.experiment.flush()
-            sizes |= {path.name: path.stat().st_size for path in Path(logger.log_dir).glob("events.out.tfevents.*")}
-    return sizes
-
-
-@rank_zero_only
-def _remove(path: Path) -> None:
-    """A checkpoint that nobody would take for a whole one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _remove_atomically(path: Path) -> None:
-    if path.is_dir():
-        aside = path.with_name(f"{path.name}.old{PARTIAL}")
-        path.rename(aside)
-        path = aside
-    _remove(path)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _evaluation_follows(trainer: pl.Trainer) -> bool:
+    """Whether Lightning will evaluate after this batch. The checkpoint then has to wait: a run resumed from an earlier
+    one would skip the evaluation."""
+    loop = trainer.fit_loop
+    follows = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
+    return trainer.strategy.broadcast(follows)  # ranks' clocks differ, if the interval is a time

@@ -1,4 +1,4 @@
-"""The table at the end of an evaluation, for people and as JSON."""
+"""The results at the end of an evaluation, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -8,49 +8,60 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
-from torch.utils.tensorboard import SummaryWriter
 
+from ibro_lightning.callbacks.needs import EvaluatedModule, warn_unless
 from ibro_lightning.callbacks.say import say
-from ibro_lightning.metrics import Estimate, Evaluation
-from ibro_lightning.modules import PolicyModule
-from ibro_lightning.records import mark_complete
-from ibro_lightning.run_folders import evaluation_name, run_folder, write_json
+from ibro_lightning.evaluation.metrics import Estimate, Evaluation
+from ibro_lightning.guards.disk import write_json
+from ibro_lightning.runs.folder import evaluation_counts, evaluation_name, lay_claim, rehearses, run_folder
+from ibro_lightning.runs.parquet import mark_complete
 
 
 class EvaluationReport(pl.Callback):
     """Prints avg@k, pass@k and maj@k with 95 % bootstrap intervals and writes them to ``evaluations/*.json``.
 
-    The samples are in the folder beside it: the datamodule has written them. ``validate`` and ``test`` leave curves
-    for TensorBoard there, too.
+    The datamodule writes the samples to the folder of the same name; ``validate`` and ``test`` also write curves for
+    TensorBoard there.
     """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != TrainerFn.PREDICTING:
+            warn_unless(self, pl_module, EvaluatedModule, "evaluations, iteration and evaluation_is_current")
+            lay_claim(trainer, "evaluations")
 
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if isinstance(pl_module, PolicyModule):
+        if isinstance(pl_module, EvaluatedModule):
             iteration = pl_module.iteration
-            when = " before training" if trainer.sanity_checking else f" after {iteration} iterations" * bool(iteration)
+            when = f" after {iteration} iterations" * bool(iteration)
+            if trainer.sanity_checking:
+                when = " before training" if evaluation_counts(trainer) else ": a check, which is not recorded"
             self._report(trainer, pl_module, f"evaluation{when}")
 
     @rank_zero_only
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if isinstance(pl_module, PolicyModule):
+        if isinstance(pl_module, EvaluatedModule):
             self._report(trainer, pl_module, "test")
 
-    def _report(self, trainer: pl.Trainer, module: PolicyModule, title: str) -> None:
+    def _report(self, trainer: pl.Trainer, module: EvaluatedModule, title: str) -> None:
         if not module.evaluations:
             return
         say(trainer, f"\n{title}\n{evaluation_table(module.evaluations)}")
+        if rehearses(trainer) or not evaluation_counts(trainer):
+            return
         folder = run_folder(trainer) / "evaluations" / evaluation_name(trainer)
         content = {set_name: evaluation.to_json() for set_name, evaluation in module.evaluations.items()}
         path = write_json(folder.with_name(folder.name + ".json"), content)
         mark_complete(folder)
-        if trainer.state.fn != TrainerFn.FITTING:  # in training the curves are the run's own
+        if trainer.state.fn != TrainerFn.FITTING:  # in training the run's loggers have the curves
             write_curves(folder, module.evaluations, "test" if trainer.testing else "val", module.iteration)
             say(trainer, f"results   {path}\nsamples   {folder}")
 
 
 def write_curves(folder: Path, evaluations: Mapping[str, Evaluation], prefix: str, iteration: int) -> None:
-    """The numbers for TensorBoard, and pass@j drawn over j. (Readers of parquet folders pass over the underscore.)"""
+    """Write the results for TensorBoard, with pass@j over j. (Readers of parquet folders skip the underscore.)"""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and modules import this package
+
     with SummaryWriter(str(folder / "_curves")) as writer:
         for name, evaluation in evaluations.items():
             for key, value in evaluation.scalars().items():
@@ -60,8 +71,8 @@ def write_curves(folder: Path, evaluations: Mapping[str, Evaluation], prefix: st
 
 
 def evaluation_table(evaluations: Mapping[str, Evaluation]) -> str:
-    """One line per evaluation set; percentages with their 95 % intervals. "read" is the share of responses in which the
-    verifier found an answer, "cut" that of responses at the length limit."""
+    """One line per evaluation set; percentages with 95 % intervals. "read" is the share of responses in which the
+    verifier found an answer, "cut" the share of responses truncated at the length limit."""
     header: tuple[str, ...] = ("set", "questions", "avg@k", "pass@k", "maj@k", "k", "length", "cut", "read")
     rows: list[tuple[str, ...]] = [
         (
@@ -77,7 +88,7 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> str:
         )
         for name, e in evaluations.items()
     ]
-    if all(e.extracted is None for e in evaluations.values()):  # no verifier says what it reads: nothing to show
+    if all(e.extracted is None for e in evaluations.values()):  # no verifier reports extracted answers
         header, rows = _without(header, 4, 8), [_without(row, 4, 8) for row in rows]
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]

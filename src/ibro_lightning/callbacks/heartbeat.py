@@ -1,9 +1,8 @@
-"""A line when an iteration takes unusually long: is it slow, or does it hang, and in which phase?"""
+"""Reports an iteration that takes unusually long, with the phase in which it is slow or hangs."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 import threading
 import time
 from collections import deque
@@ -12,22 +11,23 @@ from typing import Any
 import lightning.pytorch as pl
 
 from ibro_lightning.errors import check_at_least
+from ibro_lightning.guards.printing import tell
 from ibro_lightning.timing import running
 
 
 class Heartbeat(pl.Callback):
-    """Prints on the first rank which phase of an iteration has been running and since when, if the iteration takes
-    more than ``factor`` times as long as the earlier ones; again after twice the time, and so on.
+    """Prints on the first rank which phase is running, and for how long, if an iteration takes more than ``factor``
+    times as long as the earlier ones; again after twice the time, and so on.
 
     Args:
-        factor: times the median of the last 50 iterations; 0 switches it off.
-        at_least_s: no line before so many seconds, however short iterations are.
-        first_s: seconds after which the first iteration gets a line: there is nothing to compare it with.
+        factor: multiple of the median duration of the last 50 iterations; 0 switches it off.
+        at_least_s: minimum time in seconds before a line, however short iterations are.
+        first_s: seconds after which the first iteration, which cannot be compared with others, gets a line.
     """
 
     def __init__(self, factor: float = 3.0, at_least_s: float = 60.0, first_s: float = 600.0) -> None:
         for name, value in (("factor", factor), ("at_least_s", at_least_s), ("first_s", first_s)):
-            check_at_least(f"heartbeat.{name}", value, 0)
+            check_at_least(name, value, 0)
         self.factor, self.at_least_s, self.first_s = factor, at_least_s, first_s
         self._durations: deque[float] = deque(maxlen=50)
         self._began = 0.0
@@ -58,7 +58,7 @@ class Heartbeat(pl.Callback):
         self._durations.append(time.monotonic() - self._began)
         self._begin(trainer)
 
-    # An evaluation is no part of an iteration, and takes as long as it takes.
+    # The time of an evaluation does not count as part of an iteration.
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._evaluating = time.monotonic()
@@ -85,21 +85,20 @@ class Heartbeat(pl.Callback):
             self._thread = None
 
     def _watch(self) -> None:
-        said, due = 0, 0.0
+        reported, due = 0, 0.0
         while not self._stopped.wait(min(1.0, max(0.01, self.patience_s / 10))):
             iteration, spent = self._iteration, time.monotonic() - self._began
-            if iteration != said:
+            if iteration != reported:
                 due = self.patience_s
             if self._evaluating is None and spent > due:
-                said, due = iteration, 2 * spent
-                sys.stderr.write(f"{self.describe(iteration, spent)}\n")
-                sys.stderr.flush()
+                reported, due = iteration, 2 * spent
+                tell(self.describe(iteration, spent))
 
     def describe(self, iteration: int, spent: float) -> str:
-        """The line."""
+        """The line for an iteration that has been running for ``spent`` seconds."""
         phase = running()
         doing = f"in {phase[0]} for {phase[1]:.0f} s" if phase else "between phases"
         if not self._durations:
             return f"iteration {iteration} (the first here) has been running for {spent:.0f} s, {doing}"
         usual = statistics.median(self._durations)
-        return f"iteration {iteration} has been running for {spent:.0f} s, {doing}; usual are {usual:.1f} s"
+        return f"iteration {iteration} has been running for {spent:.0f} s, {doing}; {usual:.1f} s is usual"

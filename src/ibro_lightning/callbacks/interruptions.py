@@ -1,15 +1,19 @@
-"""Asked to stop (Ctrl-C, ``kill``, a scheduler that wants its nodes back), a run loses nothing.
+"""Stops a run on request (Ctrl-C, ``kill``, a scheduler that reclaims its nodes) without losing work.
 
-What a signal does depends on what the run is doing:
+The effect of a signal depends on the phase:
 
-- generating or judging: the iteration is given up at once; when the run goes on, it begins anew with the same prompts;
+- generating or judging: the iteration is abandoned at once; the resumed run repeats it with the same prompts;
 - preparing or updating: the iteration is finished first;
-- evaluating: the evaluation is given up at once, and repeated from its beginning when the run goes on;
+- evaluating: the evaluation is abandoned at once; the resumed run repeats it from the beginning;
 - saving or exporting: that is finished first;
 - setting up, or evaluating before training: nothing is saved.
 
-A checkpoint of that moment follows, and the process ends with exit code 128 + the signal's number: 143 for SIGTERM, 130
-for Ctrl-C. A second Ctrl-C ends it at once, and the newest checkpoint is the one before.
+Then a checkpoint is written, and the process ends with exit code 128 + the signal's number: 143 for SIGTERM, 130 for
+Ctrl-C, 129 for SIGHUP (a lost terminal; not handled where it is ignored, as under ``nohup``). A second Ctrl-C ends the
+run at once, without a new checkpoint.
+
+A run whose folder is moved or removed stops in the same way, with exit code 2. As only its state in memory may be left,
+it writes a checkpoint to a new folder.
 """
 
 from __future__ import annotations
@@ -17,30 +21,36 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from ibro_lightning.batches import Rollout
 from ibro_lightning.callbacks.rank_watch import RankWatch
-from ibro_lightning.guards import interruption
+from ibro_lightning.guards import interruption, signals
 from ibro_lightning.guards.failure_watch import FailureWatch
 from ibro_lightning.guards.interruption import Interrupted
+from ibro_lightning.guards.printing import tell, tell_now
 from ibro_lightning.ranks import Ranks
-from ibro_lightning.types import Rollout
+from ibro_lightning.runs.contents import MARK
+from ibro_lightning.runs.folder import rehearses, run_folder
+
+GONE = 2
+"""Exit code of a run whose folder is gone, which the user has to fix."""
 
 
 class Interruptions(pl.Callback):
-    """Handles SIGINT, SIGTERM and SLURM's requeue signal in place of Lightning, whose SIGTERM handler runs a collective
-    in whatever moment the signal comes: with several ranks it never returns.
+    """Handles SIGINT, SIGTERM, SIGHUP and SLURM's requeue signal in place of Lightning, whose SIGTERM handler runs a
+    collective whenever the signal arrives: with several ranks it never returns.
 
-    Ranks agree to stop when they agree on the responses of an iteration (:meth:`.Ranks.together`), so it is enough if
-    the signal reaches one of them. Checkpoints are written by the callback that has a method ``save_now(trainer)``.
+    Ranks agree to stop when they agree on the responses of an iteration (:meth:`.Ranks.together`), so it is enough that
+    the signal reaches one of them. Callbacks with a method ``save_now(trainer)`` write the checkpoint.
     """
 
     def __init__(self) -> None:
@@ -49,6 +59,7 @@ class Interruptions(pl.Callback):
         self._requeue_signal: int | None = None
         self._requeue = False
         self._trainer: pl.Trainer | None = None
+        self._folder_id: tuple[int, int] | None = None
 
     # The handlers, from setup to teardown.
 
@@ -56,16 +67,20 @@ class Interruptions(pl.Callback):
         if stage == TrainerFn.FITTING:
             interruption.clear()
             self._boundary, self._requeue = None, False
+            if not _writers(trainer) and trainer.checkpoint_callbacks and not rehearses(trainer):
+                rank_zero_warn(
+                    "Interruptions saves nothing when it ends a run: it needs an IterationCheckpoint for that"
+                )
         self._trainer = trainer
-        trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+        trainer._signal_connector.register_signal_handlers = _no_handlers  # type: ignore[method-assign]
         if self._before or threading.current_thread() is not threading.main_thread():
             return
-        signals = [signal.SIGINT, signal.SIGTERM]
+        numbers = signals.heeded()
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = environment.requeue_signal or signal.SIGUSR1
-            signals.append(signal.Signals(self._requeue_signal))
-        self._before = {number: signal.signal(number, self._handle) for number in signals}
+            numbers.append(signal.Signals(self._requeue_signal))
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._before.items():
@@ -73,20 +88,24 @@ class Interruptions(pl.Callback):
         self._before, self._trainer = {}, None
 
     def _handle(self, number: int, frame: object) -> None:
+        signals.heard()
         again = interruption.requested() is not None
         if again and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            signals.at_once(lambda: self._pass_on(signal.SIGKILL))
         name = signal.Signals(number).name
         if not again:
             self._requeue = number == self._requeue_signal
-            # Not print: the signal may have come in the middle of one.
-            os.write(2, f"\n{name}: the run will stop at its next safe moment; Ctrl-C stops it at once\n".encode())
-            launcher = None if self._trainer is None else self._trainer.strategy.launcher
-            if isinstance(launcher, _SubprocessScriptLauncher):
-                launcher.kill(signal.SIGTERM)
+            tell_now(f"\n{name}: the run will stop at its next safe moment; Ctrl-C stops it at once")
+            self._pass_on(signal.SIGTERM)
         interruption.request(name, 128 + number)
 
-    # Where a checkpoint would go on: noted whenever nothing is half done.
+    def _pass_on(self, number: signal.Signals) -> None:
+        """Send a signal to the processes that Lightning launched."""
+        launcher = None if self._trainer is None else self._trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            launcher.kill(number)
+
+    # The state from which a checkpoint would resume, recorded at every boundary.
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -103,28 +122,55 @@ class Interruptions(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._boundary = None
+        self._stop_if_moved(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if not isinstance(batch, Rollout):  # of rollouts, the datamodule has asked
+        if not isinstance(batch, Rollout):  # for rollouts, the datamodule has done this
             with Ranks.of(trainer.strategy).together():
                 pass
         self._boundary = None
+
+    # The run's folder.
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and not rehearses(trainer):
+            self._folder_id = _folder_id(run_folder(trainer))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._stop_if_moved(trainer)
+
+    def _stop_if_moved(self, trainer: pl.Trainer) -> None:
+        """Stop the run if its folder was moved or removed. The next write would create the folder anew, without the
+        settings and the curves."""
+        folder = run_folder(trainer)
+        if self._folder_id is not None and _folder_id(folder) != self._folder_id:
+            self._folder_id = None
+            log_dirs = [Path(logger.log_dir).absolute() for logger in trainer.loggers if logger.log_dir]
+            inside = [log_dir for log_dir in log_dirs if folder.absolute() in log_dir.parents]
+            for path in (folder, *inside):  # loggers may still have something to write
+                path.mkdir(parents=True, exist_ok=True)
+            interruption.request(f"the loss of its folder {folder}, which somebody has moved or removed", GONE)
 
     # The end.
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Interrupted):
-            training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-            self._farewell(trainer, exception, training and self._save_or_tell(trainer))
+            # Before setup and after teardown there is nothing to save.
+            training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._trainer
+            saved = bool(training) and self._save_or_report(trainer)
+            exception.is_told = True
+            self._report_end(trainer, exception, saved)
             for watch in _watches(trainer):
                 watch.stop()
             interruption.clear()
         self.teardown(trainer, pl_module, "")
 
-    def _save_or_tell(self, trainer: pl.Trainer) -> bool:
-        """A rank that cannot write its part must not leave the others waiting."""
+    def _save_or_report(self, trainer: pl.Trainer) -> bool:
+        """Save, and tell the other ranks if this one cannot write its part, as they would wait for it."""
         try:
             return self._save(trainer)
         except Exception as error:
@@ -133,30 +179,37 @@ class Interruptions(pl.Callback):
             raise
 
     def _save(self, trainer: pl.Trainer) -> bool:
-        """Have the checkpoint written, if there is anything to go on with; all ranks take part."""
+        """Write the checkpoint if there is anything to resume from, and return whether it was written. Collective: all
+        ranks must call it."""
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-        if progress.total.completed == 0:
+        if progress.total.completed == 0 or rehearses(trainer):
             return False
         if self._boundary is not None:
             trainer.fit_loop.load_state_dict(self._boundary)
-        else:  # in the middle of an epoch; a batch that is there, but not begun, does not count
+        else:  # in the middle of an epoch; a batch that was fetched but not started does not count
             for counter in (progress.total, progress.current):
                 counter.ready = counter.completed
             if progress.current.started != progress.current.completed:
                 return False
         trainer.training = True
-        writers = [callback for callback in trainer.callbacks if hasattr(callback, "save_now")]  # type: ignore[attr-defined]
-        for writer in writers:
+        for writer in _writers(trainer):
             writer.save_now(trainer)
-        return bool(writers)
+        return bool(_writers(trainer))
 
     @rank_zero_only
-    def _farewell(self, trainer: pl.Trainer, exception: Interrupted, saved: bool) -> None:
+    def _report_end(self, trainer: pl.Trainer, exception: Interrupted, saved: bool) -> None:
         done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        after = f"after {done} iterations: go on with --ckpt_path last" if saved else "nothing had to be saved"
-        sys.stderr.write(f"stopped by {exception}, {after}\n")
+        nothing = "nothing is saved" if done and not _writers(trainer) else "nothing had to be saved"
+        after = f"after {done} iterations: go on with --ckpt_path last" if saved else nothing
+        tell(f"stopped by {exception}, {after}")
         if self._requeue:
             requeue()
+
+
+def _writers(trainer: pl.Trainer) -> list[Any]:
+    """The callbacks that write the checkpoint of a stopped run."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if hasattr(callback, "save_now")]
 
 
 def _watches(trainer: pl.Trainer) -> list[FailureWatch]:
@@ -164,13 +217,13 @@ def _watches(trainer: pl.Trainer) -> list[FailureWatch]:
     return [callback.watch for callback in callbacks if isinstance(callback, RankWatch)]
 
 
-def _nothing() -> None:
-    """In place of Lightning's handlers."""
+def _no_handlers() -> None:
+    """Replaces Lightning's registration of signal handlers."""
 
 
 def _state_before_validation(trainer: pl.Trainer) -> dict[str, Any]:
-    """The loops' state, from which a run goes on with the validation from its beginning. Lightning asks whether a batch
-    of it was begun and not finished."""
+    """The loops' state from which a run resumes at the start of the validation. Lightning detects that by a batch of it
+    that was started but not finished."""
     total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
     total.ready = total.started = total.completed = total.processed
     state = trainer.fit_loop.state_dict()
@@ -180,12 +233,22 @@ def _state_before_validation(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def requeue() -> None:
-    """Ask SLURM to start this job again, when it has nodes for it."""
+    """Ask SLURM to start this job again as soon as it has nodes for it."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID", "")
     try:
         code = subprocess.run(["scontrol", "requeue", job], check=False).returncode
     except OSError as error:
-        sys.stderr.write(f"the job is not requeued: {error}\n")
+        tell(f"the job is not requeued: {error}")
         return
-    sys.stderr.write(f"job {job} is requeued\n" if code == 0 else f"scontrol requeue {job} failed with code {code}\n")
+    tell(f"job {job} is requeued" if code == 0 else f"scontrol requeue {job} failed with code {code}")
+
+
+def _folder_id(folder: Path) -> tuple[int, int] | None:
+    """Device and inode, which tell a run's folder from another of that name; None if it or its mark is missing."""
+    try:
+        (folder / MARK).stat()
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

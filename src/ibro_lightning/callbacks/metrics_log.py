@@ -1,40 +1,87 @@
-"""Curves: what the module returned, what the rollout shows, and how fast it all went."""
+"""Curves of the module's metrics, the rollout's statistics, and the throughput."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from ibro_lightning.batches import Rollout
+from ibro_lightning.errors import check_at_least
 from ibro_lightning.ranks import ALONE, Ranks
-from ibro_lightning.types import Rollout
+from ibro_lightning.runs.folder import evaluation_counts
 
+LIGHTNINGS_DEFAULT = 50
+"""A Trainer's default for ``log_every_n_steps``."""
 PHASES = ("sync", "verify", "generate", "reward", "prepare", "update")
 
 
 class MetricsLog(pl.Callback):
-    """Logs every metric of every iteration; :attr:`latest` keeps the last ones for other callbacks."""
+    """Logs the metrics that the module returns, the rollout's statistics, and the throughput. Modules of this package
+    add one if their Trainer has none.
 
-    def __init__(self) -> None:
-        self.latest: dict[str, float] = {}
+    The x-axis is the iteration; ``trainer.callback_metrics`` has the latest values, for Lightning's ``EarlyStopping``
+    and ``ModelCheckpoint``.
+
+    Args:
+        every_n_iterations: how often the loggers get a point; 0: never. None: the Trainer's ``log_every_n_steps``,
+            where its default of 50, which is meant for batches of milliseconds, counts as 1.
+    """
+
+    def __init__(self, every_n_iterations: int | None = None) -> None:
+        if every_n_iterations is not None:
+            check_at_least("every_n_iterations", every_n_iterations, 0)
+        self.every_n_iterations = every_n_iterations
+        self._latest: dict[str, float] = {}
+        self._iteration = 0
+        self._measured: dict[str, float] = {}
+        self._warned = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        logging: Any = trainer
+        if self.every_n_iterations is not None:
+            logging.log_every_n_steps = self.every_n_iterations
+        elif logging.log_every_n_steps == LIGHTNINGS_DEFAULT:
+            logging.log_every_n_steps = 1  # set on the Trainer, so that other callbacks log the same iterations
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._iteration = 0
+
+    def measure(self, trainer: pl.Trainer, outputs: Any, batch: Any) -> dict[str, float]:
+        """The metrics of the iteration that has just finished, computed once. Collective: all ranks must call it."""
+        iteration = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        if iteration != self._iteration:
+            metrics = _numbers(outputs) if isinstance(outputs, Mapping) else {}
+            if isinstance(batch, Rollout):
+                ranks = Ranks.of(trainer.strategy)
+                metrics = {**rollout_metrics(batch, ranks), **metrics}
+                metrics |= throughput(batch, metrics, ranks)
+            self._latest, self._iteration = metrics, iteration
+        return self._latest
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        metrics = {name: float(value) for name, value in outputs.items()} if isinstance(outputs, Mapping) else {}
-        if isinstance(batch, Rollout):
-            ranks = Ranks.of(trainer.strategy)
-            metrics = {**rollout_metrics(batch, ranks), **metrics}
-            metrics |= throughput(batch, metrics, ranks)
-        self.latest = metrics
-        iteration = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=iteration)
-        # For checkpoints: their names carry the iteration, and any metric may choose the best one.
-        pl_module.log_dict({**metrics, "iteration": float(iteration)}, logger=False, batch_size=1)
+        metrics = self.measure(trainer, outputs, batch)
+        if not metrics and not self._warned:
+            self._warned = True
+            name = type(pl_module).__name__
+            rank_zero_warn(
+                f"MetricsLog does nothing: it logs the numbers that training_step returns, and {name} has none"
+            )
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        for logger in trainer.loggers if every and self._iteration % every == 0 else ():
+            logger.log_metrics(metrics, step=self._iteration)
+        # For checkpoints: their names contain the iteration, and any metric may select the best one.
+        pl_module.log_dict({**metrics, "iteration": float(self._iteration)}, logger=False, batch_size=1)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._measured = {}
 
     def on_validation_batch_end(
         self,
@@ -45,98 +92,98 @@ class MetricsLog(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Evaluations sync the engine, too; what that check measured is with the first batch of each set."""
-        measured = batch.metrics if isinstance(batch, Rollout) else {}
-        measured = {f"val/{batch.name}/{name}": value for name, value in measured.items() if name.startswith("sync/")}
-        for logger in trainer.loggers if measured else ():
-            logger.log_metrics(measured, step=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+        """Collect the metrics of an evaluation's engine sync, which the first batch of each set has, and the share of
+        lost verdicts, which the last one has."""
+        if isinstance(batch, Rollout) and evaluation_counts(trainer):
+            self._measured |= {
+                f"val/{batch.name}/{name}": value
+                for name, value in batch.metrics.items()
+                if name.startswith(("sync/", "verifier/"))
+            }
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not earlier: an abandoned evaluation is repeated by the resumed run, which would log this again.
+        for logger in trainer.loggers if self._measured else ():
+            logger.log_metrics(self._measured, step=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+        self._measured = {}
 
 
-class ResponseTable(NamedTuple):
-    """What the curves need of sampled responses, ``[N]`` each: a few numbers that ranks tell each other."""
+def _numbers(outputs: Mapping[str, Any]) -> dict[str, float]:
+    """The scalars among what a training step returns."""
+    return {
+        name: float(value)
+        for name, value in outputs.items()
+        if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+    }
 
-    rewards: Tensor
-    lengths: Tensor
-    cut: Tensor
-    late: Tensor
-    learnt: Tensor
-    """Is the response trained on?"""
-    parts: dict[str, Tensor]
 
-    @classmethod
-    def of(cls, rollout: Rollout) -> ResponseTable:
-        """The responses of a rollout, those that are trained on first."""
-        own = [] if rollout.stands_in else list(zip(rollout.completions, rollout.results, strict=True))
-        dropped = [pair for group in rollout.dropped for pair in zip(group.completions, group.results, strict=True)]
-        rows = [*own, *dropped]
-        learnt = [not rollout.skip_update] * len(own) + [False] * len(dropped)
-        return cls(
-            rewards=torch.tensor([float(result.reward) for _, result in rows]),
-            lengths=torch.tensor([float(len(completion.token_ids)) for completion, _ in rows]),
-            cut=torch.tensor([float(completion.truncated) for completion, _ in rows]),
-            late=torch.tensor([float(completion.late) for completion, _ in rows]),
-            learnt=torch.tensor(learnt, dtype=torch.bool),
-            parts={
-                name: torch.tensor([float(result.parts.get(name, 0.0)) for _, result in rows])
-                for name in rollout.reward_parts
-            },
+class Response(NamedTuple):
+    """The numbers of a sampled response that the curves need, and that ranks exchange."""
+
+    reward: float
+    length: float
+    truncated: float
+    late: float
+    trained_on: bool
+    parts: Mapping[str, float]
+
+
+def responses_of(rollout: Rollout) -> list[Response]:
+    """All sampled responses, those in the batch first, then the dropped ones."""
+    own = [] if rollout.placeholder else list(zip(rollout.completions, rollout.results, strict=True))
+    dropped = [pair for group in rollout.dropped for pair in zip(group.completions, group.results, strict=True)]
+    return [
+        Response(
+            float(result.reward),
+            float(len(completion.token_ids)),
+            float(completion.truncated),
+            float(completion.late),
+            row < len(own) and not rollout.skip_update,
+            result.parts,
         )
-
-    @classmethod
-    def join(cls, tables: Sequence[ResponseTable]) -> ResponseTable:
-        """Those of all ranks. A part that only other ranks' rewards have named is 0."""
-        names = dict.fromkeys(name for table in tables for name in table.parts)
-        parts = {
-            name: torch.cat([table.parts.get(name, torch.zeros_like(table.rewards)) for table in tables])
-            for name in names
-        }
-        return cls(
-            rewards=torch.cat([table.rewards for table in tables]),
-            lengths=torch.cat([table.lengths for table in tables]),
-            cut=torch.cat([table.cut for table in tables]),
-            late=torch.cat([table.late for table in tables]),
-            learnt=torch.cat([table.learnt for table in tables]),
-            parts=parts,
-        )
+        for row, (completion, result) in enumerate([*own, *dropped])
+    ]
 
 
 def rollout_metrics(rollout: Rollout, ranks: Ranks = ALONE) -> dict[str, float]:
-    """Statistics of *all* responses that were sampled, and (``train/``) of those that are trained on; on all ranks.
+    """Statistics of *all* sampled responses, and (``train/``) of those trained on; over all ranks.
 
-    Dynamic sampling keeps a biased part: its accuracy stays near one half while the policy's own rises. Lengths are
-    response tokens, EOS included.
+    Dynamic sampling keeps a biased subset: its accuracy stays near one half while the policy's rises. Lengths are in
+    response tokens, including EOS.
     """
-    table = ResponseTable.join(ranks.gather(ResponseTable.of(rollout)))
-    right, learnt = table.parts["accuracy"] > 0.5, table.learnt
+    responses = [response for share in ranks.gather(responses_of(rollout)) for response in share]
+    rewards, lengths, truncated, late = torch.tensor([response[:4] for response in responses]).reshape(-1, 4).unbind(1)
+    names = dict.fromkeys(name for response in responses for name in response.parts)
+    parts = {name: torch.tensor([float(r.parts.get(name, 0.0)) for r in responses]) for name in names}
+    trained_on = torch.tensor([response.trained_on for response in responses], dtype=torch.bool)
     metrics = {
-        "rollout/reward": table.rewards.mean(),
-        "rollout/reward_std": table.rewards.std(correction=0),
-        **{f"rollout/{name}": values.mean() for name, values in table.parts.items()},
-        "rollout/length": table.lengths.mean(),
-        "rollout/length_right": table.lengths[right].mean(),
-        "rollout/length_wrong": table.lengths[~right].mean(),
-        "rollout/truncated": table.cut.mean(),
-        "rollout/late": table.late.mean(),
+        "rollout/reward": rewards.mean(),
+        "rollout/reward_std": rewards.std(correction=0),
+        **{f"rollout/{name}": values.mean() for name, values in parts.items()},
+        "rollout/length": lengths.mean(),
+        "rollout/truncated": truncated.mean(),
+        "rollout/late": late.mean(),
     }
+    if "accuracy" in parts:
+        right = parts["accuracy"] > 0.5
+        metrics |= {"rollout/length_right": lengths[right].mean(), "rollout/length_wrong": lengths[~right].mean()}
     if not rollout.skip_update:
-        metrics |= {
-            "train/responses": learnt.sum(),
-            "train/reward": table.rewards[learnt].mean(),
-            "train/accuracy": table.parts["accuracy"][learnt].mean(),
-            "train/length": table.lengths[learnt].mean(),
-        }
-    # The mean over nothing (no right answer, say) is NaN: such a metric is left out.
+        metrics |= {"train/responses": trained_on.sum(), "train/length": lengths[trained_on].mean()}
+        metrics["train/reward"] = rewards[trained_on].mean()
+        if "accuracy" in parts:
+            metrics["train/accuracy"] = parts["accuracy"][trained_on].mean()
+    # An empty mean (say, without a right answer) is NaN: such a metric is left out.
     return {**{name: float(value) for name, value in metrics.items() if value.isfinite()}, **rollout.metrics}
 
 
 def throughput(rollout: Rollout, metrics: Mapping[str, float], ranks: Ranks = ALONE) -> dict[str, float]:
-    """Tokens per second: of each phase on its own, and of the whole iteration; and each phase's share of the time.
+    """Tokens per second of each phase and of the whole iteration, and each phase's share of the time.
 
-    Sync, generation and rewards are measured in generated tokens, the update's phases in tokens trained on
-    (prompt + response).
+    Phases up to the rewards count generated tokens, ``prepare`` and ``update`` the tokens trained on (prompt +
+    response).
     """
     generated = metrics.get("rollout/generated_tokens", 0.0)
-    trained = sum(ranks.gather(0.0 if rollout.stands_in else float(rollout.sequences.lengths.sum())))
+    trained = sum(ranks.gather(0.0 if rollout.placeholder else float(rollout.sequences.lengths.sum())))
     seconds = {phase: metrics[f"time/{phase}_s"] for phase in PHASES if f"time/{phase}_s" in metrics}
     total = sum(seconds.values())
     if total == 0:

@@ -1,28 +1,35 @@
-"""Every response ever sampled, in parquet: the record that lets one ask questions after the run."""
+"""Records every sampled response in parquet files, for analysis after the run."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from ibro_lightning.batches import Rollout
+from ibro_lightning.callbacks.needs import is_rollout
 from ibro_lightning.callbacks.say import say
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.guards.disk import write_json
 from ibro_lightning.ranks import Ranks
-from ibro_lightning.records import write_parquet
-from ibro_lightning.run_folders import run_folder
-from ibro_lightning.types import Rollout
+from ibro_lightning.runs.authorship import leave_to_others, run_id
+from ibro_lightning.runs.folder import clear_way, lay_claim, rehearses, run_folder
+from ibro_lightning.runs.holding import RunLock
+from ibro_lightning.runs.model_folders import free_name, prune
+from ibro_lightning.runs.moving import own_in, remove, set_aside
+from ibro_lightning.runs.parquet import MANIFEST, read_manifest, write_parquet
+from ibro_lightning.version import __version__
 
 
 class RolloutLog(pl.Callback):
     """Writes ``rollouts/iteration_000012.parquet`` in training and ``predictions/SET/batch_0000.parquet`` in predict.
     With several ranks, each writes its own share: ``iteration_000012_rank_3.parquet``.
 
-    A file per rollout, written whole or not at all, survives a killed run; ``pandas.read_parquet("rollouts")`` reads
-    the folder as one table.
+    There is one file per rollout, written atomically, so a killed run leaves no half files;
+    ``pandas.read_parquet("rollouts")`` reads the folder as one table.
 
     Args:
         every_n_iterations: 1 keeps every rollout, 0 none.
@@ -30,21 +37,39 @@ class RolloutLog(pl.Callback):
 
     def __init__(self, every_n_iterations: int = 1) -> None:
         if every_n_iterations < 0:
-            raise ConfigError(
-                "rollout_log.every_n_iterations", every_n_iterations, "write 1 (every rollout), more, or 0 (none)"
-            )
+            raise ConfigError("every_n_iterations", every_n_iterations, "write 1 (every rollout), more, or 0 (none)")
         self.every_n_iterations = every_n_iterations
+        self._warned = set[type]()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage in (TrainerFn.FITTING, TrainerFn.PREDICTING):
+            RunLock.of(trainer).take(trainer)
+            lay_claim(trainer, "rollouts" if stage == TrainerFn.FITTING else "predictions")
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        clear_way(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        clear_way(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if isinstance(batch, Rollout) and self.every_n_iterations and batch.iteration % self.every_n_iterations == 0:
+        if rehearses(trainer):
+            return
+        if (
+            self.every_n_iterations
+            and is_rollout(batch, self, self._warned)
+            and batch.iteration % self.every_n_iterations == 0
+        ):
             folder = run_folder(trainer) / "rollouts"
-            _write(folder / f"iteration_{batch.iteration:06d}.parquet", batch, Ranks.of(trainer.strategy))
+            path, ranks = folder / f"iteration_{batch.iteration:06d}.parquet", Ranks.of(trainer.strategy)
+            _write(path, batch, ranks, run_id(run_folder(trainer)))
 
     @rank_zero_only
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        shutil.rmtree(run_folder(trainer) / "predictions", ignore_errors=True)  # batches of an earlier call
+        if not rehearses(trainer):
+            set_predictions_aside(run_folder(trainer) / "predictions")
 
     def on_predict_batch_end(
         self,
@@ -55,16 +80,35 @@ class RolloutLog(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if rehearses(trainer) or not is_rollout(batch, self, self._warned):
+            return
         folder = run_folder(trainer) / "predictions" / batch.name
         _write(folder / f"batch_{batch_idx:04d}.parquet", batch, Ranks.of(trainer.strategy))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if rehearses(trainer):
+            return
+        if trainer.is_global_zero and (run_folder(trainer) / "predictions").is_dir():
+            write_json(run_folder(trainer) / "predictions" / MANIFEST, {"version": __version__, "complete": True})
         say(trainer, f"responses  {run_folder(trainer) / 'predictions'}")
 
 
-def _write(path: Path, rollout: Rollout, ranks: Ranks) -> None:
+def set_predictions_aside(folder: Path) -> None:
+    """Move the batches of an earlier call to ``predictions.1``; remove those of a killed one."""
+    own, is_all = own_in(folder, folder.name)
+    if read_manifest(folder) is None:
+        ours = leave_to_others(folder.parent, [f"{folder.name}/{name}" for name in own])
+        remove(folder.parent, ours)
+        prune(folder)
+    else:
+        aside = free_name(folder)
+        set_aside(folder, aside, own, is_all=is_all)
+        rank_zero_info(f"earlier predictions were in {folder}: moved to {aside}")
+
+
+def _write(path: Path, rollout: Rollout, ranks: Ranks, run: str = "") -> None:
     if ranks.size > 1:
         path = path.with_name(f"{path.stem}_rank_{ranks.rank}{path.suffix}")
-    responses = len(rollout.dropped) if rollout.stands_in else len(rollout) + len(rollout.dropped)
+    responses = len(rollout.dropped) if rollout.placeholder else len(rollout) + len(rollout.dropped)
     if ranks.leads and responses:
-        write_parquet(path, rollout)
+        write_parquet(path, rollout, run=run)

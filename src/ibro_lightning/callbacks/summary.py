@@ -1,4 +1,4 @@
-"""What a run achieved, in one glance and one file."""
+"""The summary of a run, printed and in a file."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
+from ibro_lightning.callbacks.export import ExportModel
+from ibro_lightning.callbacks.needs import EvaluatedModule, warn_unless
 from ibro_lightning.callbacks.say import say
-from ibro_lightning.modules import PolicyModule
-from ibro_lightning.run_folders import run_folder, write_json
+from ibro_lightning.guards.disk import write_json
+from ibro_lightning.runs.folder import evaluation_counts, lay_claim, rehearses, run_folder
+from ibro_lightning.runs.loggers import places
 from ibro_lightning.version import __version__
 
 
 class RunSummary(pl.Callback):
-    """Prints accuracy before → after, time and places, and writes them to ``summary.json``.
+    """Prints accuracy before → after, time and paths, and writes them to ``summary.json``.
 
-    "Before" is the evaluation that precedes training, "after" the last one. With several evaluation sets the accuracy
-    is the mean of their avg@k; each set's own numbers are in ``evaluations``. A later evaluation in the same process
-    (the command line runs one if training did not end with one) brings the file up to date. "Before" and the time
-    spent are part of the checkpoint, so a resumed run sums up the whole run.
+    "Before" is the evaluation before training, if it is complete (``num_sanity_val_steps=-1``, which the command line
+    sets; a Trainer's default of 2 batches is not), "after" the last one. With several evaluation sets the accuracy is
+    the mean of their avg@k; ``evaluations`` has each set's numbers. A later evaluation in the same process (the command
+    line runs one if training did not end with one) updates the file. "Before" and the time spent are part of the
+    checkpoint, so the summary of a resumed run covers the whole run.
     """
 
     def __init__(self) -> None:
@@ -37,13 +42,20 @@ class RunSummary(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.before, self._seconds_before_resume = state_dict["before"], state_dict["seconds"]
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == TrainerFn.FITTING:
+            warn_unless(self, pl_module, EvaluatedModule, "evaluations, iteration and evaluation_is_current")
+            lay_claim(trainer, "summary.json")
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not isinstance(pl_module, PolicyModule):
+        if not isinstance(pl_module, EvaluatedModule):
             return
         evaluations = {name: evaluation.to_json() for name, evaluation in pl_module.evaluations.items()}
+        if not evaluation_counts(trainer):
+            return
         if trainer.sanity_checking:
             self.before = evaluations
         self.after = evaluations
@@ -52,11 +64,13 @@ class RunSummary(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._fitted = True
-        if isinstance(pl_module, PolicyModule) and pl_module.evaluation_is_current:
-            self._write(trainer, pl_module)  # otherwise the evaluation that follows does
+        if isinstance(pl_module, EvaluatedModule):
+            # On the command line an evaluation may follow, which completes the summary.
+            complete = pl_module.evaluation_is_current or not trainer.enable_validation
+            self._write(trainer, pl_module, complete=complete)
 
-    def finish(self, trainer: pl.Trainer, pl_module: PolicyModule) -> None:
-        """Write now if it has not happened, whatever became of the evaluation."""
+    def finish(self, trainer: pl.Trainer, pl_module: EvaluatedModule) -> None:
+        """Write the summary if it has not been written, even if the evaluation failed."""
         if not self._written:
             self._write(trainer, pl_module)
 
@@ -65,8 +79,10 @@ class RunSummary(pl.Callback):
         return self._seconds_before_resume + time.perf_counter() - self._started
 
     @rank_zero_only
-    def _write(self, trainer: pl.Trainer, module: PolicyModule) -> None:
-        folder = run_folder(trainer)
+    def _write(self, trainer: pl.Trainer, module: EvaluatedModule, *, complete: bool = True) -> None:
+        if rehearses(trainer):
+            return
+        folder, curves = run_folder(trainer), places(trainer.loggers)
         before, after = _accuracy(self.before), _accuracy(self.after)
         summary: dict[str, Any] = {
             "accuracy_before": before,
@@ -74,23 +90,35 @@ class RunSummary(pl.Callback):
             "seconds": round(self._seconds, 1),
             "iterations": module.iteration,
             "optimizer_steps": trainer.global_step,
-            "model_dir": str(folder / "model") if (folder / "model").is_dir() else None,
+            "model_dir": _model_folder(trainer),
             "log_dir": str(folder),
+            "curves": curves,
             "version": __version__,
             "evaluations": {"before": self.before, "after": self.after},
         }
         write_json(folder / "summary.json", summary)
+        if not complete:
+            return
         self._written = True
         change = "" if before is None or after is None else f"accuracy  {before:.1%} → {after:.1%}\n"
         warning = "" if trainer.global_step else "warning   no optimizer step was taken: the policy is unchanged\n"
+        model = f"model     {summary['model_dir']}\n" if summary["model_dir"] else ""
         say(
             trainer,
             f"\n{change}{warning}"
             f"time      {summary['seconds']:.0f} s, {module.iteration} iterations\n"
-            f"model     {summary['model_dir']}\n"
-            f"curves    tensorboard --logdir {folder}\n"
+            f"{model}"
+            f"{''.join(f'curves    {place}' + chr(10) for place in curves)}"
             f"summary   {folder / 'summary.json'}",
         )
+
+
+def _model_folder(trainer: pl.Trainer) -> str | None:
+    """The exported model's folder, which is not ``model/`` if foreign files have that name; None if there is none."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    written = next((c.written for c in callbacks if isinstance(c, ExportModel) and c.written), None)
+    usual = run_folder(trainer) / "model"
+    return str(written or usual) if written or usual.is_dir() else None
 
 
 def _accuracy(evaluations: Mapping[str, Any]) -> float | None:

@@ -1,27 +1,119 @@
-"""Prompts → engine → rewards: the same few lines for training and for evaluation."""
+"""Prompts → engine → rewards, shared by training and evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
+from lightning.pytorch.utilities import rank_zero_warn
+
+from ibro_lightning.datamodules.gold_check import OnBadGold, check_on_bad_gold, usable_golds
+from ibro_lightning.datamodules.lost_verdicts import check_verdicts
+from ibro_lightning.engines import HFEngine
+from ibro_lightning.engines.base import PolicyProvider, RolloutEngine
+from ibro_lightning.engines.weight_check import WeightCheck, WeightVerifier
 from ibro_lightning.errors import RewardError
-from ibro_lightning.rewards import Judge, Reward, judge_here
+from ibro_lightning.ranks import ALONE, Ranks
+from ibro_lightning.rewards import Judge, PoolOptions, Reward, RewardPool, judge_all, judge_here
+from ibro_lightning.rewards.blame import blamed_on
+from ibro_lightning.rewards.pool import Verdicts
+from ibro_lightning.seeding import run_seed
 from ibro_lightning.timing import PhaseTimer
-from ibro_lightning.types import Completion, Generation, Group, Prompt, RewardResult, RolloutEngine, SamplingParams
+from ibro_lightning.types import Completion, Generation, Group, Prompt, RewardResult, SamplingParams
 
 
 class Collector:
-    """Samples responses and has them judged.
+    """Samples responses from the policy's current weights and judges them.
 
     Args:
-        engine: set up and holding the weights to sample from.
-        tokenizer: turns a response's tokens into the text that rewards read, special tokens left out.
-        judge: has a reward judge responses, here or in the reward pool.
+        engine: generates the responses; the embedded engine by default.
+        weight_check: how the engine's weights are checked after every sync; None skips the check.
+        reward_pool: worker processes for rewards; None judges in this process.
+        keep_special_tokens: keep special tokens in the text that rewards read, except trailing EOS and padding.
+        on_bad_gold: how to handle prompts whose gold their own verifier cannot use.
     """
 
-    def __init__(self, engine: RolloutEngine, tokenizer: Any, judge: Judge = judge_here) -> None:
-        self.engine, self.tokenizer, self.judge = engine, tokenizer, judge
+    provider: PolicyProvider
+    ranks: Ranks
+
+    def __init__(
+        self,
+        engine: RolloutEngine | None = None,
+        weight_check: WeightCheck | None = WeightCheck(),
+        reward_pool: PoolOptions | None = PoolOptions(),
+        keep_special_tokens: bool = False,
+        on_bad_gold: OnBadGold = "refuse",
+    ) -> None:
+        check_on_bad_gold(on_bad_gold)
+        self.engine: RolloutEngine = engine or HFEngine()
+        self.weight_check, self.reward_pool = weight_check, reward_pool
+        self.keep_special_tokens, self.on_bad_gold = keep_special_tokens, on_bad_gold
+        self.pool: RewardPool | None = None
+        self.judge: Judge = judge_here
+        """Runs a reward on responses, in this process or in the pool."""
+        self._verifier: WeightVerifier | None = None
+
+    def attach(self, provider: PolicyProvider, ranks: Ranks = ALONE) -> None:
+        """Use this policy, on these ranks."""
+        self.provider, self.ranks = provider, ranks
+
+    def start_judging(self, rewards: list[Reward], local_processes: int = 1) -> None:
+        """Set up the rewards and start the pool if a reward uses it; a no-op if these rewards are set up already.
+
+        Args:
+            local_processes: the run's processes on this machine, which divide the pool's workers among themselves.
+        """
+        if self.pool is not None and self.pool.rewards == rewards:
+            return
+        self.stop_judging()
+        for reward in rewards:
+            with blamed_on(reward, "setup"):
+                reward.setup(self.provider.tokenizer)
+        if self.reward_pool is not None:
+            self.pool = RewardPool(rewards, self.reward_pool.shared_by(local_processes))
+            self.pool.say = rank_zero_warn
+            self.judge = self.pool
+
+    def stop_judging(self) -> None:
+        if self.pool is not None:
+            self.pool.close()
+        self.pool, self.judge = None, judge_here
+
+    def close(self) -> None:
+        self.engine.close()
+        self.stop_judging()
+        self._verifier = None
+
+    def usable(self, reward: Reward, prompts: Sequence[Prompt], setting: str) -> list[Prompt]:
+        """The prompts with a usable gold; see ``on_bad_gold``."""
+        on_bad_gold, ranks = self.on_bad_gold, self.ranks
+        return usable_golds(reward, prompts, self.judge, setting=setting, on_bad_gold=on_bad_gold, ranks=ranks)
+
+    def try_reward(self, reward: Reward, prompts: Sequence[Prompt], sampling: SamplingParams) -> set[str]:
+        """Check before training that a reward works and its verdicts arrive; returns the names of its parts."""
+        with self.ranks.together():
+            parts = check_reward(reward, prompts, sampling, self.judge)
+            check_verdicts(self.pool, reward, prompts, sampling, self.provider.tokenizer)
+        return parts
+
+    def sync(self, timer: PhaseTimer, *moment: int | str) -> dict[str, float]:
+        """Load the policy's current weights into the engine and check them; returns the check's metrics.
+
+        Args:
+            moment: the point in the run, which determines the prompts of the check.
+
+        Raises:
+            WeightSyncError: the engine does not have these weights.
+        """
+        with timer("sync"):
+            self.engine.onload()
+            self.engine.load_weights(self.provider.named_full_weights())
+        if self.weight_check is None:
+            return {}
+        with timer("verify"):
+            if self._verifier is None:
+                self._verifier = WeightVerifier(self.weight_check, self.engine, self.provider, run_seed(), self.ranks)
+            return self._verifier.verify(*moment)
 
     def collect(
         self,
@@ -31,46 +123,78 @@ class Collector:
         reward: Reward,
         timer: PhaseTimer,
     ) -> list[Group]:
-        """One group per prompt, with ``len(seeds[i])`` responses each."""
+        """One group per prompt: ``len(seeds[i])`` judged responses to ``prompts[i]``."""
         with timer("generate"):
             generations = self.engine.generate([p.token_ids for p in prompts], sampling, seeds)
         with timer("reward"):
-            answered = [
+            pairs = [
                 (prompt, self._completions(samples, sample_seeds, sampling))
                 for prompt, samples, sample_seeds in zip(prompts, generations, seeds, strict=True)
             ]
-            judged = reward.judge(answered, self.judge)
+            judged = judge_all(reward, [_with_prefill(*pair) for pair in pairs], self.judge)
         return [
             Group(prompt, completions, tuple(results))
-            for (prompt, completions), results in zip(answered, judged, strict=True)
+            for (prompt, completions), results in zip(pairs, judged, strict=True)
         ]
+
+    def verifications_stopped(self) -> dict[str, float]:
+        """Number of verifications that the pool has stopped so far, by reason."""
+        return {why: float(count) for why, count in self.pool.counts.items()} if self.pool else {}
+
+    def take_verdicts(self) -> list[Verdicts]:
+        """The pool's verdict counts since the last call, by reward."""
+        return self.pool.take_verdicts() if self.pool else []
 
     def _completions(
         self, samples: Sequence[Generation], seeds: Sequence[int], sampling: SamplingParams
     ) -> tuple[Completion, ...]:
-        texts = self.tokenizer.batch_decode([list(sample.token_ids) for sample in samples], skip_special_tokens=True)
+        keep = self.keep_special_tokens
+        tokens = [self._without_trailing(sample.token_ids) if keep else list(sample.token_ids) for sample in samples]
+        texts = self.provider.tokenizer.batch_decode(tokens, skip_special_tokens=not keep)
         return tuple(
-            Completion(sample.token_ids, sample.logp, sample.finish_reason, text, sampling.max_tokens, seed)
+            Completion(sample.token_ids, sample.logp or (), sample.finish_reason, text, sampling.max_tokens, seed)
             for sample, text, seed in zip(samples, texts, seeds, strict=True)
         )
+
+    def _without_trailing(self, token_ids: Sequence[int]) -> list[int]:
+        """``token_ids`` without trailing EOS and padding."""
+        tokenizer, size = self.provider.tokenizer, len(token_ids)
+        own = (getattr(tokenizer, name, None) for name in ("eos_token_id", "pad_token_id"))
+        ends = {*self.provider.eos_token_ids, *own}
+        while size and token_ids[size - 1] in ends:
+            size -= 1
+        return list(token_ids[:size])
+
+
+def _with_prefill(prompt: Prompt, completions: Sequence[Completion]) -> tuple[Prompt, Sequence[Completion]]:
+    """The responses as rewards read them: preceded by the prefill, if the prompt has one."""
+    if not prompt.prefill:
+        return prompt, completions
+    return prompt, [replace(completion, text=prompt.prefill + completion.text) for completion in completions]
 
 
 def check_reward(
     reward: Reward, prompts: Sequence[Prompt], sampling: SamplingParams, judge: Judge = judge_here
-) -> None:
-    """Judge an empty response before anything expensive starts, so that a broken reward is found in the first seconds:
-    to the first prompt of each part of a mixture, and to every prompt if the rewards say that this is cheap.
+) -> set[str]:
+    """Judge an empty response, so that a broken reward fails in the first seconds of a run.
+
+    Uses the first prompt of each part of a mixture, or every prompt if all rewards set ``tells_bad_answers``.
+
+    Returns:
+        The names of the reward's parts.
 
     Raises:
-        RewardError: it raised, returned NaN, or does not say how accurate a response is; or an answer is unusable.
+        RewardError: the reward raises, returns NaN or has no ``accuracy`` part; or an answer is unusable.
     """
     if not all(leaf.tells_bad_answers for leaf in reward.leaves()):
         prompts = list({prompt.part: prompt for prompt in reversed(prompts)}.values())
     empty = Completion((), (), "length", "", sampling.max_tokens, seed=0)
-    results: list[RewardResult] = [row[0] for row in reward.judge([(prompt, [empty]) for prompt in prompts], judge)]
+    judged = judge_all(reward, [(prompt, [empty]) for prompt in prompts], judge)
+    results: list[RewardResult] = [row[0] for row in judged]
     if any("accuracy" not in result.parts for result in results):
         result = results[0]
         raise RewardError(
-            f"data.reward: {type(reward).__name__} names the parts {sorted(result.parts)} but no 'accuracy', "
+            f"{type(reward).__name__} names the parts {sorted(result.parts)} but no 'accuracy', "
             "which is what is reported and filtered on: add parts={'accuracy': 0 or 1, ...} to its RewardResult"
         )
+    return {name for result in results for name in result.parts}

@@ -1,69 +1,47 @@
-"""Demonstrations for supervised warm starts."""
+"""The datamodule of supervised fine-tuning (SFT)."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ibro_lightning.datamodules.evaluation import EvaluationDataModule
+from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.datamodules.base import CollectingDataModule
+from ibro_lightning.datamodules.collector import Collector
+from ibro_lightning.datamodules.eval_sets import EvalSet
+from ibro_lightning.datamodules.gold_check import OnBadGold
+from ibro_lightning.engines.base import RolloutEngine
+from ibro_lightning.engines.weight_check import WeightCheck
 from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.rendering import (
+    ControlTextError,
+    ControlTokens,
+    RenderingError,
+    TextTokenizer,
+    control_text,
+)
+from ibro_lightning.rewards import PoolOptions
 from ibro_lightning.seeding import derive_seed, run_seed
-from ibro_lightning.sequences import Sequences
-from ibro_lightning.tasks import NumberPath, in_split
+from ibro_lightning.sources.base import DemonstrationSource
+from ibro_lightning.sources.control_text import ControlTextCount, rendered
+from ibro_lightning.sources.prompts import PromptLimits, report_appended
+from ibro_lightning.types import ControlText, Message
+
+Pair = tuple[str | Sequence[Message], str]
+"""``(prompt, response)``."""
+LOOKED_AT = 256
+"""Demonstrations searched for control text before training; the source is endless."""
 
 
-class DemonstrationSource(ABC):
-    """An endless supply of worked examples."""
-
-    @abstractmethod
-    def demonstration(self, seed: int) -> tuple[str, str]:
-        """``(prompt, response)`` as raw text, without EOS; a function of ``seed`` alone."""
-
-    def may_show(self, prompt: str) -> bool:
-        """Could ``prompt`` be among the demonstrations? If so it cannot be evaluated on. False if nobody knows."""
-        return False
-
-
-class NumberPathDemonstrations(DemonstrationSource):
-    """Random walks, relabelled with where they ended: no expert, mostly far from the shortest path.
-
-    Args:
-        task: the rules.
-        max_steps: longest walk.
-        heldout_fraction: as in :class:`NumberPathSource`; walks that would answer a held-out problem are never shown.
-    """
-
-    def __init__(self, task: NumberPath | None = None, max_steps: int = 12, heldout_fraction: float = 0.15) -> None:
-        check_at_least("source.max_steps", max_steps, 1)
-        self.task = task or NumberPath()
-        if not self.task.distances:
-            raise ConfigError(
-                "source.task", list(self.task.moves), "no move leads anywhere within the numbers: add one"
-            )
-        self.max_steps, self.heldout_fraction = max_steps, heldout_fraction
-
-    def demonstration(self, seed: int) -> tuple[str, str]:
-        attempt = 0
-        while True:
-            start, target, tokens = self.task.random_walk(derive_seed(seed, "walk", attempt), self.max_steps)
-            prompt = self.task.prompt(start, target)
-            if in_split(prompt, "train", self.heldout_fraction):
-                return prompt, "".join(tokens)
-            attempt += 1
-
-    def may_show(self, prompt: str) -> bool:
-        return in_split(prompt, "train", self.heldout_fraction)
-
-
-class SFTDataModule(EvaluationDataModule):
+class SFTDataModule(CollectingDataModule):
     """Batches of demonstrations: one Lightning batch is one optimizer step.
+
+    See :class:`CollectingDataModule` for the arguments from ``engine`` on.
 
     Args:
         source: the demonstrations.
         batch_size: sequences per step, over all ranks.
         steps_per_epoch: batches per Lightning epoch.
-        evaluation_settings: engine, eval_sets, prompt_limits, …, as in :class:`EvaluationDataModule`.
     """
 
     def __init__(
@@ -71,18 +49,44 @@ class SFTDataModule(EvaluationDataModule):
         source: DemonstrationSource,
         batch_size: int = 64,
         steps_per_epoch: int = 100,
-        **evaluation_settings: Any,
+        engine: RolloutEngine | None = None,
+        eval_sets: dict[str, EvalSet] | None = None,
+        test_sets: dict[str, EvalSet] | None = None,
+        eval_batch_prompts: int = 64,
+        prompt_limits: PromptLimits = PromptLimits(),
+        weight_check: WeightCheck | None = WeightCheck(),
+        reward_pool: PoolOptions | None = PoolOptions(),
+        eval_samples: int | None = None,
+        eval_max_tokens: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        keep_special_tokens: bool = False,
+        on_bad_gold: OnBadGold = "refuse",
+        control_text: ControlText = "warn",
     ) -> None:
-        super().__init__(**evaluation_settings)
-        check_at_least("data.batch_size", batch_size, 1)
-        check_at_least("data.steps_per_epoch", steps_per_epoch, 1)
+        super().__init__(
+            Collector(engine, weight_check, reward_pool, keep_special_tokens, on_bad_gold),
+            eval_sets,
+            test_sets,
+            eval_batch_prompts,
+            eval_samples,
+            eval_max_tokens,
+            prompt_limits,
+            chat_template_kwargs,
+            control_text,
+        )
+        check_at_least("batch_size", batch_size, 1)
+        check_at_least("steps_per_epoch", steps_per_epoch, 1)
         self.source, self.batch_size, self.steps_per_epoch = source, batch_size, steps_per_epoch
         self.step = 0
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            check_at_least("data.batch_size", self.batch_size, self.ranks.size, ": every rank needs a sequence")
+            check_at_least("batch_size", self.batch_size, self.ranks.size, ": every rank needs a sequence")
+            prompt, _ = self._demonstration(0, 0)
+            report_appended(prompt if isinstance(prompt, str) else "", self.provider.tokenizer)
+            first = [self._demonstration(*divmod(row, self.batch_size)) for row in range(LOOKED_AT)]
+            self._count_control_text(first, self.provider.tokenizer)
             self.refuse_overlap(self.source.may_show, "write split: heldout and the same heldout_fraction in both")
 
     def train_dataloader(self) -> SFTStream:
@@ -95,17 +99,66 @@ class SFTDataModule(EvaluationDataModule):
         self.step = state_dict["step"]
 
     def next_batch(self) -> Sequences:
-        tokenizer, seed = self.provider.tokenizer, run_seed()
-        rows = self.ranks.share(range(self.batch_size))
-        pairs = [self.source.demonstration(derive_seed(seed, "sft", self.step, row)) for row in rows]
+        tokenizer = self.provider.tokenizer
+        pairs = [self._demonstration(self.step, row) for row in self.ranks.share(range(self.batch_size))]
         self.step += 1
-        prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
+        return Sequences.collate(*self.encode(pairs, tokenizer))
+
+    def _demonstration(self, step: int, row: int) -> Pair:
+        return self.source.demonstration(derive_seed(run_seed(), "sft", step, row))
+
+    def _count_control_text(self, pairs: Sequence[Pair], tokenizer: Any) -> None:
+        """Report how many demonstrations spell control tokens, or refuse them."""
+        count = ControlTextCount("data.source", self.control_text, "demonstrations looked at")
+        control = ControlTokens.of(tokenizer)
+        for number, (prompt, response) in enumerate(pairs):
+            answer = [{"role": "assistant", "content": _without_eos(response, tokenizer)}]
+            count.add(f"number {number}", control_text(prompt, control) or control_text(answer, control))
+        count.report()
+
+    def encode(self, pairs: Sequence[Pair], tokenizer: Any) -> tuple[list[tuple[int, ...]], list[list[int]]]:
+        """``(prompt tokens, response tokens)``: prompts encoded as for sampling, responses ending with one EOS.
+
+        Raises:
+            ConfigError: the chat template cannot write a prompt, or ``control_text: refuse`` meets control text.
+        """
+        rule = self.control_text
+        if rule == "refuse":
+            self._count_control_text(pairs, tokenizer)
         responses = tokenizer([response for _, response in pairs], add_special_tokens=False)["input_ids"]
-        return Sequences.collate(prompts, [[*ids, tokenizer.eos_token_id] for ids in responses])
+        try:
+            prompts = [rendered(prompt, tokenizer, self.chat_template_kwargs, rule=rule)[1] for prompt, _ in pairs]
+            if rule == "as_text":
+                texts = [response for _, response in pairs]
+                responses = [_as_text(*pair, tokenizer) for pair in zip(texts, responses, strict=True)]
+        except RenderingError as error:
+            raise ConfigError("source", type(self.source).__name__, str(error)) from error
+        eos = tokenizer.eos_token_id
+        return prompts, [ids if ids and ids[-1] == eos else [*ids, eos] for ids in responses]
+
+
+def _without_eos(response: str, tokenizer: Any) -> str:
+    """The response without a trailing EOS, which is legitimate there."""
+    return response.removesuffix(getattr(tokenizer, "eos_token", None) or "")
+
+
+def _as_text(response: str, token_ids: list[int], tokenizer: Any) -> list[int]:
+    """A response's tokens with its special tokens encoded as text, except a trailing EOS.
+
+    Non-special control tokens, such as ``<think>``, are part of the assistant's output and stay tokens.
+    """
+    answer, control = _without_eos(response, tokenizer), ControlTokens.of(tokenizer)
+    if not control.normalized and not control.found(answer, assistant=True):
+        return token_ids
+    try:
+        masked = control.mask(answer, assistant=True) + response[len(answer) :]
+        return TextTokenizer.of(tokenizer)(masked)["input_ids"]
+    except ControlTextError as error:
+        raise RenderingError(f"control tokens cannot be encoded as text: {error}") from error
 
 
 class SFTStream:
-    """The batches of one epoch, made as Lightning asks for them."""
+    """The batches of one epoch, generated on demand."""
 
     def __init__(self, data: SFTDataModule) -> None:
         self.data = data

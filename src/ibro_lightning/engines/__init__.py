@@ -1,4 +1,4 @@
-"""Rollout engines: token ids in, token ids and log-probs out."""
+"""Rollout engines: from token ids to sampled token ids and log-probs."""
 
 from ibro_lightning.engines.hf import HFEngine
 from ibro_lightning.engines.vllm import VLLMEngine

@@ -1,30 +1,34 @@
-"""The embedded engine: transformers, in this process, on any device. Small, exact, and right for any causal LM."""
+"""The embedded engine: generation with transformers in this process, on any device."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from copy import deepcopy
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
+from ibro_lightning.engines.base import RolloutEngine
+from ibro_lightning.engines.cache import cache_config, select_rows
+from ibro_lightning.engines.probe import build, check_generation, in_float32
 from ibro_lightning.engines.sampling import sample_tokens
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, RolloutError
 from ibro_lightning.guards.memory_advice import engine_memory_advice
-from ibro_lightning.types import Dtype, FinishReason, Generation, ModelSpec, RolloutEngine, SamplingParams
+from ibro_lightning.models.spec import ModelSpec
+from ibro_lightning.types import Dtype, FinishReason, Generation, SamplingParams
 
 
 class HFEngine(RolloutEngine):
-    """Left-padded batches, a key-value cache, each prompt computed once, finished rows leaving the batch.
+    """Generates in left-padded batches with a key-value cache, computing each prompt once and dropping finished rows.
 
-    It holds its own copy of the weights, as any engine does, so what it samples from is what it was last given.
+    Holds its own copy of the weights, as every engine does. Supports attention, linear attention, state spaces and
+    hybrids of these. :meth:`setup` refuses models whose results with and without cache differ, see :mod:`.probe`.
 
     Args:
-        max_batch_size: responses generated at the same time; bounds the memory of the key-value cache.
+        max_batch_size: responses generated concurrently; bounds the memory of the key-value cache.
         dtype: of the engine's copy of the weights.
         compact_below: drop finished rows from the batch when the share of unfinished ones falls below this.
     """
@@ -36,9 +40,9 @@ class HFEngine(RolloutEngine):
         compact_below: float = 0.8,
     ) -> None:
         if max_batch_size < 1:
-            raise ConfigError("engine.max_batch_size", max_batch_size, "write 1 or more responses")
+            raise ConfigError("max_batch_size", max_batch_size, "write 1 or more responses")
         if not 0 < compact_below <= 1:
-            raise ConfigError("engine.compact_below", compact_below, "write a share above 0 and up to 1")
+            raise ConfigError("compact_below", compact_below, "write a share above 0 and up to 1")
         self.dtype: Dtype = dtype
         self.max_batch_size, self.compact_below = max_batch_size, compact_below
         self.max_model_len: int | None = None
@@ -49,14 +53,19 @@ class HFEngine(RolloutEngine):
     def setup(self, spec: ModelSpec) -> None:
         if self._model is not None:
             return
-        with torch.random.fork_rng(devices=[]):  # the random weights, soon overwritten, must not touch the run's RNG
-            model = AutoModelForCausalLM.from_config(
-                deepcopy(spec.config), dtype=getattr(torch, self.dtype), trust_remote_code=spec.trust_remote_code
-            )
-        self._model = model.to(spec.device).eval().requires_grad_(False)
+        model = build(spec, getattr(torch, self.dtype))
+        trial = HFEngine()  # not type(self): the check is about transformers, not about a subclass
+        trial._adopt(in_float32(model, spec), spec)
+        check_generation(trial._model, trial._generate_batch, spec, trial.max_model_len)
+        self._adopt(model, spec)
+
+    def _adopt(self, model: Any, spec: ModelSpec) -> None:
+        self._model = model
+        self._cache_config = cache_config(model.config)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.max_model_len = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_model_len = positions if positions and positions > 0 else None  # XLNet's -1 means any number
         self._eos = torch.tensor(spec.eos_token_ids, device=spec.device)
         self._device = spec.device
 
@@ -66,13 +75,15 @@ class HFEngine(RolloutEngine):
         missing = {tensor.data_ptr(): name for name, tensor in own.items()}  # by storage: tied names count once
         for name, tensor in named_tensors:
             if name not in own:
-                raise KeyError(f"the engine's model has no weight {name!r}")
+                raise RolloutError(f"HFEngine: the model that the config builds has no weight {name!r}")
             if tensor.shape != own[name].shape:  # copy_ would broadcast
-                raise ValueError(f"weight {name!r} has shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}")
+                shapes = f"{tuple(tensor.shape)}, not {tuple(own[name].shape)}"
+                raise RolloutError(f"HFEngine: weight {name!r} has shape {shapes}")
             own[name].copy_(tensor)
             missing.pop(own[name].data_ptr(), None)
         if missing and not partial:
-            raise KeyError(f"the engine got no new values for {len(missing)} weights, e.g. {min(missing.values())!r}")
+            summary = f"{len(missing)} weights, e.g. {min(missing.values())!r}"
+            raise RolloutError(f"HFEngine got no new values for {summary}")
 
     @torch.no_grad()
     def generate(
@@ -86,7 +97,7 @@ class HFEngine(RolloutEngine):
             indices = [index for index, _ in batch]
             longest = max(len(prompts[i]) for i in indices) + sampling.max_tokens
             responses = sum(len(own) for _, own in batch)
-            with engine_memory_advice("data.engine.max_batch_size", self.max_batch_size, responses, longest):
+            with engine_memory_advice("max_batch_size", self.max_batch_size, responses, longest):
                 generated = iter(self._generate_batch([prompts[i] for i in indices], sampling, [s for _, s in batch]))
             for index, batch_seeds in batch:
                 results[index] += islice(generated, len(batch_seeds))
@@ -118,17 +129,17 @@ class HFEngine(RolloutEngine):
     def _batches(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]
     ) -> list[list[tuple[int, list[int]]]]:
-        """Cut the work into batches of at most ``max_batch_size`` responses, prompts of like length together."""
+        """Batches of ``(prompt index, seeds)`` with at most ``max_batch_size`` responses, sorted by prompt length."""
         batches: list[list[tuple[int, list[int]]]] = []
         free = 0
         for index in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-            waiting = list(seeds[index])
-            while waiting:
-                # A prompt's samples stay in one batch if they fit: every batch computes the prefix anew.
-                if free < min(len(waiting), self.max_batch_size):
+            remaining = list(seeds[index])
+            while remaining:
+                # Keep a prompt's samples in one batch if possible, because every batch recomputes the prompt.
+                if free < min(len(remaining), self.max_batch_size):
                     batches.append([])
                     free = self.max_batch_size
-                taken, waiting = waiting[:free], waiting[free:]
+                taken, remaining = remaining[:free], remaining[free:]
                 batches[-1].append((index, taken))
                 free -= len(taken)
         return batches
@@ -138,7 +149,7 @@ class HFEngine(RolloutEngine):
     ) -> list[Generation]:
         """All samples of these prompts, ordered by prompt, then by seed. ``P`` prompts, ``R`` rows (samples)."""
         input_ids, attention_mask = self._left_pad(prompts)
-        cache = DynamicCache(config=self._model.config)
+        cache = DynamicCache(config=self._cache_config)
         logits = self._forward(input_ids, attention_mask, cache)  # [P, V]
 
         copies = torch.tensor([len(s) for s in seeds], device=self._device)
@@ -149,29 +160,30 @@ class HFEngine(RolloutEngine):
         lengths = torch.zeros_like(source)
         ended = torch.zeros_like(source, dtype=torch.bool)
 
-        cache.batch_select_indices(source)
+        select_rows(cache, source)
         logits, attention_mask = logits[source], attention_mask[source]
-        rows = torch.arange(len(source), device=self._device)  # which sample each row of the shrinking batch belongs to
+        eos = torch.cat([self._eos, self._eos.new_tensor(sampling.stop_token_ids)])
+        rows = torch.arange(len(source), device=self._device)  # [B] sample of each row of the shrinking batch
         for step in range(sampling.max_tokens):
             next_tokens, next_logp = sample_tokens(logits, sampling, row_seeds[rows], step)
             live = ~ended[rows]
             tokens[rows[live], step], logps[rows[live], step] = next_tokens[live], next_logp[live]
             lengths[rows[live]] += 1
-            ended[rows] |= torch.isin(next_tokens, self._eos) & live
+            ended[rows] |= torch.isin(next_tokens, eos) & live
             live = ~ended[rows]
             num_live = int(live.sum())
             if num_live == 0 or step + 1 == sampling.max_tokens:
                 break
             if num_live < self.compact_below * len(rows):
                 keep = live.nonzero().squeeze(-1)
-                cache.batch_select_indices(keep)
+                select_rows(cache, keep)
                 rows, next_tokens, attention_mask = rows[keep], next_tokens[keep], attention_mask[keep]
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
             logits = self._forward(next_tokens[:, None], attention_mask, cache)
         return _to_generations(tokens, logps, lengths, ended)
 
     def _left_pad(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """``[P, L]`` ids and mask. Left, so that every row's next token comes from the last position."""
+        """``[P, L]`` ids and mask, padded on the left so that the last position predicts every row's next token."""
         width = max(len(ids) for ids in prompts)
         input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
@@ -181,7 +193,7 @@ class HFEngine(RolloutEngine):
         return input_ids.to(self._device), attention_mask.to(self._device)
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits ``[B, V]`` of the next token; ``input_ids`` are the tokens that the cache does not hold yet."""
+        """``[B, V]`` logits of the next token; ``input_ids`` are the tokens not yet in the cache."""
         kwargs: dict[str, Any] = {}
         if self._takes_positions:
             positions = attention_mask.cumsum(dim=1) - 1

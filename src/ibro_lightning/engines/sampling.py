@@ -1,4 +1,4 @@
-"""Choosing the next token."""
+"""Sampling of the next token."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ibro_lightning.types import SamplingParams
 
 
 def sample_tokens(logits: Tensor, sampling: SamplingParams, seeds: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-prob under the distribution that it was drawn from.
+    """One token per row, with its log-prob under the sampling distribution.
 
-    Drawing is by inverse CDF with a uniform number that depends on the row's seed and on ``step`` alone, so a sample
-    does not depend on which rows share its batch. Greedy decoding reports log-probs at temperature 1.
+    Uses inverse-CDF sampling with a uniform number that depends only on the row's seed and ``step``, so that samples do
+    not depend on the composition of the batch. Greedy decoding reports log-probs at temperature 1.
 
     Args:
         logits: ``[B, V]``; seeds: ``[B]`` int64; step: index of the token in the response.
@@ -29,16 +29,16 @@ def sample_tokens(logits: Tensor, sampling: SamplingParams, seeds: Tensor, step:
         logp = (logits / sampling.temperature).log_softmax(dim=-1)
         if sampling.truncates_distribution:
             logp = _truncate(logp, sampling).log_softmax(dim=-1)
-        # float64: in float32 the cumulative sum over a large vocabulary loses the tail's tokens.
+        # float64, because in float32 the cumulative sum over a large vocabulary loses the tail.
         cumulative = logp.double().exp().cumsum(dim=-1)
         draws = counter_uniforms(seeds, step) * cumulative[:, -1]
-        # The first token whose cumulative probability exceeds the draw; never one of probability 0.
+        # The first token whose cumulative probability exceeds the draw, hence never one of probability 0.
         tokens = torch.searchsorted(cumulative, draws[:, None], right=True).squeeze(-1)
     return tokens, logp.gather(-1, tokens[:, None]).squeeze(-1)
 
 
 def _truncate(logp: Tensor, sampling: SamplingParams) -> Tensor:
-    """``[B, V]`` log-probs with the tokens that top_k, top_p or min_p exclude at −inf, in that order."""
+    """``[B, V]`` log-probs with tokens excluded by top_k, top_p and min_p, in that order, set to −inf."""
     excluded = -torch.inf
     if 0 < sampling.top_k < logp.shape[-1]:
         kth = logp.topk(sampling.top_k, dim=-1).values[:, -1:]

@@ -1,15 +1,15 @@
-"""Rollouts by vLLM, in this process: the trainer's weights go in, tokens and their log-probs come out.
+"""Rollouts with vLLM: the trainer's weights go in, sampled tokens and their log-probs come out.
 
-What vLLM does behind one's back, and what is done about it here:
+Pitfalls of vLLM that are handled here:
 
-- It reports log-probs of the unscaled distribution unless told otherwise; here they are those that were sampled from.
-- It keeps the output head apart from the embedding it is tied to (on CPUs), and a reload leaves that copy stale unless
-  the head is passed by name; :meth:`VLLMEngine.load_weights` insists on every name.
-- Cached prefixes outlive the weights they were computed with; the cache is reset after every reload, and vLLM's answer
-  is checked: it refuses while requests are running.
-- It seeds the process's random generators and replaces ``torch.set_num_threads``; both are put back.
+- By default it reports log-probs of the unscaled distribution; here they are those of the sampling distribution.
+- On CPUs it keeps a copy of an output head that is tied to the embedding. A reload leaves the copy stale unless the
+  head is passed by name; :meth:`VLLMEngine.load_weights` requires every name.
+- Cached prefixes outlive the weights they were computed with. The cache is reset after every reload, and the return
+  value checked, because vLLM refuses while requests are running.
+- It seeds the process's random generators and replaces ``torch.set_num_threads``; both are restored.
 
-None of this is believed: :mod:`ibro_lightning.datamodules.weight_check` asks the engine after every sync.
+In addition, :mod:`ibro_lightning.engines.weight_check` verifies the engine after every sync.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ibro_lightning.engines.base import RolloutEngine
 from ibro_lightning.engines.vllm_build import (
     VLLMSettings,
     build,
@@ -32,31 +33,35 @@ from ibro_lightning.engines.vllm_build import (
     torch_rng_kept,
 )
 from ibro_lightning.engines.vllm_worker import chunks
-from ibro_lightning.engines.weights import checked_weights, weight_shapes
+from ibro_lightning.engines.weight_names import checked_weights, weight_shapes
 from ibro_lightning.errors import ConfigError, RolloutError, check_at_least
-from ibro_lightning.types import Dtype, FinishReason, Generation, ModelSpec, RolloutEngine, SamplingParams
+from ibro_lightning.models.spec import ModelSpec
+from ibro_lightning.types import Dtype, FinishReason, Generation, SamplingParams
 
+COLDEST, HOTTEST = 0.01, 2.0
+"""Range of temperatures that vLLM 0.32 supports."""
 LOOK_EVERY = 16
-"""Tokens between two looks at a response that has a deadline."""
+"""Tokens between two updates of a response with a deadline."""
 
 
 class VLLMEngine(RolloutEngine):
-    """vLLM as a rollout engine. It is imported when the engine is set up, not before.
+    """vLLM as a rollout engine, imported when the engine is set up.
 
     Args:
-        dtype: of the engine's copy of the weights. vLLM's attention on GPUs wants bfloat16 or float16.
-        gpu_memory_utilization: share of the GPU's memory for weights and key-value cache together.
-        kv_cache_gib: size of the key-value cache in GiB; None fills the share above, on a CPU it means 1 GiB.
-        max_model_len: longest prompt + response in tokens; None takes the model's own limit.
-        max_num_seqs: responses generated at the same time.
+        dtype: of the engine's copy of the weights. vLLM's attention on GPUs requires bfloat16 or float16.
+        gpu_memory_utilization: share of GPU memory for weights and key-value cache.
+        kv_cache_gib: size of the key-value cache in GiB; None fills the share above, or means 1 GiB on a CPU.
+        max_model_len: maximum length of prompt + response in tokens; None takes the model's limit.
+        max_num_seqs: responses generated concurrently.
         tensor_parallel_size: GPUs that share each layer.
-        enforce_eager: no CUDA graphs, no compilation. Starts sooner; better for tiny models. None: on CPUs.
-        seed: vLLM's own. Samples do not depend on it: each has a seed from the datamodule.
-        in_process: False runs vLLM in a process of its own, which it may then take down with it; the weights are
-            copied over in pieces.
-        deadline_s: seconds that one call of :meth:`generate` may take. What is unfinished then is aborted, and comes
-            back as it was when last looked at (every 16 tokens), with the finish reason ``deadline``: counted, and
-            masked in training. An evaluation that it cuts warns. None waits.
+        enforce_eager: disable CUDA graphs and compilation, for a faster start and tiny models. None disables them on
+            CPUs only.
+        seed: of vLLM itself. Samples do not depend on it, since each has a seed from the datamodule.
+        in_process: False runs vLLM in a separate process, whose crash leaves this one alive; weights are copied in
+            chunks.
+        deadline_s: time limit in seconds for one call of :meth:`generate`. Unfinished responses are then aborted and
+            returned as of their last update (every 16 tokens) with the finish reason ``deadline``; they are counted,
+            and masked in training. Evaluations warn about them. None waits.
         engine_args: any other argument of vLLM's ``EngineArgs``, e.g. ``{enable_chunked_prefill: false}``.
     """
 
@@ -89,7 +94,7 @@ class VLLMEngine(RolloutEngine):
             engine_args=engine_args or {},
         )
         if deadline_s is not None:
-            check_at_least("data.engine.deadline_s", deadline_s, 0.001, ", or null to wait")
+            check_at_least("deadline_s", deadline_s, 0.001, ", or null to wait")
         self.deadline_s = deadline_s
         self._engine: Any = None
         self._spec: ModelSpec | None = None
@@ -106,35 +111,49 @@ class VLLMEngine(RolloutEngine):
         self._owns_process_group = not torch.distributed.is_initialized()
         self._engine = build(self.settings, spec, sleep_mode=self._sleeps)
         self.max_model_len = int(self._engine.model_config.max_model_len)
-        try:  # models that its attention cannot run are found out here, and the first real call is not the slow one
+        try:  # detects models that vLLM's attention does not support, and warms up
             self._generate([[0]], SamplingParams(max_tokens=1), [[0]], deadline_s=None)
         except RolloutError as error:
             self.close()
             raise ConfigError(
-                "data.engine",
+                "engine",
                 "VLLMEngine",
                 f"vLLM cannot run this model here: {error.__cause__ or error}; use HFEngine",
             ) from error
 
+    def check_sampling(self, sampling: SamplingParams, *, setting: str) -> None:
+        """Refuse temperatures that vLLM rejects or silently replaces.
+
+        Raises:
+            ConfigError: the temperature is neither 0 nor between 0.01 and 2.
+        """
+        temperature = sampling.temperature
+        if 0 < temperature < COLDEST:
+            remedy = f"vLLM would sample at {COLDEST}: write that or more, or 0 (greedy, evaluation only)"
+            raise ConfigError(f"{setting}.temperature", temperature, remedy)
+        if temperature > HOTTEST:
+            remedy = f"vLLM refuses temperatures above {HOTTEST:g}: write {HOTTEST:g} or less, or take HFEngine"
+            raise ConfigError(f"{setting}.temperature", temperature, remedy)
+
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
-        """See :class:`RolloutEngine`. A failure leaves vLLM with some of the weights: it is closed, and started anew by
-        the next call."""
+        """See :class:`RolloutEngine`. A failure leaves the weights incomplete, so that vLLM is closed; the next call
+        restarts it."""
         if self._spec is None:
             raise RolloutError("VLLMEngine: setup(spec) comes before load_weights(...)")
         self.setup(self._spec)
         weights = checked_weights(named_tensors, self._shapes, partial=partial)
-        done = False
+        complete = False
         try:
             with self._errors("taking new weights"):
                 self._reload(weights)
-            done = True
-        finally:  # Ctrl-C, too
-            if not done:
+            complete = True
+        finally:  # also on Ctrl-C
+            if not complete:
                 self.close()
         self.reset_cache()
 
     def reset_cache(self) -> None:
-        """Forget the keys and values of all prompts."""
+        """Discard the cached keys and values of all prompts."""
         if not self._engine.reset_prefix_cache():
             raise RolloutError("vLLM did not reset its prefix cache: it holds keys and values of the old weights")
 
@@ -159,7 +178,7 @@ class VLLMEngine(RolloutEngine):
     ) -> list[list[Generation]]:
         owners = [index for index, own in enumerate(seeds) for _ in own]
         responses = [_Response() for _ in owners]
-        # One request per sample, each with its own seed; samples of a prompt share its cached prefix.
+        # One request per sample, because each has its own seed; samples of a prompt share its cached prefix.
         requests = [
             ({"prompt_token_ids": list(prompts[index])}, self._sampling_params(sampling, seed))
             for index, own in enumerate(seeds)
@@ -175,7 +194,7 @@ class VLLMEngine(RolloutEngine):
         return results
 
     def offload(self) -> None:
-        """On GPUs vLLM sleeps: weights and cache are dropped, and come back with the next sync."""
+        """Put vLLM to sleep (on GPUs): weights and cache are dropped, and restored by the next sync."""
         if self._engine is not None and self._sleeps and not self._asleep:
             self._engine.sleep(level=2)
             self._asleep = True
@@ -191,8 +210,8 @@ class VLLMEngine(RolloutEngine):
             release(engine, owns_process_group=self._owns_process_group)
 
     def _reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Hand the weights to vLLM one at a time; it holds those of a layer until the layer is whole, and the embedding
-        and the head until the end if it pads them."""
+        """Pass the weights to vLLM one at a time. It buffers a layer until that is complete, and a padded embedding or
+        head until the end."""
         if self.settings.same_process:
             self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             return
@@ -212,13 +231,13 @@ class VLLMEngine(RolloutEngine):
             min_p=sampling.min_p,
             max_tokens=sampling.max_tokens,
             seed=seed,
-            logprobs=0,  # of the sampled token alone
+            logprobs=0,  # of the sampled token only
             flat_logprobs=True,
-            # The embedded engine's rule: each of these ends a response and is its last token.
+            # As in the embedded engine, each of these ends a response and is its last token.
             ignore_eos=True,
-            stop_token_ids=self._eos,
+            stop_token_ids=[*self._eos, *(token for token in sampling.stop_token_ids if token < self._vocab_size)],
             detokenize=False,
-            # Only what may be aborted must be followed, and not at every token: benchmarks/vllm_engine.py --deadline_s.
+            # Only with a deadline, and not at every token; for the cost see benchmarks/vllm_engine.py --deadline_s.
             output_kind=RequestOutputKind.FINAL_ONLY if self.deadline_s is None else RequestOutputKind.DELTA,
             stream_interval=None if self.deadline_s is None else LOOK_EVERY,
             skip_clone=True,
@@ -235,7 +254,7 @@ class VLLMEngine(RolloutEngine):
                     break
                 for output in self._engine.step():
                     responses[int(output.request_id)].take(output.outputs[0])
-        finally:  # after an error or Ctrl-C, too: what is left would answer the next call
+        finally:  # also after an error or Ctrl-C: remaining requests would be returned by the next call
             late = [str(number) for number, response in enumerate(responses) if response.finish_reason == "deadline"]
             if late and not is_dead(self._engine):
                 self._engine.abort_request(late)
@@ -254,7 +273,7 @@ class VLLMEngine(RolloutEngine):
         unknown = [token for prompt in prompts for token in prompt if not 0 <= token < self._vocab_size]
         if unknown:
             raise ConfigError(
-                "model.policy",
+                "policy",
                 f"token id {unknown[0]}",
                 f"a prompt holds it, but the model has {self._vocab_size} tokens: its folder has another model's "
                 "tokenizer",
@@ -262,11 +281,11 @@ class VLLMEngine(RolloutEngine):
 
     @contextmanager
     def _errors(self, doing: str) -> Iterator[None]:
-        """Say in one line what happened to vLLM; our own errors pass."""
+        """Convert vLLM's errors to a one-line RolloutError."""
         try:
             with deaths_noticed(self._engine):
                 yield
-        except (ConfigError, RolloutError, KeyError):
+        except (ConfigError, RolloutError):
             raise
         except Exception as error:
             if is_dead(self._engine, patience_s=5):
@@ -278,7 +297,7 @@ class VLLMEngine(RolloutEngine):
 
 
 class _Response:
-    """What has come of one sample so far; late until it is finished."""
+    """One sample so far; its finish reason is ``deadline`` until it is finished."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []

@@ -1,4 +1,4 @@
-"""Weights for a vLLM that runs in other processes: pieces that pass its message queues without pickle."""
+"""Transfer of weights to vLLM in other processes, in chunks that pass its message queues without pickle."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 Piece = tuple[str, str, list[int], bytes]
-"""A weight's name, dtype, shape and bytes."""
+"""``(name, dtype, shape, bytes)`` of a weight."""
 CHUNK_BYTES = 64 * 2**20
 
 
 def chunks(weights: Iterable[tuple[str, Tensor]], limit: int = CHUNK_BYTES) -> Iterator[list[Piece]]:
-    """Lists of pieces of about ``limit`` bytes (a larger weight is a list of its own)."""
+    """Lists of pieces of at most ``limit`` bytes; a larger weight is a list of its own."""
     chunk: list[Piece] = []
     size = 0
     for name, tensor in weights:
@@ -36,7 +36,7 @@ def tensors(chunk: Iterable[Piece]) -> Iterator[tuple[str, Tensor]]:
 
 
 class WeightReceiver:
-    """Methods that vLLM adds to its workers (``worker_extension_cls``): its own reload, in pieces."""
+    """Methods that vLLM adds to its workers (``worker_extension_cls``): its layerwise reload in several calls."""
 
     model_runner: Any
 

@@ -4,6 +4,13 @@ Conventions: ``B`` responses, ``T`` response tokens, ``V`` vocabulary, ``N`` val
 ``mask`` is 1 on response tokens (EOS included) and 0 on padding; log-probs and entropies are in nats.
 """
 
+from ibro_lightning.functional.accuracy import (
+    avg_at_k,
+    bootstrap_interval,
+    majority_at_k,
+    pass_at_k,
+    sign_flip_p_value,
+)
 from ibro_lightning.functional.advantages import (
     GAE,
     dr_grpo_advantages,
@@ -25,15 +32,8 @@ from ibro_lightning.functional.aggregate import (
     masked_whiten,
     token_mean,
 )
-from ibro_lightning.functional.evaluation import (
-    avg_at_k,
-    bootstrap_interval,
-    majority_at_k,
-    pass_at_k,
-    sign_flip_p_value,
-)
 from ibro_lightning.functional.fused_head import linear_logprob_entropy
-from ibro_lightning.functional.kl import KLEstimator, kl_divergence
+from ibro_lightning.functional.kl import KLEstimator, approximate_kl, kl_divergence
 from ibro_lightning.functional.logprobs import logprob_and_entropy
 from ibro_lightning.functional.mismatch import (
     MismatchLevel,
@@ -44,11 +44,11 @@ from ibro_lightning.functional.mismatch import (
 )
 from ibro_lightning.functional.policy_loss import (
     ClippedSurrogate,
-    approximate_kl,
     cispo_surrogate,
     clipped_surrogate,
     gspo_surrogate,
 )
+from ibro_lightning.functional.regularization import information_bottleneck_objective
 from ibro_lightning.functional.shaping import informative_groups, overlong_penalty
 from ibro_lightning.functional.value_loss import ValueLoss, clipped_value_loss
 
@@ -74,6 +74,7 @@ __all__ = [
     "gae",
     "group_advantages",
     "gspo_surrogate",
+    "information_bottleneck_objective",
     "informative_groups",
     "kl_divergence",
     "length_adaptive_lambda",

@@ -2,42 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ibro_lightning.functional.aggregate import masked_whiten
+from ibro_lightning.functional.shaping import informative_groups
 
 
 class GAE(NamedTuple):
     """Result of :func:`gae`; both fields ``[B, T]``, exactly 0 on padding."""
 
     advantages: Tensor
-    """Of each token, not whitened."""
+    """Of each token, before whitening."""
     returns: Tensor
-    """What the critic should have said: advantages (with the critic's λ) + values."""
+    """The critic's regression target: advantages (with the critic's λ) + values."""
 
 
-def group_advantages(rewards: Tensor, groups: Tensor, *, epsilon: float = 1e-6) -> Tensor:
+def group_advantages(
+    rewards: Tensor,
+    groups: Tensor,
+    *,
+    epsilon: float = 1e-6,
+    outcomes: Tensor | None = None,
+    outcome_span: Tensor | float = 1.0,
+) -> Tensor:
     """``A_i = (R_i − mean_group R) / (std_group R + ε)``: the advantage of GRPO and DAPO (arXiv 2402.03300).
+
+    In a group that is all wrong (or all right), rewards differ only by their shaping, such as a length penalty, and the
+    formula would scale these differences up to the size of right and wrong, however small they are. Given ``outcomes``,
+    the deviation of such a group counts as at least ``outcome_span / 2``, that of a group that is half right: a penalty
+    of 0.001 then makes an advantage of about 0.001. The formula holds for groups whose outcomes differ.
 
     Args:
         rewards: ``[B]``, one per response.
-        groups: ``[B]`` int64, which prompt a response answers, as indices 0..G-1 in any order.
+        groups: ``[B]`` int64, the prompt that a response answers, as indices 0..G-1 in any order.
         epsilon: keeps a group without variance at exactly 0 rather than 0/0.
+        outcomes: ``[B]``, such as the accuracy in [0, 1]; nan if unknown. None: the rewards are the outcomes.
+        outcome_span: the reward of the best outcome less that of the worst, ≥ 0: 2 for rewards of ±1. One number, or
+            ``[B]``, of which a group takes its largest.
 
     Returns:
-        ``[B]`` in the rewards' dtype (the default one for integer rewards). The standard deviation has
-        Bessel's correction (n − 1), as in verl and TRL. A group whose rewards are all equal gets exactly 0; so does a
-        group of one.
+        ``[B]`` in the rewards' dtype (the default one for integer rewards). The standard deviation has Bessel's
+        correction (n − 1), as in verl and TRL. A group whose rewards are all equal gets exactly 0; so does a group of
+        one. Multiplying rewards and span by c > 0 changes nothing (except through ε); nor does adding a constant.
 
     >>> group_advantages(torch.tensor([1.0, -1.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]))
     tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
+    >>> wrong = torch.tensor([-1.0, -1.0, -1.0, -1.1])
+    >>> group_advantages(wrong, torch.zeros(4, dtype=torch.long), outcomes=torch.zeros(4), outcome_span=2.0)
+    tensor([ 0.0250,  0.0250,  0.0250, -0.0750])
     """
     centred, count = _centre(rewards, groups)
-    variance = torch.zeros_like(count).index_add_(0, groups, centred**2) / (count - 1).clamp(min=1)
-    return (centred / (variance.sqrt()[groups] + epsilon)).to(_float_dtype(rewards))
+    variance = torch.zeros_like(count).index_add_(0, groups, centred**2) / (count - 1).clamp(min=1)  # [G]
+    deviation = variance.sqrt()
+    if outcomes is not None:
+        deviation = torch.maximum(deviation, _least_deviation(outcomes, outcome_span, groups, len(count)))
+    return (centred / (deviation[groups] + epsilon)).to(_float_dtype(rewards))
+
+
+def _least_deviation(outcomes: Tensor, span: Tensor | float, groups: Tensor, size: int) -> Tensor:
+    """``[G]`` float64: half the span where a group's outcomes are all equal, otherwise 0."""
+    has_outcome = ~outcomes.isnan()
+    differ = informative_groups(outcomes[has_outcome], groups[has_outcome], size)  # [G]
+    spans = torch.as_tensor(span, dtype=torch.float64, device=groups.device).expand(groups.shape)
+    widest = torch.zeros(size, dtype=torch.float64, device=groups.device).scatter_reduce(0, groups, spans, "amax")
+    return torch.where(differ, 0.0, widest / 2)
 
 
 def dr_grpo_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
@@ -45,7 +77,7 @@ def dr_grpo_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
 
     Args:
         rewards: ``[B]``, one per response.
-        groups: ``[B]`` int64, which prompt a response answers, as indices 0..G-1 in any order.
+        groups: ``[B]`` int64, the prompt that a response answers, as indices 0..G-1 in any order.
 
     Returns:
         ``[B]`` in the rewards' dtype (the default one for integer rewards). A group whose rewards are all equal gets
@@ -66,11 +98,11 @@ def rloo_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
 
     Args:
         rewards: ``[B]``, one per response.
-        groups: ``[B]`` int64, which prompt a response answers, as indices 0..G-1 in any order.
+        groups: ``[B]`` int64, the prompt that a response answers, as indices 0..G-1 in any order.
 
     Returns:
         ``[B]`` in the rewards' dtype (the default one for integer rewards). A group whose rewards are all equal gets
-        exactly 0; so does a group of one, which has no others to compare with.
+        exactly 0; so does a group of one, which has nothing to compare with.
 
     >>> rloo_advantages(torch.tensor([1.0, 0.0, 0.0, 5.0]), torch.tensor([0, 0, 0, 1]))
     tensor([ 1.0000, -0.5000, -0.5000,  0.0000])
@@ -80,7 +112,7 @@ def rloo_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
 
 
 def reward_to_go(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """``R_t = Σ_l γ^l r_{t+l}``: what a token is followed by, itself included.
+    """``R_t = Σ_l γ^l r_{t+l}``: the discounted rewards from each token on.
 
     Args:
         rewards: ``[B, T]`` per token. Those on padding are ignored, even nan.
@@ -108,35 +140,35 @@ def gae(
     """``A_t = Σ_l (γλ)^l δ_{t+l}``, ``δ_t = r_t + γV_{t+1} − V_t``: generalised advantages (arXiv 1506.02438).
 
     Args:
-        rewards: ``[B, T]`` per token; a verifiable reward stands on the last response token.
-        values: ``[B, T]``, the critic's value *before* each token. What rewards and values hold on padding is
-            ignored, even nan.
+        rewards: ``[B, T]`` per token; a verifiable reward is on the last response token.
+        values: ``[B, T]``, the critic's value *before* each token. Rewards and values on padding are ignored, even
+            nan.
         mask: ``[B, T]``, the response mask: 1 on a *prefix* of each row (a hole would end the response there).
         gamma: discount per token.
         lam: λ of the advantages, one number or ``[B]``, for example from :func:`length_adaptive_lambda`.
         critic_lam: λ of the returns, one number or ``[B]``; ``lam`` if None. 1 is VAPO's decoupled GAE
             (arXiv 2504.05118), whose critic learns from unbiased returns whatever λ the policy uses.
-        last_values: ``[B]``, the value after each row's last valid token; 0 if None. Give the critic's for responses
-            that were cut off at the length limit, if that should not count as an end.
+        last_values: ``[B]``, the value after each row's last valid token; 0 if None. Pass the critic's for responses
+            cut off at the length limit, if that should not count as an end.
 
     Returns:
         Advantages and returns ``[B, T]`` in at least float32, exactly 0 on padding. ``returns = advantages(critic_lam)
-        + values``, so they are those *before* any whitening.
+        + values``, *before* any whitening.
     """
     mask = mask.bool()
     dtype = _working_dtype(rewards, values)
-    # Chosen before any arithmetic: nan on padding would otherwise spread leftwards over the row.
+    # Masked before any arithmetic: nan on padding would otherwise spread leftwards over the row.
     rewards, values = (torch.where(mask, x.to(dtype), 0.0) for x in (rewards, values))
-    bootstrap = values.new_zeros(len(values)) if last_values is None else last_values.to(dtype)
+    bootstrap = values.new_zeros(len(values)) if last_values is None else last_values.to(dtype)  # [B]
     next_values = torch.where(_shift_left(mask, 1), _shift_left(values, 1), bootstrap.unsqueeze(1))
-    delta = torch.where(mask, rewards + gamma * next_values - values, 0.0)
+    delta = torch.where(mask, rewards + gamma * next_values - values, 0.0)  # [B, T]
 
     def advantages_with(lam: float | Tensor) -> Tensor:
         return torch.where(mask, _discounted_suffix_sum(delta, gamma * lam), 0.0)
 
     advantages = advantages_with(lam)
-    of_critic = advantages if critic_lam is None else advantages_with(critic_lam)
-    return GAE(advantages, of_critic + values)
+    critic_advantages = advantages if critic_lam is None else advantages_with(critic_lam)
+    return GAE(advantages, critic_advantages + values)
 
 
 def length_adaptive_lambda(lengths: Tensor, *, alpha: float = 0.05) -> Tensor:
@@ -149,7 +181,7 @@ def length_adaptive_lambda(lengths: Tensor, *, alpha: float = 0.05) -> Tensor:
         alpha: larger than 0. Responses of up to ``1/α`` tokens get λ = 0.
 
     Returns:
-        ``[B]`` in the default dtype (the lengths' one if they are floating).
+        ``[B]`` in the default dtype (the lengths' own if they are floating).
 
     Raises:
         ValueError: for ``alpha`` that is not larger than 0.
@@ -167,34 +199,36 @@ def reinforce_plus_plus_advantages(
     mask: Tensor,
     *,
     gamma: float = 1.0,
-    mean: Tensor | float | None = None,
-    variance: Tensor | float | None = None,
+    whiten: Callable[[Tensor, Tensor], Tensor] = masked_whiten,
 ) -> Tensor:
     """Reward-to-go whitened over the valid tokens of the whole batch: REINFORCE++ (arXiv 2501.03262).
 
-    Its variant with a baseline is this of the rewards minus their group's mean (:func:`dr_grpo_advantages`).
+    For the variant with a baseline, take rewards less their group's mean (:func:`dr_grpo_advantages`). In a batch that
+    is all wrong (or all right), rewards differ only by their shaping: whiten with a ``least_variance`` of
+    ``(outcome_span / 2)²`` then, for the reason given in :func:`group_advantages`.
 
     Args:
-        token_rewards: ``[B, T]``: the response's reward on its last token and, if there is a reference policy, minus
-            the coefficient times the k1 estimate of the KL on every one.
+        token_rewards: ``[B, T]``: the response's reward on its last token; with a reference policy, less the
+            coefficient times the k1 estimate of the KL on every token.
         mask: ``[B, T]``, the response mask: 1 on a *prefix* of each row.
         gamma: discount per token.
-        mean, variance: of the reward-to-go over the valid tokens of all ranks; those of this batch if None.
+        whiten: ``(reward_to_go, mask) → [B, T]``; the default takes the valid tokens of this batch. Another one may
+            whiten over several processes, with a least variance, or over a part of the tokens.
 
     Returns:
         ``[B, T]`` in at least float32, exactly 0 on padding.
     """
-    return masked_whiten(reward_to_go(token_rewards, mask, gamma=gamma), mask, mean=mean, variance=variance)
+    return whiten(reward_to_go(token_rewards, mask, gamma=gamma), mask)
 
 
 def _discounted_suffix_sum(x: Tensor, discount: float | Tensor) -> Tensor:
-    """``y_t = Σ_l c^l x_{t+l}`` along dim 1, with ``c`` one number or one per row ``[B]``.
+    """``y_t = Σ_l c^l x_{t+l}`` along dim 1 of ``[B, T]``, with ``c`` one number or ``[B]``.
 
-    In log2(T) passes over the whole tensor: a Python loop over 20,000 tokens would launch as many kernels. After a
-    pass with shift s every place holds the sum of its next 2s terms.
+    Takes log2(T) passes over the whole tensor, where a Python loop over 20,000 tokens would launch as many kernels.
+    After a pass with shift s, every position holds the sum of its next 2s terms.
     """
-    # float64, though only here: squared ten times, the rounding of λ = 0.999 to float32 grows a thousandfold.
-    factor = torch.as_tensor(discount, dtype=torch.float64, device=x.device).reshape(-1, 1)
+    # In float64: squared ten times, the rounding of λ = 0.999 to float32 grows a thousandfold.
+    factor = torch.as_tensor(discount, dtype=torch.float64, device=x.device).reshape(-1, 1)  # [B or 1, 1]
     shift = 1
     while shift < x.shape[1]:
         x = x + factor.to(x.dtype) * _shift_left(x, shift)
@@ -204,13 +238,13 @@ def _discounted_suffix_sum(x: Tensor, discount: float | Tensor) -> Tensor:
 
 
 def _shift_left(x: Tensor, places: int) -> Tensor:
-    """``[B, T]``: column t of the result is column t + places of ``x``, or 0 where there is none."""
+    """``[B, T]``: column t of the result is column t + places of ``x``, or 0 past its end."""
     kept = x[:, places:]
     return torch.cat([kept, x.new_zeros(len(x), x.shape[1] - kept.shape[1])], dim=1)
 
 
 def _working_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32, or more if one of the tensors has it: sums over thousands of tokens fail in half precision."""
+    """At least float32: sums over thousands of tokens fail in half precision."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -224,16 +258,16 @@ def _float_dtype(x: Tensor) -> torch.dtype:
 def _centre(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     """``R − mean_group R`` ``[B]``, exactly 0 in groups of equal rewards, and the groups' sizes ``[G]``; float64."""
     size = int(groups.max()) + 1 if groups.numel() else 0
-    # float64 inside: equal rewards such as 0.1 must centre to 0, not to a rounding error divided by epsilon.
+    # In float64: equal rewards such as 0.1 must centre to 0, not to a rounding error divided by epsilon.
     values = rewards.double()
     count = torch.zeros(size, dtype=values.dtype, device=values.device).index_add_(0, groups, torch.ones_like(values))
-    total = torch.zeros_like(count).index_add_(0, groups, values)
-    constant = _is_constant(values, groups, size)
+    total = torch.zeros_like(count).index_add_(0, groups, values)  # [G]
+    constant = _is_constant(values, groups, size)  # [G]
     return torch.where(constant[groups], 0.0, values - (total / count)[groups]), count
 
 
 def _is_constant(values: Tensor, groups: Tensor, size: int) -> Tensor:
-    """``[G]`` bool: are all values of a group equal?"""
+    """``[G]`` bool: whether all values of a group are equal."""
     low = torch.full((size,), torch.inf, dtype=values.dtype, device=values.device)
     high = -low
     low = low.scatter_reduce(0, groups, values, "amin")

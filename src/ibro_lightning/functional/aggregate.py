@@ -1,4 +1,4 @@
-"""From per-token values to one number, with denominators that belong to the whole optimizer step."""
+"""Reduces per-token values to one number, with the denominators of the whole optimizer step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def token_mean(values: Tensor, mask: Tensor, num_tokens: Tensor | float) -> Tens
     Args:
         values, mask: ``[B, T]`` of one micro-batch. Values under a zero mask are ignored.
         num_tokens: ``N``, the valid tokens of the *whole step* (all micro-batches, all ranks). Given this, the sum of
-            the micro-batches' results does not depend on how the step was cut.
+            the micro-batches' results does not depend on how the step is split.
 
     Returns:
         A scalar; 0 for a micro-batch without valid tokens.
@@ -29,13 +29,13 @@ def token_mean(values: Tensor, mask: Tensor, num_tokens: Tensor | float) -> Tens
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``values`` where ``mask`` is 1 (any common shape); 0 if there is no such place."""
+    """Mean of ``values`` where ``mask`` is 1 (any common shape); 0 if there are none."""
     mask = mask.bool()
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def masked_max(values: Tensor, mask: Tensor) -> Tensor:
-    """Largest of ``values`` where ``mask`` is 1 (any common shape); −inf if there is no such place."""
+    """Largest of ``values`` where ``mask`` is 1 (any common shape); −inf if there are none."""
     # One more element, because the maximum of nothing is an error.
     return torch.cat([torch.where(mask.bool(), values, -torch.inf).flatten(), values.new_tensor([-torch.inf])]).amax()
 
@@ -70,7 +70,7 @@ def aggregation_weights(
     =========================== ==================================== ==================================
 
     Args:
-        mask: ``[B, T]`` of one micro-batch. A row is never cut over micro-batches.
+        mask: ``[B, T]`` of one micro-batch. A row is never split over micro-batches.
         num_tokens, num_sequences: ``N`` and ``S``, the valid tokens, and the rows with at least one of them, of the
             *whole step* (all micro-batches, all ranks), so that the parts' aggregates add up to the whole's.
         max_tokens: the constant length of Dr. GRPO, normally the generation limit; the other modes ignore it.
@@ -88,12 +88,12 @@ def aggregation_weights(
     denominator = num_tokens if mode == "token-mean" else num_sequences
     divisor = torch.as_tensor(denominator, device=mask.device).to(dtype or torch.get_default_dtype())
     if mode == "seq-mean-token-mean":
-        divisor = divisor * mask.sum(dim=1, keepdim=True)
+        divisor = divisor * mask.sum(dim=1, keepdim=True)  # [B, 1]
     elif mode == "seq-mean-token-sum-norm":
         if max_tokens is None:
             raise ValueError("aggregation seq-mean-token-sum-norm needs max_tokens, the length to divide by")
         divisor = divisor * max_tokens
-    # Chosen rather than multiplied: the weight of an empty row or step is 1/0, and inf·0 would be nan.
+    # Selected rather than multiplied: the weight of an empty row or step is 1/0, and inf·0 would be nan.
     return torch.where(mask, divisor.reciprocal(), 0.0)
 
 
@@ -135,21 +135,23 @@ def masked_whiten(
     *,
     mean: Tensor | float | None = None,
     variance: Tensor | float | None = None,
+    least_variance: Tensor | float = 0.0,
     epsilon: float = 1e-8,
 ) -> Tensor:
     """``(x − mean) / sqrt(variance + ε)`` over valid tokens, so that they have mean 0 and variance 1.
 
     Args:
         values, mask: any common shape. Values under a zero mask are ignored, even nan and inf.
-        mean: of all ranks' valid tokens; that of ``values`` if None.
-        variance: of all ranks' valid tokens; if None the mean of ``(x − mean)²`` (divided by n, not n − 1).
+        mean: over the valid tokens of all ranks; over those of ``values`` if None.
+        variance: likewise; if None the mean of ``(x − mean)²`` (divided by n, not n − 1).
+        least_variance: a lower bound of the variance; where it applies, the result has a variance below 1.
         epsilon: keeps equal values at about 0 rather than 0/0.
 
     Returns:
         The shape and dtype of ``values``, exactly 0 under a zero mask.
     """
     mask = mask.bool()
-    # float64 inside: rewards with a large common part (a length, a score of 10,000) would lose their differences.
+    # In float64: rewards with a large common part (a length, a score of 10,000) would lose their differences.
     x = torch.where(mask, values, 0.0).double()
     centre = masked_mean(x, mask) if mean is None else torch.as_tensor(mean, device=x.device).double()
     spread = (
@@ -157,6 +159,7 @@ def masked_whiten(
         if variance is None
         else torch.as_tensor(variance, device=x.device).double()
     )
+    spread = torch.maximum(spread, torch.as_tensor(least_variance, device=x.device).double())
     dtype = values.dtype if values.is_floating_point() else torch.get_default_dtype()
     return torch.where(mask, (x - centre) / (spread + epsilon).sqrt(), 0.0).to(dtype)
 
@@ -169,18 +172,18 @@ def explained_variance(
     1 is a perfect critic, 0 one no better than a constant; a bad one is below 0. A constant error does not count.
 
     Args:
-        values, returns, mask: any common shape. What stands under a zero mask is ignored, even nan and inf.
-        mean, largest: over the valid tokens; of several processes, if they hold parts of the batch.
+        values, returns, mask: any common shape. Values under a zero mask are ignored, even nan and inf.
+        mean, largest: over the valid tokens, of all processes if they share the batch.
 
     Returns:
         A scalar; 0 if the returns are all equal or there are none.
     """
     mask = mask.bool()
-    # Outside the mask there must be no nan before the subtraction: it would come back in the gradient.
+    # A nan outside the mask must go before the subtraction: it would reappear in the gradient.
     target = torch.where(mask, returns, 0.0).double()
     error = target - torch.where(mask, values, 0.0).double()
     total = masked_covariance(target, target, mask, mean=mean)
-    # Do they differ? A variance would not tell: that of three times 0.1 is a rounding error.
+    # By the extremes: the variance of equal values, such as three times 0.1, is a rounding error and not 0.
     varies = -largest(-target, mask) < largest(target, mask)
     explained = 1.0 - masked_covariance(error, error, mask, mean=mean) / torch.where(varies, total, 1.0)
     dtype = torch.promote_types(values.dtype, torch.float32)

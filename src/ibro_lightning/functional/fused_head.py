@@ -1,6 +1,6 @@
 """Log-probs and entropy straight from the hidden states: an output layer that never holds its ``[N, V]`` logits.
 
-They exist for a chunk of rows at a time, over the whole vocabulary, and are computed again in the backward pass. With
+Logits exist for a chunk of rows at a time, over the whole vocabulary, and are recomputed in the backward pass. With
 ``z = (h Wᵀ + b)/T``, ``p = softmax(z)``, and ``g``, ``u`` the gradients arriving for ``log p_y`` and ``H``:
 
     dz_j = g (1{j = y} − p_j) − u p_j (log p_j + H)
@@ -18,16 +18,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Bytes of logits in a chunk: measured for a CPU (benchmarks/README.md), guessed for a GPU, which wants more rows.
+# Bytes of logits in a chunk: measured for a CPU (benchmarks/README.md), estimated for a GPU, which needs more rows.
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
-# Eager arithmetic passes over its logits several times: in blocks that a cache holds, with temporaries as small.
+# Eager arithmetic passes over the logits several times: in blocks that fit a cache, like their temporaries.
 _CPU_BLOCK_BYTES = 4 << 20
-# What a bias of −inf becomes. p is 0 all the same, and so is p log p, where 0·(−inf) would be nan.
+# Replaces a bias of −inf: p is still 0, and so is p log p, where 0·(−inf) would be nan.
 _IMPOSSIBLE = -1e30
-# Device types on which the arithmetic is compiled. One where that fails is taken out; tests put the CPU in.
+# Device types on which the arithmetic is compiled; one is removed when that fails.
 _compiled_devices = {"cuda"}
 _compiled: Callable[..., Any] = functools.cache(functools.partial(torch.compile, dynamic=True))
 _precision_lock = threading.Lock()
+_allocates_as: str | None = None
+
+
+@contextmanager
+def shapes_only(device: str) -> Iterator[None]:
+    """Size chunks as on ``device`` ("cpu", "cuda") and skip their arithmetic, which is hundreds of small operations:
+    for memory estimates on tensors without values."""
+    global _allocates_as
+    before, _allocates_as = _allocates_as, device
+    try:
+        yield
+    finally:
+        _allocates_as = before
 
 
 def linear_logprob_entropy(
@@ -42,14 +55,14 @@ def linear_logprob_entropy(
 ) -> tuple[Tensor, Tensor | None]:
     """``logprob_and_entropy(hidden @ weight.T + bias, targets)`` without the ``[N, V]`` logits.
 
-    Logits, sums and results are float32 (float64 for float64 inputs) whatever the inputs' dtype, under autocast too.
+    Logits, sums and results are float32 (float64 for float64 inputs) whatever the inputs' dtype, also under autocast.
     On a CPU, half-precision weights are converted once a pass, which takes ``4·V·D`` bytes until the pass ends. On a
-    GPU, float16 gradients below 6e-8 vanish, here as anywhere: use a loss scale.
+    GPU, float16 gradients below 6e-8 vanish, as everywhere: use a loss scale.
 
     Args:
         hidden: ``[N, D]``; ``weight``: ``[V, D]``; ``bias``: ``[V]``, with −inf for masked tokens.
-        targets: ``[N]`` int64. On a CPU they are checked to lie in the vocabulary; on a GPU that would wait for it.
-        temperature: the *sampling* temperature; scoring at another one than was sampled at is off by nats.
+        targets: ``[N]`` int64. Checked against the vocabulary on a CPU only; on a GPU that would synchronize.
+        temperature: the *sampling* temperature; scoring at any other is off by nats.
         chunk_size: rows of logits at a time. By default as many as fit in 64 MiB on a CPU, 512 MiB elsewhere.
         with_entropy: when False the entropy is neither computed nor returned (None).
 
@@ -61,9 +74,9 @@ def linear_logprob_entropy(
     if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         bias = bias if bias is None else bias.to(dtype)
-    limit = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cuda"])
+    limit = _CHUNK_BYTES.get(_allocates_as or hidden.device.type, _CHUNK_BYTES["cuda"])
     chunk_size = chunk_size or max(1, limit // (len(weight) * _wide(dtype).itemsize))
-    # Converted out here, so that autograd converts the gradients back.
+    # Converted outside the autograd function, so that autograd converts the gradients back.
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     return _LinearLogprobEntropy.apply(hidden, weight, bias, targets, temperature, chunk_size, with_entropy)
 
@@ -110,7 +123,7 @@ class _LinearLogprobEntropy(torch.autograd.Function):
     def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *statistics = ctx.saved_tensors
         inputs, (h, w) = (hidden, weight, bias), _factors(hidden, weight)
-        of_rows = [g if g is None else g / ctx.temperature for g in (g_logp, g_entropy)] + statistics
+        per_row = [g if g is None else g / ctx.temperature for g in (g_logp, g_entropy)] + statistics
         needs = zip(inputs, ctx.needs_input_grad, strict=False)
         sums = [torch.zeros_like(x, dtype=_wide(x.dtype)) if needed else None for x, needed in needs]
         with _exact_products(hidden):
@@ -119,7 +132,7 @@ class _LinearLogprobEntropy(torch.autograd.Function):
                 for block in _blocks(logits):
                     z = logits[block]
                     out = z if dz is logits else dz[block]
-                    _run(_logit_gradients, z, out, *(x if x is None else x[rows][block] for x in of_rows))
+                    _run(_logit_gradients, z, out, *(x if x is None else x[rows][block] for x in per_row))
                 _accumulate(sums, rows, dz, h, w)
         return *(s if s is None else s.to(x.dtype) for s, x in zip(sums, inputs, strict=True)), *(None,) * 4
 
@@ -139,11 +152,11 @@ def _statistics(logits: Tensor, targets: Tensor, with_entropy: bool, *, overwrit
 
 
 def _logit_gradients(
-    logits: Tensor, out: Tensor, g: Tensor | None, u: Tensor | None, targets: Tensor, *of_rows: Tensor, overwrite: bool
+    logits: Tensor, out: Tensor, g: Tensor | None, u: Tensor | None, targets: Tensor, *per_row: Tensor, overwrite: bool
 ) -> None:
-    """``dz`` into ``out``, which may be the logits. Of ``p = exp(z − max)/Σ``, the 1/Σ is applied to row factors."""
+    """Write ``dz`` to ``out``, which may be the logits. The 1/Σ of ``p = exp(z − max)/Σ`` goes into row factors."""
     scratch = logits if overwrite else None
-    top, log_total, logp, *entropy = of_rows
+    top, log_total, logp, *entropy = per_row
     shifted = torch.sub(logits, top.unsqueeze(1), out=scratch)
     exps = torch.exp(shifted, out=scratch if u is None else None)
     factor, rest = -torch.exp(-log_total), 0.0 if g is None else g
@@ -162,13 +175,13 @@ def _logit_gradients(
 
 
 def _accumulate(sums: list[Tensor | None], rows: slice, dz: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    of_hidden, of_weight, of_bias = sums
-    if of_hidden is not None:
-        _addmm_(of_hidden[rows], dz, weight)
-    if of_weight is not None:
-        _addmm_(of_weight, dz.T, hidden[rows])
-    if of_bias is not None:
-        of_bias += dz.sum(dim=0, dtype=of_bias.dtype)
+    d_hidden, d_weight, d_bias = sums
+    if d_hidden is not None:
+        _addmm_(d_hidden[rows], dz, weight)
+    if d_weight is not None:
+        _addmm_(d_weight, dz.T, hidden[rows])
+    if d_bias is not None:
+        d_bias += dz.sum(dim=0, dtype=d_bias.dtype)
 
 
 def _addmm_(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> None:
@@ -180,7 +193,7 @@ def _addmm_(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float 
 
 
 def _factors(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """What is multiplied. Only CUDA has products of halves that come out in float32; elsewhere they are converted."""
+    """Both matrices in the dtype to multiply in: only CUDA multiplies half precision into float32."""
     dtype = hidden.dtype if hidden.is_cuda else _wide(hidden.dtype)
     return hidden.to(dtype), weight.to(dtype)
 
@@ -191,10 +204,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def _exact_products(hidden: Tensor) -> Iterator[None]:
-    """No autocast; and on a CPU, bfloat16 values in float32 factors are multiplied by bfloat16 instructions.
+    """Disable autocast; on a CPU, multiply bfloat16 values in float32 factors with bfloat16 instructions.
 
-    They are faster and sum in float32, so no logit is rounded; ``dz`` is, to the gradients' own dtype (oneDNN).
-    The setting is the process's: under the lock, no thread restores another's.
+    These are faster and accumulate in float32, so no logit is rounded; ``dz`` is, to the gradients' own dtype (oneDNN).
+    The setting is global to the process: the lock keeps one thread from restoring another's.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         if hidden.device.type != "cpu" or hidden.dtype != torch.bfloat16:
@@ -212,7 +225,7 @@ def _exact_products(hidden: Tensor) -> Iterator[None]:
 def _logit_chunks(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, chunk_size: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """``(rows, their logits / temperature)``, each time in the same buffer, which is the caller's to write over."""
+    """``(rows, logits / temperature)`` of each chunk, in one buffer, which the caller may overwrite."""
     buffer = hidden.new_empty((min(chunk_size, len(hidden)), len(weight)), dtype=_wide(hidden.dtype))
     for rows in _slices(len(hidden), chunk_size):
         logits = buffer[: rows.stop - rows.start]
@@ -223,19 +236,23 @@ def _logit_chunks(
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
-    """The rows of a chunk that the arithmetic takes at a time."""
+    """The rows of a chunk that are processed at a time."""
     fitting = _CPU_BLOCK_BYTES // (logits.shape[1] * logits.itemsize)
-    return _slices(len(logits), max(1, fitting if logits.device.type == "cpu" else len(logits)))
+    in_blocks = logits.device.type == "cpu" and _allocates_as is None
+    return _slices(len(logits), max(1, fitting if in_blocks else len(logits)))
 
 
 def _slices(count: int, step: int) -> Iterator[slice]:
-    """Of no rows, one empty slice: what is put together from the slices then still has its dtype and device."""
+    """One empty slice for no rows, so that concatenated results keep their dtype and device."""
     for start in range(0, max(count, 1), step):
         yield slice(start, min(start + step, count))
 
 
 def _run(function: Callable[..., Any], logits: Tensor, *args: Any) -> Any:
-    """A chunk's arithmetic, on a GPU as a kernel or two: there each eager operation is a trip to memory."""
+    """Run a chunk's arithmetic, compiled on a GPU, where each eager operation is a trip to memory."""
+    if _allocates_as is not None:
+        columns = 0 if function is _logit_gradients else 4 if args[1] else 3  # with or without the entropy
+        return tuple(logits.new_empty(len(logits)) for _ in range(columns))
     device = logits.device.type
     if device in _compiled_devices:
         try:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 KLEstimator = Literal["k1", "k2", "k3", "k3_k2_grad"]
-"""Which estimate of a KL divergence; see :func:`kl_divergence`."""
+"""An estimator of a KL divergence; see :func:`kl_divergence`."""
 
 
 def kl_divergence(logp: Tensor, ref_logp: Tensor, estimator: KLEstimator = "k3") -> Tensor:
@@ -18,14 +18,14 @@ def kl_divergence(logp: Tensor, ref_logp: Tensor, estimator: KLEstimator = "k3")
     ============== =================== =============== =======================================================
     estimator      value               as an estimate  expected gradient, when used as a loss on policy
     ============== =================== =============== =======================================================
-    ``k1``         ``log r``           unbiased        0: it pulls nowhere, use it only inside a reward
+    ``k1``         ``log r``           unbiased        0: use it inside a reward only
     ``k2``         ``½(log r)²``       biased          that of ``KL(π ‖ π_ref)``
     ``k3``         ``r' − 1 − log r'`` unbiased, ≥ 0   that of ``KL(π_ref ‖ π)``, the *other* direction
     ``k3_k2_grad`` that of k3          unbiased, ≥ 0   that of ``KL(π ‖ π_ref)``
     ============== =================== =============== =======================================================
 
-    So for a KL term in the loss the right ones are ``k2`` and ``k3_k2_grad`` (arXiv 2510.01555); ``k3``
-    is what GRPO uses. None of the gradients corrects for tokens from an older policy than ``π``.
+    For a KL term in the loss, ``k2`` and ``k3_k2_grad`` are correct (arXiv 2510.01555); GRPO uses ``k3``. None of the
+    gradients corrects for tokens from an older policy than ``π``.
 
     Args:
         logp: ``[B, T]`` log-probs under the current policy (gradient flows here).
@@ -33,8 +33,8 @@ def kl_divergence(logp: Tensor, ref_logp: Tensor, estimator: KLEstimator = "k3")
         estimator: one of the above.
 
     Returns:
-        ``[B, T]``. ``log r`` is cut to ±20, so that an impossible token cannot make it infinite; beyond that there is
-        no gradient.
+        ``[B, T]``. ``log r`` is clamped to ±20, so that an impossible token cannot make it infinite; beyond that there
+        is no gradient.
 
     Raises:
         ValueError: for an unknown estimator.
@@ -47,5 +47,13 @@ def kl_divergence(logp: Tensor, ref_logp: Tensor, estimator: KLEstimator = "k3")
     k2 = 0.5 * log_ratio**2
     if estimator == "k2":
         return k2
-    k3 = (-log_ratio).expm1() + log_ratio  # exp(x) − 1 cancels for small x, and k3 would come out negative
+    k3 = (-log_ratio).expm1() + log_ratio  # exp(x) − 1 cancels for small x, and k3 could be negative
     return k3 if estimator == "k3" else k3.detach() + (k2 - k2.detach())
+
+
+def approximate_kl(logp: Tensor, old_logp: Tensor) -> Tensor:
+    """Per-token k3 estimate of ``KL(π_old ‖ π)`` in nats: ``r − 1 − log r``, never negative, low variance.
+
+    Unbiased for tokens sampled from ``π_old``: :func:`kl_divergence` of that policy. ``[B, T]`` in and out.
+    """
+    return kl_divergence(old_logp, logp, "k3")

@@ -1,4 +1,4 @@
-"""Log-probs of chosen tokens and the entropy of the distribution they were chosen from."""
+"""Log-probs of given tokens, and the entropy of the distribution they come from."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ def logprob_and_entropy(
 
     Args:
         logits: ``[..., V]``; ``targets``: ``[...]`` int64. Entries of −inf (a masked vocabulary) are allowed.
-        temperature: the *sampling* temperature; scoring at another one than was sampled at is off by nats.
+        temperature: the *sampling* temperature; scoring at any other is off by nats.
         with_entropy: when False the entropy is neither computed nor returned (None).
 
     Returns:
         ``(logp [...], entropy [...] or None)``, float32 (float64 for float64 logits), both differentiable.
     """
     logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-    logp_all = logits.log_softmax(dim=-1)
-    logp = logp_all.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    logp_all = logits.log_softmax(dim=-1)  # [..., V]
+    logp = logp_all.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # [...]
     if not with_entropy:
         return logp, None
     # p·log p → 0 as p → 0; without the guard a masked token gives 0·(−inf) = nan.

@@ -11,7 +11,7 @@ from torch import Tensor
 class ClippedSurrogate(NamedTuple):
     """Per-token result of :func:`clipped_surrogate` and its variants; all fields ``[B, T]``.
 
-    What the flags say of the gradient is not so for :func:`cispo_surrogate`, where every token keeps one.
+    In :func:`cispo_surrogate` the flagged tokens keep their gradient.
     """
 
     loss: Tensor
@@ -42,7 +42,7 @@ def clipped_surrogate(
         clip_ratio_low, clip_ratio_high: ε of PPO (arXiv 1707.06347); different values are DAPO's clip-higher.
         dual_clip: ``c`` of dual-clip PPO (arXiv 1912.09729), larger than 1; None switches it off.
 
-    The log-ratio is cut to ±20 before ``exp`` so that a token which became impossible cannot turn the loss into inf.
+    The log-ratio is clamped to ±20 before ``exp``, so that a token that became impossible cannot give an infinite loss.
     """
     ratio = (logp - old_logp).clamp(-20.0, 20.0).exp()
     return _clip(ratio, advantages, clip_ratio_low, clip_ratio_high, dual_clip)
@@ -68,18 +68,18 @@ def gspo_surrogate(
         logp: ``[B, T]`` log-probs of the response tokens under the current policy (gradient flows here).
         old_logp: ``[B, T]`` under the policy that the rollout came from.
         advantages: ``[B, T]`` or broadcastable; GSPO's are equal along a row.
-        mask: ``[B, T]``, 1 on response tokens. What stands elsewhere is ignored, even nan.
+        mask: ``[B, T]``, 1 on response tokens. Everything else is ignored, even nan.
         clip_ratio_low, clip_ratio_high: ε of the paper; far smaller than PPO's since ``s`` is a geometric mean.
         dual_clip: as in :func:`clipped_surrogate`.
 
     Returns:
-        All fields ``[B, T]``, with loss 0, no flags and no gradient under a zero mask. Log-ratios are cut to ±20.
+        All fields ``[B, T]``, with loss 0, no flags and no gradient under a zero mask. Log-ratios are clamped to ±20.
     """
     mask = mask.bool()
     logp, old_logp = (_finite(torch.where(mask, x, 0.0)) for x in (logp, old_logp))
-    log_ratio = (logp - old_logp).detach().clamp(-20.0, 20.0)
+    log_ratio = (logp - old_logp).detach().clamp(-20.0, 20.0)  # [B, T]
     sequence = (log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)).exp()
-    ratio = sequence * (logp - logp.detach()).exp()
+    ratio = sequence * (logp - logp.detach()).exp()  # [B, T]
     return _clip(ratio, torch.where(mask, advantages, 0.0), clip_ratio_low, clip_ratio_high, dual_clip)
 
 
@@ -104,11 +104,11 @@ def cispo_surrogate(
 
     Returns:
         All fields ``[B, T]``. ``clipped_low`` and ``clipped_high`` mark tokens whose weight was clipped, whatever the
-        sign of their advantage; **these tokens still have a gradient**. ``clipped_dual`` is all False. The value of
-        the loss means nothing by itself (on policy it is ``−A·logp``); only its gradient does. A token with
-        ``logp = −inf`` gets loss 0 and no gradient.
+        sign of their advantage; **these tokens still have a gradient**. ``clipped_dual`` is all False. Only the
+        gradient of the loss has a meaning, not its value (on policy it is ``−A·logp``). A token with ``logp = −inf``
+        gets loss 0 and no gradient.
     """
-    # As a number, −inf would make the loss infinite however small its weight.
+    # −inf would make the loss infinite however small its weight.
     possible = torch.where(logp == -torch.inf, 0.0, logp)
     ratio = (_finite(logp) - _finite(old_logp)).detach().clamp(-20.0, 20.0).exp()
     low, high = 1.0 - clip_ratio_low, 1.0 + clip_ratio_high
@@ -134,12 +134,3 @@ def _clip(
         clipped_dual = (advantages < 0) & (ratio > dual_clip)
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     return ClippedSurrogate(loss, clipped_low, clipped_high, clipped_dual)
-
-
-def approximate_kl(logp: Tensor, old_logp: Tensor) -> Tensor:
-    """Per-token k3 estimate of ``KL(π_old ‖ π)`` in nats: ``r − 1 − log r``, never negative, low variance.
-
-    Unbiased for tokens sampled from ``π_old`` (Schulman, *Approximating KL Divergence*, 2020). ``[B, T]`` in and out.
-    """
-    log_ratio = (logp - old_logp).clamp(-20.0, 20.0)
-    return log_ratio.expm1() - log_ratio  # exp(x) − 1 cancels for small x, and k3 would come out negative

@@ -20,18 +20,18 @@ class ValueLoss(NamedTuple):
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None = 0.5) -> ValueLoss:
     """``½·max((V − R)², (clip(V, V_old ± clip) − R)²)``: the value loss of PPO's reference code (arXiv 1707.06347).
 
-    A value that has already moved by ``clip`` towards its return has no gradient any more; one that moved away from it
-    keeps all of its gradient.
+    A value that has already moved by ``clip`` towards its return has no gradient; one that moved away from it keeps
+    its full gradient.
 
     Args:
         values: ``[B, T]`` of the current critic (gradient flows here).
         old_values: ``[B, T]`` of the critic at the time of the rollout.
-        returns: ``[B, T]``, what to regress on, in the same units.
+        returns: ``[B, T]``, the regression targets, in the same units.
         clip: how far a value may move per rollout, in units of reward; None switches clipping off.
 
     Returns:
-        Loss and flags ``[B, T]``. Places on padding must hold finite numbers: a nan there is harmless to the
-        aggregate, but not to its gradient.
+        Loss and flags ``[B, T]``. Padding must hold finite numbers: a nan there does not reach the
+        aggregate, but it does reach the gradient.
     """
     loss = (values - returns) ** 2
     clipped = torch.zeros_like(loss, dtype=torch.bool)

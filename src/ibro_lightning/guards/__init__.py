@@ -1,1 +1,1 @@
-"""What keeps a long run from losing work: signals, ranks that fail, full disks, memory that runs out."""
+"""Guards that keep a long run from losing work: signals, failing ranks, full disks, exhausted memory."""

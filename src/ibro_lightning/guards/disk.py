@@ -1,57 +1,75 @@
-"""Files are written whole or not at all; a full disk is said in one line."""
+"""Atomic file writes, and a full disk as an error of one line."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from ibro_lightning.errors import UserError
 
 PARTIAL = ".partial"
-"""Ending of files that are being written."""
+"""Suffix of files that are being written."""
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "files may not be that large",
 }
-# How libraries say it that keep no errno: safetensors (Rust), arrow; and torch.save, which only knows that it failed.
-_SAID = re.compile(r"No space left on device|Disk quota exceeded|File too large|os error (?:28|122|27)\b")
-_UNSAID = re.compile(r"PytorchStreamWriter failed|iostream error|inline_container\.cc.*unexpected pos")
+# Messages of libraries without an errno: safetensors (Rust) and arrow; and torch.save, which gives no reason.
+_EXPLICIT = re.compile(r"No space left on device|Disk quota exceeded|File too large|os error (?:28|122|27)\b")
+_LIKELY = re.compile(r"PytorchStreamWriter failed|iostream error|inline_container\.cc.*unexpected pos")
 
 
-class DiskFullError(RuntimeError):
-    """A file cannot be written. Says which one, how much room there is, and how to go on."""
+class DiskFullError(UserError, RuntimeError):
+    """A file cannot be written as the disk is full; names the file, the free space, and how to resume."""
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A name to write ``path`` under; it gets its own once it is complete and on the disk. If that fails, nothing of it
-    is left, and what was there before is as it was.
+def written_whole(path: Path, under: Path | None = None) -> Iterator[Path]:
+    """Write a file atomically: yields a temporary path, which is synced and renamed to ``path`` in the end. On an error
+    the temporary file is removed, and an earlier ``path`` is unchanged.
+
+    Args:
+        under: another temporary path, where several processes may write the same file.
 
     Raises:
-        DiskFullError: there is no room for it.
+        DiskFullError: the disk is full.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    partial = under or path.with_name(path.name + PARTIAL)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
-            _to_disk(partial)
+            to_disk(partial)
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
 
 
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Says in one line that there is no room for ``path`` (a file or a folder), if that is why writing it fails.
+def write_json(path: Path, content: Any) -> Path:
+    """Write JSON atomically, so that neither a reader nor a crash sees half a file.
 
     Raises:
-        DiskFullError: in place of what the operating system or a library said.
+        DiskFullError: the disk is full.
+    """
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+    return path
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Context for writing ``path`` (a file or a folder) that turns errors of a full disk into one line.
+
+    Raises:
+        DiskFullError: in place of the operating system's or a library's error.
     """
     try:
         yield
@@ -64,10 +82,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def as_disk_full(error: BaseException | None, path: Path) -> DiskFullError | None:
-    """The same in one line, if ``error``, or one that it came from, says that there is no room; None for any other.
+    """The :class:`DiskFullError` for ``error``, if it or one of its causes means that the disk is full; otherwise None.
 
     Args:
-        path: what was being written, as far as one knows. An error that names a file knows better.
+        path: what was presumably being written, unless the error names a file.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -82,14 +100,14 @@ def as_disk_full(error: BaseException | None, path: Path) -> DiskFullError | Non
 
 
 def _reason(error: BaseException) -> str | None:
-    """Why there is no room, or None if that is not what the error is about."""
+    """In what way the disk is full, or None if the error has another meaning."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"{_FULL[error.errno]} ({os.strerror(error.errno)})"
     if isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError":
         text = str(error)
-        if _UNSAID.search(text):
+        if _LIKELY.search(text):
             return "writing failed, most likely as the disk is full"
-        return f"writing failed ({' '.join(text.split())[:120]})" if _SAID.search(text) else None
+        return f"writing failed ({' '.join(text.split())[:120]})" if _EXPLICIT.search(text) else None
     return None
 
 
@@ -107,7 +125,14 @@ def _message(path: Path, why: str) -> str:
     )
 
 
-def _to_disk(path: Path) -> None:
-    """Network file systems and quotas may find out only now that there is no room."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def to_disk(path: Path) -> None:
+    """Sync a file, or a folder's list of names, so that it survives a power failure. Network file systems and quotas
+    may report a full disk only here."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system syncs folders
+            raise
+    finally:
+        os.close(descriptor)

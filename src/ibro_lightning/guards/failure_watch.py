@@ -1,19 +1,17 @@
-"""A rank that fails takes the others with it, within a bounded time.
+"""Ends all ranks within a bounded time after one of them has failed.
 
 A rank that raises between two collectives leaves the others waiting in the next one: with NCCL until a timeout of many
-minutes. So each process has a thread that looks once a second into the store that the process group was made with.
-Whoever fails leaves a note there. A process that reads one has a moment to leave by itself, by an error of its own or
-a :class:`RankError`; then it says which rank failed, and ends. The rank that failed is given a little more to finish
-its clean-up, which may hang behind a collective, too.
+minutes. Each process therefore has a thread that polls the process group's store once a second, where a failing rank
+leaves a note. A process that reads one has a grace period to end with an error of its own or a :class:`RankError`; then
+it reports which rank failed, and exits. The failed rank gets a little longer for its clean-up, which may hang in a
+collective, too.
 
-A process that was killed leaves no note. So each gives a sign of life, for which the first rank listens, and all the
-others for the first rank's.
+A killed process leaves no note. Each process therefore writes heartbeats; the first rank monitors those of all others,
+and they monitor the first rank's.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import sys
 import threading
@@ -25,26 +23,28 @@ from typing import Any, NoReturn
 from torch import distributed
 
 from ibro_lightning.errors import RankError
+from ibro_lightning.guards.printing import tell
+from ibro_lightning.guards.signals import leave
 
 _NOTE, _READERS, _ALIVE, _DONE = "ibro/failed", "ibro/failed/readers", "ibro/alive/{}", "done"
 LONGEST_NOTE = 500
 JOINING_S = 900.0
-"""Longest time until all processes have met; torchrun and SLURM may start them minutes apart."""
+"""Longest time in seconds until all processes have met; torchrun and SLURM may start them minutes apart."""
 STOP_S = 3.0
-"""Longest time to wait for the store when all is well."""
+"""Longest time in seconds to wait for each thread at a normal end."""
 _LOST = re.compile(r"[Cc]onnection (?:closed|reset|was reset)|Broken pipe|remote process exited")
 
 
 class FailureWatch:
-    """The threads of one process, and its note. Does nothing in a run of one process.
+    """The watching threads of one process. Does nothing in a run of one process.
 
-    From the failure of one rank until the last process is gone it takes at most ``grace_s`` and 5 seconds more. If the
-    rank was killed and nothing else tells (a closed connection, the launcher), ``silence_s`` come before.
+    The last process ends at most ``grace_s`` + 5 seconds after a rank has failed. If the rank was killed, and neither a
+    closed connection nor the launcher reveals it, ``silence_s`` seconds pass before that.
 
     Args:
-        grace_s: seconds for a process to leave by itself, once some rank has failed.
-        silence_s: seconds without a sign of life after which a process counts as dead.
-        period_s: seconds between two looks.
+        grace_s: seconds that a process has to end with its own error once a rank has failed.
+        silence_s: seconds without a heartbeat after which a process counts as dead.
+        period_s: polling interval in seconds.
     """
 
     def __init__(self, grace_s: float = 15.0, silence_s: float = 120.0, period_s: float = 1.0) -> None:
@@ -52,23 +52,23 @@ class FailureWatch:
         self._hook: Any = None
         self._threads: list[threading.Thread] = []
         self._stopped, self._wake = threading.Event(), threading.Event()
-        self._told = threading.Event()
-        self._forget()
+        self._delivered = threading.Event()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._error: BaseException | None = None
-        self._known: str | None = None
+        self._failure: str | None = None
         self._contact = time.monotonic()
-        for event in (self._stopped, self._wake, self._told):
+        for event in (self._stopped, self._wake, self._delivered):
             event.clear()
 
     def start(self) -> None:
-        """Watch from now on, or from the moment on at which there is a process group."""
+        """Start the threads, which watch as soon as there is a process group."""
         if self._threads:
             return
-        self._forget()
+        self._reset()
         self._hook, sys.excepthook = sys.excepthook, self._except
-        # Two, as the one that talks to the store may wait for it for ever.
+        # Two threads, as the one that talks to the store may block forever.
         self._threads = [
             threading.Thread(target=work, name=f"failure-watch-{work.__name__}", daemon=True)
             for work in (self._look, self._judge)
@@ -77,7 +77,7 @@ class FailureWatch:
             thread.start()
 
     def stop(self) -> None:
-        """All is well: this process may end without that of another worrying anybody."""
+        """End the watch normally: the other ranks do not miss this one's heartbeats."""
         if not self._threads:
             return
         self._stopped.set()
@@ -88,21 +88,21 @@ class FailureWatch:
         sys.excepthook = self._hook
 
     def report(self, error: BaseException) -> None:
-        """This rank fails with ``error``: the others must not wait for it. Returns when all have heard, or a moment
-        later. A :class:`RankError` is no failure of its own; and the first note stays: what follows it may be its
-        consequence."""
+        """Tell the other ranks that this one fails with ``error``. Returns when all have read the note, or after three
+        periods. A :class:`RankError` is not a failure of its own, and the first note stays, as later ones may be
+        consequences."""
         if not self._threads or not _in_a_group():
             return
         self._error = error
         self._wake.set()
-        # The store may go away with this process.
-        self._told.wait(3 * self.period_s)
+        # This process may host the store.
+        self._delivered.wait(3 * self.period_s)
 
     def failure_of_another(self) -> str | None:
-        """Which other rank failed first, and how, as far as this one knows."""
-        if self._known is None or not _in_a_group():
+        """Which other rank failed first, and how, if this one has learned of it."""
+        if self._failure is None or not _in_a_group():
             return None
-        return None if self._known.startswith(f"rank {distributed.get_rank()} ") else self._known
+        return None if self._failure.startswith(f"rank {distributed.get_rank()} ") else self._failure
 
     # The thread that talks to the store.
 
@@ -112,26 +112,26 @@ class FailureWatch:
                 return
             self._stopped.wait(self.period_s)
         try:
-            # A client serves one thread at a time, and may be waiting: this thread has its own.
+            # A store's client serves one thread at a time, and may block: this thread has its own.
             group: Any = distributed.distributed_c10d._get_default_store()
             signs = SignsOfLife(group.clone(), distributed.get_rank(), distributed.get_world_size(), self.silence_s)
             while True:
                 if self._error is not None and not isinstance(self._error, RankError):
                     signs.leave_note(self._error)
-                if self._known is None:
-                    self._known = signs.look()
+                if self._failure is None:
+                    self._failure = signs.look()
                 self._contact = time.monotonic()
                 if self._error is not None and signs.all_have_read():
-                    self._told.set()
+                    self._delivered.set()
                 if self._stopped.is_set():
                     signs.farewell()
                     return
                 self._wake.wait(self.period_s / (10 if self._error is not None else 1))
                 self._wake.clear()
         except Exception as error:  # the store is gone
-            if self._known is None:
-                said = " ".join(str(error).split())[:LONGEST_NOTE]
-                self._known = f"the process that holds the group's store (the first rank, or torchrun) is gone: {said}"
+            if self._failure is None:
+                why = " ".join(str(error).split())[:LONGEST_NOTE]
+                self._failure = f"the process that holds the group's store (the first rank, or torchrun) is gone: {why}"
 
     # The thread that acts.
 
@@ -141,43 +141,34 @@ class FailureWatch:
             if self._stopped.wait(self.period_s):
                 return
             if time.monotonic() - began > JOINING_S:
-                sys.stderr.write(f"error: the ranks have not met within {JOINING_S:g} s: one of them did not start\n")
+                tell(f"error: the ranks have not met within {JOINING_S:g} s: one of them did not start")
                 leave(1)
         self._contact = time.monotonic()
         deadline = float("inf")
         while not self._stopped.wait(self.period_s / 2):
             now = time.monotonic()
-            if self._known is None and now - self._contact > self.silence_s:
-                self._known = f"the group's store has not answered for {self.silence_s:g} s: the first rank is gone"
-            if self._known is not None and deadline == float("inf"):
+            if self._failure is None and now - self._contact > self.silence_s:
+                self._failure = f"the group's store has not answered for {self.silence_s:g} s: the first rank is gone"
+            if self._failure is not None and deadline == float("inf"):
                 own = self._error is not None and not isinstance(self._error, RankError)
                 deadline = now + self.grace_s + (2.0 if own else 0.0)
             if now >= deadline:
                 self._leave()
 
     def _leave(self) -> NoReturn:
-        said = "".join(traceback.format_exception(self._error)) if self._error is not None else ""
-        sys.stderr.write(f"{said}error: {self._known} - this is rank {distributed.get_rank()}, which ends with it\n")
+        trace = "".join(traceback.format_exception(self._error)) if self._error is not None else ""
+        tell(f"{trace}error: {self._failure} - this is rank {distributed.get_rank()}, which ends with it")
         leave(1)
 
     def _except(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         self.report(error)
         self._hook(kind, error, trace)
-        if known := self.failure_of_another():
-            sys.stderr.write(f"error: {known}\n")
-
-
-def leave(code: int) -> NoReturn:
-    """End this process at once, by-passing the interpreter's end: there process groups wait for ranks that are gone, or
-    abort."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
+        if failure := self.failure_of_another():
+            tell(f"error: {failure}")
 
 
 class SignsOfLife:
-    """What processes say to each other through the store."""
+    """Notes and heartbeats that processes exchange through the store."""
 
     def __init__(self, store: Any, rank: int, size: int, silence_s: float) -> None:
         self.store, self.rank, self.size, self.silence_s = store, rank, size, silence_s
@@ -191,7 +182,7 @@ class SignsOfLife:
         self.store.compare_set(_NOTE, "", note(self.rank, error))
 
     def look(self) -> str | None:
-        """Give a sign of life and look for those of the others; what failed, or None."""
+        """Write a heartbeat and check those of the others. Returns what failed, or None."""
         now = time.monotonic()
         if now >= self._next:
             self._next = now + self.silence_s / 10
@@ -202,34 +193,39 @@ class SignsOfLife:
                 self.store.compare_set(_NOTE, "", text)
         if not self.store.check([_NOTE]):
             return None
-        known: str = self.store.get(_NOTE).decode()
+        failure: str = self.store.get(_NOTE).decode()
         if not self._has_read:
             self._has_read = True
             self.store.add(_READERS, 1)
-        return known
+        return failure
 
     def all_have_read(self) -> bool:
         return int(self.store.add(_READERS, 0)) >= self.size
 
     def farewell(self) -> None:
-        """Others need not worry about the silence that follows."""
+        """Announce a normal end, after which there are no more heartbeats."""
         self.store.set(_ALIVE.format(self.rank), _DONE)
 
     def _silent(self, now: float) -> list[int]:
-        for other, (said, _) in self._heard.items():
+        for other, (last, _) in self._heard.items():
             key = _ALIVE.format(other)
-            says = self.store.get(key).decode() if self.store.check([key]) else ""
-            if says != said or says == _DONE:
-                self._heard[other] = (says, now)
+            current = self.store.get(key).decode() if self.store.check([key]) else ""
+            if current != last or current == _DONE:
+                self._heard[other] = (current, now)
         return [other for other, (_, heard) in self._heard.items() if now - heard > self.silence_s]
 
 
 def note(rank: int, error: BaseException) -> str:
-    """A failure in one line. What a killed rank leaves behind are closed connections."""
+    """A failure in one line; closed connections mean that another rank was killed."""
     text = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_NOTE]
-    if isinstance(error, RuntimeError) and _LOST.search(text):
+    if is_lost_connection(error):
         return f"rank {rank} lost the connection to another rank, which was killed or has ended: {text}"
     return f"rank {rank} failed: {text}"
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone."""
+    return isinstance(error, RuntimeError) and not isinstance(error, RankError) and bool(_LOST.search(str(error)))
 
 
 def _in_a_group() -> bool:

@@ -1,4 +1,4 @@
-"""Out of memory: which setting to lower, and to what, from what was in memory when it happened."""
+"""Out of memory: which setting to lower, and to what value, computed from the memory in use at the failure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.sequences import Sequences
 
 _ASKED = re.compile(r"(?:[Tt]ried to allocate|you tried to allocate) ([\d.]+) ?(bytes|KiB|MiB|GiB)?")
 _ON_CPU = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory|std::bad_alloc")
@@ -19,16 +19,16 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, None: 1}
 
 
 class OutOfMemory(ConfigError):
-    """Names the setting that decides how much memory this takes, its value, and a smaller one."""
+    """Out of memory; names the setting that determines the memory use, its value, and a smaller one."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What was being computed: rows of a micro-batch, and the tokens of it."""
+    """The size of a micro-batch: rows and tokens."""
 
     rows: int
     tokens: int
-    """In memory: with padding, unless sequences are packed."""
+    """Tokens in memory: with padding, unless sequences are packed."""
     longest: int
 
     @classmethod
@@ -48,13 +48,13 @@ def memory_advice(
     checkpointing: bool = False,
     device: torch.device | str = "cpu",
 ) -> Iterator[None]:
-    """Around a micro-batch's forward and backward pass: says what to change if memory runs out in it.
+    """Context of a micro-batch's forward and backward pass that says what to change if memory runs out.
 
     Args:
         phase: what is being computed, for the message.
         sequences: the micro-batch.
-        micro_batch_tokens: the setting as it is.
-        checkpointing: is gradient checkpointing on already?
+        micro_batch_tokens: the setting's present value.
+        checkpointing: whether gradient checkpointing is already on.
 
     Raises:
         OutOfMemory: in place of torch's error.
@@ -72,23 +72,23 @@ def memory_advice(
         smaller = _round_down(min(load.tokens, micro_batch_tokens) / factor)
         if load.rows > 1:
             remedy = f"write {smaller} (÷ {_number(micro_batch_tokens / smaller)}){other}"
-        else:  # this row has a micro-batch of its own already: no budget makes it shorter
+        else:  # already a micro-batch of one row, which no token budget makes shorter
             remedy = (
                 f"a single response does not fit: divide data.sampling.max_tokens by {factor:.2g}, spread the model "
                 f"over more devices (trainer.strategy: fsdp2){other}"
             )
-        raise OutOfMemory("model.micro_batch_tokens", micro_batch_tokens, f"{text}: {remedy}") from error
+        raise OutOfMemory("micro_batch_tokens", micro_batch_tokens, f"{text}: {remedy}") from error
 
 
 @contextmanager
 def engine_memory_advice(setting: str, value: float, responses: int, tokens: int) -> Iterator[None]:
-    """The same around generation.
+    """:func:`memory_advice` for generation.
 
     Args:
-        setting: the engine's that decides how much is generated at once, such as ``data.engine.max_batch_size``.
-        value: as it is.
-        responses: to be generated in this call.
-        tokens: prompt + response that each of them may have.
+        setting: the engine's setting for the number of concurrent responses, such as ``max_batch_size``.
+        value: its present value.
+        responses: number of responses to generate in this call.
+        tokens: maximum length of each sequence (prompt + response) in tokens.
     """
     try:
         yield
@@ -98,37 +98,37 @@ def engine_memory_advice(setting: str, value: float, responses: int, tokens: int
         at_once = min(value, responses)
         smaller = max(1, int(at_once) // 2)
         asked = requested_bytes(error)
-        wanted = "" if asked is None else f" asked for {_size(asked)} more"
+        request = "" if asked is None else f" asked for {_size(asked)} more"
         raise OutOfMemory(
             setting,
             value,
-            f"out of memory in generate: {at_once:g} responses of up to {tokens} tokens{wanted}: write {smaller} "
+            f"out of memory in generate: {at_once:g} responses of up to {tokens} tokens{request}: write {smaller} "
             f"(÷ {_number(value / smaller)}), or lower data.sampling.max_tokens",
         ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """An accelerator's, torch's on the CPU, or Python's."""
+    """Whether an error means out of memory: on an accelerator, in torch on the CPU, or in Python."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and bool(_ON_CPU.search(str(error)))
 
 
 def requested_bytes(error: BaseException) -> int | None:
-    """How much more was asked for, if the error says so."""
-    said = _ASKED.search(str(error))
-    return int(float(said[1]) * _UNITS[said[2]]) if said else None
+    """The size in bytes of the failed allocation, if the error names it."""
+    match = _ASKED.search(str(error))
+    return int(float(match[1]) * _UNITS[match[2]]) if match else None
 
 
 def lower_by(before: int | None, at_failure: int | None, asked: int | None, capacity: int | None) -> float:
-    """By what factor a micro-batch has to shrink. All that is known is that it needs more than it got: at least by a
-    half; by more if what it had and asked for is more than twice what there is for it.
+    """The factor by which a micro-batch has to shrink: 2, or more if the memory that it had and requested is more than
+    twice what is available to it.
 
     Args:
         before: bytes in use before the micro-batch: weights, gradients, optimizer.
         at_failure: bytes in use when memory ran out.
-        asked: bytes it asked for then.
-        capacity: bytes that there are.
+        asked: bytes of the failed allocation.
+        capacity: bytes in total.
     """
     if before is None or at_failure is None or asked is None or capacity is None or capacity <= before:
         return 2.0
@@ -146,11 +146,11 @@ def _round_down(tokens: float) -> int:
 
 def _situation(phase: str, load: Load, device: torch.device | str, asked: int | None) -> str:
     used, capacity = _in_use(device), _capacity(device)
-    wanted = "" if asked is None else f" asked for {_size(asked)} more"
-    there = "" if used is None or capacity is None else f" with {_size(used)} of {_size(capacity)} in use on {device}"
+    request = "" if asked is None else f" asked for {_size(asked)} more"
+    usage = "" if used is None or capacity is None else f" with {_size(used)} of {_size(capacity)} in use on {device}"
     return (
         f"out of memory in {phase}: a micro-batch of {load.rows} rows of up to {load.longest} tokens "
-        f"({load.tokens} in memory){wanted}{there}"
+        f"({load.tokens} in memory){request}{usage}"
     )
 
 
@@ -166,7 +166,7 @@ def _in_use(device: torch.device | str) -> int | None:
 
 
 def _capacity(device: torch.device | str) -> int | None:
-    """Bytes that this process may have; on the CPU None, unless it is limited: what is free depends on others."""
+    """Bytes that this process may use; None on the CPU without a limit, where others share the memory."""
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])

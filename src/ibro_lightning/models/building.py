@@ -1,4 +1,4 @@
-"""Policies and critics, on a single device or sharded, from wherever their weights are."""
+"""Builds policies and critics from their sources, on a single device or sharded."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.guards.finite import why_not_finite
+from ibro_lightning.models.complete import check_complete
 from ibro_lightning.models.critic import Critic
-from ibro_lightning.models.loading import PolicyOptions, PolicySource, PretrainedPolicy
+from ibro_lightning.models.loading import PolicyOptions, PolicySource
 from ibro_lightning.models.lora import BASE, add_adapters, initial_adapter, is_adapter
 from ibro_lightning.models.policy import Policy
+from ibro_lightning.models.pretrained import PretrainedPolicy
 from ibro_lightning.models.sharding import Sharding, materialize, named_parameters, shard
 from ibro_lightning.models.tensor_parallel import SETTING as TENSOR_PARALLEL
-from ibro_lightning.models.weights import RankZero, WeightFiles, WeightSource, agree, local_part
+from ibro_lightning.models.weight_files import RankZero, WeightFiles, WeightSource, agree, local_part
 
 
 def build_policy(
     source: PolicySource, options: PolicyOptions, sharding: Sharding | None = None, *, frozen: bool = False
 ) -> Policy:
-    """The policy that ``source`` gives, with adapters if the options ask for them.
+    """Build the policy of ``source``, with adapters if the options ask for them.
 
-    Without ``sharding``, on the CPU. With it, each rank has its part of every weight on its device, and has never held
-    more than a few whole tensors; the weights are, bit for bit, those of a single process. All ranks must call it.
+    Without ``sharding``, on the CPU. With it, each rank holds its part of every weight on its device, and never more
+    than a few whole tensors; the weights are those of a single process, bit for bit. All ranks must call it.
 
     Args:
         frozen: for a reference policy: no gradients, no adapters, no gradient checkpointing.
 
     Raises:
-        ConfigError: the weights cannot be loaded, or the model cannot be sharded or adapted like this.
+        ConfigError: the weights cannot be loaded, or the model does not support this sharding or these adapters.
     """
     lora = None if frozen else options.lora
     if lora is not None and sharding is not None and sharding.tensor_parallel_size > 1:
@@ -57,11 +60,12 @@ def build_policy(
     if sharding is not None:
         assert weights is not None
         _shard_and_fill(policy, sharding, weights, options)
+    _check_finite(policy.model, "policy", source, sharding)
     return policy
 
 
 def build_critic(source: PolicySource, options: PolicyOptions, sharding: Sharding | None = None) -> Critic:
-    """The critic that ``source`` gives; see :func:`build_policy`. A critic has no adapters."""
+    """Build the critic of ``source``; see :func:`build_policy`. A critic has no adapters."""
     if sharding is None:
         model, weights = source.build_critic(options), None
     else:
@@ -70,7 +74,18 @@ def build_critic(source: PolicySource, options: PolicyOptions, sharding: Shardin
     if sharding is not None:
         assert weights is not None
         _shard_and_fill(critic, sharding, weights, options)
+    _check_finite(critic.model, "critic", source, sharding)
     return critic
+
+
+def _check_finite(model: nn.Module, setting: str, source: PolicySource, sharding: Sharding | None) -> None:
+    """Refuse weights that are not finite, on all ranks if any rank finds some in its part."""
+
+    def check() -> None:
+        if reason := why_not_finite(dict(model.named_parameters())):
+            raise ConfigError(setting, str(source), f"{reason}: name a model whose weights are all numbers")
+
+    check() if sharding is None else agree(check)
 
 
 def _shard_and_fill(network: Any, sharding: Sharding, weights: WeightSource, options: PolicyOptions) -> None:
@@ -101,10 +116,10 @@ def _fill_adapter(name: str, parameter: Any, options: PolicyOptions) -> None:
 def _empty(
     source: PolicySource, options: PolicyOptions, sharding: Sharding, *, critic: bool
 ) -> tuple[Any, WeightSource]:
-    """A model whose parameters are on the meta device, and where their values come from.
+    """A model with parameters on the meta device, and the source of their values.
 
-    From files if these hold the parameters one by one; otherwise (other formats or names, random weights, a source of
-    one's own) rank 0 builds the model as a single process would.
+    That is the files if they hold the parameters one by one; otherwise (other formats or names, random weights, a
+    custom source) rank 0 builds the model as a single process would.
     """
     if isinstance(source, PretrainedPolicy) and _reads_files(source):
         model, files = agree(lambda: _from_files(source, options, critic))
@@ -118,7 +133,7 @@ def _empty(
 
 
 def _reads_files(source: PretrainedPolicy) -> bool:
-    """Not if a subclass builds its model in another way."""
+    """Whether ``source`` builds its models from its files; subclasses may not."""
     ours = (PretrainedPolicy.build, PretrainedPolicy.build_critic)
     return (type(source).build, type(source).build_critic) == ours
 
@@ -134,16 +149,19 @@ def _from_files(source: PretrainedPolicy, options: PolicyOptions, critic: bool) 
         auto_class = AutoModelForTokenClassification
     with parameters_on_meta():
         model = source.empty(auto_class, config, options)
-    if getattr(config, "quantization_config", None) is not None:
+    if source.quantization is not None:
         return None, None
-    lacks: frozenset[str] = frozenset()
+    absent: frozenset[str] = frozenset()
     if critic:
         inside = {id(parameter) for parameter in model.base_model.parameters()}
         head = {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
-        lacks = frozenset(head - files.files.keys())
-    if not files.fits(model, lacks):
+        absent = frozenset(head - files.files.keys())
+    if not files.fits(model, absent):
         return None, None
-    return model, WeightFiles(files.files, lacks)
+    if not critic:
+        surplus = files.files.keys() - model.state_dict().keys()
+        check_complete(model, (), surplus, setting=source.setting, source=source.path)
+    return model, WeightFiles(files.files, absent)
 
 
 def _on_rank_zero(build: Callable[[PolicyOptions], Any], options: PolicyOptions) -> Any:
@@ -151,14 +169,14 @@ def _on_rank_zero(build: Callable[[PolicyOptions], Any], options: PolicyOptions)
 
 
 def _copy_of(built: Any, options: PolicyOptions) -> Any:
-    """An empty model of the same class, parameters, dtypes and ties as rank 0's ``built``, on every rank."""
-    told: list[Any] = [None]
+    """An empty model with the class, parameters, dtypes and ties of rank 0's ``built``, on every rank."""
+    description: list[Any] = [None]
     if built is not None:
         tensors = {name: (first, tensor.shape, tensor.dtype) for name, first, tensor in named_parameters(built)}
         buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in built.named_buffers()}
-        told = [(type(built), built.config, getattr(built, "generation_config", None), tensors, buffers)]
-    distributed.broadcast_object_list(told, src=0)
-    model_class, config, generation, tensors, buffers = told[0]
+        description = [(type(built), built.config, getattr(built, "generation_config", None), tensors, buffers)]
+    distributed.broadcast_object_list(description, src=0)
+    model_class, config, generation, tensors, buffers = description[0]
     with parameters_on_meta():
         model = model_class._from_config(
             copy.deepcopy(config),
@@ -181,7 +199,7 @@ def _copy_of(built: Any, options: PolicyOptions) -> Any:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules that are made within have parameters without memory, and buffers as ever."""
+    """Modules created within have parameters on the meta device, and buffers as usual."""
 
     def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
         return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"), parameter.requires_grad)

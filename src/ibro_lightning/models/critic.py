@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ibro_lightning.models.policy import remove_dropout
+from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.models.randomness import StillNetwork, remove_dropout
 from ibro_lightning.models.transformer import check_packing, response_states
-from ibro_lightning.sequences import Sequences
 
 
-class Critic(nn.Module):
-    """Estimates, before every response token, the return that is still to come.
+class Critic(StillNetwork):
+    """Estimates the return to come before every response token.
 
     A transformers token classifier with one label, so that it is saved and loaded as a Hugging Face folder.
 
@@ -26,7 +26,6 @@ class Critic(nn.Module):
         super().__init__()
         self.model = model
         self.packing = packing
-        self.device: torch.device | None = None
         remove_dropout(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -35,13 +34,15 @@ class Critic(nn.Module):
     def forward(self, sequences: Sequences) -> Tensor:
         """``[B, T + 1]`` values, in at least float32: column t is the value before response token t, and column
         ``response_lengths`` that after the last one; 0 beyond."""
-        values = response_states(self.model, sequences, "logits", after_last=True, packing=self.packing).squeeze(-1)
+        values = self.without_draws(
+            lambda: response_states(self.model, sequences, "logits", after_last=True, packing=self.packing).squeeze(-1)
+        )
         values = values if values.dtype == torch.float64 else values.float()
         columns = torch.arange(sequences.max_response_length + 1, device=values.device)
         exists = columns[None, :] <= sequences.response_lengths[:, None]
         return torch.zeros(exists.shape, dtype=values.dtype, device=values.device).masked_scatter(exists, values)
 
     def check_packing(self) -> None:
-        """Try packing, if it is on; raises ConfigError if sequences would see each other."""
+        """Test packing, if it is on; raises ConfigError if sequences see each other."""
         if self.packing:
             check_packing(self.model, self.device)

@@ -1,4 +1,4 @@
-"""The norm of gradients that may be spread over processes, and scaling them down to one."""
+"""Norm and clipping of gradients that may be spread over processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 
 def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, a plain tensor without dimensions, equal on all ranks.
+    """The 2-norm of all gradients, a plain 0-dimensional tensor, equal on all ranks.
 
     Parameters without a gradient count as 0. Gradients may be plain tensors (each rank has all of them) or DTensors of
     any meshes; every rank must pass the same parameters.
@@ -20,7 +20,7 @@ def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
     parameters = list(parameters)
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # From the parameters and not from their gradients, so that all ranks take part in the same sums.
+    # Grouped by parameters, not by gradients, so that all ranks join the same reductions.
     sharded: dict[tuple[DeviceMesh, tuple[int, ...]], list[DTensor]] = defaultdict(list)
     plain: list[Tensor] = []
     for parameter in parameters:
@@ -41,10 +41,10 @@ def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale the gradients down to ``max_norm`` together; 0 leaves them as they are.
+    """Scale the gradients down to a total norm of ``max_norm``; 0 leaves them unchanged.
 
     Returns:
-        :func:`grad_norm` before, which may not be finite: then the gradients are of no use.
+        :func:`grad_norm` before scaling; if it is not finite, the gradients are unusable.
     """
     parameters = list(parameters)
     norm = grad_norm(parameters)
@@ -67,7 +67,7 @@ def _local_gradient(parameter: Tensor) -> Tensor:
 
 
 def _squares(gradients: list[Tensor]) -> Tensor:
-    """The sum of squares, in float64: what is rounded must not depend on how the gradients are cut."""
+    """Sum of squares, in float64, so that rounding does not depend on how the gradients are sharded."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64)
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
@@ -75,7 +75,7 @@ def _squares(gradients: list[Tensor]) -> Tensor:
 
 
 def _device(mesh: DeviceMesh) -> torch.device:
-    """Where the mesh's ranks can talk: shards that are offloaded to the CPU are not there."""
+    """Where the mesh's ranks communicate; shards that are offloaded to the CPU are elsewhere."""
     if mesh.device_type == "cpu":
         return torch.device("cpu")
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())

@@ -1,4 +1,4 @@
-"""Which part of a causal language model turns hidden states into logits, and whether it does only that."""
+"""Finds the linear head of a causal language model, and verifies that it is nothing but linear."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ibro_lightning.functional import linear_logprob_entropy
-from ibro_lightning.models.transformer import backbone_of
+from ibro_lightning.models.spec import plain_outputs
+from ibro_lightning.models.transformer import backbone_of, run
 
-# Gemma's, RecurrentGemma's and xLSTM's names, but not that of a cap on attention.
+# Gemma's, RecurrentGemma's and xLSTM's names of a cap on logits, but not of one on attention.
 SOFT_CAP = re.compile(r"(?!att).*logits?_soft_?cap.*")
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """``logits = scale · (hidden @ weight.T + bias)``: enough for log-probs and entropies without the logits."""
+    """``logits = scale · (hidden @ weight.T + bias)``: gives log-probs and entropies without the logits."""
 
     backbone: nn.Module
     linear: nn.Linear
@@ -43,10 +44,10 @@ class LinearHead:
 def find_linear_head(model: Any) -> LinearHead | None:
     """The model's head, if it is a plain linear layer, possibly with a constant factor (Cohere, Granite).
 
-    Not trusted but tried: on a few tokens, ``scale · head(hidden)`` must be what the model gives as logits. Otherwise
-    (soft-capping, adapters, several heads) the answer is None, said once, and full logits are to be computed.
+    Verified on a few tokens: the model's logits must be ``scale · head(hidden)``. Otherwise (soft-capping, adapters,
+    several heads) returns None with a warning, and the full logits are needed.
     """
-    head, reason = _look(model)
+    head, reason = _inspect(model)
     if head is None:
         warnings.warn(
             f"{type(model).__name__}: {reason}; log-probs and entropies are computed from full logits, "
@@ -56,12 +57,12 @@ def find_linear_head(model: Any) -> LinearHead | None:
     return head
 
 
-def _look(model: Any) -> tuple[LinearHead | None, str]:
+def _inspect(model: Any) -> tuple[LinearHead | None, str]:
     backbone = backbone_of(model)
     linear = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if backbone is None or type(linear) is not nn.Linear:
         return None, "its head is not a plain linear layer"
-    # At small logits a soft cap hides within rounding, so it is looked for by name as well.
+    # A soft cap on small logits is lost in rounding, so its name is checked too.
     config = model.config.get_text_config()
     if caps := [name for name, value in vars(config).items() if SOFT_CAP.fullmatch(name) and value]:
         return None, f"its logits are soft-capped ({caps[0]})"
@@ -75,14 +76,15 @@ def _look(model: Any) -> tuple[LinearHead | None, str]:
 def _measure_scale(model: Any, backbone: nn.Module, linear: nn.Linear) -> float | None:
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.arange(8, device=linear.weight.device).remainder(vocabulary)[None]
-    output = backbone(input_ids=tokens, use_cache=False)
+    with plain_outputs(model.config):
+        output = backbone(input_ids=tokens, use_cache=False)
     hidden = getattr(output, "last_hidden_state", None)
     if hidden is None:  # an adapter's "base model" is a language model again
         return None
     output.last_hidden_state = hidden.to(linear.weight.dtype)
-    # From here on the head alone, and exactly: autocast, which the attention may need, would blur a factor.
+    # Only the head from here on, without the autocast that attention may need: its rounding would blur a factor.
     with torch.autocast(tokens.device.type, enabled=False), patch.object(backbone, "forward", lambda *_, **__: output):
-        logits = model(input_ids=tokens, use_cache=False).logits.double()
+        logits = run(model, "logits", input_ids=tokens).double()
         plain = linear(output.last_hidden_state).double()
     size = plain.square().sum()
     scale = float((logits * plain).sum() / size) if size > 0 else 1.0

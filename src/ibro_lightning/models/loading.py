@@ -1,35 +1,28 @@
-"""Where a policy comes from: a Hugging Face folder or hub name, or random initialisation."""
+"""Base of all sources of a policy: tokenizer, config, weights, and a critic with the same backbone."""
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    GenerationConfig,
-)
+from transformers import AutoModelForTokenClassification
 from transformers.utils import logging as transformers_logging
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models.lora import LoRAOptions
-from ibro_lightning.models.weights import WeightFiles
+from ibro_lightning.models.stored import pickled
 from ibro_lightning.types import Dtype
 
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """How a policy folder is loaded.
+    """How a policy is loaded.
 
     Args:
         dtype: of the trained weights. Keep float32 for small learning rates (a step of 1e-6 is lost in the rounding of
@@ -56,7 +49,10 @@ class PolicyOptions:
 
 
 class PolicySource(ABC):
-    """Gives tokenizer and config at once, and the weights when they are wanted."""
+    """Provides tokenizer and config at once, and the weights on demand."""
+
+    trusts_code = False
+    """Whether Python code that comes with the model may run."""
 
     @abstractmethod
     def tokenizer(self) -> Any: ...
@@ -66,14 +62,14 @@ class PolicySource(ABC):
 
     @abstractmethod
     def build(self, options: PolicyOptions) -> Any:
-        """The ``PreTrainedModel``, on CPU."""
+        """The ``PreTrainedModel``, on the CPU."""
 
     def build_critic(self, options: PolicyOptions) -> Any:
-        """The same backbone, weights included, with a scalar head that starts at 0: so do all values."""
+        """The same backbone, weights included, with a scalar head of zeros, so that all values start at 0."""
         config = copy.deepcopy(self.config())
         config.num_labels = 1
         with torch.random.fork_rng(devices=[]):  # the random weights are replaced at once
-            critic = _load_critic(
+            critic = load_critic(
                 self,
                 AutoModelForTokenClassification.from_config,
                 config,
@@ -81,133 +77,38 @@ class PolicySource(ABC):
                 attn_implementation=options.attn_implementation,
             )
         critic.base_model.load_state_dict(self.build(options).base_model.state_dict())
-        return _zero_head(critic, self)
+        return zero_head(critic, self)
 
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Every token that ends a response: the tokenizer's EOS first, then what the model's generation config adds."""
+        """Every token that ends a response: the tokenizer's EOS first, then those of the model's generation config."""
         tokenizer = self.tokenizer()
         if tokenizer.eos_token_id is None:
             raise ConfigError(
-                "model.policy",
+                "policy",
                 str(self),
                 "its tokenizer has no EOS token, so no response could ever end: set eos_token in tokenizer_config.json",
             )
-        eos = tuple(dict.fromkeys([tokenizer.eos_token_id, *self._generation_eos()]))
         vocabulary = self.config().get_text_config().vocab_size
-        if max(eos) >= vocabulary:
+        if tokenizer.eos_token_id >= vocabulary:
             raise ConfigError(
-                "model.policy",
+                "policy",
                 str(self),
-                f"its EOS token {tokenizer.eos_token!r} has the id {max(eos)}, but the model has {vocabulary} tokens: "
-                "set eos_token in tokenizer_config.json to a token that it was trained with",
+                f"its EOS token {tokenizer.eos_token!r} has the id {tokenizer.eos_token_id}, but the model has "
+                f"{vocabulary} tokens: set eos_token in tokenizer_config.json to a token that it was trained with",
             )
-        return eos
+        more = [token for token in self._generation_eos() if token < vocabulary]  # others are never generated
+        return tuple(dict.fromkeys([tokenizer.eos_token_id, *more]))
+
+    def side_files(self) -> dict[str, Path]:
+        """Files besides its weights, by their names in an exported folder: tokenizer, chat templates, processors."""
+        return {}
 
     def _generation_eos(self) -> list[int]:
         return []
 
 
-class PretrainedPolicy(PolicySource):
-    """A Hugging Face folder or hub name. What ``policy: NAME`` in a recipe means; errors name the ``setting``."""
-
-    def __init__(self, path: str, options: PolicyOptions | None = None, setting: str = "model.policy") -> None:
-        self.setting = setting
-        self.path = str(Path(path).expanduser()) if path.startswith("~") else path
-        options = options or PolicyOptions()
-        self._hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-        folder = Path(self.path)
-        looks_like_path = folder.is_absolute() or self.path.startswith(".") or self.path.count("/") != 1
-        if folder.exists():
-            if not (folder / "config.json").is_file():
-                raise ConfigError(
-                    self.setting, path, "this folder holds no config.json: name a Hugging Face model folder"
-                )
-        elif looks_like_path or folder.parent.is_dir():
-            raise ConfigError(self.setting, path, f"no such folder: name a Hugging Face model folder{_hint(self.path)}")
-        self._tokenizer: Any = None
-        self._config: Any = None
-
-    def __str__(self) -> str:
-        return self.path
-
-    def tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            self._tokenizer = self._load(AutoTokenizer)
-        return self._tokenizer
-
-    def config(self) -> Any:
-        if self._config is None:
-            self._config = self._load(AutoConfig)
-        return self._config
-
-    def build(self, options: PolicyOptions) -> Any:
-        return self._load(
-            AutoModelForCausalLM,
-            dtype=getattr(torch, options.dtype),
-            attn_implementation=options.attn_implementation,
-        )
-
-    def build_critic(self, options: PolicyOptions) -> Any:
-        """A critic's folder as it is; from a language model's folder, the backbone with a head that starts at 0."""
-        self.config()  # a folder that cannot be read says so itself
-        critic, report = _load_critic(
-            self,
-            AutoModelForTokenClassification.from_pretrained,
-            self.path,
-            **self._hub,
-            num_labels=1,
-            dtype=getattr(torch, options.dtype),
-            attn_implementation=options.attn_implementation,
-            output_loading_info=True,
-        )
-        return _zero_head(critic, self, report["missing_keys"])
-
-    def weight_files(self) -> WeightFiles | None:
-        """Its safetensors files, downloaded if it is on the hub; None if its weights are in another format."""
-        return self._refuse("weights", lambda: WeightFiles.find(self.path, str(self._hub["revision"])))
-
-    def empty(self, auto_class: Any, config: Any, options: PolicyOptions) -> Any:
-        """A model as ``auto_class`` would load it from here, but for its parameters' values."""
-
-        def make() -> Any:
-            model = auto_class.from_config(
-                config,
-                trust_remote_code=self._hub["trust_remote_code"],
-                dtype=getattr(torch, options.dtype),
-                attn_implementation=options.attn_implementation,
-            )
-            if model.can_generate():
-                with suppress(OSError):  # as in from_pretrained, which also goes on without it
-                    model.generation_config = GenerationConfig.from_pretrained(
-                        self.path, revision=self._hub["revision"]
-                    )
-            return model.eval()
-
-        return self._refuse(auto_class.__name__[4:], make)
-
-    def _load(self, auto_class: Any, **kwargs: Any) -> Any:
-        return self._refuse(
-            auto_class.__name__[4:], lambda: auto_class.from_pretrained(self.path, **self._hub, **kwargs)
-        )
-
-    def _refuse(self, what: str, load: Callable[[], Any]) -> Any:
-        """``load()``, with a :class:`ConfigError` if it cannot."""
-        try:
-            return load()
-        except (OSError, ValueError, ImportError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(self.setting, self.path, f"cannot load its {what}: {reason}{_hint(self.path)}") from error
-
-    def _generation_eos(self) -> list[int]:
-        try:
-            eos = GenerationConfig.from_pretrained(self.path, revision=self._hub["revision"]).eos_token_id
-        except OSError:
-            eos = self.config().eos_token_id
-        return [eos] if isinstance(eos, int) else list(eos or [])
-
-
-def _zero_head(critic: Any, source: PolicySource, missing: Iterable[str] | None = None) -> Any:
-    """``critic`` with its head, or those parameters of it that are ``missing`` from its folder, set to 0."""
+def zero_head(critic: Any, source: PolicySource, missing: Iterable[str] | None = None) -> Any:
+    """Set the head of ``critic``, or those of its parameters that are ``missing`` from its folder, to 0."""
     in_backbone = {id(parameter) for parameter in critic.base_model.parameters()}
     for name, parameter in critic.named_parameters():
         if missing is not None and name not in missing:
@@ -215,29 +116,36 @@ def _zero_head(critic: Any, source: PolicySource, missing: Iterable[str] | None 
         if id(parameter) not in in_backbone:
             torch.nn.init.zeros_(parameter)
         elif missing is not None:
-            raise ConfigError("model.critic", str(source), f"its weights are not complete: {name} is missing")
+            raise ConfigError("critic", str(source), f"its weights are not complete: {name} is missing")
     return critic
 
 
-def _load_critic(source: PolicySource, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # a language model's folder has no scalar head, which is no news
+def load_critic(source: PolicySource, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
-        return load(*args, **kwargs)
-    except (ValueError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError("model.critic", str(source), f"no critic can be made of it: {reason}") from error
+        with quiet_transformers():  # that a language model's folder has no scalar head is expected
+            return load(*args, **kwargs)
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:
+        if (remedy := pickled(str(source), error)) is not None:
+            raise ConfigError("critic", str(source), remedy) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ConfigError("critic", str(source), f"no critic can be made of it: {reason}") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within, transformers logs only errors."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
     finally:
         transformers_logging.set_verbosity(verbosity)
 
 
-def as_source(policy: str | PolicySource, options: PolicyOptions, setting: str = "model.policy") -> PolicySource:
-    """``policy`` as it stands in a recipe, under ``setting`` → its source."""
-    return PretrainedPolicy(policy, options, setting) if isinstance(policy, str) else policy
-
-
 def check_same_vocabulary(policy: PolicySource, other: PolicySource, setting: str) -> None:
-    """Raise :class:`ConfigError` unless both models have equally many tokens."""
+    """Raise :class:`ConfigError` unless both models have the same number of tokens."""
     ours, theirs = (source.config().get_text_config().vocab_size for source in (policy, other))
     if ours != theirs:
         raise ConfigError(
@@ -245,9 +153,3 @@ def check_same_vocabulary(policy: PolicySource, other: PolicySource, setting: st
             str(other),
             f"it has {theirs} tokens and the policy {ours}: name a model with the policy's tokenizer",
         )
-
-
-def _hint(path: str) -> str:
-    if "sft_quickstart" not in path:
-        return ""
-    return "; the quick start's base policy is made by: python -m ibro_lightning fit --config sft_quickstart.yaml"

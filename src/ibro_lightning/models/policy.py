@@ -1,29 +1,31 @@
-"""The policy network: scores responses and hands out its weights."""
+"""The policy network: scores responses and provides its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.functional import logprob_and_entropy
+from ibro_lightning.models.compiled import compile_in_place
 from ibro_lightning.models.export import full_weights
 from ibro_lightning.models.head import LinearHead, find_linear_head
+from ibro_lightning.models.randomness import StillNetwork, remove_dropout
 from ibro_lightning.models.transformer import check_packing, response_states, scatter_rows
-from ibro_lightning.sequences import Sequences
 
 
-class Policy(nn.Module):
+class Policy(StillNetwork):
     """A causal language model that scores the response tokens of a batch.
 
-    Dropout is switched off for good: with it, the probability ratio to the sampling policy would be noise. The module
-    can therefore stay in train mode, which gradient checkpointing needs.
+    Dropout and all other random draws in training are permanently off: they would make the probability ratio to the
+    sampling policy noisy. The module can therefore stay in train mode, which gradient checkpointing needs; see
+    :mod:`.randomness`.
 
     Args:
         model: a transformers causal language model.
-        fused_head: compute log-probs and entropies without ever holding all logits, where the head allows it.
+        fused_head: compute log-probs and entropies without ever holding all logits, if the head allows it.
         packing: run micro-batches as one row without padding; see :meth:`check_packing`.
     """
 
@@ -33,10 +35,8 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.packing = packing
-        self.device: torch.device | None = None
-        """Where a sharded network computes, which need not be where its shards are; None: where its weights are."""
         self._fused_head = fused_head
-        self._head: tuple[LinearHead | None] | None = None  # looked for once; a tuple, so that it is not a submodule
+        self._head: tuple[LinearHead | None] | None = None  # cached; a tuple, so that it is not a submodule
         remove_dropout(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -55,6 +55,9 @@ class Policy(nn.Module):
             ``(logp [B, T], entropy [B, T] or None)`` in nats, 0 on padding; float32, or float64 for float64
             weights.
         """
+        return self.without_draws(lambda: self._score(sequences, temperature, with_entropy))
+
+    def _score(self, sequences: Sequences, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
         targets = sequences.input_ids[sequences.is_response]
         head = self._linear_head()
         if head is None:
@@ -69,26 +72,18 @@ class Policy(nn.Module):
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Detached weights under their Hugging Face names, adapters merged; tied ones appear under each of their names.
 
-        Sharded weights are gathered one by one, so that never more than one of them is whole; every rank must ask.
+        Sharded weights are gathered one at a time; every rank must iterate over all of them.
         """
+        self.model = compile_in_place(self.model)
         yield from full_weights(self.model)
 
     def check_packing(self) -> None:
-        """Try packing, if it is on; raises ConfigError if sequences would see each other."""
+        """Test packing, if it is on; raises ConfigError if sequences see each other."""
         if self.packing:
             check_packing(self.model, self.device)
 
     def _linear_head(self) -> LinearHead | None:
         if self._head is None:
+            self.model = compile_in_place(self.model)
             self._head = (find_linear_head(self.model) if self._fused_head else None,)
         return self._head[0]
-
-
-def remove_dropout(model: nn.Module) -> None:
-    """Set every dropout probability in ``model`` to 0, in modules and in the attributes that attention layers read."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)

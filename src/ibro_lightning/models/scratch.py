@@ -1,31 +1,37 @@
-"""Models that begin as random weights."""
+"""Models with random initial weights."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from ibro_lightning.models.loading import PolicyOptions, PolicySource
-from ibro_lightning.tasks import NumberPath
+
+
+class Task(Protocol):
+    """What a model from scratch needs of a task."""
+
+    def tokenizer(self) -> Any:
+        """A transformers tokenizer with EOS and padding tokens; its length is the model's vocabulary."""
 
 
 class Qwen2FromScratch(PolicySource):
-    """A small Qwen2 with random weights and a task's own tokenizer: what the quick start's base policy begins as.
+    """A small Qwen2 with random weights and a task's own tokenizer: the start of the quick start's base policy.
 
     Args:
         task: whose tokenizer and vocabulary to use.
         hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size: the usual sizes; embeddings are tied.
         max_position_embeddings: longest prompt + response in tokens.
-        initializer_range: standard deviation of the initial weights. Small models want 0.08 rather than Qwen's 0.02.
+        initializer_range: standard deviation of the initial weights. Small models need 0.08 rather than Qwen's 0.02.
         seed: of the random weights.
     """
 
     def __init__(
         self,
-        task: NumberPath,
+        task: Task,
         hidden_size: int = 96,
         num_layers: int = 3,
         num_heads: int = 4,
@@ -64,6 +70,6 @@ class Qwen2FromScratch(PolicySource):
     def build(self, options: PolicyOptions) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            config = copy.deepcopy(self._config)  # from_config writes into it
+            config = copy.deepcopy(self._config)  # from_config modifies it
             model = AutoModelForCausalLM.from_config(config, attn_implementation=options.attn_implementation)
             return model.to(getattr(torch, options.dtype))

@@ -1,4 +1,4 @@
-"""Spreading a network over processes: fully_shard around each decoder block and the whole, tensor parallel inside."""
+"""Shards a network over processes: fully_shard around each decoder block and the whole, tensor parallel inside."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from ibro_lightning.models.tensor_parallel import parallelize
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a network is spread over processes. A strategy makes it; ``build_policy`` and ``build_critic`` take it.
+    """How a network is spread over processes. Made by a strategy for ``build_policy`` and ``build_critic``.
 
     Args:
         mesh: two dimensions, named ``data_parallel`` (weights are sharded over it) and ``tensor_parallel``.
         device: where this process computes.
         dtype: what the decoder blocks' weights are gathered and multiplied in, under autocast of the same dtype;
-            None: as they are kept. Gradients are summed over ranks in float32.
+            None: as they are stored. Gradients are summed over ranks in float32.
         cpu_offload: shards, gradients and optimizer states stay in the CPU's memory.
         reshard_after_forward: free a block's gathered weights after its forward pass, and gather them again for the
             backward pass: less memory, more communication.
@@ -44,7 +44,7 @@ class Sharding:
 
     @property
     def data_parallel_size(self) -> int:
-        """Ranks that see different data: sums over tokens are taken over them, and so are means of gradients."""
+        """Ranks that see different data, over which sums over tokens and means of gradients are taken."""
         return self.mesh["data_parallel"].size()
 
     @property
@@ -65,11 +65,11 @@ class Sharding:
 def shard(network: nn.Module, sharding: Sharding) -> None:
     """Shard ``network`` (a Policy or a Critic whose ``model`` is on the meta device) in place. It stays empty.
 
-    Its blocks are groups of their own, and so is an input embedding that is not the head as well. All else belongs to
-    ``network``, which is the root: its forward pass reads the head's weight without calling the head.
+    Its blocks are groups of their own, and so is an input embedding that is not tied to the head. Everything else
+    belongs to the root, ``network``: its forward pass reads the head's weight without calling the head.
 
     Raises:
-        ConfigError: the model cannot be cut as ``tensor_parallel_size`` asks for.
+        ConfigError: the model cannot be sharded by ``tensor_parallel_size``.
     """
     model: Any = network.model
     if sharding.tensor_parallel_size > 1:
@@ -82,8 +82,8 @@ def shard(network: nn.Module, sharding: Sharding) -> None:
         "reshard_after_forward": sharding.reshard_after_forward,
         "offload_policy": offload,
     }
-    # Autocast runs on top and converts what enters a product. So inputs stay as they are: the residual stream would
-    # otherwise be rounded at every block, which it is not on a single device.
+    # Inputs are not cast: autocast converts the operands of products, and casting would round the residual stream at
+    # every block, unlike on a single device.
     precision = MixedPrecisionPolicy(sharding.dtype, torch.float32 if sharding.dtype else None, None, False)
     for block in decoder_blocks(model):
         fully_shard(block, mp_policy=precision, **common)
@@ -91,11 +91,12 @@ def shard(network: nn.Module, sharding: Sharding) -> None:
     if embedding is not None and not _is_shared(embedding, model):
         fully_shard(embedding, **common)
     fully_shard(network, **common)
-    register_fsdp_forward_method(network, "check_packing")
+    for method in ("check_packing", "hold_still"):
+        register_fsdp_forward_method(network, method)
 
 
 def decoder_blocks(model: Any) -> list[nn.Module]:
-    """The model's repeated layers: what transformers says must not be split, or else its longest list of modules."""
+    """The model's repeated layers: those that transformers does not split, or else its longest list of modules."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:
@@ -106,7 +107,7 @@ def decoder_blocks(model: Any) -> list[nn.Module]:
 
 
 def _is_shared(part: nn.Module, model: nn.Module) -> bool:
-    """Does a parameter of ``part`` belong to another part of the model too (tied weights)?"""
+    """Whether a parameter of ``part`` also belongs to another part of the model (tied weights)."""
     ours = {id(parameter) for parameter in part.parameters()}
     inside = {id(module) for module in part.modules()}
     return any(
@@ -118,9 +119,9 @@ def _is_shared(part: nn.Module, model: nn.Module) -> bool:
 
 
 def local_slices(tensor: DTensor) -> tuple[slice, ...]:
-    """Which part of the whole tensor this rank holds, one slice per dimension.
+    """This rank's part of the whole tensor, one slice per dimension.
 
-    Meshes are read from the right: ``fully_shard`` cuts what tensor parallelism has left to a rank.
+    Meshes are read from the right: ``fully_shard`` shards what tensor parallelism leaves to a rank.
     """
     ranges = [(0, size) for size in tensor.shape]
     coordinate = tensor.device_mesh.get_coordinate()
@@ -136,7 +137,7 @@ def local_slices(tensor: DTensor) -> tuple[slice, ...]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A detached tensor in one piece; all ranks must ask for a sharded one. Offloaded shards meet on the device."""
+    """A detached whole tensor; all ranks must call this for a sharded one. Offloaded shards meet on the device."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     if tensor.device.type != tensor.device_mesh.device_type:
@@ -145,7 +146,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Are this module's weights spread over ranks, so that all of them must take part in reading one?"""
+    """Whether this module's weights are spread over ranks, so that all ranks must take part in reading one."""
     return any(isinstance(part, FSDPModule) for part in module.modules()) or any(
         isinstance(parameter, DTensor) for parameter in module.parameters()
     )
@@ -159,11 +160,11 @@ def named_parameters(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter
 
 
 def materialize(module: nn.Module, device: torch.device) -> None:
-    """Give the meta parameters of a sharded module memory, with tied ones tied. Buffers are emptied."""
+    """Allocate the meta parameters of a sharded module, keeping ties. Buffers are left uninitialized."""
     names = [(name, canonical) for name, canonical, _ in named_parameters(module)]
     module.to_empty(device=device)
     for name, canonical in names:
         if name != canonical:
             owner, _, leaf = name.rpartition(".")
-            # Not through setattr: fully_shard keeps its own account of who shares what.
+            # Not through setattr: fully_shard itself keeps track of shared parameters.
             module.get_submodule(owner)._parameters[leaf] = module.get_parameter(canonical)

@@ -1,4 +1,4 @@
-"""Cutting the products inside a decoder block over ranks, as the model's own plan says."""
+"""Shards the products inside decoder blocks over ranks, by the model's own plan."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from torch.distributed.tensor.parallel import (
 
 from ibro_lightning.errors import ConfigError
 
-SETTING = "trainer.strategy.init_args.tensor_parallel_size"
+SETTING = "trainer.strategy.tensor_parallel_size"
 
 
 def parallelize(model: Any, blocks: list[nn.Module], mesh: DeviceMesh) -> None:
-    """Apply the model's ``base_model_tp_plan`` to its decoder ``blocks`` over ``mesh``, in place. What is outside of
-    them, and norms, stays whole.
+    """Apply the model's ``base_model_tp_plan`` to its decoder ``blocks`` over ``mesh``, in place. Norms, and everything
+    outside the blocks, stay whole.
 
     Raises:
-        ConfigError: the model has no plan or one that we cannot follow, or its heads do not divide by the mesh's size.
+        ConfigError: the model has no plan or an unsupported one, or its heads do not divide by the mesh's size.
     """
     config = model.config.get_text_config()
     kind, size = type(model).__name__, mesh.size()
@@ -56,7 +56,7 @@ def _style(style: str, module: nn.Module, config: Any, size: int, kind: str) -> 
         return RowwiseParallel()
     weights = list(module.parameters(recurse=False))
     if style == "replicated_with_grad_allreduce" and [w.shape for w in weights] == [(_head_dim(config),)]:
-        # A norm of each head's queries or keys, [B, L, heads, head_dim]: ranks have other heads and the same weight.
+        # Norm of each head's queries or keys, [B, L, heads, head_dim]: ranks have different heads and the same weight.
         return SequenceParallel(sequence_dim=2, use_local_output=True)
     raise ConfigError(SETTING, size, f"the tensor-parallel plan of {kind} has a {style} layer, not supported: write 1")
 

@@ -1,10 +1,9 @@
-"""LightningModules: the loop and the algorithms."""
+"""LightningModules: DAPO and its relatives, PPO, supervised fine-tuning."""
 
-from ibro_lightning.modules.actor import ActorModule
-from ibro_lightning.modules.base import PolicyModule
 from ibro_lightning.modules.dapo import DAPOModule
+from ibro_lightning.modules.policy_module import PolicyModule
 from ibro_lightning.modules.ppo import PPOModule
-from ibro_lightning.modules.reference import ReferenceKL
+from ibro_lightning.modules.provider import PolicyProviderMixin
 from ibro_lightning.modules.sft import SFTModule
 
-__all__ = ["ActorModule", "DAPOModule", "PPOModule", "PolicyModule", "ReferenceKL", "SFTModule"]
+__all__ = ["DAPOModule", "PPOModule", "PolicyModule", "PolicyProviderMixin", "SFTModule"]

@@ -1,8 +1,10 @@
-"""DAPO (arXiv 2503.14476), top to bottom, with an entropy regulariser of one's choice; and its critic-free relatives.
+"""DAPO (arXiv 2503.14476), top to bottom, with an exchangeable entropy regulariser; and its critic-free relatives.
 
-What is elsewhere: dynamic sampling chooses prompts, so it is the rollout datamodule's; soft overlong punishment is a
-reward (``OverlongPenalty``); the clipped loss, the token mean over the whole step and the regulariser's term are in
-:mod:`.actor`. What is left out, as in the paper: a critic, and (unless ``kl`` is set) a KL penalty to a reference.
+An iteration: score → advantages → optimizer steps → micro-batches → loss → backward → clip → step. The loss, from the
+probability ratio to the regulariser's term, is in :mod:`ibro_lightning.update.loss`; the work on a micro-batch in
+:mod:`ibro_lightning.update.updater`. Dynamic sampling chooses prompts, so it is part of the rollout datamodule; soft
+overlong punishment is a reward (``OverlongPenalty``). As in the paper there is no critic and, unless ``kl`` is set, no
+KL penalty to a reference.
 
 The relatives are options of the same module: GRPO has equal clips and a KL, Dr.GRPO ``advantage: dr_grpo`` with
 ``aggregation: seq-mean-token-sum-norm``, RLOO ``advantage: rloo``, REINFORCE++ ``advantage: reinforce++`` with a KL in
@@ -12,63 +14,209 @@ the reward, GSPO ``surrogate: gspo`` with ``aggregation: seq-mean-token-mean``, 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from ibro_lightning.batches import Rollout
+from ibro_lightning.batches.experience import Experience
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.experience import Experience
 from ibro_lightning.functional import (
+    AggregationMode,
     dr_grpo_advantages,
     group_advantages,
-    reward_to_go,
+    reinforce_plus_plus_advantages,
     rloo_advantages,
 )
-from ibro_lightning.models import PolicySource
-from ibro_lightning.modules.actor import ActorModule
-from ibro_lightning.types import Rollout
+from ibro_lightning.models import PolicyLike, PolicyOptions
+from ibro_lightning.modules.policy_module import PolicyModule
+from ibro_lightning.regularizers import EntropyRegularizer
+from ibro_lightning.timing import PhaseTimer
+from ibro_lightning.update.correction import SamplerCorrection
+from ibro_lightning.update.diagnostics import experience_metrics, observe
+from ibro_lightning.update.loss import PolicyLoss, Surrogate, loss_class
+from ibro_lightning.update.reference import ReferenceKL
+from ibro_lightning.update.scoring import Scorer
+from ibro_lightning.update.steps import TokenBudget
+from ibro_lightning.update.updater import Updater, mean_of
+from ibro_lightning.update.whitening import whiten
 
 AdvantageEstimator = Literal["grpo", "dr_grpo", "rloo", "reinforce++"]
 GROUP_RELATIVE = {"grpo": group_advantages, "dr_grpo": dr_grpo_advantages, "rloo": rloo_advantages}
 
 
-class DAPOModule(ActorModule):
+class DAPOModule(PolicyModule):
     """Group-relative advantages, clip-higher, dual clip, token-mean loss; no critic.
 
     Args:
-        policy: a Hugging Face folder or hub name, or a :class:`PolicySource`.
+        policy: a Hugging Face folder or hub name, a transformers model or ``(model, tokenizer)``, or a
+            :class:`PolicySource`.
         advantage: ``grpo``: reward less the group's mean, over its standard deviation (DAPO too); ``dr_grpo``: not
             divided; ``rloo``: less the mean of the others; ``reinforce++``: reward to go, whitened over the rollout,
-            which needs no groups.
-        actor_settings: regularizer, clip_ratio_low, mini_batch_prompts, optimizer, …, as in :class:`ActorModule`.
+            which needs no groups. Where accuracy does not differ, ``grpo`` and ``reinforce++`` do not scale other
+            parts of the reward up to the size of right and wrong (``docs/rewards.md``).
+        regularizer: an entropy method; None: none.
+        surrogate: the policy loss. ``ppo``: each token's clipped ratio (PPO, GRPO, DAPO); ``gspo``: one clipped ratio
+            per sequence (with clip ratios near 3e-4 and aggregation ``seq-mean-token-mean``); ``cispo``: the clipped
+            ratio as a weight, no token loses its gradient; or a subclass of
+            :class:`~ibro_lightning.update.loss.PolicyLoss`.
+        clip_ratio_low, clip_ratio_high: the probability ratio is clipped to [1 − low, 1 + high].
+        dual_clip: bounds the loss of negative advantages by c·|A|; None switches it off. Not in ``cispo``.
+        aggregation: how token losses become one number; denominators count the whole optimizer step.
+        aggregation_max_tokens: the constant length of ``seq-mean-token-sum-norm`` (Dr.GRPO).
+        kl: a KL penalty to a reference policy; None, as in DAPO and in the paper, has none.
+        sampler_correction: weights the policy loss for an engine whose probabilities are not quite the policy's; None
+            does not, as responses from elsewhere need, which have no log-probs. The curves ``sampler/…`` show the
+            mismatch in either case.
+        overlong_filter: leave responses that were cut at the length limit out of the loss. Advantages still compare
+            with them.
+        mini_batch_prompts: prompts (whole groups) per optimizer step; None takes the rollout in one step.
+        update_epochs: passes over each rollout.
+        micro_batch_tokens: tokens in memory at once, padding included; changes speed and memory, never the result.
+        optimizer: called with the policy's parameters. An ``lr`` that is set here replaces ``learning_rate``; two that
+            differ are refused. The default of the optimizer's class never counts.
+        learning_rate: the policy's, after the warm-up.
+        warmup_steps: optimizer steps over which the learning rate rises linearly to its value.
+        lr_scheduler: called with each optimizer: a class of ``torch.optim.lr_scheduler``, stepped with every optimizer
+            step after the warm-up. None: constant; ``ReduceLROnPlateau`` is refused.
+        max_grad_norm: gradients are scaled down to this norm; None (or 0) leaves them as they are.
+        max_nonfinite_steps: a step whose loss, advantages or gradient are not finite is skipped on all ranks; after
+            this many in a row training stops, and the batch is saved in ``nonfinite/``. 0 never stops.
+        policy_options: dtype, attention implementation and the like.
     """
 
+    policy_loss: PolicyLoss
     min_group_size = 2
+    advantages_need_scores = False
+    """Whether :meth:`prepare` or :meth:`advantages` reads ``old_logp`` or ``old_entropy``: set True where they do."""
 
     def __init__(
-        self, policy: str | PolicySource, advantage: AdvantageEstimator = "grpo", **actor_settings: Any
+        self,
+        policy: PolicyLike,
+        *,
+        advantage: AdvantageEstimator = "grpo",
+        regularizer: EntropyRegularizer | None = None,
+        surrogate: Surrogate | type[PolicyLoss] = "ppo",
+        clip_ratio_low: float = 0.2,
+        clip_ratio_high: float = 0.28,
+        dual_clip: float | None = 10.0,
+        aggregation: AggregationMode = "token-mean",
+        aggregation_max_tokens: int | None = None,
+        kl: ReferenceKL | None = None,
+        sampler_correction: SamplerCorrection | None = SamplerCorrection(),
+        overlong_filter: bool = False,
+        mini_batch_prompts: int | None = None,
+        update_epochs: int = 1,
+        micro_batch_tokens: int = 16384,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        learning_rate: float = 1e-6,
+        warmup_steps: int = 10,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        max_grad_norm: float | None = 1.0,
+        max_nonfinite_steps: int = 5,
+        policy_options: PolicyOptions = PolicyOptions(),
     ) -> None:
-        super().__init__(policy, **actor_settings)
+        super().__init__(
+            policy,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            lr_scheduler=lr_scheduler,
+            policy_options=policy_options,
+        )
         if advantage not in get_args(AdvantageEstimator):
-            raise ConfigError("model.advantage", advantage, f"write one of {', '.join(get_args(AdvantageEstimator))}")
+            raise ConfigError("advantage", advantage, f"write one of {', '.join(get_args(AdvantageEstimator))}")
         self.advantage = advantage
         if advantage not in GROUP_RELATIVE:
             self.min_group_size = 1
+        self.policy_loss = loss_class(surrogate)(
+            regularizer,
+            clip_ratio_low=clip_ratio_low,
+            clip_ratio_high=clip_ratio_high,
+            dual_clip=dual_clip,
+            aggregation=aggregation,
+            aggregation_max_tokens=aggregation_max_tokens,
+            sampler_correction=sampler_correction,
+            kl=kl,
+        )
+        self.regularizer = self.policy_loss.regularizer
+        budget = TokenBudget(micro_batch_tokens, policy_options.packing, policy_options.gradient_checkpointing)
+        self.scorer = Scorer(self.loop, self.policy_loss, budget, overlong_filter=overlong_filter)
+        self.updater = Updater(
+            self.loop,
+            budget,
+            mini_batch_prompts=mini_batch_prompts,
+            update_epochs=update_epochs,
+            max_grad_norm=max_grad_norm,
+            max_nonfinite_steps=max_nonfinite_steps,
+        )
+        if kl is not None:
+            kl.setup(self.policy_source, policy_options)
 
-    @property
-    def advantages_need_scores(self) -> bool:  # type: ignore[override]
-        """Not ours, but perhaps those of a subclass."""
-        ours = type(self).prepare is DAPOModule.prepare and type(self).advantages is DAPOModule.advantages
-        return not ours
+    def training_step(self, rollout: Rollout, batch_idx: int) -> dict[str, float]:
+        """One Lightning batch is one rollout."""
+        loss, updater, timer = self.policy_loss, self.updater, PhaseTimer()
+        if not updater.begin(rollout):
+            return {"update/skipped_rollouts": 1.0}
+        context = self.context()
+        steps: list[dict[str, float]] = []
+        with timer("prepare"), torch.no_grad():
+            experience = self.prepare(rollout)  # score → advantages [B, T]
+            observe(self.regularizer.coefficient, experience.old_entropy, experience, self.ranks)
+        with timer("update"):
+            for step in updater.steps(experience, loss, context):  # whole groups [B', T]
+                done, metrics = updater.update(step, loss, context)  # micro-batches → loss → backward → clip → step
+                steps.append(metrics)
+            scored = self.scorer.complete(experience, done)
+            shift = updater.policy_shift(steps, scored, context)
+        self.report_skipped_steps(rollout)
+        measured = self.experience_metrics(scored, rollout)
+        if self.kl is not None:  # for the next iteration: the logged coefficient is the one used in this
+            observe(self.kl.coefficient, scored.extra["reference_kl"], scored, self.ranks)
+        return {
+            "update/skipped_rollouts": 0.0,
+            "update/steps": float(len(steps)),
+            "update/scored_first": float(experience.old_logp is not None),
+            **measured,
+            **mean_of(steps),
+            **shift,
+            **timer.metrics(),
+        }
 
     def prepare(self, rollout: Rollout) -> Experience:
-        experience = self.score_rollout(rollout)
+        """Compute what stays fixed during the update, without gradients."""
+        experience = self.scorer(rollout, scores_first=self.scores_first(rollout))
         return replace(experience, advantages=self.advantages(experience))
 
+    def scores_first(self, rollout: Rollout) -> bool:
+        """Whether the old log-probs are computed before the update.
+
+        A single optimizer step sees the policy that sampled, so its own forward pass gives them, which saves one;
+        unless they are needed earlier.
+        """
+        several = self.updater.count(rollout.num_groups) > 1
+        return several or self.advantages_need_scores or self.policy_loss.needs_scores
+
     def advantages(self, experience: Experience) -> Tensor:
-        """``[B, T]``."""
-        rewards, responses = experience.extra["token_rewards"], experience.sequences.response_mask
+        """The advantages ``[B, T]`` of the configured estimator."""
+        rewards, responses = experience.token_rewards, experience.sequences.response_mask
+        assert rewards is not None, "the scorer sets them"
         if self.advantage in GROUP_RELATIVE:
-            per_response = GROUP_RELATIVE[self.advantage](rewards.sum(dim=1), experience.groups)
-            return per_response[:, None].expand(rewards.shape)
-        return self.whiten(reward_to_go(rewards, responses), experience.mask)
+            per_response = self.group_relative(rewards.sum(dim=1), experience)  # [B]
+            return per_response[:, None].expand(rewards.shape)  # [B, T]
+        return reinforce_plus_plus_advantages(
+            rewards, responses, whiten=lambda to_go, _: whiten(to_go, experience, self.ranks)
+        )
+
+    def group_relative(self, rewards: Tensor, experience: Experience) -> Tensor:
+        """Advantages ``[B]``; only ``grpo`` divides by a deviation, which needs the outcomes."""
+        if self.advantage != "grpo" or experience.outcomes is None:
+            return GROUP_RELATIVE[self.advantage](rewards, experience.groups)
+        span = 1.0 if experience.outcome_span is None else experience.outcome_span
+        return group_advantages(rewards, experience.groups, outcomes=experience.outcomes, outcome_span=span)
+
+    def experience_metrics(self, experience: Experience, rollout: Rollout) -> dict[str, float]:
+        """The curves of a rollout and of the policy before the update."""
+        return experience_metrics(experience, rollout, self.policy_loss, self.ranks)

@@ -1,62 +1,114 @@
-"""PPO with a critic (arXiv 1707.06347) for language models, top to bottom, with an entropy regulariser of one's choice.
+"""PPO with a critic (arXiv 1707.06347) for language models, top to bottom, with an exchangeable entropy regulariser.
 
-One token is one action, the reward comes with the last one, and the critic estimates the return before every token.
-What is elsewhere: the clipped loss and the regulariser's term are in :mod:`.actor`, a KL penalty in :mod:`.reference`.
+One token is one action, the reward comes with the last, and the critic estimates the return before every token.
+An iteration: score → values → advantages → optimizer steps; in each step, first the policy and then the critic goes
+through the micro-batches: loss → backward → clip → step. The losses are in :mod:`ibro_lightning.update.loss` and
+:mod:`~ibro_lightning.update.value_loss`, a KL penalty in :mod:`~ibro_lightning.update.reference`.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
+from ibro_lightning.batches import Rollout
+from ibro_lightning.batches.experience import Experience
 from ibro_lightning.errors import ConfigError, check_at_least
-from ibro_lightning.experience import Experience
-from ibro_lightning.functional import (
-    clipped_value_loss,
-    explained_variance,
-    gae,
-    length_adaptive_lambda,
-    reward_to_go,
-    token_mean,
+from ibro_lightning.functional import AggregationMode, explained_variance, gae, length_adaptive_lambda, reward_to_go
+from ibro_lightning.models import (
+    Critic,
+    PolicyLike,
+    PolicyOptions,
+    as_source,
+    build_critic,
+    check_same_vocabulary,
+    export_folder,
 )
-from ibro_lightning.models import Critic, PolicySource, as_source, build_critic, check_same_vocabulary, export_folder
-from ibro_lightning.modules.actor import ActorModule
-from ibro_lightning.modules.base import local_folders
-from ibro_lightning.modules.batching import losses_of
-from ibro_lightning.sequences import Sequences
-from ibro_lightning.types import Rollout
+from ibro_lightning.modules.policy_module import PolicyModule, local_folders
+from ibro_lightning.regularizers import EntropyRegularizer
+from ibro_lightning.timing import PhaseTimer
+from ibro_lightning.update.correction import SamplerCorrection
+from ibro_lightning.update.diagnostics import experience_metrics, observe
+from ibro_lightning.update.loss import PolicyLoss, Surrogate, loss_class
+from ibro_lightning.update.optimizer import check_optimizer
+from ibro_lightning.update.reference import ReferenceKL
+from ibro_lightning.update.scoring import Scorer
+from ibro_lightning.update.steps import TokenBudget
+from ibro_lightning.update.updater import Updater, mean_of
+from ibro_lightning.update.value_loss import ValueLoss
+from ibro_lightning.update.whitening import whiten
 
 
-class PPOModule(ActorModule):
+class PPOModule(PolicyModule):
     """Generalised advantage estimation, whitened advantages, a clipped value loss, a critic with its own optimizer.
 
     Args:
-        policy: a Hugging Face folder or hub name, or a :class:`PolicySource`.
-        critic: a folder to start the critic from, a critic's (``critic/`` of an earlier run) or a language model's;
-            None takes the policy's own. From a language model, all values start at 0.
-        critic_optimizer: called with the critic's parameters; ``warmup_steps`` and ``max_grad_norm`` hold for both.
+        policy: a Hugging Face folder or hub name, a transformers model or ``(model, tokenizer)``, or a
+            :class:`PolicySource`.
+        critic: the initial critic: the folder of a critic (``critic/`` of an earlier run) or of a language model, whose
+            values all start at 0; None takes the policy's.
+        critic_optimizer: called with the critic's parameters; ``warmup_steps``, ``lr_scheduler`` and ``max_grad_norm``
+            apply to both.
+        critic_learning_rate: the critic's; an ``lr`` of ``critic_optimizer`` replaces it.
         gamma: discount per token.
         gae_lambda: λ of the policy's advantages.
         critic_gae_lambda: λ of the critic's returns; None takes ``gae_lambda``. 1 gives unbiased returns (VAPO).
         length_adaptive_alpha: in place of ``gae_lambda``, λ = 1 − 1/(α·length) for each response (VAPO, 0.05).
-        value_clip: a value may leave its old one by this much before the loss stops rewarding it; None: no bound.
-        whiten_advantages: mean 0 and variance 1 over the rollout's tokens that take part in the loss.
-        bootstrap_truncated: a response cut at the length limit goes on with the critic's value instead of with 0.
-        critic_warmup_iterations: first iterations in which only the critic learns.
-        actor_settings: regularizer, kl, clip_ratio_low, mini_batch_prompts, …, as in :class:`ActorModule`.
+        value_clip: how far a value may move from its old one before the loss stops rewarding it; None: no bound.
+        whiten_advantages: mean 0 and variance 1 over the rollout's tokens that take part in the loss; less variance
+            where all of the rollout is right or wrong (``docs/rewards.md``). Generalised advantages span
+            the whole response: a token sampled without a finite log-prob stays in them, but out of both losses.
+        bootstrap_truncated: continue a response cut at the length limit with the critic's value instead of 0.
+        critic_warmup_iterations: the first iterations, in which only the critic learns.
+        regularizer: an entropy method; None: none.
+        surrogate: the policy loss. ``ppo``: each token's clipped ratio (PPO, GRPO, DAPO); ``gspo``: one clipped ratio
+            per sequence (with clip ratios near 3e-4 and aggregation ``seq-mean-token-mean``); ``cispo``: the clipped
+            ratio as a weight, no token loses its gradient; or a subclass of
+            :class:`~ibro_lightning.update.loss.PolicyLoss`.
+        clip_ratio_low, clip_ratio_high: the probability ratio is clipped to [1 − low, 1 + high].
+        dual_clip: bounds the loss of negative advantages by c·|A|; None switches it off. Not in ``cispo``.
+        aggregation: how token losses become one number; denominators count the whole optimizer step.
+        aggregation_max_tokens: the constant length of ``seq-mean-token-sum-norm`` (Dr.GRPO).
+        kl: a KL penalty to a reference policy; None, as in DAPO and in the paper, has none.
+        sampler_correction: weights the policy loss for an engine whose probabilities are not quite the policy's; None
+            does not, as responses from elsewhere need, which have no log-probs. The curves ``sampler/…`` show the
+            mismatch in either case.
+        overlong_filter: leave responses that were cut at the length limit out of the loss. Advantages still compare
+            with them.
+        mini_batch_prompts: prompts (whole groups) per optimizer step; None takes the rollout in one step.
+        update_epochs: passes over each rollout.
+        micro_batch_tokens: tokens in memory at once, padding included; changes speed and memory, never the result.
+        optimizer: called with the policy's parameters. An ``lr`` that is set here replaces ``learning_rate``; two that
+            differ are refused. The default of the optimizer's class never counts.
+        learning_rate: the policy's, after the warm-up.
+        warmup_steps: optimizer steps over which the learning rate rises linearly to its value.
+        lr_scheduler: called with each optimizer: a class of ``torch.optim.lr_scheduler``, stepped with every optimizer
+            step after the warm-up. None: constant; ``ReduceLROnPlateau`` is refused.
+        max_grad_norm: gradients are scaled down to this norm; None (or 0) leaves them as they are.
+        max_nonfinite_steps: a step whose loss, advantages or gradient are not finite is skipped on all ranks; after
+            this many in a row training stops, and the batch is saved in ``nonfinite/``. 0 never stops.
+        policy_options: dtype, attention implementation and the like.
     """
+
+    policy_loss: PolicyLoss
+    trained: ClassVar = {**PolicyModule.trained, "critic": ("critic_optimizer", "critic_learning_rate")}
+    advantages_need_scores = False
+    """Whether :meth:`prepare` reads ``old_logp`` or ``old_entropy``: set True where it does."""
 
     def __init__(
         self,
-        policy: str | PolicySource,
-        critic: str | None = None,
+        policy: PolicyLike,
+        *,
+        critic: PolicyLike | None = None,
         critic_optimizer: OptimizerCallable = torch.optim.AdamW,
+        critic_learning_rate: float = 1e-5,
         gamma: float = 1.0,
         gae_lambda: float = 1.0,
         critic_gae_lambda: float | None = None,
@@ -65,121 +117,178 @@ class PPOModule(ActorModule):
         whiten_advantages: bool = True,
         bootstrap_truncated: bool = False,
         critic_warmup_iterations: int = 0,
-        **actor_settings: Any,
+        regularizer: EntropyRegularizer | None = None,
+        surrogate: Surrogate | type[PolicyLoss] = "ppo",
+        clip_ratio_low: float = 0.2,
+        clip_ratio_high: float = 0.28,
+        dual_clip: float | None = 10.0,
+        aggregation: AggregationMode = "token-mean",
+        aggregation_max_tokens: int | None = None,
+        kl: ReferenceKL | None = None,
+        sampler_correction: SamplerCorrection | None = SamplerCorrection(),
+        overlong_filter: bool = False,
+        mini_batch_prompts: int | None = None,
+        update_epochs: int = 1,
+        micro_batch_tokens: int = 16384,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        learning_rate: float = 1e-6,
+        warmup_steps: int = 10,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        max_grad_norm: float | None = 1.0,
+        max_nonfinite_steps: int = 5,
+        policy_options: PolicyOptions = PolicyOptions(),
     ) -> None:
-        super().__init__(policy, **actor_settings)
-        for name, share in (("gamma", gamma), ("gae_lambda", gae_lambda), ("critic_gae_lambda", critic_gae_lambda)):
-            if share is not None and not 0 <= share <= 1:
-                raise ConfigError(f"model.{name}", share, "write a number from 0 to 1")
+        super().__init__(
+            policy,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            lr_scheduler=lr_scheduler,
+            policy_options=policy_options,
+        )
+        critic_lambda = gae_lambda if critic_gae_lambda is None else critic_gae_lambda
+        for name, share in (("gamma", gamma), ("gae_lambda", gae_lambda), ("critic_gae_lambda", critic_lambda)):
+            if not isinstance(share, Real) or not 0 <= share <= 1:
+                raise ConfigError(name, share, "write a number from 0 to 1")
         for name, bound in (("value_clip", value_clip), ("length_adaptive_alpha", length_adaptive_alpha)):
-            if bound is not None and not bound > 0:
-                raise ConfigError(f"model.{name}", bound, "write a positive number, or null to switch it off")
-        check_at_least("model.critic_warmup_iterations", critic_warmup_iterations, 0)
+            if bound is not None and not (isinstance(bound, Real) and bound > 0):
+                raise ConfigError(name, bound, "write a positive number, or null to switch it off")
+        check_at_least("critic_warmup_iterations", critic_warmup_iterations, 0)
+        check_at_least("critic_learning_rate", critic_learning_rate, 0)
+        check_optimizer(critic_optimizer, "critic_optimizer")
         self.critic_source = self.policy_source
         if critic is not None:
-            self.critic_source = as_source(critic, self.policy_options, "model.critic")
-            check_same_vocabulary(self.policy_source, self.critic_source, "model.critic")
-        self.critic_optimizer_factory = critic_optimizer
-        self.gamma, self.gae_lambda, self.critic_gae_lambda = gamma, gae_lambda, critic_gae_lambda
-        self.length_adaptive_alpha, self.value_clip = length_adaptive_alpha, value_clip
+            self.critic_source = as_source(critic, policy_options, "critic")
+            check_same_vocabulary(self.policy_source, self.critic_source, "critic")
+        self.critic_optimizer_factory, self.critic_learning_rate = critic_optimizer, critic_learning_rate
+        self.gamma, self.gae_lambda, self.critic_gae_lambda = gamma, gae_lambda, critic_lambda
+        self.length_adaptive_alpha = length_adaptive_alpha
         self.whiten_advantages, self.bootstrap_truncated = whiten_advantages, bootstrap_truncated
         self.critic_warmup_iterations = critic_warmup_iterations
         self.critic: Critic
+        self.value_loss = ValueLoss(self.loop, value_clip)
+        self.policy_loss = loss_class(surrogate)(
+            regularizer,
+            clip_ratio_low=clip_ratio_low,
+            clip_ratio_high=clip_ratio_high,
+            dual_clip=dual_clip,
+            aggregation=aggregation,
+            aggregation_max_tokens=aggregation_max_tokens,
+            sampler_correction=sampler_correction,
+            kl=kl,
+        )
+        self.regularizer = self.policy_loss.regularizer
+        budget = TokenBudget(micro_batch_tokens, policy_options.packing, policy_options.gradient_checkpointing)
+        self.scorer = Scorer(self.loop, self.policy_loss, budget, overlong_filter=overlong_filter)
+        self.updater = Updater(
+            self.loop,
+            budget,
+            mini_batch_prompts=mini_batch_prompts,
+            update_epochs=update_epochs,
+            max_grad_norm=max_grad_norm,
+            max_nonfinite_steps=max_nonfinite_steps,
+        )
+        if kl is not None:
+            kl.setup(self.policy_source, policy_options)
 
     def configure_model(self) -> None:
         super().configure_model()
         if self._trainer is not None and isinstance(strategy := self.trainer.strategy, DDPStrategy):
-            # A backward pass goes through one of the two networks; DDP waits for all gradients unless it looks.
+            # A backward pass reaches one of the two networks; DDP would wait for the gradients of both.
             strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         if not hasattr(self, "critic"):
             self.critic = build_critic(self.critic_source, self.policy_options, self.sharding)
 
-    def configure_optimizers(self) -> Any:
-        policy = self.optimizer_for(self.policy, self.optimizer_factory, "model.optimizer")
-        critic = self.optimizer_for(self.critic, self.critic_optimizer_factory, "model.critic_optimizer")
-        return [policy[0], critic[0]], [policy[1], critic[1]]
-
-    @property
-    def advantages_need_scores(self) -> bool:  # type: ignore[override]
-        """Not ours, but perhaps those of a subclass."""
-        return type(self).prepare is not PPOModule.prepare
+    def training_step(self, rollout: Rollout, batch_idx: int) -> dict[str, float]:
+        """One Lightning batch is one rollout."""
+        loss, updater, timer = self.policy_loss, self.updater, PhaseTimer()
+        if not updater.begin(rollout):
+            return {"update/skipped_rollouts": 1.0}
+        context = self.context()
+        steps: list[dict[str, float]] = []
+        trains_policy = self.trains_policy(rollout.iteration)
+        with timer("prepare"), torch.no_grad():
+            experience = self.prepare(rollout)  # score → values → advantages [B, T]
+            if trains_policy:
+                observe(self.regularizer.coefficient, experience.old_entropy, experience, self.ranks)
+        with timer("update"):
+            for step in updater.steps(experience, loss, context):  # whole groups [B', T]
+                done, metrics = updater.update(step, loss, context) if trains_policy else (step, {})
+                _, of_critic = updater.update(done, self.value_loss, context, "critic")
+                steps.append({**metrics, **of_critic})
+            scored = self.scorer.complete(experience, done)
+            shift = updater.policy_shift(steps, scored, context)
+        self.report_skipped_steps(rollout)
+        measured = self.experience_metrics(scored, rollout)
+        if self.kl is not None and trains_policy:  # for the next iteration: this one has used the logged coefficient
+            observe(self.kl.coefficient, scored.extra["reference_kl"], scored, self.ranks)
+        return {
+            "update/skipped_rollouts": 0.0,
+            "update/steps": float(len(steps)),
+            "update/scored_first": float(experience.old_logp is not None),
+            **measured,
+            **mean_of(steps),
+            **shift,
+            **timer.metrics(),
+        }
 
     def prepare(self, rollout: Rollout) -> Experience:
-        experience = self.score_rollout(rollout)
-        responses = experience.sequences.response_mask
-        values = self.score_values(experience.sequences)
-        ends = experience.sequences.response_lengths
-        last_values = values.gather(1, ends[:, None]).squeeze(1) * rollout.truncated
+        """Compute what stays fixed during the update, without gradients."""
+        experience = self.scorer(rollout, scores_first=self.scores_first(rollout))
+        responses, ends = experience.sequences.response_mask, experience.sequences.response_lengths
+        values = self.scorer.values(self.critic, experience.sequences)  # [B, T + 1]
+        last_values = values.gather(1, ends[:, None]).squeeze(1) * rollout.truncated  # [B]
         lam: float | Tensor = self.gae_lambda
         if self.length_adaptive_alpha is not None:
-            lam = length_adaptive_lambda(ends, alpha=self.length_adaptive_alpha)
+            lam = length_adaptive_lambda(ends, alpha=self.length_adaptive_alpha)  # [B]
+        assert experience.token_rewards is not None, "the scorer sets them"
         advantages, returns = gae(
-            experience.extra["token_rewards"],
+            experience.token_rewards,
             values[:, :-1],
             responses,
             gamma=self.gamma,
             lam=lam,
-            critic_lam=self.gae_lambda if self.critic_gae_lambda is None else self.critic_gae_lambda,
+            critic_lam=self.critic_gae_lambda,
             last_values=last_values if self.bootstrap_truncated else None,
-        )
-        advantages = self.whiten(advantages, experience.mask) if self.whiten_advantages else advantages
+        )  # [B, T] each
+        if self.whiten_advantages:
+            advantages = whiten(advantages, experience, self.ranks)
         return replace(experience, advantages=advantages).with_extra(values=values[:, :-1], returns=returns)
 
-    def update(self, step: Experience) -> dict[str, float]:
-        """The policy's optimizer step, unless the critic is still warming up, and then the critic's."""
-        return {**(super().update(step) if self.trains_policy(step.iteration) else {}), **self.update_critic(step)}
+    def scores_first(self, rollout: Rollout) -> bool:
+        """Whether the old log-probs are computed before the update: as in :class:`DAPOModule`, and while the critic
+        warms up, since the policy then has no update to compute them in."""
+        several = self.updater.count(rollout.num_groups) > 1
+        needed = self.advantages_need_scores or self.policy_loss.needs_scores
+        return several or needed or not self.trains_policy(rollout.iteration)
 
     def trains_policy(self, iteration: int) -> bool:
+        """Whether the policy learns in this iteration (from 1), or only the critic."""
         return not 0 < iteration <= self.critic_warmup_iterations
 
-    def update_critic(self, step: Experience) -> dict[str, float]:
-        metrics = self.accumulate(step, lambda micro, _: self.value_loss(micro))
-        # Not through Lightning's wrapper: global_step counts policy updates.
-        optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        schedulers: Any = self.lr_schedulers()
-        done = self.clip_and_step("critic", optimizer[1], schedulers[1], losses_of(metrics), step)
-        return {**metrics, **{name.replace("update/", "critic/"): value for name, value in done.items()}}
-
-    def value_loss(self, micro: Experience) -> tuple[Tensor, dict[str, float]]:
-        """The critic's loss on a micro-batch, a token mean over the whole step."""
-        values = self.critic(micro.sequences)[:, :-1]
-        result = clipped_value_loss(values, micro.extra["values"], micro.extra["returns"], clip=self.value_clip)
-        loss = token_mean(result.loss, micro.mask, micro.num_tokens)
-        clipped = token_mean(result.clipped.float(), micro.mask, micro.num_tokens)
-        return loss, {"critic/loss": loss.item(), "critic/clipped": clipped.item()}
-
-    @torch.no_grad()
-    def score_values(self, sequences: Sequences) -> Tensor:
-        """``[B, T + 1]`` values before each response token and after the last, without gradients."""
-        values: Tensor | None = None
-        for rows, _ in self.aligned_micro_batches(sequences):
-            with self.memory_advice("prepare", micro := sequences.select(rows)):
-                some = self.critic(micro)
-            if values is None:
-                values = some.new_zeros(len(sequences), sequences.max_response_length + 1)
-            values[rows, : some.shape[1]] = some
-        assert values is not None, "a rollout has rows"
-        return values
-
     def experience_metrics(self, experience: Experience, rollout: Rollout) -> dict[str, float]:
-        """Explained variance is measured against the discounted rewards that came, not against the critic's own
-        (bootstrapped) targets."""
-        responses, values = experience.responses, experience.extra["values"]
-        came = reward_to_go(experience.extra["token_rewards"], experience.sequences.response_mask, gamma=self.gamma)
-        mean = self.ranks.mean
+        """The curves of a rollout, the policy and the critic before the update. Explained variance is measured against
+        the observed discounted rewards, not against the critic's own (bootstrapped) targets."""
+        responses, values, mean = experience.responses, experience.extra["values"], self.ranks.mean
+        assert experience.token_rewards is not None
+        returns = reward_to_go(experience.token_rewards, experience.sequences.response_mask, gamma=self.gamma)  # [B, T]
+        explained = explained_variance(values, returns, responses, mean=mean, largest=self.ranks.largest)
         return {
-            **super().experience_metrics(experience, rollout),
-            "critic/explained_variance": explained_variance(
-                values, came, responses, mean=mean, largest=self.ranks.largest
-            ).item(),
+            **experience_metrics(experience, rollout, self.policy_loss, self.ranks),
+            "critic/explained_variance": explained.item(),
             "critic/value": mean(values, responses).item(),
             "critic/return": mean(experience.extra["returns"], responses).item(),
         }
 
-    def export(self, folder: Path) -> Path:
+    def export(self, folder: Path | str, *, keep_earlier: bool = True) -> Path:
         """Write the policy to ``folder`` and the critic to ``critic`` beside it, both as Hugging Face folders."""
-        export_folder(self.critic.model, self.tokenizer, folder.with_name("critic"))
-        return super().export(folder)
+        written = super().export(folder, keep_earlier=keep_earlier)
+        beside = Path(folder).with_name("critic")
+        export_folder(self.critic.model, self.tokenizer, beside, self.critic_source, keep_earlier=keep_earlier)
+        return written
+
+    def export_names(self, folder: Path) -> tuple[Path, ...]:
+        return (*super().export_names(folder), folder.with_name("critic"))
 
     def check_packing(self) -> None:
         super().check_packing()

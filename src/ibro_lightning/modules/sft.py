@@ -3,28 +3,65 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from ibro_lightning.errors import ConfigError
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+
+from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.functional import token_mean
-from ibro_lightning.models import PolicySource
-from ibro_lightning.modules.base import PolicyModule
-from ibro_lightning.sequences import Sequences
+from ibro_lightning.models import PolicyLike, PolicyOptions
+from ibro_lightning.modules.policy_module import PolicyModule
 from ibro_lightning.timing import PhaseTimer
+from ibro_lightning.update.updater import Updater
 
 
 class SFTModule(PolicyModule):
     """Maximises the likelihood of the response tokens; cosine learning rate over the whole run.
 
     Args:
-        policy: see :class:`PolicyModule`.
-        final_lr_factor: the learning rate ends at this share of its peak.
-        policy_settings: optimizer, warmup_steps, max_grad_norm, policy_options, as in :class:`PolicyModule`.
+        policy: a Hugging Face folder or hub name, a transformers model or ``(model, tokenizer)``, or a
+            :class:`PolicySource`.
+        optimizer: called with the policy's parameters. An ``lr`` that is set here replaces ``learning_rate``; two that
+            differ are refused. The default of the optimizer's class never counts.
+        learning_rate: at its peak, after the warm-up. The default is for a pretrained model; one from scratch needs
+            about a hundred times as much.
+        warmup_steps: optimizer steps over which the learning rate rises linearly to its value.
+        final_lr_factor: the learning rate ends at this share of its peak, unless there is an ``lr_scheduler``.
+        lr_scheduler: called with the optimizer: a class of ``torch.optim.lr_scheduler``, stepped with every optimizer
+            step after the warm-up. None: the cosine; ``ReduceLROnPlateau`` is refused.
+        max_grad_norm: gradients are scaled down to this norm; None (or 0) leaves them as they are.
+        max_nonfinite_steps: a step whose loss or gradient is not finite is skipped on all ranks; after this many in a
+            row training stops, and the batch is saved in ``nonfinite/``. 0 never stops.
+        policy_options: dtype, attention implementation and the like.
     """
 
-    def __init__(self, policy: str | PolicySource, final_lr_factor: float = 0.0, **policy_settings: Any) -> None:
-        super().__init__(policy, **policy_settings)
+    schedule_settings = ("final_lr_factor",)
+
+    def __init__(
+        self,
+        policy: PolicyLike,
+        *,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        learning_rate: float = 1e-5,
+        warmup_steps: int = 10,
+        final_lr_factor: float = 0.0,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        max_grad_norm: float | None = 1.0,
+        max_nonfinite_steps: int = 5,
+        policy_options: PolicyOptions = PolicyOptions(),
+    ) -> None:
+        super().__init__(
+            policy,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            lr_scheduler=lr_scheduler,
+            policy_options=policy_options,
+        )
+        check_at_least("final_lr_factor", final_lr_factor, 0)
         self.final_lr_factor = final_lr_factor
+        self.updater = Updater(self.loop, max_grad_norm=max_grad_norm, max_nonfinite_steps=max_nonfinite_steps)
 
     def learning_rate_factor(self, step: int) -> float:
         if math.isinf(steps := self.trainer.estimated_stepping_batches):
@@ -37,11 +74,11 @@ class SFTModule(PolicyModule):
     def training_step(self, batch: Sequences, batch_idx: int) -> dict[str, float]:
         timer = PhaseTimer()
         with timer("update"):
-            logp, _ = self.policy(batch, temperature=1.0, with_entropy=False)
+            logp, _ = self.policy(batch, temperature=1.0, with_entropy=False)  # [B, T]
             loss = -token_mean(logp, batch.response_mask, self.ranks.sum(batch.response_mask.sum()))
             self.manual_backward(loss * self.ranks.size)  # DDP and FSDP average gradients over ranks
             losses = {"sft/loss": self.ranks.sum(loss.detach()).item()}
-            self.nonfinite.begin()
-            metrics = self.optimizer_step_clipped(losses, batch)
+            self.updater.nonfinite.begin()
+            metrics = self.updater.clip_and_step("policy", losses, batch)
         self.report_skipped_steps()
         return {**losses, **metrics, **timer.metrics()}

@@ -1,11 +1,15 @@
-"""Entropy regularisers and their relatives, one small class each, chosen in YAML by ``class_path``."""
+"""Entropy regularisers and related methods, one small class each, chosen in YAML by ``class_path``."""
 
-from ibro_lightning.regularizers.base import EntropyRegularizer, PolicyLossMethod
+from ibro_lightning.regularizers.base import EntropyRegularizer, PolicyLossMethod, StepContext
 from ibro_lightning.regularizers.covariance import ClipCov, KLCov
 from ibro_lightning.regularizers.entropy_bonus import EntropyBonus
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
 from ibro_lightning.regularizers.ibro import IBRO
-from ibro_lightning.regularizers.information_bottleneck import CorrectPathEntropySuppression, InformationBottleneck
+from ibro_lightning.regularizers.information_bottleneck import (
+    CorrectPathEntropySuppression,
+    InformationBottleneck,
+    OppositeInformationBottleneck,
+)
 from ibro_lightning.regularizers.none import NoRegularizer
 from ibro_lightning.regularizers.shaped_advantage import EntropyShapedAdvantage
 from ibro_lightning.regularizers.top_entropy import TopEntropyTokens
@@ -21,6 +25,8 @@ __all__ = [
     "InformationBottleneck",
     "KLCov",
     "NoRegularizer",
+    "OppositeInformationBottleneck",
     "PolicyLossMethod",
+    "StepContext",
     "TopEntropyTokens",
 ]

@@ -1,15 +1,35 @@
-"""The seam for entropy methods: what is added to the loss, and what is done to advantages or to the policy loss."""
+"""The interface of entropy methods: a term of the loss, and hooks for the advantages and the policy loss."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ibro_lightning.coefficients import Coefficient, as_coefficient
-from ibro_lightning.experience import Experience, StepContext, TokenStats
+from ibro_lightning.batches.experience import Experience, TokenStats
+from ibro_lightning.ranks import ALONE, Ranks
+from ibro_lightning.regularizers.coefficients import Coefficient, as_coefficient
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a loss and its regulariser can use in an optimizer step, besides the step itself."""
+
+    policy: Callable[..., tuple[Tensor, Tensor | None]]
+    """``policy(sequences, temperature=…, with_entropy=True)`` → ``(logp, entropy)`` ``[B, T]`` with gradients."""
+    score: Callable[..., tuple[Tensor, Tensor]]
+    """``score(sequences, temperature)`` → the same without gradients, for any number of sequences."""
+    tokenizer: Any = None
+    seed: int = 0
+    """A function of the run, the iteration and the step."""
+    max_length: int | None = None
+    """The policy's number of positions; None: not in its configuration."""
+    ranks: Ranks = ALONE
+    """Sums and means over the tokens of all ranks that share the step."""
 
 
 class EntropyRegularizer(ABC):
@@ -22,38 +42,35 @@ class EntropyRegularizer(ABC):
                 return stats.entropy * (stats.old_entropy > 0.5)
 
     Three further hooks do nothing unless overridden. In the order in which a step calls them: :meth:`prepare` (once per
-    optimizer step), then for every micro-batch :meth:`statistics`, :meth:`objective`, :meth:`shape_policy_loss`.
+    optimizer step), then for every micro-batch :meth:`statistics`, :meth:`shape_policy_loss`, :meth:`objective`.
 
     Args:
-        coef: α ≥ 0, or a :class:`~ibro_lightning.coefficients.Coefficient` that moves it during training. While it is 0
-            the term is not computed at all.
+        coef: α ≥ 0, or a :class:`~ibro_lightning.regularizers.coefficients.Coefficient` that moves it during training.
+            While it is 0, the term is not computed.
     """
 
     needs_entropy: bool = True
-    """Whether :meth:`objective` reads ``stats.entropy``; if not, entropies are not computed with a gradient."""
+    """Whether :meth:`objective` reads ``stats.entropy``; otherwise entropies have no gradient."""
+    prepare_needs_scores: bool = False
+    """Whether :meth:`prepare` reads ``step.old_logp`` or ``step.old_entropy``. Otherwise they may be None
+    there: an update of a single optimizer step takes them from its own forward pass."""
 
     def __init__(self, coef: Coefficient | float) -> None:
-        self.coefficient = as_coefficient(coef, "regularizer.init_args.coef", "entropy")
+        self.coefficient = as_coefficient(coef, "coef", "entropy")
 
     @property
     def coef(self) -> float:
-        """α as it is now."""
+        """The present α."""
         return self.coefficient.value
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
-        """Called once per optimizer step, without gradients, before it is cut into micro-batches: the place for
+        """Called once per optimizer step, without gradients, before it is split into micro-batches: the place for
         statistics of the whole step, for another advantage, and for ``step.with_extra(name=[B, T])``. The mean of each
-        tensor added is logged as ``regularizer/name``."""
+        added tensor is logged as ``regularizer/name``."""
         return step
 
-    @property
-    def prepare_needs_scores(self) -> bool:
-        """Does :meth:`prepare` read ``old_logp`` or ``old_entropy``? Whoever overrides it is taken to, unless they say
-        otherwise; if not, an update of one optimizer step saves a forward pass."""
-        return type(self).prepare is not EntropyRegularizer.prepare
-
     def statistics(self, micro: Experience, context: StepContext) -> Mapping[str, Tensor]:
-        """More of a micro-batch, *with* gradients, ``[B, T]`` each: they join ``stats.extra``. Only if α > 0."""
+        """Further tensors of a micro-batch, *with* gradients, ``[B, T]`` each, for ``stats.extra``; only if α > 0."""
         return {}
 
     @abstractmethod
@@ -61,7 +78,7 @@ class EntropyRegularizer(ABC):
         """The per-token quantity to **maximise**, ``[B, T]`` in nats. Values under a False mask are ignored."""
 
     def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:
-        """Another policy loss in place of ``loss [B, T]``. Tokens set to 0 still count in the denominator."""
+        """The policy loss ``[B, T]`` in place of ``loss``. Tokens set to 0 still count in the denominator."""
         return loss
 
 

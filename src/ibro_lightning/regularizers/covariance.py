@@ -1,8 +1,8 @@
-"""Clip-Cov and KL-Cov (arXiv 2505.22617): leave alone, or hold back, the few tokens that make entropy collapse.
+"""Clip-Cov and KL-Cov (arXiv 2505.22617): exclude, or hold back, the few tokens that make entropy collapse.
 
 Both look at ``c_t = (A_t − Ā)(log π_t − mean log π)``, means over the valid tokens of the optimizer step. The log-probs
-are those from before the update, so that the choice of tokens does not depend on micro-batches; the authors' code takes
-the current ones, which are the same in the first step of a rollout.
+are those before the update, so that the choice of tokens does not depend on micro-batches; the authors' code takes
+the current ones, which are equal in the first step of a rollout.
 """
 
 from __future__ import annotations
@@ -10,30 +10,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ibro_lightning.batches.experience import Experience, TokenStats
 from ibro_lightning.errors import ConfigError, check_at_least
-from ibro_lightning.experience import Experience, StepContext, TokenStats
-from ibro_lightning.regularizers.base import PolicyLossMethod
+from ibro_lightning.regularizers.base import PolicyLossMethod, StepContext
 
 
 def token_covariance(step: Experience, context: StepContext) -> Tensor:
     """``c_t [B, T]``: how much a token adds to the covariance of advantage and log-prob."""
-    centred = [values - context.mean(values, step.mask) for values in (step.advantages, step.old_logp)]
+    assert step.old_logp is not None
+    centred = [values - context.ranks.mean(values, step.mask) for values in (step.advantages, step.old_logp)]
     return centred[0] * centred[1]
 
 
 class ClipCov(PolicyLossMethod):
-    """A random few of the tokens with high ``c_t`` get no policy gradient.
+    """A few random tokens with high ``c_t`` get no policy gradient.
 
     Args:
-        fraction: how many, as a share of the step's valid tokens; at least one if any is eligible.
-        low, high: eligible are tokens with ``low < c_t < high``.
+        fraction: their share of the step's valid tokens; at least one if any is eligible.
+        low, high: tokens with ``low < c_t < high`` are eligible.
     """
+
+    prepare_needs_scores = True
 
     def __init__(self, fraction: float = 2e-4, low: float = 1.0, high: float = 5.0) -> None:
         super().__init__()
         check_fraction(fraction)
         if not low < high:
-            raise ConfigError("regularizer.init_args.low", low, f"write a number below high ({high})")
+            raise ConfigError("low", low, f"write a number below high ({high})")
         self.fraction, self.low, self.high = fraction, low, high
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
@@ -44,9 +47,9 @@ class ClipCov(PolicyLossMethod):
         before = sum(counts[: context.ranks.rank])  # all ranks draw from the eligible tokens of all ranks
         drawn = torch.randperm(sum(counts), generator=generator)[: count_of(step.mask, self.fraction, context)]
         chosen = drawn[(drawn >= before) & (drawn < before + len(eligible))] - before
-        spared = torch.zeros(covariance.numel(), dtype=torch.bool, device=covariance.device)
-        spared[eligible[chosen.to(eligible.device)]] = True
-        return step.with_extra(clip_cov=spared.view_as(step.mask))
+        left_out = torch.zeros(covariance.numel(), dtype=torch.bool, device=covariance.device)
+        left_out[eligible[chosen.to(eligible.device)]] = True
+        return step.with_extra(clip_cov=left_out.view_as(step.mask))
 
     def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:
         return torch.where(stats.extra["clip_cov"], 0.0, loss)
@@ -55,18 +58,20 @@ class ClipCov(PolicyLossMethod):
 class KLCov(PolicyLossMethod):
     """The tokens with the highest ``c_t`` pay ``kl_coef·|log π − log π_old|`` for moving.
 
-    A rollout's first optimizer step starts where nothing has moved: there the penalty is 0, and its gradient is that of
-    rounding, of either sign. It takes several steps per rollout (``mini_batch_prompts``, ``update_epochs``) to act.
+    In a rollout's first optimizer step nothing has moved yet: the penalty is 0, and its gradient has the sign of a
+    rounding error. It acts only with several steps per rollout (``mini_batch_prompts``, ``update_epochs``).
 
     Args:
-        fraction: how many, as a share of the step's valid tokens; at least one.
+        fraction: their share of the step's valid tokens; at least one.
         kl_coef: β of the penalty.
     """
+
+    prepare_needs_scores = True
 
     def __init__(self, fraction: float = 2e-3, kl_coef: float = 1.0) -> None:
         super().__init__()
         check_fraction(fraction)
-        check_at_least("regularizer.init_args.kl_coef", kl_coef, 0)
+        check_at_least("kl_coef", kl_coef, 0)
         self.fraction, self.kl_coef = fraction, kl_coef
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
@@ -83,10 +88,10 @@ class KLCov(PolicyLossMethod):
 
 def count_of(mask: Tensor, fraction: float, context: StepContext) -> int:
     """``fraction`` of the valid tokens of all ranks, at least one if there is any."""
-    tokens = int(context.sum_over_ranks(mask.sum()))
+    tokens = int(context.ranks.sum(mask.sum()))
     return min(tokens, max(1, int(tokens * fraction)))
 
 
 def check_fraction(fraction: float, name: str = "fraction") -> None:
     if not 0 < fraction <= 1:
-        raise ConfigError(f"regularizer.init_args.{name}", fraction, "write a share of the tokens, above 0 and up to 1")
+        raise ConfigError(name, fraction, "write a share of the tokens, above 0 and up to 1")

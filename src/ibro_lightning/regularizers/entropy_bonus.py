@@ -1,12 +1,12 @@
-"""The naive entropy bonus that the paper compares with."""
+"""The naive entropy bonus, a baseline of the paper."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ibro_lightning.coefficients import Coefficient
-from ibro_lightning.experience import TokenStats
+from ibro_lightning.batches.experience import TokenStats
 from ibro_lightning.regularizers.base import EntropyRegularizer
+from ibro_lightning.regularizers.coefficients import Coefficient
 
 
 class EntropyBonus(EntropyRegularizer):

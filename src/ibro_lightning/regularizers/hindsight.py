@@ -1,4 +1,4 @@
-"""Prompts that show the answer: what answer-conditioned entropies are computed under."""
+"""Prompts that show the answer, for answer-conditioned entropies."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from string import Formatter
 from typing import Any
 
+from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.rendering import render
-from ibro_lightning.sequences import Sequences
+from ibro_lightning.rendering import ControlTextError, ControlTokens, RenderingError, masked_content, render
 from ibro_lightning.types import Message, Prompt
 
-SETTING = "regularizer.init_args.template"
+SETTING = "template"
 
 
 class HindsightTemplate:
     """Puts the ground truth into a prompt.
 
     Args:
-        template: with ``{prompt}`` and ``{answer}`` (or a part of it, ``{answer[target]}``, or of the problem's meta
-            data, ``{meta[solution]}``). For chat prompts it is filled in with the text of the last user message, and
-            the model's chat template is applied to the result.
+        template: with ``{prompt}`` and ``{answer}`` (or a part of it, ``{answer[target]}``, or of the problem's
+            metadata, ``{meta[solution]}``). In chat prompts it replaces the text of the last user message, before the
+            model's chat template is applied.
     """
 
     def __init__(self, template: str) -> None:
@@ -38,11 +38,11 @@ class HindsightTemplate:
     def sequences(
         self, prompts: Sequence[Prompt], responses: Sequences, tokenizer: Any, max_length: int | None = None
     ) -> Sequences:
-        """The same responses behind prompts that show the answer; row by row.
+        """The same responses after prompts that show the answer, row by row.
 
         Raises:
-            ConfigError: prompt and response together are longer than ``max_length`` tokens; or the tokenizer has no
-                tokens for what the template adds.
+            ConfigError: prompt and response together are longer than ``max_length`` tokens; or the tokenizer cannot
+                write what the template adds.
         """
         tokens = [self._token_ids(prompt, tokenizer) for prompt in prompts]
         on_cpu = responses.to("cpu")
@@ -57,20 +57,37 @@ class HindsightTemplate:
             )
         return shown.to(responses.input_ids.device)
 
-    def content(self, prompt: Prompt) -> str | list[Message]:
-        """The prompt as text or messages, with the answer shown."""
-        if isinstance(prompt.content, str):
-            return self._fill(prompt.content or prompt.text, prompt)  # a prompt made by hand may have its text alone
-        messages = list(prompt.content)
+    def content(self, prompt: Prompt, control: ControlTokens | None = None) -> str | list[Message]:
+        """The prompt as text or messages, with the answer shown.
+
+        Args:
+            control: mask these tokens in the data's text, but not in the template's.
+        """
+        content = prompt.content or prompt.text  # a handmade prompt may have only its text
+        if control is not None:
+            content = masked_content(content, control, prompt.own_text)
+        if isinstance(content, str):
+            return self._fill(content, prompt, control)
+        messages = list(content)
         last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
         if last is None:
             raise ConfigError(SETTING, self.template, f"prompt {prompt.id} has no user message to put the answer into")
-        messages[last] = {**messages[last], "content": self._fill(messages[last]["content"], prompt)}
+        messages[last] = {**messages[last], "content": self._fill(messages[last]["content"], prompt, control)}
         return messages
 
-    def _fill(self, text: str, prompt: Prompt) -> str:
+    def control_text_shown(self, prompt: Prompt, tokenizer: Any) -> str:
+        """The first control token in the shown part of the gold; "" without one."""
+        control, shown = ControlTokens.of(tokenizer), list[str]()
+        self._fill("", prompt, shown=shown)
+        return next((found[0][0] for text in shown if (found := control.found(text))), "")
+
+    def _fill(
+        self, text: str, prompt: Prompt, control: ControlTokens | None = None, shown: list[str] | None = None
+    ) -> str:
+        fields = _Fields(control, shown if shown is not None else [])
+        values = {"prompt": _Verbatim(text), "answer": prompt.answer, "meta": prompt.meta}
         try:
-            return self.template.format(prompt=text, answer=prompt.answer, meta=prompt.meta)
+            return fields.vformat(self.template, (), values)
         except (LookupError, ValueError, TypeError, AttributeError) as error:
             raise ConfigError(
                 SETTING,
@@ -86,7 +103,13 @@ class HindsightTemplate:
         return self._rendered[key]
 
     def _render(self, prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
-        text, token_ids = render(self.content(prompt), tokenizer)
+        control = ControlTokens.of(tokenizer) if prompt.control_text == "as_text" else None
+        try:
+            content = self.content(prompt, control)
+            masked = control is not None and (control.normalized or content != self.content(prompt))
+            text, token_ids = render(content, tokenizer, prompt.chat_template_kwargs, masked=masked)
+        except (RenderingError, ControlTextError) as error:
+            raise ConfigError(SETTING, self.template, f"prompt {prompt.id}: {error}") from error
         if _is_lost(text, token_ids, tokenizer) and not _is_lost(prompt.text, prompt.token_ids, tokenizer):
             raise ConfigError(
                 SETTING, self.template, f"the tokenizer cannot write {text!r}: use only words that the model knows"
@@ -94,10 +117,32 @@ class HindsightTemplate:
         return token_ids
 
 
-def _is_lost(text: str, token_ids: Sequence[int], tokenizer: Any) -> bool:
-    """Do the tokens say less than the text, letters and digits only? A tokenizer of few words drops the others."""
+class _Verbatim(str):
+    """Text to be inserted without masking."""
 
-    def essence(some: str) -> str:
-        return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", some).casefold()))
+
+class _Fields(Formatter):
+    """``str.format`` with control tokens masked in inserted parts of the gold; these texts are also kept."""
+
+    def __init__(self, control: ControlTokens | None, shown: list[str]) -> None:
+        self.control, self.shown = control, shown
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        converted = super().convert_field(value, conversion)
+        return _Verbatim(converted) if isinstance(value, _Verbatim) else converted
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        text = super().format_field(value, format_spec)
+        if isinstance(value, _Verbatim):
+            return text
+        self.shown.append(text)
+        return text if self.control is None else self.control.mask(text)
+
+
+def _is_lost(text: str, token_ids: Sequence[int], tokenizer: Any) -> bool:
+    """Whether the tokens lack letters or digits of the text, since a tokenizer with few words drops the others."""
+
+    def essence(content: str) -> str:
+        return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", content).casefold()))
 
     return essence(text) not in essence(tokenizer.decode(list(token_ids)))

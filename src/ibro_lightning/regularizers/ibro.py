@@ -7,10 +7,10 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from ibro_lightning.coefficients import Coefficient
+from ibro_lightning.batches.experience import Experience, TokenStats
 from ibro_lightning.errors import ConfigError, check_at_least
-from ibro_lightning.experience import Experience, StepContext, TokenStats
-from ibro_lightning.regularizers.base import EntropyRegularizer
+from ibro_lightning.regularizers.base import EntropyRegularizer, StepContext
+from ibro_lightning.regularizers.coefficients import Coefficient
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
 
 Form = Literal["weighted", "two-term"]
@@ -19,11 +19,11 @@ Form = Literal["weighted", "two-term"]
 class IBRO(EntropyRegularizer):
     """Theorem 1's surrogate: minimise ``Σ_t β·H(o_t | o_<t, q, a) − H(o_t | o_<t, q)``.
 
-    The answer-conditioned entropy ``Hᵃ_t`` is the policy's own on the same response behind a prompt that shows the
-    ground truth. ``weighted`` puts it into a weight on the token's entropy, ``λ_t = β·sg(Hᵃ_t / H_t) − 1``, and
+    The answer-conditioned entropy ``Hᵃ_t`` is the policy's own on the same response after a prompt that shows the
+    ground truth. ``weighted`` turns it into a weight of the token's entropy, ``λ_t = β·sg(Hᵃ_t / H_t) − 1``, and
     minimises ``λ_t·H_t``: one more scoring pass per optimizer step. *This closed form of λ_t is our reading; the paper
-    defines λ_t through the answer-conditioned entropy and then replaces it by −A_t.* ``two-term`` is the surrogate as
-    it stands, with gradients through both entropies: one more forward *and backward* pass, on prompts longer than those
+    defines λ_t through the answer-conditioned entropy and then replaces it by −A_t.* ``two-term`` is the surrogate
+    itself, with gradients through both entropies: one more forward *and backward* pass, on prompts longer than those
     that ``micro_batch_tokens`` counts.
 
     Args:
@@ -32,9 +32,11 @@ class IBRO(EntropyRegularizer):
         form: see above.
         template: how the answer is shown, see :class:`HindsightTemplate`. A model that never saw such prompts may
             be *less* certain with the answer than without.
-        max_ratio: ``Hᵃ_t / H_t`` is cut here, so that λ_t lies in [−1, β·max_ratio − 1]; knowing more cannot raise
+        max_ratio: upper bound of ``Hᵃ_t / H_t``, so that λ_t lies in [−1, β·max_ratio − 1]: the answer cannot raise
             entropy on average, but it may on a token, and ``H_t`` may be near 0. For ``weighted`` only.
     """
+
+    prepare_needs_scores = True
 
     def __init__(
         self,
@@ -45,10 +47,10 @@ class IBRO(EntropyRegularizer):
         max_ratio: float = 1.0,
     ) -> None:
         super().__init__(coef)
-        check_at_least("regularizer.init_args.beta", beta, 0)
-        check_at_least("regularizer.init_args.max_ratio", max_ratio, 0)
+        check_at_least("beta", beta, 0)
+        check_at_least("max_ratio", max_ratio, 0)
         if form not in get_args(Form):
-            raise ConfigError("regularizer.init_args.form", form, "write weighted or two-term")
+            raise ConfigError("form", form, "write weighted or two-term")
         self.beta, self.form, self.max_ratio = beta, form, max_ratio
         self.hindsight = HindsightTemplate(template)
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, get_args
 
 from torch import Tensor
 
-from ibro_lightning.coefficients import Coefficient
+from ibro_lightning.batches.experience import Experience, TokenStats
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.experience import Experience, StepContext, TokenStats
-from ibro_lightning.regularizers.base import EntropyRegularizer
+from ibro_lightning.functional.regularization import Part, information_bottleneck_objective
+from ibro_lightning.regularizers.base import EntropyRegularizer, StepContext
+from ibro_lightning.regularizers.coefficients import Coefficient
 
 AdvantageTransform = Literal["none", "sign", "clip"]
-Part = Literal["raw", "centred", "uniform"]
 
 
 class InformationBottleneck(EntropyRegularizer):
@@ -23,14 +24,14 @@ class InformationBottleneck(EntropyRegularizer):
     still receives it. In DAPO ``A_t`` is one number per response, so a group whose rewards are all equal contributes
     nothing, and on the first response token, where a full group shares one state, the term cancels.
 
-    ``mean(A·H) = Ā·H̄ + Cov(A, H)``: the first part is a *uniform* entropy bonus or penalty, the second is what the
-    paper is about. ``part`` keeps one of them, to tell which one an effect comes from.
+    ``mean(A·H) = Ā·H̄ + Cov(A, H)``: the first part is a *uniform* entropy bonus or penalty, the second is the
+    subject of the paper. ``part`` keeps one of them, to attribute an effect.
 
     Args:
         coef: α of ``L = L_PG − α·J_IB``; 0.005 in the paper.
         part: ``raw`` is A·H; ``centred`` is (A − Ā)·H, the covariance alone; ``uniform`` is Ā·H. Ā is the mean over the
             tokens of the optimizer step, each counted as in the loss.
-        transform: what is done to the advantage first. ``none``; ``sign`` (only its direction); ``clip`` to ±``clip``.
+        transform: applied to the advantage first. ``none``; ``sign`` (only its direction); ``clip`` to ±``clip``.
         clip: bound for ``transform: clip``.
     """
 
@@ -43,43 +44,56 @@ class InformationBottleneck(EntropyRegularizer):
     ) -> None:
         super().__init__(coef)
         if part not in get_args(Part):
-            raise ConfigError("regularizer.init_args.part", part, "write raw, centred or uniform")
+            raise ConfigError("part", part, "write raw, centred or uniform")
         if transform not in get_args(AdvantageTransform):
-            raise ConfigError("regularizer.init_args.transform", transform, "write none, sign or clip")
+            raise ConfigError("transform", transform, "write none, sign or clip")
         if not 0 < clip < float("inf"):
-            raise ConfigError("regularizer.init_args.clip", clip, "write a positive bound for the advantage")
+            raise ConfigError("clip", clip, "write a positive bound for the advantage")
         self.part, self.transform, self.clip = part, transform, clip
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         weight = self.weight(step.advantages)
         counted = step.mask if step.weights is None else step.weights
-        return step.with_extra(ib_mean_weight=context.mean(weight, counted).expand(weight.shape))
-
-    @property
-    def prepare_needs_scores(self) -> bool:
-        return type(self).prepare is not InformationBottleneck.prepare  # ours reads the advantages alone
+        return step.with_extra(ib_mean_weight=context.ranks.mean(weight, counted).expand(weight.shape))
 
     def objective(self, stats: TokenStats) -> Tensor:
         assert stats.entropy is not None
-        weight = self.weight(stats.advantages.detach())
-        if self.part == "centred":
-            weight = weight - stats.extra["ib_mean_weight"]
-        elif self.part == "uniform":
-            weight = stats.extra["ib_mean_weight"]
-        return weight * stats.entropy
+        mean = None if self.part == "raw" else stats.extra["ib_mean_weight"]
+        weight = self.weight(stats.advantages)
+        return information_bottleneck_objective(stats.entropy, weight, stats.mask, part=self.part, mean_advantage=mean)
 
     def weight(self, advantages: Tensor) -> Tensor:
-        """What a token's entropy is weighed with, before it is split into parts."""
+        """The weight of each token's entropy, before it is split into parts."""
         if self.transform == "sign":
             return advantages.sign()
         return advantages.clamp(-self.clip, self.clip) if self.transform == "clip" else advantages
 
 
-class CorrectPathEntropySuppression(InformationBottleneck):
-    """The opposite sign (CES, arXiv 2605.19358): ``J = −agg(sg(A_t)·H_t)``, less entropy where it went well.
+class OppositeInformationBottleneck(InformationBottleneck):
+    """IB with the opposite sign: ``J = −agg(sg(A_t)·H_t)``, less entropy after success, more after failure.
 
-    The sharpest ablation of IB: whatever helps with both signs does not come from the sign.
+    The sharpest ablation of IB: an effect of both signs does not come from the sign. Unlike Conditional Entropy Shaping
+    (arXiv 2605.19358), which chooses the uncertain tokens, it treats all tokens alike.
     """
 
     def objective(self, stats: TokenStats) -> Tensor:
         return -super().objective(stats)
+
+
+class CorrectPathEntropySuppression(OppositeInformationBottleneck):
+    """The former name of :class:`OppositeInformationBottleneck`, which is not the method of arXiv 2605.19358."""
+
+    def __init__(
+        self,
+        coef: Coefficient | float = 0.005,
+        part: Part = "raw",
+        transform: AdvantageTransform = "none",
+        clip: float = 1.0,
+    ) -> None:
+        warnings.warn(
+            "CorrectPathEntropySuppression is now OppositeInformationBottleneck: it is −A·H, the opposite of IB, not "
+            "the Conditional Entropy Shaping of arXiv 2605.19358. Write the new name: this one will be removed in 0.3",
+            FutureWarning,
+            stacklevel=2,
+        )
+        super().__init__(coef, part, transform, clip)

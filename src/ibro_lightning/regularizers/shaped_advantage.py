@@ -6,30 +6,33 @@ from dataclasses import replace
 
 import torch
 
+from ibro_lightning.batches.experience import Experience
 from ibro_lightning.errors import ConfigError, check_at_least
-from ibro_lightning.experience import Experience, StepContext
-from ibro_lightning.regularizers.base import PolicyLossMethod
+from ibro_lightning.regularizers.base import PolicyLossMethod, StepContext
 
 
 class EntropyShapedAdvantage(PolicyLossMethod):
-    """``A_t + min(scale·H_t, |A_t|/kappa)``: never changes an advantage's sign for ``kappa > 1``, nor a zero.
+    """``A_t + min(scale·H_t, |A_t|/kappa)``: changes no sign of an advantage for ``kappa > 1``, and no zero.
 
     ``H_t`` is the entropy under the policy that the rollout came from, without a gradient. The curves of
     ``advantage/…`` and ``ib/…`` show the advantage before it is shaped.
 
     Args:
         scale: a; 0.4 in the paper.
-        kappa: the addition is at most this part of the advantage; 2 in the paper.
+        kappa: the addition is at most 1/kappa of the advantage; 2 in the paper.
     """
+
+    prepare_needs_scores = True
 
     def __init__(self, scale: float = 0.4, kappa: float = 2.0) -> None:
         super().__init__()
-        check_at_least("regularizer.init_args.scale", scale, 0)
+        check_at_least("scale", scale, 0)
         if not kappa >= 1:
-            raise ConfigError("regularizer.init_args.kappa", kappa, "write 1 or more: below, it would flip signs")
+            raise ConfigError("kappa", kappa, "write 1 or more: below, it would flip signs")
         self.scale, self.kappa = scale, kappa
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
+        assert step.old_entropy is not None
         addition = torch.minimum(self.scale * step.old_entropy, step.advantages.abs() / self.kappa)
         addition = torch.where(step.mask, addition, 0.0)
         return replace(step.with_extra(advantage_addition=addition), advantages=step.advantages + addition)

@@ -1,24 +1,26 @@
-"""80/20: learn from the uncertain tokens only (arXiv 2506.01939)."""
+"""80/20: learn only from the most uncertain tokens (arXiv 2506.01939)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ibro_lightning.experience import Experience, StepContext, TokenStats
-from ibro_lightning.regularizers.base import PolicyLossMethod
+from ibro_lightning.batches.experience import Experience, TokenStats
+from ibro_lightning.regularizers.base import PolicyLossMethod, StepContext
 from ibro_lightning.regularizers.covariance import check_fraction, count_of
 
 
 class TopEntropyTokens(PolicyLossMethod):
     """The policy loss of all but the most uncertain tokens is 0; the denominator still counts all of them.
 
-    Uncertain are the tokens of the optimizer step with the highest entropy under the policy that the rollout came from,
-    on all ranks.
+    These are the tokens of the optimizer step, on all ranks, with the highest entropy under the policy that the rollout
+    came from.
 
     Args:
-        fraction: share of tokens that are learned from; 0.2 in the paper.
+        fraction: share of tokens to learn from; 0.2 in the paper.
     """
+
+    prepare_needs_scores = True
 
     def __init__(self, fraction: float = 0.2) -> None:
         super().__init__()
@@ -26,6 +28,7 @@ class TopEntropyTokens(PolicyLossMethod):
         self.fraction = fraction
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
+        assert step.old_entropy is not None
         entropy = step.old_entropy.masked_fill(~step.mask, -torch.inf)
         chosen = torch.zeros(entropy.numel(), dtype=torch.bool, device=entropy.device)
         chosen[context.ranks.top(entropy.flatten(), count_of(step.mask, self.fraction, context))] = True

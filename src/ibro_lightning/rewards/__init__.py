@@ -1,26 +1,26 @@
 """Verifiers and reward shaping. A reward is ``(prompt, completions) → RewardResult`` with named parts."""
 
-from ibro_lightning.rewards.base import Judge, Reward, Verdict, VerifiableReward, score
+from ibro_lightning.rewards.base import Judge, PlainResponses, Request, Reward, Verdict, VerifiableReward, score
 from ibro_lightning.rewards.code import CodeReward, SandboxLimits
-from ibro_lightning.rewards.combine import RewardByPart, RewardSum, judge_here
-from ibro_lightning.rewards.gym import ReasoningGymReward
+from ibro_lightning.rewards.combine import RewardByPart, RewardSum, judge_all, judge_here
+from ibro_lightning.rewards.gold_trial import GoldTrial
 from ibro_lightning.rewards.mathematics import DapoMathReward, MathVerifyReward, dapo_score, math_verify_score
-from ibro_lightning.rewards.number_path import NumberPathReward
+from ibro_lightning.rewards.mathematics.perturbed import perturbed
+from ibro_lightning.rewards.overlong import OverlongPenalty
 from ibro_lightning.rewards.pool import PoolOptions, RewardPool
-from ibro_lightning.rewards.shaping import OverlongPenalty
-from ibro_lightning.rewards.text import CountdownReward, LastNumberReward, last_number
+from ibro_lightning.rewards.text import LastNumberReward, last_number
 
 __all__ = [
     "CodeReward",
-    "CountdownReward",
     "DapoMathReward",
+    "GoldTrial",
     "Judge",
     "LastNumberReward",
     "MathVerifyReward",
-    "NumberPathReward",
     "OverlongPenalty",
+    "PlainResponses",
     "PoolOptions",
-    "ReasoningGymReward",
+    "Request",
     "Reward",
     "RewardByPart",
     "RewardPool",
@@ -29,8 +29,10 @@ __all__ = [
     "Verdict",
     "VerifiableReward",
     "dapo_score",
+    "judge_all",
     "judge_here",
     "last_number",
     "math_verify_score",
+    "perturbed",
     "score",
 ]

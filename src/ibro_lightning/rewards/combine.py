@@ -1,19 +1,43 @@
-"""Rewards made of rewards: a weighted sum, and one reward per part of a mixture."""
+"""Rewards made of rewards: judging their leaves, a weighted sum, and one reward per part of a mixture."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from ibro_lightning.errors import ConfigError, RewardError
-from ibro_lightning.responses import Completion, Prompt, RewardResult
-from ibro_lightning.rewards.base import Answered, Judge, Reward, score
+from ibro_lightning.rewards.base import Answered, Judge, Request, Reward, score
+from ibro_lightning.rewards.blame import blamed_on
+from ibro_lightning.types import Completion, Prompt, RewardResult
+
+
+def judge_all(reward: Reward, answered: Sequence[Answered], judge: Judge) -> list[list[RewardResult]]:
+    """All results of a reward that may be made of others: ``judge`` gets all of its leaves at once.
+
+    Raises:
+        RewardError: it raised or tried to end the process, also in ``combine``.
+    """
+    with blamed_on(reward, "leaves_for"):
+        leaves = [list(reward.leaves_for(prompt)) for prompt, _ in answered]
+    requests = [Request(leaf, *pair) for pair, row in zip(answered, leaves, strict=True) for leaf in row]
+    results = iter(judge(requests))
+    with blamed_on(reward, "adding up"):
+        return [
+            reward.combine(prompt, iter(list(islice(results, len(row)))))
+            for (prompt, _), row in zip(answered, leaves, strict=True)
+        ]
+
+
+def judge_here(requests: Sequence[Request]) -> list[list[RewardResult]]:
+    """Judge in this process, and check the results (see :func:`score`)."""
+    return [score(*request) for request in requests]
 
 
 class CombinedReward(Reward):
-    """A reward made of others. Subclasses say in :meth:`judge` who judges what."""
+    """A reward made of others, whose results ``combine`` of a subclass puts together."""
 
-    pooled = False  # it only adds up; each of its rewards says for itself where it runs
+    pooled = False  # it only combines; each of its rewards has its own ``pooled``
 
     def __init__(self, rewards: Sequence[Reward]) -> None:
         self.rewards = list(rewards)
@@ -22,50 +46,59 @@ class CombinedReward(Reward):
         for reward in self.rewards:
             yield from reward.leaves()
 
+    def leaves_for(self, prompt: Prompt) -> Iterator[Reward]:
+        for reward in self.rewards:
+            yield from reward.leaves_for(prompt)
+
     def setup(self, tokenizer: Any) -> None:
         for reward in self.rewards:
-            reward.setup(tokenizer)
+            with blamed_on(reward, "setup"):
+                reward.setup(tokenizer)
 
     def __call__(self, prompt: Prompt, completions: Sequence[Completion]) -> list[RewardResult]:
-        return self.judge([(prompt, completions)], judge_here)[0]
+        return judge_all(self, [(prompt, completions)], judge_here)[0]
 
 
 class RewardSum(CombinedReward):
-    """Several rewards added up; their parts are kept side by side.
+    """The weighted sum of several rewards, with the parts of all of them.
 
     Args:
-        rewards: each contributes its reward and its parts. Exactly one of them must give the part "accuracy".
-        weights: factors of the rewards in the sum (not of the parts); all 1 if left out.
+        rewards: each contributes its reward and its parts. Exactly one of them must have the part "accuracy".
+        weights: factors of the rewards in the sum (not of the parts); all 1 by default.
     """
 
     def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
         if not rewards:
-            raise ConfigError("reward.init_args.rewards", rewards, "name at least one reward")
+            raise ConfigError("rewards", rewards, "name at least one reward")
         if weights is not None and len(weights) != len(rewards):
-            raise ConfigError("reward.init_args.weights", weights, f"write {len(rewards)} numbers, one per reward")
+            raise ConfigError("weights", weights, f"write {len(rewards)} numbers, one per reward")
         super().__init__(rewards)
         self.weights = weights if weights is not None else [1.0] * len(rewards)
 
-    def judge(self, answered: Sequence[Answered], judge: Judge) -> list[list[RewardResult]]:
-        columns = [reward.judge(answered, judge) for reward in self.rewards]
-        return [
-            [self._add(results) for results in zip(*of_one_prompt, strict=True)]
-            for of_one_prompt in zip(*columns, strict=True)
-        ]
+    def combine(self, prompt: Prompt, results: Iterator[list[RewardResult]]) -> list[RewardResult]:
+        columns = [reward.combine(prompt, results) for reward in self.rewards]
+        return [self._add(row) for row in zip(*columns, strict=True)]
 
     def _add(self, results: Sequence[RewardResult]) -> RewardResult:
         parts: dict[str, float] = {}
         for result in results:
-            if twice := parts.keys() & result.parts.keys():
-                raise RewardError(f"data.reward: two rewards both name a part {sorted(twice)}: rename one of them")
+            if shared := parts.keys() & result.parts.keys():
+                raise RewardError(f"two rewards of a RewardSum both name a part {sorted(shared)}: rename one of them")
             parts |= result.parts
-        total = sum(weight * result.reward for weight, result in zip(self.weights, results, strict=True))
+        weighted = list(zip(self.weights, results, strict=True))
+        total = sum(weight * result.reward for weight, result in weighted)
+        spans = [
+            abs(weight) * (1.0 if result.outcome_span is None else result.outcome_span)
+            for weight, result in weighted
+            if "accuracy" in result.parts
+        ]
         answer = next((result.answer for result in results if result.answer is not None), None)
-        return RewardResult(total, parts, answer, any(result.timed_out for result in results))
+        timed_out = any(result.timed_out for result in results)
+        return RewardResult(total, parts, answer, timed_out, spans[0] if spans else None)
 
 
 class RewardByPart(CombinedReward):
-    """Each part of a :class:`~ibro_lightning.datamodules.MixtureSource` has a reward of its own.
+    """A reward for each part of a :class:`~ibro_lightning.sources.MixtureSource`.
 
     Args:
         rewards: by the part's name.
@@ -73,26 +106,15 @@ class RewardByPart(CombinedReward):
 
     def __init__(self, rewards: dict[str, Reward]) -> None:
         if not rewards:
-            raise ConfigError("reward.init_args.rewards", "{}", "name a reward for each part of the mixture")
+            raise ConfigError("rewards", "{}", "name a reward for each part of the mixture")
         super().__init__(list(rewards.values()))
         self.by_part: Mapping[str, Reward] = dict(rewards)
 
-    def judge(self, answered: Sequence[Answered], judge: Judge) -> list[list[RewardResult]]:
-        for prompt, _ in answered:
-            if prompt.part not in self.by_part:
-                raise ConfigError(
-                    "reward.init_args.rewards",
-                    sorted(self.by_part),
-                    f"add a reward for the part {prompt.part!r} of the mixture (prompt {prompt.id!r})",
-                )
-        results: list[list[RewardResult]] = [[] for _ in answered]
-        for part, reward in self.by_part.items():
-            rows = [row for row, (prompt, _) in enumerate(answered) if prompt.part == part]
-            for row, judged in zip(rows, reward.judge([answered[row] for row in rows], judge), strict=True):
-                results[row] = judged
-        return results
+    def leaves_for(self, prompt: Prompt) -> Iterator[Reward]:
+        if prompt.part not in self.by_part:
+            remedy = f"add a reward for the part {prompt.part!r} of the mixture (prompt {prompt.id!r})"
+            raise ConfigError("rewards", sorted(self.by_part), remedy)
+        yield from self.by_part[prompt.part].leaves_for(prompt)
 
-
-def judge_here(reward: Reward, answered: Sequence[Answered]) -> list[list[RewardResult]]:
-    """Judge in this process, checking what the reward says (see :func:`score`)."""
-    return [score(reward, prompt, completions) for prompt, completions in answered]
+    def combine(self, prompt: Prompt, results: Iterator[list[RewardResult]]) -> list[RewardResult]:
+        return self.by_part[prompt.part].combine(prompt, results)

@@ -1,4 +1,4 @@
-"""Lightning strategies of ours; importing this registers them for ``trainer.strategy``."""
+"""Lightning strategies of this package; importing it registers them for ``trainer.strategy``."""
 
 from ibro_lightning.strategies.fsdp2 import FSDP2Strategy
 

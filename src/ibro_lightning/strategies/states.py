@@ -1,7 +1,7 @@
-"""Weights and optimizer states of sharded networks, to and from the format that one process has.
+"""Converts weights and optimizer states of sharded networks to and from the format of a single process.
 
-Each tensor is gathered, kept by rank 0 on the CPU, and freed everywhere else, before the next one. In the other
-direction every rank takes its own part out of the (memory-mapped) whole.
+Tensors are gathered one at a time: rank 0 keeps each on the CPU, the others free it before the next. In the other
+direction every rank takes its own part of the (memory-mapped) whole tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ibro_lightning.models import local_part, whole
 
 
 def full_model_state(module: nn.Module) -> dict[str, Any]:
-    """``module.state_dict()`` in whole tensors on rank 0, tied ones sharing memory; empty elsewhere."""
+    """``module.state_dict()`` with whole tensors on rank 0, where tied ones share memory; empty on other ranks."""
     kept: dict[str, Any] = {}
     copies: dict[int, Tensor] = {}
     for name, value in module.state_dict(keep_vars=True).items():
@@ -32,7 +32,7 @@ def full_model_state(module: nn.Module) -> dict[str, Any]:
 
 
 def full_optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
-    """``optimizer.state_dict()`` in whole tensors on rank 0; without the states elsewhere."""
+    """``optimizer.state_dict()`` with whole tensors on rank 0; without the states on other ranks."""
     state = optimizer.state_dict()
     whole_states = {
         index: {key: _to_rank_zero(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
@@ -42,26 +42,26 @@ def full_optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def load_model_state(module: nn.Module, state: Mapping[str, Any], strict: bool = True) -> None:
-    """Fill a module, sharded or not, from a whole ``state_dict``.
+    """Load a module, sharded or not, from a whole ``state_dict``.
 
     Raises:
-        RuntimeError: names or shapes do not fit, as ``load_state_dict`` says it.
+        RuntimeError: names or shapes do not match (from ``load_state_dict``).
     """
     current = module.state_dict()
     parts = {}
     for name, value in state.items():
-        here = current.get(name)
-        if isinstance(here, DTensor) and here.shape == value.shape:
-            here.to_local().copy_(local_part(here, value))  # in place: there is no room for a second set of shards
-            value = here
+        own = current.get(name)
+        if isinstance(own, DTensor) and own.shape == value.shape:
+            own.to_local().copy_(local_part(own, value))  # in place, as a second set of shards may not fit in memory
+            value = own
         parts[name] = value
     module.load_state_dict(parts, strict=strict)
 
 
 def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Fill an optimizer, of sharded parameters or not, from a whole ``state_dict``; parameters match by position."""
+    """Load an optimizer, with sharded parameters or not, from a whole ``state_dict``; parameters match by position."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    # The state's own numbers, in the order of its groups: not every writer counts from 0.
+    # The state's own parameter numbers, in the order of its groups: not every writer counts from 0.
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     owners = dict(zip(numbers, parameters, strict=True))
     parts: dict[Any, dict[str, Any]] = {}
@@ -77,7 +77,7 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None
 
 
 def _like(parameter: DTensor, value: Tensor) -> DTensor:
-    """This rank's part of ``value``, spread as ``parameter`` is."""
+    """This rank's part of ``value``, sharded like ``parameter``."""
     part = local_part(parameter, value).to(parameter.to_local().device, copy=True)
     return DTensor.from_local(
         part,

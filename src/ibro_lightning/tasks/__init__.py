@@ -1,7 +1,25 @@
-"""Self-contained tasks with exact verifiers: the number path (learned in minutes on a CPU) and countdown."""
+"""Procedural tasks with exact verifiers, one file each: problems, demonstrations and reward.
 
-from ibro_lightning.tasks.countdown import Countdown
-from ibro_lightning.tasks.number_path import NumberPath
+Reward workers import these modules, which therefore load neither torch nor a task's library.
+"""
+
+from ibro_lightning.tasks.countdown import Countdown, CountdownReward, CountdownSource
+from ibro_lightning.tasks.number_path import NumberPath, NumberPathDemonstrations, NumberPathReward, NumberPathSource
+from ibro_lightning.tasks.reasoning_gym import ReasoningGymReward, ReasoningGymSource
 from ibro_lightning.tasks.split import Split, in_split
+from ibro_lightning.tasks.sums import SumsSource
 
-__all__ = ["Countdown", "NumberPath", "Split", "in_split"]
+__all__ = [
+    "Countdown",
+    "CountdownReward",
+    "CountdownSource",
+    "NumberPath",
+    "NumberPathDemonstrations",
+    "NumberPathReward",
+    "NumberPathSource",
+    "ReasoningGymReward",
+    "ReasoningGymSource",
+    "Split",
+    "SumsSource",
+    "in_split",
+]

@@ -1,4 +1,4 @@
-"""Which problems are held out: a function of the problem itself, so it can never change between runs or files."""
+"""The held-out split: a function of the problem alone, hence the same in all runs and files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ Split = Literal["train", "heldout", "all"]
 
 
 def in_split(problem: str, split: Split, heldout_fraction: float) -> bool:
-    """True if ``problem`` (its canonical text) belongs to ``split``.
+    """Whether ``problem`` (its canonical text) belongs to ``split``.
 
-    A problem is held out when its SHA-256, read as a number in [0, 1), is below ``heldout_fraction``.
+    A problem is held out if its SHA-256, read as a number in [0, 1), is below ``heldout_fraction``.
     """
     if split == "all":
         return True

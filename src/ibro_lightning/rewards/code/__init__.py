@@ -1,6 +1,6 @@
-"""Programs judged by unit tests, and the locked-down process in which they run."""
+"""Programs judged by unit tests, in a locked-down process."""
 
+from ibro_lightning.rewards.code.limits import SandboxLimits
 from ibro_lightning.rewards.code.reward import CodeReward
-from ibro_lightning.rewards.code.sandbox import SandboxLimits, SandboxResult, run_python
 
-__all__ = ["CodeReward", "SandboxLimits", "SandboxResult", "run_python"]
+__all__ = ["CodeReward", "SandboxLimits"]

@@ -1,18 +1,21 @@
-"""Untrusted Python in a locked-down process of its own (Linux, without privileges, without dependencies).
+"""Runs untrusted Python in a locked-down process (Linux, without privileges, without dependencies).
 
-What holds, whatever the program does:
+Guarantees, whatever the program does:
 
 - *No other processes, no network, no signals*: a seccomp filter refuses every system call that is not on a short list
-  (:mod:`.sandbox_filter`), so there are no forks, threads, sockets, kills, traces, mounts and new kernel features.
+  (:mod:`.sandbox_filter`): there are no forks, threads, sockets, kills, traces, mounts and new kernel features.
 - *Files*: Landlock lets it read the interpreter's own folders and write its temporary folder, nothing else. On kernels
-  without it (before Linux 6.2) it can write nothing at all, but reads what this user can read.
+  without it (before Linux 6.2) it can write nothing, but read whatever this user can.
 - *Limits*: address space, CPU seconds, file size and open files by rlimits; wall time, output and the folder's size by
   this process, which kills it. No capabilities, no environment, no descriptors but stdin, stdout, stderr and a report.
 - It dies with the thread that started it (a killed one included), and leaves no zombie and no folder behind.
 
-What does not: it can see which paths exist and how large they are, it uses up to its CPU limit of one core, files that
-it deletes while open count against no total (at most ``open_files`` times ``file_mib``), and a bug of the kernel is a
-way out. asyncio, threads, subprocesses and folders within the temporary folder do not work in there.
+What bubblewrap (0.8) alone does not do: refuse forks, threads and new namespaces, limit memory, CPU, output and
+files, run where user namespaces are forbidden (containers, hardened kernels); and it is a package to install.
+
+Not guaranteed: it can see which paths exist and how large they are, it uses one core up to its CPU limit, files that it
+deletes while open are not counted (at most ``open_files`` times ``file_mib``), and a kernel bug is a way out. asyncio,
+threads, subprocesses and folders within the temporary folder do not work.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.rewards.code.limits import DEFAULT_LIMITS, SandboxLimits
 from ibro_lightning.rewards.code.sandbox_filter import seccomp_filter
 from ibro_lightning.rewards.code.sandbox_folder import folder_size, temporary_folder
 from ibro_lightning.rewards.code.sandbox_host import (
@@ -44,74 +48,21 @@ from ibro_lightning.rewards.code.sandbox_host import (
 )
 
 REPORT_FD = 3
-"""A program writes here what its parent should read apart from what it prints: :attr:`SandboxResult.report`."""
+"""The descriptor to which a program writes :attr:`SandboxResult.report`, apart from its output."""
 Status = Literal["ok", "error", "timeout", "memory", "output", "files", "killed"]
 _CHILD = str(Path(__file__).with_name("sandbox_child.py"))
 _READY = b"ready\n"
 _CANNOT = 70
 _TICK_S = 0.02
-_SETTING = "reward.init_args.limits"
-
-
-@dataclass(frozen=True)
-class SandboxLimits:
-    """What a program may use.
-
-    Args:
-        wall_s: seconds from start to end.
-        cpu_s: seconds of computing, rounded up to whole ones.
-        memory_mib: address space; the interpreter itself takes about 30.
-        output_kib: what it may write to stdout, stderr and its report, each. Beyond it is killed.
-        file_mib: largest file in its temporary folder.
-        folder_mib: all files in there together, looked at 50 times a second.
-        open_files: descriptors at a time.
-        site_packages: let it import (and read) what is installed beside this project, e.g. numpy.
-        allow_unconfined: run programs even where the kernel cannot lock them in. Only for programs that you trust.
-    """
-
-    wall_s: float = 10.0
-    cpu_s: float = 8.0
-    memory_mib: int = 512
-    output_kib: int = 64
-    file_mib: int = 8
-    folder_mib: int = 64
-    open_files: int = 32
-    site_packages: bool = False
-    allow_unconfined: bool = False
-
-    def __post_init__(self) -> None:
-        check_at_least(f"{_SETTING}.wall_s", self.wall_s, 0.1)
-        check_at_least(f"{_SETTING}.cpu_s", self.cpu_s, 0.1)
-        check_at_least(f"{_SETTING}.memory_mib", self.memory_mib, 64, ": the interpreter needs about half of this")
-        check_at_least(f"{_SETTING}.output_kib", self.output_kib, 1)
-        check_at_least(f"{_SETTING}.file_mib", self.file_mib, 0)
-        check_at_least(f"{_SETTING}.folder_mib", self.folder_mib, 0)
-        check_at_least(f"{_SETTING}.open_files", self.open_files, 16)
-
-    def rlimits(self) -> list[tuple[int, int]]:
-        mib = 2**20
-        return [
-            (resource.RLIMIT_AS, self.memory_mib * mib),
-            (resource.RLIMIT_CPU, math.ceil(self.cpu_s)),
-            (resource.RLIMIT_FSIZE, self.file_mib * mib),
-            (resource.RLIMIT_NOFILE, self.open_files),
-            (resource.RLIMIT_CORE, 0),
-            (resource.RLIMIT_NPROC, 0),
-            (resource.RLIMIT_MEMLOCK, 0),
-            (resource.RLIMIT_MSGQUEUE, 0),
-        ]
-
-
-DEFAULT_LIMITS = SandboxLimits()
 
 
 @dataclass(frozen=True)
 class SandboxResult:
     """How a program ended.
 
-    ``status``: "ok" (exit code 0), "error" (another one), "timeout" (wall or CPU limit), "memory" (its last word was
+    ``status``: "ok" (exit code 0), "error" (another one), "timeout" (wall or CPU limit), "memory" (it ended in a
     MemoryError), "output" or "files" (killed for writing too much), "killed" (a signal, e.g. a segmentation fault).
-    The texts are cut at ``output_kib``. Exit code and texts are the program's own claims.
+    The texts are cut at ``output_kib``. Exit code and texts are under the program's control.
     """
 
     status: Status
@@ -129,14 +80,14 @@ def run_python(program: str, *, stdin: str = "", limits: SandboxLimits = DEFAULT
         ConfigError: this system cannot lock programs in, and ``limits.allow_unconfined`` is False.
     """
     if sys.platform != "linux":
-        raise ConfigError(_SETTING, sys.platform, "the sandbox for programs needs Linux: leave out the code reward")
+        raise ConfigError("platform", sys.platform, "the sandbox for programs needs Linux: leave out the code reward")
     with temporary_folder() as folder, contextlib.ExitStack() as descriptors:
         version = landlock_version()
         settings: dict[str, Any] = {
             "program": program,
             "parent": os.getpid(),
             "folder": folder,
-            "limits": limits.rlimits(),
+            "limits": _rlimits(limits),
             "landlock": version,
             "readable": readable(limits.site_packages),
             "filter": _filter(version >= LANDLOCK_THAT_TRUNCATES, limits),
@@ -170,7 +121,7 @@ def run_python(program: str, *, stdin: str = "", limits: SandboxLimits = DEFAULT
 def _follow(
     process: subprocess.Popen[bytes], report: int, limits: SandboxLimits, folder: str, started: float
 ) -> SandboxResult:
-    """Read what it writes until it ends or has to be stopped. Nothing is left of it afterwards."""
+    """Read the program's output until it ends or has to be stopped; leaves no process behind."""
     assert process.stdout is not None
     assert process.stderr is not None
     texts = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray(), report: bytearray()}
@@ -183,21 +134,21 @@ def _follow(
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    stdout, stderr, told = (
+    stdout, stderr, reported = (
         bytes(text[: limits.output_kib * 1024]).decode("utf-8", "replace") for text in texts.values()
     )
     seconds = time.monotonic() - started
-    if not told.startswith(_READY.decode()):
+    if not reported.startswith(_READY.decode()):
         if process.returncode == _CANNOT or process.returncode == 1:  # before a line of the program ran
             raise ConfigError(
-                f"{_SETTING}.allow_unconfined",
+                "allow_unconfined",
                 False,
                 f"this system cannot lock a program in ({stderr.strip()[-300:] or 'no reason given'}): "
                 "use one with seccomp, or write true if you trust all programs",
             )
-        told = ""
+        reported = ""
     status = stopped or _status(process.returncode, stderr, seconds >= math.ceil(limits.cpu_s))
-    return SandboxResult(status, process.returncode, stdout, stderr, told[len(_READY) :], seconds)
+    return SandboxResult(status, process.returncode, stdout, stderr, reported[len(_READY) :], seconds)
 
 
 def _watch(
@@ -208,7 +159,7 @@ def _watch(
     folder: str,
     started: float,
 ) -> Status | None:
-    """Why it has to be stopped; None once it has ended by itself."""
+    """Why the program has to be stopped; None once it has ended."""
     looked = started
     while True:
         now = time.monotonic()
@@ -218,7 +169,7 @@ def _watch(
             looked = now
             if folder_size(folder) > limits.folder_mib * 2**20:
                 return "files"
-        ended = _has_ended(pid)  # asked before reading, so that what it wrote last is read
+        ended = _has_ended(pid)  # checked before reading, so that its last output is read
         wait = 0.0 if ended else min(_TICK_S, limits.wall_s - (now - started))
         if not selector.get_map():  # it has closed all three, so its end is near
             if ended:
@@ -238,7 +189,7 @@ def _watch(
 
 
 def _has_ended(pid: int) -> bool:
-    """True once it has; it is not reaped yet, so that its group can still be killed under this number."""
+    """Whether a process has ended, without reaping it: its group can then still be killed by this number."""
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:  # this process ignores SIGCHLD: the kernel has reaped it
@@ -254,12 +205,24 @@ def _status(returncode: int, stderr: str, long_enough: bool) -> Status:
     return "memory" if last.startswith("MemoryError") else "error"
 
 
+def _rlimits(limits: SandboxLimits) -> list[tuple[int, int]]:
+    mib = 2**20
+    return [
+        (resource.RLIMIT_AS, limits.memory_mib * mib),
+        (resource.RLIMIT_CPU, math.ceil(limits.cpu_s)),
+        (resource.RLIMIT_FSIZE, limits.file_mib * mib),
+        (resource.RLIMIT_NOFILE, limits.open_files),
+        *((which, 0) for which in (resource.RLIMIT_CORE, resource.RLIMIT_NPROC)),
+        *((which, 0) for which in (resource.RLIMIT_MEMLOCK, resource.RLIMIT_MSGQUEUE)),
+    ]
+
+
 def _filter(writable: bool, limits: SandboxLimits) -> bytes | None:
     machine = os.uname().machine
     program = seccomp_filter(machine, writable=writable) if sys.maxsize > 2**32 else None
     if program is None and not limits.allow_unconfined:
         raise ConfigError(
-            f"{_SETTING}.allow_unconfined",
+            "allow_unconfined",
             False,
             f"programs cannot be locked in on {machine}: use x86_64 or aarch64, or write true if you trust all of them",
         )

@@ -1,4 +1,4 @@
-"""What the sandbox's process runs: it locks itself in, then runs the program. Started by path, imports nothing of ours.
+"""The sandbox's process: locks itself in, then runs the program. Started by path; imports nothing of this package.
 
 Arguments: the descriptor with the settings (marshalled by ``sandbox.py``), and the one to report to.
 """
@@ -13,21 +13,14 @@ REPORT = 3
 CANNOT = 70
 _SET_PARENT_DEATH_SIGNAL, _SET_SECCOMP, _SET_NO_NEW_PRIVILEGES = 1, 22, 38
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same numbers on every architecture
-# Landlock's rights, bit by bit: what each version of its interface knows of, and what is granted.
-_KNOWN = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
-_WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_FILE, _MAKE_FILE, _TRUNCATE = (
-    1 << 1,
-    1 << 2,
-    1 << 3,
-    1 << 5,
-    1 << 8,
-    1 << 14,
-)
+# Landlock's rights as bits: those of each version of its interface, and those granted.
+_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
+_WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_FILE, _MAKE_FILE, _TRUNCATE = (1 << bit for bit in (1, 2, 3, 5, 8, 14))
 _TCP, _SCOPES = 0b11, 0b11  # bind and connect; abstract sockets and signals
 
 
 def call(step: str, result: int) -> int:
-    """``result`` of a function of the C library, which is negative if it failed."""
+    """Return ``result`` of a C library function; raise OSError if it is negative."""
     if result < 0:
         raise OSError(ctypes.get_errno(), step + ": " + os.strerror(ctypes.get_errno()))
     return result
@@ -39,15 +32,15 @@ def prctl(libc: ctypes.CDLL, option: int, *values: int) -> None:
 
 
 def drop_capabilities(libc: ctypes.CDLL) -> None:
-    """Root's powers over files, processes and limits; nothing to drop for other users."""
+    """Drop root's powers over files, processes and limits; other users have none."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     call("capset", libc.capset(header, (ctypes.c_uint32 * 6)()))
 
 
 def landlock(libc: ctypes.CDLL, version: int, folder: str, readable: list[str]) -> None:
-    """Only ``folder`` can be written to; it and ``readable`` can be read."""
-    known = _KNOWN[max(v for v in _KNOWN if v <= version)]
-    attributes = [known, _TCP, _SCOPES][: 3 if version >= 6 else 2 if version >= 4 else 1]
+    """Restrict writing to ``folder``, and reading to ``folder`` and ``readable``."""
+    supported = _RIGHTS[max(v for v in _RIGHTS if v <= version)]
+    attributes = [supported, _TCP, _SCOPES][: 3 if version >= 6 else 2 if version >= 4 else 1]
     ruleset = (ctypes.c_uint64 * len(attributes))(*attributes)
     fd = call("landlock", libc.syscall(_CREATE_RULESET, ruleset, ctypes.c_size_t(8 * len(attributes)), 0))
     in_folder = _WRITE_FILE | _READ_FILE | _READ_DIR | _REMOVE_FILE | _MAKE_FILE | _TRUNCATE
@@ -59,7 +52,7 @@ def landlock(libc: ctypes.CDLL, version: int, folder: str, readable: list[str]) 
             continue  # not every system has every folder
         if not os.path.isdir(path):
             rights &= ~_READ_DIR
-        rule = (rights & known).to_bytes(8, sys.byteorder) + target.to_bytes(4, sys.byteorder)
+        rule = (rights & supported).to_bytes(8, sys.byteorder) + target.to_bytes(4, sys.byteorder)
         call("landlock", libc.syscall(_ADD_RULE, fd, 1, rule, 0))
         os.close(target)
     call("landlock", libc.syscall(_RESTRICT_SELF, fd, 0))
@@ -75,7 +68,7 @@ def seccomp(libc: ctypes.CDLL, program: bytes) -> None:
 
 
 def lock_in(settings: dict) -> None:
-    """In this order: what comes later could not be done after what comes first, or would undo it."""
+    """Apply all restrictions, in an order in which none prevents a later or undoes an earlier one."""
     for which, value in settings["limits"]:
         hard = resource.getrlimit(which)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)

@@ -1,8 +1,8 @@
-"""The sandbox's system-call filter: a seccomp BPF program that names what is allowed; everything else is refused.
+"""The sandbox's system-call filter: a seccomp BPF program with a list of allowed calls; all others are refused.
 
-What a single-threaded Python program needs in its own memory and files is allowed. So whatever creates processes or
-threads, opens sockets, sends signals, reaches into other processes, changes limits, owners or modes, mounts, traces or
-loads is refused, system calls that the kernel will get one day included. Numbers are those of Linux' ``unistd.h``.
+Allowed is what a single-threaded Python program needs for its own memory and files. Refused is everything that creates
+processes or threads, opens sockets, sends signals, reaches into other processes, changes limits, owners or modes,
+mounts, traces or loads, and every future system call. The numbers are those of Linux' ``unistd.h``.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _OPEN = "open 2 - openat 257 56"
 _CHANGE_FOLDER = "unlink 87 - unlinkat 263 35 rename 82 - renameat 264 38 renameat2 316 276"
 _FCNTL, _IOCTL, _PRLIMIT = "fcntl 72 25", "ioctl 16 29", "prlimit64 302 261"
 _NEWEST = 470
-"""Numbers from here on were not given out when this was written: "no such call", so that the C library falls back."""
+"""Numbers from here on were unassigned at the time of writing: "no such call", so that the C library falls back."""
 
-# All but those that send signals to an owner of one's choice (F_SETOWN, F_SETSIG), leases and notifications.
+# All but those that send signals to a chosen owner (F_SETOWN, F_SETSIG), leases and notifications.
 _FCNTL_COMMANDS = (0, 1, 2, 3, 4, 5, 6, 7, 1030)
 # Terminal or not, its size, bytes to read, close-on-exec, non-blocking.
 _IOCTL_COMMANDS = (0x5401, 0x5413, 0x541B, 0x5450, 0x5451, 0x5421)
@@ -55,11 +55,11 @@ def seccomp_filter(machine: str, *, writable: bool) -> bytes | None:
     """The filter for a machine as ``os.uname`` names it, as an array of ``struct sock_filter``.
 
     Args:
-        writable: something else (Landlock) sees to where files are written; otherwise none may be opened for writing,
-            removed or renamed.
+        writable: Landlock restricts where files are written; otherwise none may be opened for writing, removed or
+            renamed.
 
     Returns:
-        None for a machine whose system calls are not known here.
+        None for a machine whose system calls are not listed here.
     """
     if machine not in _ARCHITECTURES:
         return None
@@ -101,7 +101,7 @@ def _no_bits(index: int, bits: int) -> list[Instruction]:
 
 
 def _only_asks() -> list[Instruction]:
-    """``prlimit64(0, …, NULL, …)``: read one's own limits. Root could raise them, or lower those of others."""
+    """``prlimit64(0, …, NULL, …)``: read its own limits only. Root could raise them, or lower those of others."""
     rule: list[Instruction] = []
     for argument in (_argument(0), _argument(2), _argument(2, half=1)):
         rule += [argument, (_EQUAL, 1, 0, 0), (_RETURN, 0, 0, _REFUSE)]

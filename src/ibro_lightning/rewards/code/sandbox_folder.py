@@ -1,4 +1,4 @@
-"""The temporary folder of a program in the sandbox: made, measured, removed; also after its owner was killed."""
+"""The temporary folder of a program in the sandbox: created, measured, and removed even after its owner was killed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _swept = False
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[str]:
-    """A folder that is removed afterwards. Those of processes that were killed are removed by later ones."""
+    """A folder that is removed afterwards. Those of killed processes are removed by later ones."""
     global _swept
     if not _swept:
         _swept = True
@@ -26,7 +26,7 @@ def temporary_folder() -> Iterator[str]:
     folder = tempfile.mkdtemp(prefix=PREFIX)
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # says that its owner lives; the kernel lets go of it when it dies
+        fcntl.flock(lock, fcntl.LOCK_EX)  # shows that its owner is alive; the kernel releases it when the owner dies
         yield folder
     finally:
         remove(folder)
@@ -34,7 +34,7 @@ def temporary_folder() -> Iterator[str]:
 
 
 def folder_size(folder: str) -> float:
-    """Bytes in the folder's files; infinite if there are absurdly many files, as these take space, too."""
+    """Bytes in the folder's files; infinite if there are absurdly many, which take space, too."""
     total, count = 0, 0
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -59,7 +59,7 @@ def sweep() -> None:
     for entry in candidates:
         with contextlib.suppress(OSError):
             status = entry.stat(follow_symlinks=False)
-            # A young one may not be locked yet.
+            # A new one may not be locked yet.
             if status.st_uid != os.geteuid() or time.time() - status.st_mtime < _GRACE_S:
                 continue
             lock = os.open(entry.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -1,4 +1,4 @@
-"""What the sandbox needs of the system that it runs on: Landlock's version, the interpreter's folders, descriptors."""
+"""The sandbox's view of the system: Landlock's version, the interpreter's folders, descriptors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sysconfig
 from functools import cache
 
 LANDLOCK_THAT_TRUNCATES = 3
-"""From this version (Linux 6.2) on, files outside the folder cannot be emptied: enough to allow writing at all."""
+"""From this version (Linux 6.2) on, files outside the folder cannot be truncated, so that writing can be allowed."""
 _READABLE = (
     *("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime"),
     *("/dev/urandom", "/dev/random", "/dev/zero"),
@@ -17,16 +17,16 @@ _READABLE = (
 
 @cache
 def landlock_version() -> int:
-    """The version of Landlock's interface that this kernel has; 0: none."""
-    import ctypes  # here, so that rewards which run no programs start without it
+    """This kernel's version of Landlock's interface; 0: none."""
+    import ctypes  # here, since rewards without programs do not need it
 
     return max(0, int(ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1)))
 
 
 def environment(folder: str) -> dict[str, str]:
-    """Nothing of this process' own, but what its interpreter may need to start. A fixed seed for the order of sets."""
+    """Only the variables that the interpreter may need to start, and a fixed seed for the order of sets."""
     own = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "PYTHONHOME") if name in os.environ}
-    threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}  # there are no threads in there
+    threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}  # there are no threads in the sandbox
     return {"HOME": folder, "TMPDIR": folder, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", **threads, **own}
 
 
@@ -44,8 +44,7 @@ def readable(site_packages: bool) -> list[str]:
 
 
 def sealed(data: bytes) -> int:
-    """A descriptor from which ``data`` can be read and to which nothing can be written. Needs no writer, so that a
-    program which never reads blocks nobody."""
+    """A read-only descriptor with ``data``. It needs no writer, which a program that never reads would block."""
     fd = os.memfd_create("sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with open(fd, "wb", closefd=False) as file:
         file.write(data)

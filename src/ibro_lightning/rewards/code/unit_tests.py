@@ -1,8 +1,8 @@
-"""Taking a unit test apart, so that the program under test never meets what it is compared with.
+"""Takes a unit test apart, so that the program under test never sees the expected values.
 
-``assert f(2) == 4`` becomes the expression ``f(2)``, whose value is told by the process that runs the response, and the
-condition ``_value_0 == 4``, which another process judges that has never seen the response. Only plain data passes from
-one to the other. So a response can pass such a test only by coming up with the value.
+``assert f(2) == 4`` becomes the expression ``f(2)``, whose value the process that runs the response reports, and the
+condition ``_value_0 == 4``, which is evaluated in another process without the response. Only plain data passes from one
+to the other, so a response can pass such a test only by computing the value.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _DEFINES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 class OpenTest(ValueError):
-    """This test cannot be taken apart; says why."""
+    """A test cannot be taken apart, for the reason in the message."""
 
 
 @dataclass(frozen=True)
 class TestParts:
-    """``steps`` run with the response, as (kind, source): "run" a statement, "value" tell an expression's value,
-    "whole" run a test as it is. ``statements`` and ``conditions`` are judged without it; a value is known to them as
-    ``_value_`` and the number of its step."""
+    """``steps`` run with the response, as (kind, source): "run" a statement, "value" report an expression's value,
+    "whole" run an entire test. ``statements`` and ``conditions`` run without it; a value is named ``_value_`` with the
+    number of its step."""
 
-    __test__ = False  # not one of pytest's
+    __test__ = False  # not a test of pytest's
 
     steps: tuple[tuple[str, str], ...]
     statements: str = ""
@@ -40,7 +40,7 @@ def trusted_names(setup: str, entry_point: str | None) -> frozenset[str]:
     """Names whose meaning does not depend on the response: builtins and what the set-up binds, less ``entry_point``.
 
     Raises:
-        SyntaxError, OpenTest: the set-up is no Python, or does not say what it imports.
+        SyntaxError, OpenTest: the set-up is not valid Python, or hides what it imports.
     """
     bound = {name for statement in ast.parse(setup).body for name in _bound(statement)}
     return frozenset((_BUILTINS | bound) - {entry_point})
@@ -50,12 +50,12 @@ def take_apart(test: str, trusted: frozenset[str]) -> TestParts:
     """Split a test.
 
     Args:
-        test: statements, at least one of them an ``assert``, all of them on the top level.
+        test: statements, at least one of them an ``assert``, and asserts only at the top level.
         trusted: see :func:`trusted_names`.
 
     Raises:
-        OpenTest: its asserts do not come down to values that the response computes.
-        SyntaxError: it is no Python.
+        OpenTest: its asserts do not reduce to values that the response computes.
+        SyntaxError: it is not valid Python.
     """
     body = ast.parse(test).body
     imported = {name for statement in body if _is_import(statement) for name in _bound(statement)}
@@ -64,7 +64,7 @@ def take_apart(test: str, trusted: frozenset[str]) -> TestParts:
     constants = {name: s for s in body if (name := _constant(s)) is not None and stored.count(name) == 1}
     splitter = _Splitter(trusted | constants.keys())
     splitter.split(body, frozenset(constants))
-    if shared := constants.keys() & splitter.names_with_response:  # the response gets to see these, and may change them
+    if shared := constants.keys() & splitter.names_with_response:  # the response sees these, and may change them
         constants = {name: statement for name, statement in constants.items() if name not in shared}
         splitter = _Splitter(trusted | constants.keys())
         splitter.split(body, frozenset(constants))
@@ -77,7 +77,7 @@ def take_apart(test: str, trusted: frozenset[str]) -> TestParts:
 
 
 class _Splitter(ast.NodeTransformer):
-    """Replaces in conditions what the response computes by the names of values, and collects the steps to them."""
+    """Replaces what the response computes in conditions by names of values, and collects the steps to them."""
 
     def __init__(self, trusted: frozenset[str]) -> None:
         self.trusted = trusted
@@ -122,8 +122,8 @@ class _Splitter(ast.NodeTransformer):
         return isinstance(node, ast.Name) and node.id not in self.trusted
 
     def _comprehension(self, node: _COMPREHENSION) -> ast.AST:
-        """``[f(x) for x in …]`` is told as a whole if its elements are what the response computes, and no comparison
-        of it; a generator is told as a list."""
+        """Report ``[f(x) for x in …]`` as a whole if its elements are values of the response and not comparisons of
+        them; a generator is reported as a list."""
         elements = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
         bound = {name for loop in node.generators for name in _stored(loop.target)}
         if any(loop.ifs and _free_names(loop) - self.trusted - bound for loop in node.generators) or not all(
@@ -142,7 +142,7 @@ class _Splitter(ast.NodeTransformer):
 
 
 def _free_names(node: ast.AST) -> set[str]:
-    """Names that are read in ``node`` and not bound there by a comprehension or a lambda."""
+    """Names that ``node`` reads and that no comprehension or lambda in it binds."""
     read = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load)}
     for inner in ast.walk(node):
         if isinstance(inner, _COMPREHENSION):

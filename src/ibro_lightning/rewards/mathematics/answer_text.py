@@ -1,14 +1,14 @@
 r"""Reads the final answer in a response's text: an explicit "Answer:" line, a box, or else the last formula.
 
-Everything takes at most quadratic time in the length of what it is given: callers pass the end of a response.
+Everything takes at most quadratic time in the length of its input: callers pass only the end of a response.
 """
 
 from __future__ import annotations
 
 import re
 
-from ibro_lightning.answers import BOX, THOUSANDS, boxed, canonical_gold
 from ibro_lightning.rewards.mathematics.dapo_rule import tidied
+from ibro_lightning.rewards.mathematics.gold_text import BOX, THOUSANDS, boxed, canonical_gold
 
 
 def _words(text: str) -> frozenset[str]:
@@ -17,7 +17,7 @@ def _words(text: str) -> frozenset[str]:
 
 _SPECIAL_TOKEN = re.compile(r"<\|[^|<>\s]{1,64}\|>")
 # "**Answer:** 34", "Final answer**: 34", "\textbf{Answer:} 34". The value is the rest of the line or, if that is empty,
-# the next line that is not; or a displayed formula, which may take several lines.
+# the next non-empty line; or a displayed formula, which may take several lines.
 _LABEL = re.compile(r"(?i)\banswer[*_}]{0,4}[ \t]{0,4}[:：]")
 _VALUE = re.compile(r"[\s*_}]*(?:\$\$([^$]+)\$\$|\\\[((?:[^\\]|\\(?!\]))+)\\\]|([^\n]+))")
 _FORMULA = re.compile(
@@ -25,7 +25,7 @@ _FORMULA = re.compile(
 )
 _STYLE = re.compile(r"\\(?:text|textbf|mathbf|mathrm|textit|boldsymbol|bm)\s*\{([^{}]*)\}")
 _NEAR = 20
-"""Characters between two boxes up to which they are one answer in two parts, such as "1 or 2"."""
+"""Up to so many characters apart, two boxes are one answer in two parts, such as "1 or 2"."""
 _TOUCHING = re.compile(r"\s*(?:[\^+*/]|\\(?:cdot|times)\b)\s*[\w\\({].*")
 _JOINED = re.compile(r"\s*,?\s*(?:or|and|to|-|–)\s*")
 
@@ -46,7 +46,7 @@ _SHORT_UNITS = _words(
     "cm mm km m ft in kg mg g lb lbs oz mi yd ml s h hr hrs min sec mph kmh am pm ha pct men day way pie cup egg box "
     "cat dog pen car bag a the of per sq cu"
 )
-# Words that change the number before them, or leave it open.
+# Words that change the number before them, or make it uncertain.
 _NOT_UNITS = _words(
     "more less than over under about nearly almost plus minus times divided modulo squared cubed factorial sqrt root "
     "half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths tenth tenths hundred hundreds "
@@ -55,18 +55,17 @@ _NOT_UNITS = _words(
     "maybe else possibly perhaps approximately"
 )
 _NAME = re.compile(r"(?:\\?[A-Za-z]+(?:_\{?\w{1,9}\}?)?|[A-Za-z]\(\w{1,9}\))\s*=\s*(?=[^=]*$)")
-# What stands before the last "=" must not hold another answer: "x = 1 or x = 2", "1, x = 2".
+# The text before the last "=" must not hold another answer: "x = 1 or x = 2", "1, x = 2".
 _HEDGE = re.compile(r"[,;<>≤≥±≠≈]|\\(?:neq?|leq?|geq?|lt|gt|pm|quad|approx)\b|\b(?:or|and|to)\b")
 
 
 def without_special_tokens(text: str) -> str:
-    """``text`` without ``<|im_end|>`` and its like, which decoding may have left in it."""
+    """``text`` without special tokens such as ``<|im_end|>``, which decoding may have left in it."""
     return _SPECIAL_TOKEN.sub("", text) if "<|" in text else text
 
 
 def answer_line(text: str) -> str | None:
-    """What the last "Answer:" is followed by, one line or one displayed formula; None if there is no such thing, or if
-    a box comes after it."""
+    """The line or displayed formula after the last "Answer:"; None if there is none, or if a box comes after it."""
     labels = list(_LABEL.finditer(text))
     value = _VALUE.match(text, labels[-1].end()) if labels else None
     if value is None or BOX.search(text, value.end()):
@@ -75,12 +74,12 @@ def answer_line(text: str) -> str | None:
 
 
 def bare(value: str) -> str:
-    r"""A value without what surrounds it: white space, markdown, delimiters, a box, ``\text``, a final period.
+    r"""A value without its surroundings: white space, markdown, delimiters, a box, ``\text``, a final period.
 
     >>> bare(r"** $\boxed{x + 1}$.**")
     'x + 1'
     """
-    for _ in range(8):  # each round takes off a layer or two; nobody wraps an answer in more
+    for _ in range(8):  # each round removes a layer or two, and answers have no more
         before, value = value, canonical_gold(value.strip(" \t\r\n*`").rstrip(",;"))
         value = value.removeprefix("__").removesuffix("__")
         if style := _STYLE.fullmatch(value):
@@ -91,10 +90,10 @@ def bare(value: str) -> str:
 
 
 def final_answer(text: str) -> str:
-    """The final answer as it stands in ``text``, "" if there is none.
+    """The final answer as written in ``text``; "" if there is none.
 
     Whichever comes last of an "Answer:" line and a box counts; a formula counts only without either, and only if no
-    number follows it. Answers that stand side by side ("1 or 2") stay together, so that they equal neither.
+    number follows it. Adjacent answers ("1 or 2") stay one answer, which equals neither.
     """
     text = text.translate(_ASCII)
     line = answer_line(text)
@@ -111,8 +110,8 @@ def final_answer(text: str) -> str:
 
 
 def spelled(answer: str) -> str:
-    """One spelling for all forms of an answer that mean the same: numbers without plus sign, thousands separators,
-    unit, leading zeros and trailing decimal zeros; other answers as the published rule tidies them. "" stays ""."""
+    """One spelling for all equivalent forms of an answer: numbers without plus sign, thousands separators, unit,
+    leading zeros and trailing decimal zeros; other answers as the published rule tidies them. "" stays ""."""
     value = bare(answer.translate(_ASCII))
     value = bare(_NAME.sub("", value, count=1)) if _NAME.match(value) else value
     return _quantity(value) or _symbolic(value)
@@ -126,6 +125,11 @@ def same_answer(answer: str, gold: str) -> bool:
         return True
     before, _, after = bare(answer.translate(_ASCII)).rpartition("=")
     return bool(before) and not _HEDGE.search(before) and _quantity(bare(after)) == right != ""
+
+
+def is_quantity(answer: str) -> bool:
+    """Whether the answer is one number, with or without a name (``x = 5``) or a unit (``5 cm``)."""
+    return _NUMBER.fullmatch(spelled(answer)) is not None
 
 
 def _content(formula: re.Match[str]) -> str:
@@ -172,7 +176,7 @@ def _quantity(value: str) -> str:
 
 
 def _is_unit(text: str) -> bool:
-    """Whether ``text`` after a number leaves the number as it is: a per cent or degree sign, up to four words."""
+    """Whether ``text`` after a number does not change it: a per cent or degree sign, up to four words."""
     unit = _UNIT_SIGN.sub("", text, count=1) if _UNIT_SIGN.match(text) else text
     apart = unit[:1] in {" ", "~", "\\", ""}
     unit = _UNIT_TEXT.sub(r" \1 ", unit).strip()
@@ -194,5 +198,5 @@ def _symbolic(value: str) -> str:
     tidy = tidied(value).strip()
     if choice := re.fullmatch(r"\(?([A-Z])\)?", tidy):  # the letter of a multiple choice
         return choice[1]
-    # "3 4" is not 34, which is what is left of it without spaces.
+    # "3 4" must not become 34 by losing its space.
     return " ".join(value.split()) if _NUMBER.fullmatch(tidy) else tidy

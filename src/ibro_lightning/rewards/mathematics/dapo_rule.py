@@ -1,8 +1,8 @@
-"""The published rule of DAPO: which answer it reads, and how it spells it. Nothing here is lenient.
+"""The published rule of DAPO, to the letter: which answer it reads, and how it spells it.
 
 The rule is ``compute_score`` of ``verl/utils/reward_score/math_dapo.py`` (verl, Apache-2.0), whose normalisation goes
-back to Lewkowycz et al. 2022, appendix D. The tables are data of the rule; the code is ours, and compared with the
-published one in the tests.
+back to Lewkowycz et al. 2022, appendix D. The tables are the rule's; the code is ours, and the tests compare it with
+the published one.
 """
 
 from __future__ import annotations
@@ -14,19 +14,11 @@ from functools import partial
 _TAIL = 300
 _ANSWER = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
 
-# In the rule's order, each of its oddities kept: "a " also goes from "alpha 3", and "\text{m}" turns into "\text{}",
+# In the rule's order, with all its oddities: "a " also goes from "alpha 3", and "\text{m}" turns into "\text{}",
 # which the second table then removes.
 _REPLACED = (
-    ("an ", ""),
-    ("a ", ""),
-    (".$", "$"),
-    ("\\$", ""),
-    ("\\ ", ""),
-    (" ", ""),
-    ("mbox", "text"),
-    (",\\text{and}", ","),
-    ("\\text{and}", ","),
-    ("\\text{m}", "\\text{}"),
+    *(("an ", ""), ("a ", ""), (".$", "$"), ("\\$", ""), ("\\ ", ""), (" ", ""), ("mbox", "text")),
+    *((",\\text{and}", ","), ("\\text{and}", ","), ("\\text{m}", "\\text{}")),
 )
 _REMOVED = (
     *("square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "units", "\\ldots", "sue", "points"),
@@ -37,13 +29,13 @@ _REMOVED = (
 
 
 def published_answer(response: str) -> str | None:
-    """What follows the last "Answer:" within the last 300 characters, up to the end of the line; None without one."""
+    """The rest of the line after the last "Answer:" in the last 300 characters; None without one."""
     found = _ANSWER.findall(response[-_TAIL:])
     return found[-1] if found else None
 
 
 def normalized(answer: str) -> str:
-    """An answer as the published rule spells it. Takes time in proportion to its length, whatever it says."""
+    """An answer as the published rule spells it, in linear time for any text."""
     answer = tidied(answer.split("=")[-1])
     if answer.replace(",", "").isdigit():
         answer = answer.replace(",", "")
@@ -51,13 +43,13 @@ def normalized(answer: str) -> str:
 
 
 def tidied(answer: str) -> str:
-    """The rule's tables and its rewriting of LaTeX, without what it does about ``=`` and about commas in numbers."""
+    """Apply the rule's tables and its rewriting of LaTeX, but not its treatment of ``=`` and of commas in numbers."""
     for old, new in _REPLACED:
         answer = answer.replace(old, new)
     for expression in _REMOVED:
         answer = answer.replace(expression, "")
-    # The rule says these five in regular expressions, in which a dot ends at a line break, and which take quadratic
-    # time on a hostile gold. Cut by hand, line by line, they take linear time and give the same.
+    # The rule has regular expressions for these five, in which a dot does not match a line break, and which take
+    # quadratic time on a hostile gold. Splitting line by line gives the same in linear time.
     answer = _by_line(answer, _formula_only)
     for command in ("\\text{", "\\textbf{", "\\overline{"):
         answer = _by_line(answer, partial(_without_command, command=command))
@@ -89,7 +81,7 @@ def _without_command(line: str, command: str) -> str:
 
 
 def _without_box(line: str) -> str:
-    """The first ``\\boxed{`` and the line's last closing brace go, if it comes after."""
+    """Remove the first ``\\boxed{`` and the line's last closing brace, if it comes after."""
     before, opening, after = line.partition("\\boxed{")
     inside, closing, following = after.rpartition("}")
     return before + inside + following if opening and closing else line

@@ -1,4 +1,4 @@
-"""How much arithmetic a sympy expression asks for, estimated without doing any of it."""
+"""Estimates the arithmetic that a sympy expression takes, without doing it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def is_heavy(expression: Any) -> bool:
     """Whether working with ``expression`` takes integers above ``2^50,000``, as ``9^{9^{9}}`` and ``1000000!`` do, or
     the expansion of a power such as ``(a+b+c)^{99}``, or it has more than 2,000 parts.
 
-    Nothing is evaluated but floats. Sums and integrals are not looked into: they may still take long.
+    Only floats are evaluated. Sums and integrals are not inspected: they may still take long.
     """
     return _bits(expression, [_MOST_PARTS]) > _MOST_BITS
 
 
 def _bits(expression: Any, budget: list[int]) -> float:
-    """An upper estimate of the bits of the largest exact number met on the way; infinite above ``budget`` parts."""
+    """An upper estimate of the bits of the largest exact intermediate number; infinite above ``budget`` parts."""
     budget[0] -= 1
     if budget[0] < 0:
         return math.inf
@@ -47,7 +47,7 @@ def _bits(expression: Any, budget: list[int]) -> float:
 
 
 def _value(expression: Any) -> float:
-    """About the absolute value of a number, infinite if no float can hold it; 1 for what is not made of numbers."""
+    """The approximate absolute value of a number, infinite if no float can hold it; 1 for anything but numbers."""
     try:
         value = abs(_float(expression))
     except (OverflowError, ZeroDivisionError):

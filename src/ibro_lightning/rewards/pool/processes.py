@@ -1,23 +1,25 @@
-"""The near side of the reward pool's processes: the server that forks workers, a worker, and what it is given."""
+"""The trainer's side of the reward pool's processes: the server that forks workers, a worker, and its tasks."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import select
+import signal
 import socket
 import struct
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ibro_lightning.errors import ConfigError
-from ibro_lightning.responses import Completion, Prompt
+from ibro_lightning.errors import ConfigError, RewardError
 from ibro_lightning.rewards.pool import server
+from ibro_lightning.types import Completion, Prompt
 
 START_S = 120.0
 """Seconds to wait for the server: it imports what the rewards need."""
@@ -25,7 +27,7 @@ START_S = 120.0
 
 @dataclass
 class Slice:
-    """Some responses to one prompt, sent to a worker together; ``place`` is where their results belong."""
+    """Responses to one prompt, sent to a worker in one message; ``place`` is the position of their results."""
 
     which: int
     place: int
@@ -34,22 +36,27 @@ class Slice:
     completions: Sequence[Completion]
     deadline_s: float
     crashed: bool = False
-    """Its first response was being judged when a worker died: if that happens again, it is the response's doing."""
+    """A worker died while judging its first response: a second time, the response is taken as the cause."""
 
     def message(self) -> bytes:
-        return pickle.dumps((self.which, self.prompt, self.completions), protocol=pickle.HIGHEST_PROTOCOL)
+        try:
+            return pickle.dumps((self.which, self.prompt, self.completions), protocol=pickle.HIGHEST_PROTOCOL)
+        except Exception as error:
+            raise RewardError(
+                f"reward_pool: prompt {self.prompt.id!r} cannot be sent to a worker process "
+                f"({type(error).__name__}: {error}): write plain data as its answer and meta, or reward_pool: null"
+            ) from error
 
     def rest(self, count: int, *, crashed: bool = False) -> Iterator[Slice]:
-        """What is left once the first ``count`` responses are dealt with; nothing, if that is all."""
+        """The slice without its first ``count`` responses; nothing if none are left."""
         if left := self.completions[count:]:
-            yield Slice(self.which, self.place, self.offset + count, self.prompt, left, self.deadline_s, crashed)
+            yield replace(self, offset=self.offset + count, completions=left, crashed=crashed)
 
     def singles(self) -> Iterator[Slice]:
-        """Cut up into one slice per response."""
+        """One slice per response."""
         for index, completion in enumerate(self.completions):
             crashed = self.crashed and index == 0
-            place = self.offset + index
-            yield Slice(self.which, self.place, place, self.prompt, [completion], self.deadline_s, crashed)
+            yield replace(self, offset=self.offset + index, completions=[completion], crashed=crashed)
 
 
 @dataclass
@@ -57,9 +64,13 @@ class Worker:
     pid: int
     conn: Connection
     slices: deque[Slice] = field(default_factory=deque)
-    """The first one is being judged, a second one may wait behind it."""
+    """The first is being judged; a second may wait behind it."""
     started: float = 0.0
-    """When the response at the head of the first slice was begun."""
+    """When judging of the first slice's first response began."""
+    ready: bool = False
+    """Whether it has begun to work."""
+    judged: int = 0
+    """Verdicts that it has given."""
 
     def __post_init__(self) -> None:
         self._poll = select.poll()  # Connection.poll() makes a new one every time
@@ -70,32 +81,45 @@ class Worker:
         return self.started + self.slices[0].deadline_s
 
     @property
-    def has_news(self) -> bool:
-        """There is something to read, if only that it is dead."""
+    def has_message(self) -> bool:
+        """Whether there is something to read, or the worker is dead."""
         return bool(self._poll.poll(0))
 
 
 class ServerDied(Exception):
-    """The process that forks workers is gone, and so are they."""
+    """The process that forks workers is gone, and with it all workers."""
+
+
+def ended(code: int | None) -> str:
+    """How a process ended, in words.
+
+    >>> ended(-9), ended(3), ended(None)
+    ('signal SIGKILL', 'exit code 3', 'a closed connection')
+    """
+    if code is None:
+        return "a closed connection"
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"
 
 
 class Server:
-    """The process that forks workers, seen from here. See :mod:`.server`."""
+    """The process that forks workers, as seen from the trainer. See :mod:`.server`."""
 
     def __init__(self, pickled: bytes, memory_mib: int) -> None:
         self.channel, theirs = socket.socketpair()
         with theirs:
-            environment = os.environ | {
-                "OMP_NUM_THREADS": "1",
-                "CUDA_VISIBLE_DEVICES": "",
-                "TOKENIZERS_PARALLELISM": "0",
-            }
+            environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "0"}
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
             self.process = subprocess.Popen(
                 [sys.executable, "-c", f"from {server.__name__} import main; main({theirs.fileno()})"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C in the terminal is for the trainer alone
-                env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env=os.environ | environment,
             )
         self.conn = Connection(os.dup(self.channel.fileno()))
         self.conn.send_bytes(pickle.dumps((sys.path, memory_mib, pickled)))
@@ -105,20 +129,26 @@ class Server:
         if not self.ready:
             if complaint := self._reply(START_S):
                 raise ConfigError(
-                    "data.reward_pool",
+                    "reward_pool",
                     complaint,
                     "a worker process cannot load and preload the rewards: mend that, set pooled = False in the "
-                    "reward's class, or write data.reward_pool: null",
+                    "reward's class, or write reward_pool: null",
                 )
             self.ready = True
 
     def fork(self) -> Worker:
         ours, theirs = socket.socketpair()
-        # A worker that does not read (it was stopped from outside, say) must not hold up the trainer for ever.
+        # A worker that does not read (suspended from outside, say) must not block the trainer forever.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 10, 0))
         with theirs:
             self._send(b"f", 0, [theirs.fileno()])
         return Worker(self._reply(START_S), Connection(ours.detach()))
+
+    def ending(self, worker: Worker) -> int | None:
+        """The exit code of a worker that died, or minus the signal's number; None if unknown."""
+        self._send(b"w", worker.pid, [])
+        code: int | None = self._reply(START_S)
+        return code
 
     def kill(self, worker: Worker) -> None:
         worker.conn.close()
@@ -138,8 +168,14 @@ class Server:
             raise ServerDied from error
         raise ServerDied
 
+    def ended(self) -> str:
+        """How the process has ended, in words; "" if it is running."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return ended(self.process.wait(timeout=1))
+        return ""
+
     def close(self) -> None:
-        """It ends, with all its workers, when its socket does."""
+        """Close the socket, at which the process ends with all its workers."""
         self.channel.close()
         self.conn.close()
         try:

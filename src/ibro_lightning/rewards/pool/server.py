@@ -1,9 +1,9 @@
-"""The far side of the reward pool: a process that holds the rewards and forks workers, and what a worker does.
+"""The other side of the reward pool: a process that holds the rewards and forks workers, and the work of a worker.
 
-The rewards are unpickled once, here, so that replacing a worker costs a fork of a few milliseconds and not the import
-of sympy. This process runs no reward itself, so nothing a response says can hang it. It is the parent of all workers:
-it alone kills and reaps them, so a process id is never used for another process meanwhile, and when the trainer goes
-away, however it ends, it takes all workers with it.
+The rewards are unpickled once, here, so that replacing a worker costs a fork of a few milliseconds instead of an import
+of sympy. This process runs no reward itself, so no response can hang it. It is the parent of all workers and the only
+one that kills and reaps them, so a process id cannot be reused meanwhile; and when the trainer ends, however
+that happens, it ends all workers.
 """
 
 from __future__ import annotations
@@ -18,21 +18,28 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from ibro_lightning.errors import ConfigError, RewardError
-from ibro_lightning.responses import RewardResult
+from ibro_lightning.guards import printing
 from ibro_lightning.rewards.base import Reward, score
+from ibro_lightning.rewards.blame import described
+from ibro_lightning.types import RewardResult
 
 PR_SET_PDEATHSIG = 1
 MEMORY = "memory"
-"""A worker's last words: the reward ran into the memory limit."""
+"""A worker's last message: the reward exceeded the memory limit."""
+READY = "ready"
+"""A worker's first message: it is waiting for work."""
+PATIENCE_S = 0.5
+"""Longest wait for a worker's exit status once its connection is closed."""
 
 
 def serve(channel: socket.socket) -> None:
-    """Load the rewards, then fork, kill and reap workers as the pool asks, until it is gone."""
+    """Load the rewards, then fork, kill and reap workers at the pool's request until it is gone."""
     parent = os.getppid()
     conn = Connection(os.dup(channel.fileno()))
     path, memory_mib, pickled = pickle.loads(conn.recv_bytes())
@@ -42,10 +49,10 @@ def serve(channel: socket.socket) -> None:
         for reward in rewards:
             reward.preload()
     except BaseException as error:
-        conn.send(" ".join(f"{type(error).__name__}: {error}".split()))
+        conn.send(" ".join(described(error).split()))
         return
     conn.send(None)
-    gc.freeze()  # a collection in a worker would copy every page that it shares with the others
+    gc.freeze()  # garbage collection in a worker would copy every page that it shares with the others
     workers: set[int] = set()
     dying: set[int] = set()
     try:
@@ -63,15 +70,29 @@ def serve(channel: socket.socket) -> None:
                 os.close(fds[0])
                 workers.add(worker)
                 conn.send(worker)
+            elif command == b"w":
+                conn.send(_ending(pid))
             else:
                 _kill(pid)
                 workers.discard(pid)
-                dying.add(pid)  # which may take its time (memory to free, a disk to wait for), and nobody else's
+                dying.add(pid)  # reaped later: freeing memory or waiting for a disk may take long
     finally:
         for worker in workers:
             _kill(worker)
         for worker in workers | dying:
             os.waitpid(worker, 0)
+
+
+def _ending(pid: int) -> int | None:
+    """A dead worker's exit code, or minus its signal's number; None if alive or unknown. Does not reap."""
+    until = time.monotonic() + PATIENCE_S
+    while hasattr(os, "waitid"):
+        if ended := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        if time.monotonic() >= until:
+            break
+        time.sleep(0.005)
+    return None
 
 
 def _kill(pid: int) -> None:
@@ -109,7 +130,7 @@ def _die_with_parent() -> None:
 
 
 def limit_memory(mib: int) -> None:
-    """Allow this process ``mib`` more of address space than it has now. Linux keeps to it, macOS does not."""
+    """Allow this process ``mib`` more of address space than it has now. Linux enforces it, macOS does not."""
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
             now = int(file.read().split()[0]) * resource.getpagesize()
@@ -119,19 +140,39 @@ def limit_memory(mib: int) -> None:
 
 
 def work(conn: Connection, rewards: Sequence[Reward]) -> None:
-    """Judge what arrives; one message per response (or per group) the moment it is judged, so that the pool knows at
-    any time which one is being worked on, and since when."""
+    """Judge what arrives, and send one message per response (or group) as soon as it is judged, so that the pool always
+    knows which one is being judged, and since when."""
+    conn.send_bytes(pickle.dumps(READY))
     while True:
         try:
-            which, prompt, completions = pickle.loads(conn.recv_bytes())
+            message = conn.recv_bytes()
         except EOFError:
+            return
+        try:
+            which, prompt, completions = pickle.loads(message)
+        except Exception as error:
+            unread = f"a reward's worker cannot read a prompt ({described(error)}): write plain data as answer and meta"
+            conn.send_bytes(pickle.dumps(RewardError(unread)))
             return
         reward = rewards[which]
         for items in [[completion] for completion in completions] if reward.one_by_one else [completions]:
-            said = _judge(reward, prompt, items)
-            conn.send_bytes(pickle.dumps(said))
-            if said == MEMORY:
-                return  # what is left of a process that ran out of memory is not worth trusting
+            answer = _judge(reward, prompt, items)
+            conn.send_bytes(_packed(answer, reward))
+            if answer == MEMORY:
+                return  # a process that ran out of memory cannot be trusted
+
+
+def _packed(answer: object, reward: Reward) -> bytes:
+    """A worker's answer as bytes. A result, or a reward's own error, may hold something that cannot be sent."""
+    try:
+        packed = pickle.dumps(answer)
+        if isinstance(answer, BaseException):
+            pickle.loads(packed)  # a class with arguments of its own fails only here
+    except Exception as error:
+        what = described(answer) if isinstance(answer, BaseException) else "a result"
+        unsent = f"{type(reward).__name__} gave {what}, which cannot be sent ({described(error)})"
+        return pickle.dumps(RewardError(unsent))
+    return packed
 
 
 def _judge(reward: Reward, prompt: Any, completions: Sequence[Any]) -> list[RewardResult] | BaseException | str:
@@ -141,13 +182,13 @@ def _judge(reward: Reward, prompt: Any, completions: Sequence[Any]) -> list[Rewa
         return MEMORY
     except (RewardError, ConfigError) as error:
         return error
-    except BaseException as error:  # SystemExit and its like; the pool raises it where the user can see it
-        name = type(reward).__name__
-        return RewardError(f"data.reward: {name} raised {type(error).__name__}: {error} (prompt {prompt.id!r})")
+    except BaseException as error:  # SystemExit, too; the pool raises it where the user can see it
+        return RewardError(f"{type(reward).__name__} raised {described(error)} (prompt {prompt.id!r})")
 
 
 def main(fd: int) -> None:
     """Serve the pool at the other end of this socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    printing.protect()  # so that a reward that prints does not fail for it
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the trainer is gone already
         serve(socket.socket(fileno=fd))

@@ -1,0 +1,210 @@
+"""One Lightning batch of reinforcement learning: responses and rewards. Shapes as in :mod:`ibro_lightning.types`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ibro_lightning.batches.sequences import Sequences, to_device
+from ibro_lightning.errors import RolloutError
+from ibro_lightning.types import Completion, Group, Prompt, RewardResult
+
+
+@dataclass(frozen=True, repr=False)
+class Rollout:
+    """One Lightning batch: responses sampled from the current policy, with their rewards. With several ranks, this
+    rank's share of them, in whole groups.
+
+    Tensors are ``[B]`` unless noted otherwise; ``prompts``, ``completions`` and ``results`` are the same rows as plain
+    Python. ``groups`` numbers the prompt that each response answers, 0..G-1 over all ranks. ``metrics`` describes the
+    generation on all ranks.
+    """
+
+    prompts: tuple[Prompt, ...]
+    completions: tuple[Completion, ...]
+    sequences: Sequences
+    sampler_logp: Tensor
+    """``[B, T]`` log-probs the engine sampled with; 0 on padding, nan where it gave none."""
+    rewards: Tensor
+    reward_parts: Mapping[str, Tensor]
+    results: tuple[RewardResult, ...]
+    groups: Tensor
+    truncated: Tensor
+    """bool: cut at the length limit, no EOS."""
+    late: Tensor
+    """bool: cut by the engine's deadline; never trained on."""
+    name: str
+    """"train", or the evaluation set's name."""
+    iteration: int
+    temperature: float
+    dropped: tuple[Group, ...] = ()
+    """Groups that were sampled but are not trained on (dynamic sampling), for the record."""
+    skip_update: bool = False
+    """Dynamic sampling found no group to learn from: the rows are for the record only."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    total_groups: int | None = None
+    """G, over all ranks; None: there are no other groups than these."""
+    placeholder: bool = False
+    """This rank has no share of the rollout: its rows do not count, and only take part in the collectives."""
+
+    @classmethod
+    def from_groups(cls, groups: Sequence[Group], numbers: Sequence[int] | None = None, **others: Any) -> Self:
+        """Build from whole groups, numbered 0, 1, … or by ``numbers``; ``others`` are the remaining fields (name,
+        iteration, temperature, …).
+
+        Raises:
+            RolloutError: a completion has log-probs, but not one per token.
+        """
+        numbers = range(len(groups)) if numbers is None else numbers
+        rows = [
+            (i, g.prompt, c, r)
+            for i, g in zip(numbers, groups, strict=True)
+            for c, r in zip(g.completions, g.results, strict=True)
+        ]
+        completions = tuple(completion for _, _, completion, _ in rows)
+        sequences = Sequences.collate([p.token_ids for _, p, _, _ in rows], [c.token_ids for c in completions])
+        sampler_logp = torch.zeros(sequences.response_mask.shape)
+        for row, (_, prompt, completion, _) in enumerate(rows):
+            sampler_logp[row, : len(completion.token_ids)] = _logp_of(prompt, completion)
+        results = [result for _, _, _, result in rows]
+        names = dict.fromkeys(name for result in results for name in result.parts)
+        return cls(
+            prompts=tuple(prompt for _, prompt, _, _ in rows),
+            completions=completions,
+            sequences=sequences,
+            sampler_logp=sampler_logp,
+            rewards=torch.tensor([float(result.reward) for result in results]),
+            reward_parts={name: torch.tensor([float(r.parts.get(name, 0.0)) for r in results]) for name in names},
+            results=tuple(results),
+            groups=torch.tensor([index for index, _, _, _ in rows], dtype=torch.long),
+            truncated=torch.tensor([completion.truncated for completion in completions], dtype=torch.bool),
+            late=torch.tensor([completion.late for completion in completions], dtype=torch.bool),
+            **others,
+        )
+
+    @classmethod
+    def from_tokens(
+        cls,
+        prompt_token_ids: Sequence[Sequence[int]],
+        response_token_ids: Sequence[Sequence[int]],
+        rewards: Sequence[float],
+        groups: Sequence[int] | None = None,
+        logp: Sequence[Sequence[float]] | None = None,
+        *,
+        accuracy: Sequence[float] | None = None,
+        truncated: Sequence[bool] | None = None,
+        temperature: float = 1.0,
+        iteration: int = 0,
+    ) -> Self:
+        """Build from responses sampled and judged elsewhere; one entry per response in each argument.
+
+        Args:
+            prompt_token_ids, response_token_ids: without padding; a response that has ended ends with EOS.
+            rewards: to train on.
+            groups: a number for the prompt that a response answers; None: equal prompts are one group.
+            logp: of the response's tokens, in nats, as sampled at ``temperature``. None: unknown, and a module needs
+                ``sampler_correction=None``.
+            accuracy: 1 for right and 0 for wrong, where the reward is something else: for curves, and for GRPO in
+                groups that are all right or all wrong. None: not available.
+            truncated: cut at the length limit, before EOS.
+            iteration: of the run, from 1; 0 takes the Trainer's.
+
+        Raises:
+            RolloutError: a response has another number of log-probs than of tokens.
+        """
+        rows_of: dict[Any, list[int]] = {}
+        for row, prompt in enumerate(prompt_token_ids):
+            rows_of.setdefault(tuple(prompt) if groups is None else int(groups[row]), []).append(row)
+        limit = max(map(len, response_token_ids))
+
+        def completion(row: int) -> Completion:
+            tokens = tuple(map(int, response_token_ids[row]))
+            nats = () if logp is None else tuple(map(float, logp[row]))
+            return Completion(tokens, nats, "length" if truncated and truncated[row] else "stop", "", limit, seed=0)
+
+        def result(row: int) -> RewardResult:
+            return RewardResult(float(rewards[row]), {} if accuracy is None else {"accuracy": float(accuracy[row])})
+
+        built = [
+            Group(
+                Prompt(str(number), "", tuple(map(int, prompt_token_ids[rows[0]])), None),
+                tuple(map(completion, rows)),
+                tuple(map(result, rows)),
+            )
+            for number, rows in enumerate(rows_of.values())
+        ]
+        return cls.from_groups(built, name="train", iteration=iteration, temperature=temperature)
+
+    def __repr__(self) -> str:
+        at = f", iteration {self.iteration}" if self.iteration else ""
+        tokens = int(self.sequences.response_lengths.sum())
+        reward = f", mean reward {self.rewards.mean():.3g}" if len(self) else ""
+        prompts = len(self.groups.unique())
+        return f"Rollout({self.name}{at}: {len(self)} responses to {prompts} prompts, {tokens} tokens{reward})"
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """``[B]`` the reward's "accuracy" part."""
+        return self.reward_parts["accuracy"]
+
+    @property
+    def outcomes(self) -> Tensor | None:
+        """``[B]`` float64: the accuracy, nan where the verifier was stopped (its accuracy is then a setting); None for
+        rewards without accuracy."""
+        if "accuracy" not in self.reward_parts:
+            return None
+        stopped = torch.tensor([result.timed_out for result in self.results], device=self.rewards.device)
+        accuracy = self.accuracy.double()
+        return torch.where(stopped, torch.nan, accuracy) if len(stopped) == len(accuracy) else accuracy
+
+    @property
+    def outcome_span(self) -> Tensor:
+        """``[B]`` float64: the reward of right less that of wrong; 1 where the reward gives none."""
+        spans = [1.0 if result.outcome_span is None else float(result.outcome_span) for result in self.results]
+        complete = len(spans) == len(self.rewards)
+        return torch.tensor(spans if complete else [1.0] * len(self.rewards), device=self.rewards.device).double()
+
+    @property
+    def num_groups(self) -> int:
+        """G, on all ranks."""
+        if self.total_groups is not None:
+            return self.total_groups
+        return int(self.groups.max()) + 1 if len(self) else 0
+
+    def to(self, device: torch.device | str) -> Self:
+        return to_device(self, device)
+
+
+def collate_rollout(samples: Sequence[Mapping[str, Any]]) -> Rollout:
+    """``collate_fn`` of a DataLoader; each of its samples is one prompt with all its responses.
+
+    Args:
+        samples: ``prompt_token_ids``; ``response_token_ids`` and ``rewards``, one per response; and, in all samples or
+            in none, ``logp``, ``accuracy`` and ``truncated``, as in :meth:`Rollout.from_tokens`.
+    """
+    counts = [len(sample["rewards"]) for sample in samples]
+    names = ("response_token_ids", "rewards", "logp", "accuracy", "truncated")
+    columns: dict[str, Any] = {
+        name: [value for sample in samples for value in sample[name]] for name in names if name in samples[0]
+    }
+    prompts = [sample["prompt_token_ids"] for sample, count in zip(samples, counts, strict=True) for _ in range(count)]
+    groups = [number for number, count in enumerate(counts) for _ in range(count)]
+    return Rollout.from_tokens(prompts, groups=groups, **columns)
+
+
+def _logp_of(prompt: Prompt, completion: Completion) -> Tensor:
+    """``[T]`` float32, nan where missing."""
+    logp, count = completion.logp or (), len(completion.token_ids)
+    if len(logp) not in (0, count):
+        raise RolloutError(
+            f"a response to prompt {prompt.id!r} has {count} tokens and {len(logp)} log-probs: give each token one "
+            "(nan if it is unknown), or none at all"
+        )
+    return torch.tensor([torch.nan if value is None else float(value) for value in logp] or [torch.nan] * count)

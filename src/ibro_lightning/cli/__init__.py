@@ -1,0 +1,1 @@
+"""The command line: LightningCLI with recipes by name, run folders, and one-line errors."""

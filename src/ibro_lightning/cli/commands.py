@@ -1,0 +1,45 @@
+"""The commands, and what the command line answers before torch is imported: usage and version."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.version import __version__
+
+COMMANDS = {
+    "fit": "train a policy; --ckpt_path last goes on with a run",
+    "validate": "evaluate a policy, or a checkpoint (--ckpt_path), on data.eval_sets",
+    "test": "the same, once, for the numbers to report",
+    "predict": "write responses to the questions of data.eval_sets, with their rewards",
+    "compare": "compare two evaluations of the same questions",
+    "export": "write a checkpoint's policy as a Hugging Face folder",
+}
+USAGE = f"""usage: ibro-lightning COMMAND [--config RECIPE] [--SETTING VALUE ...]
+
+{chr(10).join(f"  {name:<10}{what}" for name, what in COMMANDS.items())}
+
+  COMMAND --help                  its settings
+  fit --model.help DAPOModule     those of a class
+  --version                       the version
+
+A RECIPE is a path or the name of one that ships with the package, such as quickstart.yaml."""
+
+
+def answer(arguments: Sequence[str]) -> str | None:
+    """The text to print if the arguments ask only for the usage or the version; None otherwise.
+
+    Raises:
+        ConfigError: the command does not exist.
+    """
+    first = next(iter(arguments), "--help")
+    if first in ("-h", "--help"):
+        return USAGE
+    if first == "--version":
+        return f"ibro-lightning {__version__}"
+    if not first.startswith("-") and first not in COMMANDS:
+        near = difflib.get_close_matches(first, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"write one of {', '.join(COMMANDS)}"
+        raise ConfigError("command", first, f"there is no such command: {hint}")
+    return None

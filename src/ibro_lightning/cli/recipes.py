@@ -1,0 +1,30 @@
+"""The recipes that ship with the package, found by name from any folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ibro_lightning.errors import ConfigError
+
+
+def recipe_folder() -> Path:
+    """``configs/`` in the installed package, or in the repository of an editable install."""
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parents[1] / "configs"
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.name for path in recipe_folder().glob("*.yaml"))
+
+
+def find_config(name: str) -> Path:
+    """The file that ``name`` means: a path, or else a shipped recipe (with or without ``.yaml``).
+
+    Raises:
+        ConfigError: neither exists; the message lists the shipped recipes.
+    """
+    for candidate in (Path(name), recipe_folder() / name, recipe_folder() / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    raise ConfigError("--config", name, f"no such file or recipe: write a path, or one of {', '.join(recipe_names())}")

@@ -1,0 +1,253 @@
+"""The parser's errors in one line: the setting as the user writes it, its value, and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import sys
+from argparse import SUPPRESS, Action, ArgumentError
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from torch import Tensor
+
+from ibro_lightning.cli.paths import leaves
+from ibro_lightning.errors import NO_PLATEAU, ConfigError
+
+_KEY = re.compile(r'(?:Parser key "|argument --)([\w.]+)')
+_UNKNOWN = re.compile(r"ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'")
+_UNRECOGNIZED = re.compile(r"unrecognized arguments: (?:--)?([^\s=]+)(?:[\s=](.*))?")
+_MISSING = re.compile(r"required: ([\w.]+)|argument --([\w.]+): expected")
+_VALUE = re.compile(r"(?:Got value: |Given value: |path string: |load config ['\"])(.*?)['\"]?(?:\n|$)")
+_NESTED = re.compile(r"NestedArg\(key='([\w.]+)', val='?(.*?)'?\)$")
+_IMPORT = re.compile(r"Problem with given class_path '([^']+)':\s*(.*)", re.DOTALL)
+_CLASS = re.compile(r"(?:given class_path '|Import path |class, but )([\w.]+)")
+_NO_SUBCLASS = re.compile(r"does not correspond to a subclass of (\w+)|is abstract")
+OURS = "ibro_lightning"
+MISSING = "missing - "
+"""In place of the value of a required setting that is not given."""
+MANY = 16
+"""Above this number, classes are not listed."""
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+_OTHERS = {Path: "a path", timedelta: "a time, such as 00:30:00", Any: "another value"}
+
+
+class Refused(ArgumentError):
+    """A setting that the parser of one class refuses.
+
+    Args:
+        keys: path from that class to the setting.
+        value: as read; None for null.
+        remedy: what to write instead.
+    """
+
+    def __init__(self, keys: tuple[str, ...], value: str | None, remedy: str) -> None:
+        super().__init__(None, remedy)
+        self.keys, self.value, self.remedy = keys, value, remedy
+
+    def line(self) -> str:
+        if not self.keys:
+            return self.remedy
+        key, value = _as_written(self.keys, self.value)
+        if value in (None, "None", MISSING):
+            return f"{key}: {'null - ' if value == 'None' else value or ''}{self.remedy}"
+        return str(ConfigError(key, value, self.remedy))
+
+
+def explain(parser: Any, message: str, cause: BaseException | None) -> Refused:
+    """A parser's error as a :class:`Refused`.
+
+    Args:
+        parser: of the whole recipe, or of a class in it.
+        message: the parser's own message.
+        cause: what the parser caught; may wrap the :class:`Refused` of a nested class's parser.
+    """
+    keys = _keys(found[1]) if (found := _KEY.search(message)) else ()
+    while cause is not None and not isinstance(cause, Refused):
+        if isinstance(cause, ConfigError):
+            return Refused((), None, str(cause))
+        cause = cause.__cause__
+    if cause is not None:
+        return Refused((*keys, *cause.keys), cause.value, cause.remedy)
+    if unknown := _UNKNOWN.search(message):
+        return _unknown(parser, unknown[1] or unknown[2], None)
+    if unknown := _UNRECOGNIZED.search(message):
+        return _unknown(parser, unknown[1], unknown[2])
+    if missing := _MISSING.search(message):
+        name = missing[1] or missing[2]
+        return Refused(_keys(name), MISSING, f"write {expected(_hint(parser, name))}")
+    values = _VALUE.findall(message) or _CLASS.findall(message)
+    if not keys or not values:
+        return Refused((), None, message)
+    return _wrong_value(parser, keys, values[-1].strip(), message)
+
+
+def _unknown(parser: Any, name: str, value: str | None) -> Refused:
+    names = sorted({action.dest for action in parser._actions if action.dest not in ("help", "print_shtab", SUPPRESS)})
+    near = difflib.get_close_matches(name, names, n=1)
+    of = "the command line" if parser.exit_on_error else parser.of_class.__name__
+    others = ", ".join(name for name in names if "." not in name)
+    hint = f"did you mean {near[0]}?" if near else f"it has {others}" if others else "it has none"
+    return Refused(_keys(name), value, f"{of} has no such setting: {hint}")
+
+
+def _wrong_value(parser: Any, keys: tuple[str, ...], value: str, message: str) -> Refused:
+    hint = _hint(parser, ".".join(keys))
+    if "subclasses with name ReduceLROnPlateau" in message:
+        return Refused(keys, "ReduceLROnPlateau", NO_PLATEAU)
+    if nested := _NESTED.match(value):
+        inner, value = nested[1], nested[2]
+        if "is abstract" in message:
+            remedy = f"it belongs to a class: write {keys[-1]} as {_classes(list(_bases(hint)))} first"
+            return Refused((*keys, *_keys(inner)), value, remedy)
+    reason = ""
+    if problem := _IMPORT.search(message):
+        value, reason = problem[1], f"cannot be imported ({problem[2].splitlines()[0].strip()}): "
+        if (moved := _moved(value, _bases(hint))) is not None:
+            return Refused(keys, value, f"this class has moved: write {moved.__name__}, or {_path(moved)}")
+    elif other := _NO_SUBCLASS.search(message):
+        reason = f"this is no {other[1]}: " if other[1] else "this is a base of such classes: "
+    elif (bases := list(_bases(hint))) and re.fullmatch(r"[A-Z]\w*", value) and value != "None":
+        near = [] if all(map(is_dataclass, bases)) else difflib.get_close_matches(value, _names(bases), n=1)
+        reason = f"there is no {bases[0].__name__} of that name: {f'did you mean {near[0]}? Or ' if near else ''}"
+    default = ", or leave it out for its default" if value == "None" else ""
+    group = f"{'.'.join(keys)}."
+    settings = [action.dest.removeprefix(group) for action in parser._actions if action.dest.startswith(group)]
+    return Refused(keys, value, f"{reason}write {expected(hint, settings)}{default}")
+
+
+def expected(hint: Any, settings: Sequence[str] = ()) -> str:
+    """What may be written for a parameter with this type hint, or for a group of settings with these names."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint in _KINDS or (hint in _OTHERS and not settings):
+        return _KINDS.get(hint) or _OTHERS[hint]
+    if origin is Literal:
+        return _either([str(value) for value in args])
+    if origin in (Union, UnionType):
+        own = {kind for kind in args if list(_bases(kind)) == [kind]}
+        args = tuple(kind for kind in args if kind is not Tensor and (kind in own or not own & set(_bases(kind))))
+        kinds = sorted(args, key=lambda kind: (kind is NoneType, bool(list(_bases(kind)))))
+        return ", or ".join(dict.fromkeys(expected(kind) for kind in kinds))
+    if is_dataclass(hint):
+        return f"its settings ({', '.join(field.name for field in fields(hint))})"
+    if hint is Any and settings:
+        return f"its settings ({', '.join(settings)})"
+    container = isinstance(origin, type) and issubclass(origin, Iterable)
+    if container and not (bases := list(_bases(hint))):
+        return "a mapping" if issubclass(origin, Mapping) else "a list"
+    if bases := list(_bases(hint)):
+        of = "a mapping of names to" if container and issubclass(origin, Mapping) else "a list of" if container else ""
+        if all(is_dataclass(base) for base in bases):
+            return f"{of} settings ({', '.join(field.name for base in bases for field in fields(base))})"
+        return f"{of} {_classes(bases)}".strip()
+    return str(hint)
+
+
+def _classes(bases: list[type]) -> str:
+    names = _names(bases)
+    if 0 < len(names) <= MANY:
+        return f"{_either(names)}, or module.Class of your own"
+    return f"a {bases[0].__name__}, as module.Class"
+
+
+def _either(names: list[str]) -> str:
+    return " or ".join(names) if len(names) < 3 else f"one of {', '.join(names)}"
+
+
+def _bases(hint: Any) -> Iterator[type]:
+    """The classes whose subclasses a type hint accepts: its own, or those of a container's values or a callable's
+    result."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        for kind in args:
+            yield from _bases(kind)
+    elif origin is Callable or (isinstance(origin, type) and issubclass(origin, Iterable)):
+        yield from _bases(args[0] if origin in (list, set, tuple) else args[-1])
+    elif origin is None and isinstance(hint, type) and hint not in (*_KINDS, *_OTHERS, Tensor):
+        yield hint
+
+
+def _names(bases: list[type]) -> list[str]:
+    """The concrete classes below ``bases`` that are public in the bases' package, or in ours."""
+    found: set[str] = set()
+    for base in bases:
+        distributions = (base.__module__.partition(".")[0], OURS)
+        for kind in _below(base):
+            in_module = kind.__module__ == base.__module__ and not _is_exported(base) and kind.__name__[0] != "_"
+            public = in_module or (_is_exported(kind) and kind.__module__.partition(".")[0] in distributions)
+            if public and not inspect.isabstract(kind):
+                found.add(kind.__name__)
+    return sorted(found)
+
+
+def _below(base: type) -> Iterator[type]:
+    """All subclasses, or ``base`` itself if it has none."""
+    subclasses: list[type] = base.__subclasses__()
+    if not subclasses:
+        yield base
+    for kind in subclasses:
+        yield kind
+        yield from (below for below in _below(kind) if below is not kind)
+
+
+def _moved(class_path: str, bases: Iterable[type]) -> type | None:
+    """The class of ours that had this path in an earlier version."""
+    package, _, name = class_path.rpartition(".")
+    ours = [kind for base in bases for kind in _below(base) if kind.__module__.partition(".")[0] == OURS]
+    return next((kind for kind in ours if kind.__name__ == name and package.startswith(OURS)), None)
+
+
+def _path(kind: type) -> str:
+    """The shortest import path: that of the outermost package that exports the class."""
+    names = kind.__module__.split(".")
+    packages = (".".join(names[:length]) for length in range(1, len(names)))
+    exporting = (name for name in packages if getattr(sys.modules.get(name), kind.__name__, None) is kind)
+    return f"{next(exporting, kind.__module__)}.{kind.__name__}"
+
+
+def _is_exported(kind: type) -> bool:
+    """Whether a package exports the class, not only the module that defines it."""
+    return _path(kind) != f"{kind.__module__}.{kind.__name__}"
+
+
+def _hint(parser: Any, name: str) -> Any:
+    action: Action | None = next((action for action in parser._actions if action.dest == name), None)
+    return getattr(action, "_typehint", None) or getattr(action, "type", None) or Any
+
+
+def _keys(name: str) -> tuple[str, ...]:
+    return tuple(key for key in name.split(".") if key not in ("init_args", "dict_kwargs"))
+
+
+def _as_written(keys: tuple[str, ...], value: str | None) -> tuple[str, str | None]:
+    """A setting's name and value as on the command line or in a recipe: with the keys and indices of mappings and
+    lists, which the parser omits."""
+    for name, given in _written():
+        written = re.sub(r"\[\d+\]", "", name).split(".")
+        rest = iter(written)
+        if written[-1] == keys[-1] and all(key in rest for key in keys) and value in (None, MISSING, str(given)):
+            return name, value or str(given)
+    return ".".join(keys), value
+
+
+def _written() -> Iterator[tuple[str, Any]]:
+    flags = [part for whole in sys.argv[1:] for part in (whole.split("=", 1) if whole.startswith("--") else [whole])]
+    for flag, value in pairwise([*flags, ""]):
+        if flag.startswith("--"):
+            name = ".".join(_keys(flag[2:]))
+            yield name, value
+            if value[:1] in ("[", "{"):
+                with suppress(yaml.YAMLError):
+                    yield from leaves(yaml.safe_load(value), name)
+    for path in flags:
+        if path.endswith((".yaml", ".yml")) and Path(path).is_file():
+            with suppress(yaml.YAMLError, OSError, UnicodeDecodeError):
+                yield from leaves(yaml.safe_load(Path(path).read_text()))

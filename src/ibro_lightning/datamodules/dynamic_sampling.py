@@ -1,0 +1,89 @@
+"""Dynamic sampling: its options and the groups sampled for a rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ibro_lightning.errors import check_at_least
+from ibro_lightning.functional import informative_groups
+from ibro_lightning.ranks import Ranks
+from ibro_lightning.timing import PhaseTimer
+from ibro_lightning.types import Group
+
+
+@dataclass(frozen=True)
+class DynamicSampling:
+    """DAPO's dynamic sampling: train only on prompts that the policy sometimes, but not always, gets right.
+
+    Args:
+        max_rounds: rounds of generation per rollout, including the first.
+        on_exhausted: what to do if the rollout is still incomplete. ``smaller``: train on the informative groups alone.
+            ``fill``: add groups that are all right or all wrong; their tokens count, but they have an advantage only
+            where another part of the reward differs, which is then not divided by its own standard deviation
+            (``docs/rewards.md``). ``stop``: end training with an error. Without any informative group, the first two
+            skip the update.
+        max_skips: end training after this many consecutive rollouts without an informative group.
+    """
+
+    max_rounds: int = 3
+    on_exhausted: Literal["smaller", "fill", "stop"] = "smaller"
+    max_skips: int = 10
+
+    def __post_init__(self) -> None:
+        check_at_least("max_rounds", self.max_rounds, 1)
+        check_at_least("max_skips", self.max_skips, 1)
+
+
+class SampledGroups:
+    """The groups sampled for one rollout, by position: this rank's own, and a summary of all ranks' groups."""
+
+    def __init__(self) -> None:
+        self.mine: dict[int, Group] = {}
+        self.kept: list[int] = []
+        self.uninformative: dict[int, bool] = {}
+        """``{position: all right?}`` of the groups without variance."""
+        self.zero_variance = self.rounds = 0
+
+    def add(self, groups: dict[int, Group], ranks: Ranks, *, filtered: bool) -> None:
+        """Add one round's groups of this rank; collective. With ``filtered``, only informative groups are kept."""
+        self.mine |= groups
+        self.rounds += 1
+        own = {
+            position: (useful, group.results[0].parts["accuracy"] > 0)
+            for (position, group), useful in zip(groups.items(), _informative(list(groups.values())), strict=True)
+        }
+        everyone = dict(sorted(pair for part in ranks.gather(own) for pair in part.items()))
+        self.zero_variance += sum(not useful for useful, _ in everyone.values())
+        for position, (useful, right) in everyone.items():
+            if useful or not filtered:
+                self.kept.append(position)
+            else:
+                self.uninformative[position] = right
+
+    def metrics(self) -> dict[str, float]:
+        sampled = len(self.kept) + len(self.uninformative)
+        return {
+            "rollout/prompts_sampled": float(sampled),
+            "rollout/rounds": float(self.rounds),
+            "rollout/zero_variance_groups": self.zero_variance / sampled,
+        }
+
+    def totals(self, ranks: Ranks, stopped: Mapping[str, float], timer: PhaseTimer) -> dict[str, float]:
+        """Counts summed over ranks, and phase times of the slowest rank."""
+        tokens = sum(len(completion.token_ids) for group in self.mine.values() for completion in group.completions)
+        counted = {"rollout/generated_tokens": float(tokens), **{f"verifier/{why}": n for why, n in stopped.items()}}
+        reports = ranks.gather((counted, timer.metrics()))
+        return {
+            **{name: sum(counts[name] for counts, _ in reports) for name in counted},
+            **{name: max(times.get(name, 0.0) for _, times in reports) for name in reports[0][1]},
+        }
+
+
+def _informative(groups: list[Group]) -> list[bool]:
+    accuracy = torch.tensor([result.parts["accuracy"] for group in groups for result in group.results])
+    index = torch.tensor([i for i, group in enumerate(groups) for _ in group.results], dtype=torch.long)
+    return informative_groups(accuracy, index).tolist() if groups else []

@@ -1,0 +1,131 @@
+"""Rows and tokens of one iteration on one rank, at their largest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ibro_lightning.batches.experience import Experience
+from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.modules import PPOModule
+from ibro_lightning.types import Prompt
+from ibro_lightning.update.steps import token_budget_batches
+
+FLOAT, INT, BOOL = 4, 8, 1
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Responses (rows) of one rank, all of maximum length.
+
+    Args:
+        rows: of a rollout.
+        step_rows: of an optimizer step.
+        micro_rows: of a micro-batch.
+        micro_batches: of an optimizer step.
+        prompt, response: tokens.
+        groups: of the rollout, on all ranks.
+        prompts: a few, for regularisers that read them.
+    """
+
+    rows: int
+    step_rows: int
+    micro_rows: int
+    micro_batches: int
+    prompt: int
+    response: int
+    groups: int = 1
+    prompts: tuple[Prompt, ...] = ()
+
+    @classmethod
+    def of_rollouts(
+        cls,
+        module: Any,
+        ranks: int,
+        prompts_per_rollout: int,
+        group_size: int,
+        prompt: int,
+        response: int,
+        prompts: Sequence[Prompt] = (),
+    ) -> Shapes:
+        """Shapes of a reinforcement-learning module's iteration."""
+        rows = -(-prompts_per_rollout // ranks) * group_size
+        per_step = min(module.updater.mini_batch_prompts or prompts_per_rollout, prompts_per_rollout)
+        step_rows = min(rows, -(-per_step // ranks) * group_size)
+        lengths, padded = [prompt + response] * step_rows, not module.policy_options.packing
+        batches = list(token_budget_batches(lengths, module.updater.budget.tokens, padded=padded))
+        micro_rows = max(len(batch) for batch in batches)
+        return cls(
+            rows,
+            step_rows,
+            micro_rows,
+            len(batches),
+            prompt,
+            response,
+            prompts_per_rollout,
+            tuple(prompts[:micro_rows]),
+        )
+
+    @classmethod
+    def of_demonstrations(cls, ranks: int, batch_size: int, prompt: int, response: int) -> Shapes:
+        """Shapes of supervised fine-tuning, where a batch is a micro-batch."""
+        rows = -(-batch_size // ranks)
+        return cls(rows, rows, rows, 1, prompt, response)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one row."""
+        return self.prompt + self.response
+
+    def sequences(self) -> Sequences:
+        """A micro-batch of dummy tokens."""
+        return Sequences.collate([[0] * self.prompt] * self.micro_rows, [[0] * self.response] * self.micro_rows)
+
+    def scores_first(self, module: Any) -> bool:
+        """Whether a rollout is scored before its update, in an iteration that trains every network."""
+        iteration = module.critic_warmup_iterations + 1 if isinstance(module, PPOModule) else 1
+        rollout: Any = SimpleNamespace(num_groups=self.groups, iteration=iteration)
+        return module.scores_first(rollout)
+
+    def experience(self, module: Any) -> Experience:
+        """A micro-batch at the start of an optimizer step, with everything that the module's own losses may read."""
+
+        def zeros() -> Tensor:
+            return torch.zeros(self.micro_rows, self.response)
+
+        scored = self.scores_first(module)
+        rows = range(self.micro_rows if self.prompts else 0)
+        return Experience(
+            sequences=self.sequences(),
+            old_logp=zeros() if scored else None,
+            old_entropy=zeros() if scored else None,
+            advantages=zeros(),
+            mask=torch.ones(self.micro_rows, self.response, dtype=torch.bool),
+            groups=torch.zeros(self.micro_rows, dtype=torch.long),
+            temperature=1.0,
+            prompts=tuple(self.prompts[row % len(self.prompts)] for row in rows),
+            token_rewards=zeros(),
+            sampler_logp=zeros(),
+            extra={name: zeros() for name in _extra_names(module)},
+        )
+
+    def rollout_bytes(self, module: Any) -> int:
+        """Bytes of a rollout and its scores, and of the copy that an optimizer step works on."""
+        if module.policy_loss is None:
+            return self.rows * self.tokens * INT
+        # sampler_logp, token_rewards, old_logp, old_entropy; PPO has advantages per token, others per response
+        floats = 4 + len(_extra_names(module)) + isinstance(module, PPOModule)
+        kept = self.tokens * INT + self.response * (floats * FLOAT + BOOL)
+        # the copy always has advantages per token, and weights per token
+        copied = kept + self.response * (2 - isinstance(module, PPOModule)) * FLOAT
+        return self.rows * kept + self.step_rows * copied
+
+
+def _extra_names(module: Any) -> list[str]:
+    ppo = ["values", "returns"] if isinstance(module, PPOModule) else []
+    return ppo + (["reference_logp", "reference_kl"] if module.kl is not None else [])

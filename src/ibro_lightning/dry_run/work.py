@@ -1,0 +1,121 @@
+"""Arithmetic of an iteration, and its duration at measured speeds.
+
+By formula rather than torch's ``FlopCounterMode``: that counts only what is run, but a dry run runs one micro-batch and
+does not sample thousands of tokens; and it does not count attention on CPUs (1.87 of 2.14 GFLOP of the quick start's
+micro-batch). The tests compare the formula with its count. Not covered: mixtures of experts, linear attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ibro_lightning.dry_run.generation import head_dim
+from ibro_lightning.dry_run.memory import MemoryEstimate
+from ibro_lightning.modules import PPOModule
+
+LATEST = 10
+"""Last iterations of an earlier run, from which its speed is taken."""
+TAGS = ("tokens_per_second/generate", "tokens_per_second/prepare", "tokens_per_second/update", "rollout/length")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of one iteration on all ranks, with one round of generation.
+
+    Args:
+        prompts: number of prompts; each is computed once for all its responses.
+        responses: number of responses.
+        prompt, response: mean tokens of one.
+    """
+
+    prompts: int
+    responses: int
+    prompt: float
+    response: float
+
+    @property
+    def generated(self) -> float:
+        return self.responses * self.response
+
+    @property
+    def trained(self) -> float:
+        """Prompt and response tokens of all responses."""
+        return self.responses * (self.prompt + self.response)
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of one iteration on all ranks: matrix products, at 2 per multiplication; nothing else counts."""
+
+    generate: float
+    score: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        return self.generate + self.score + self.update
+
+
+def work_of(module: Any, estimate: MemoryEstimate, tokens: Tokens, scored_first: bool) -> Work:
+    """FLOPs of an iteration: 2 per token and weight of the blocks, 2 per response token and weight of the head, and
+    attention over preceding tokens. Backward passes count twice, recomputation once more; regularisers' passes not."""
+    config = module.policy_source.config().get_text_config()
+    table = config.vocab_size * config.hidden_size
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    policy = estimate.networks[0]
+    added = policy.trained if policy.trained < policy.parameters else 0  # adapters
+    blocks = policy.parameters - added - table * (1 if tied else 2)
+    per_pair = 4 * config.num_hidden_layers * config.num_attention_heads * head_dim(config)
+
+    def attention(prompt: float, response: float) -> float:
+        """Each token attends to those up to itself."""
+        return per_pair * ((prompt + response) ** 2 - prompt**2) / 2
+
+    head = 2 * table * tokens.generated
+    forward = 2 * blocks * tokens.trained + tokens.responses * attention(0, tokens.prompt + tokens.response)
+    generate = (
+        2 * blocks * (tokens.prompts * tokens.prompt + tokens.generated)
+        + head
+        + tokens.prompts * attention(0, tokens.prompt)
+        + tokens.responses * attention(tokens.prompt, tokens.response)
+    )
+    passes = 3 + module.policy_options.gradient_checkpointing - (added > 0)
+    if module.policy_loss is None:
+        return Work(0.0, 0.0, passes * forward + 4 * head)
+    has_critic = isinstance(module, PPOModule)
+    scores = scored_first + (module.kl is not None)
+    critic_passes = 3 + module.policy_options.gradient_checkpointing if has_critic else 0
+    return Work(
+        generate=generate,
+        score=scores * (forward + head) + has_critic * forward,
+        update=module.updater.update_epochs * ((passes + critic_passes) * forward + 4 * head),
+    )
+
+
+def measured_speeds(folder: Path) -> dict[str, float]:
+    """Speeds in the curves of an earlier run in ``folder``, averaged over its last iterations; empty without curves."""
+    if not any(folder.glob("events.out.tfevents.*")):
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    speeds = {}
+    for tag in TAGS:
+        if tag in events.Tags()["scalars"]:
+            values = [event.value for event in events.Scalars(tag)[-LATEST:]]
+            speeds[tag] = sum(values) / len(values)
+    return speeds
+
+
+def seconds_at(speeds: Mapping[str, float], tokens: Tokens) -> dict[str, float]:
+    """Seconds of each phase of one iteration at measured speeds."""
+    amounts = {"generate": tokens.generated, "prepare": tokens.trained, "update": tokens.trained}
+    return {
+        phase: amount / speeds[f"tokens_per_second/{phase}"]
+        for phase, amount in amounts.items()
+        if speeds.get(f"tokens_per_second/{phase}")
+    }

@@ -1,0 +1,1 @@
+"""Evaluation metrics, records on disk, and the comparison of two evaluations."""

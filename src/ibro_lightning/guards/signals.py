@@ -1,0 +1,194 @@
+"""What Ctrl-C, ``kill`` and a lost terminal do to a process, from its start to its end.
+
+While a run trains or evaluates, :class:`.Interruptions` handles signals, and no work is lost. Before and after, and in
+commands without a Trainer, there is nothing to lose, and the process ends at once. The exit code is always 128 + the
+signal's number, without a traceback. Imports only the standard library, as it runs first.
+"""
+
+from __future__ import annotations
+
+import _thread
+import atexit
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+from ibro_lightning.guards import interruption
+from ibro_lightning.guards.interruption import Interrupted
+from ibro_lightning.guards.orphans import started_by_lightning
+from ibro_lightning.guards.printing import tell_now
+
+AT_ONCE_S = 5.0
+"""Longest time in seconds for a clean-up after a second Ctrl-C."""
+CTRL_C = 128 + signal.SIGINT
+"""Exit code after Ctrl-C."""
+
+_owns_process = False
+_heard = -math.inf
+"""When a handler last ran: Python runs none while the main thread waits in C code."""
+_LAG_S = 1.0
+"""How many seconds a handler may run before the watching thread learns of the same signal."""
+
+
+def heeded() -> list[signal.Signals]:
+    """The signals that ask a run to stop; SIGHUP only if it is not ignored, as under ``nohup``."""
+    found = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        found.append(signal.SIGHUP)
+    return found
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once, bypassing the interpreter's shutdown, which may wait for threads or for dead ranks."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+def begin() -> None:
+    """Install handlers that end the process at once, for the time of its imports. The command line calls this first."""
+    global _owns_process
+    _owns_process = True
+    # Registered first, so called last: after it Python restores the default handlers, which kill.
+    atexit.register(_ignore_all)
+    sys.unraisablehook = _quiet(sys.unraisablehook)
+
+    def handle(number: int, frame: object) -> None:
+        tell_now(f"\n{signal.Signals(number).name}: stopped before anything had begun")
+        leave(exit_code(128 + number))
+
+    handle.ends_at_once = True  # type: ignore[attr-defined]
+    _set(dict.fromkeys(heeded(), handle))
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_forget)
+    _thread.start_new_thread(_watch, (reader,))
+
+
+def end(code: int) -> None:
+    """Keep signals from changing the exit code of a finished command. Ctrl-C ends a slow interpreter shutdown at once:
+    the second one, as the first may have been meant for the run."""
+    impatient = code >= 128
+
+    def hasten(number: int, frame: object) -> None:
+        nonlocal impatient
+        heard()
+        if impatient:
+            leave(code)
+        impatient = True
+        tell_now(f"\n{signal.Signals(number).name}: all is done, this process is about to end; Ctrl-C ends it at once")
+
+    _set(dict.fromkeys(heeded(), hasten))
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Context in which a signal raises :class:`.Interrupted`, and a second Ctrl-C ends the process at once."""
+    asked = False
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal asked
+        heard()
+        again, asked = asked, True
+        if not again:
+            raise Interrupted(signal.Signals(number).name, 128 + number)
+        if number == signal.SIGINT:
+            at_once()
+
+    handle.ends_at_once = True  # type: ignore[attr-defined]
+    before = _set(dict.fromkeys(heeded(), handle))
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def at_once(before: Callable[[], None] = lambda: None) -> NoReturn:
+    """React to a second Ctrl-C: raise ``KeyboardInterrupt``, and end the process after :data:`AT_ONCE_S` seconds even
+    if that is swallowed or a clean-up hangs.
+
+    Args:
+        before: called first, to end other processes.
+    """
+    before()
+    if _owns_process:  # _thread, as the signal may have come while threading held its locks
+        _thread.start_new_thread(_leave_soon, ())
+    raise KeyboardInterrupt
+
+
+def heard() -> None:
+    """Record, in a handler, that the signal is being handled."""
+    global _heard
+    _heard = time.monotonic()
+
+
+def exit_code(code: int) -> int:
+    """``code``, or 0 in a process that Lightning launched: if such a process ends with another code, Lightning kills
+    all others, which may be saving."""
+    return 0 if started_by_lightning() else code
+
+
+def _watch(reader: int) -> None:
+    """Thread that receives signals at once, and ends the process if the main thread waits in C code, for example for
+    other ranks or a file server."""
+    count = 0
+    while numbers := os.read(reader, 64):
+        for number in filter(heeded().__contains__, numbers):
+            count += 1
+            # What Interruptions requested may take its time, but a second Ctrl-C may not.
+            if getattr(signal.getsignal(number), "ends_at_once", False) or (number == signal.SIGINT and count > 1):
+                _thread.start_new_thread(_insist, (number, time.monotonic()))
+
+
+def _insist(number: int, since: float) -> None:
+    time.sleep(AT_ONCE_S)
+    if _heard < since - _LAG_S:
+        tell_now(f"\n{signal.Signals(number).name}: stopped")
+        leave(exit_code(128 + number))
+
+
+def _forget() -> None:
+    """Restore the default handlers in a forked process."""
+    signal.set_wakeup_fd(-1)
+    _set(dict.fromkeys(heeded(), signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler})
+
+
+def _leave_soon() -> None:
+    time.sleep(AT_ONCE_S)
+    leave(exit_code(CTRL_C))
+
+
+def _set(handlers: dict[int, Any]) -> dict[int, Any]:
+    """Install handlers and return the previous ones. Only the main thread can; in others this does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {
+        number: signal.signal(number, handler)
+        for number, handler in handlers.items()
+        if handler is not None  # None: it was not installed by Python
+    }
+
+
+def _ignore_all() -> None:
+    _set(dict.fromkeys(heeded(), signal.SIG_IGN))
+
+
+def _quiet(hook: Any) -> Any:
+    """An ``unraisablehook`` without tracebacks for signals that raised in a destructor, which Python ignores.
+    :mod:`.interruption` has recorded the request, except for one before the Trainer's setup: that ends the process."""
+
+    def handle(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Interrupted | KeyboardInterrupt):
+            hook(unraisable)
+        elif interruption.requested() is None:
+            leave(exit_code(getattr(unraisable.exc_value, "exit_code", CTRL_C)))
+
+    return handle

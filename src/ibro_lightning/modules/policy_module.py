@@ -1,0 +1,317 @@
+"""The base of all modules: a policy, its tokenizer, its optimizers and its evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from ibro_lightning.batches import Rollout
+from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.callbacks.metrics_log import MetricsLog
+from ibro_lightning.errors import check_at_least
+from ibro_lightning.evaluation.metrics import Evaluation
+from ibro_lightning.guards.trainer_flags import refuse_trainer
+from ibro_lightning.models import (
+    Policy,
+    PolicyLike,
+    PolicyOptions,
+    PolicySource,
+    PretrainedPolicy,
+    Sharding,
+    as_source,
+    build_policy,
+    compile_in_place,
+    export_folder,
+)
+from ibro_lightning.models.spec import ModelSpec
+from ibro_lightning.modules.evaluating import Evaluator
+from ibro_lightning.modules.optimizers import NetworkOptimizers
+from ibro_lightning.modules.trainer_loop import TrainerLoop
+from ibro_lightning.ranks import Ranks
+from ibro_lightning.regularizers import StepContext
+from ibro_lightning.runs.checkpoints.plugin import read_checkpoint
+from ibro_lightning.runs.folder import refuse_loggers, run_folder
+from ibro_lightning.runs.parquet import write_parquet
+from ibro_lightning.types import Dtype
+from ibro_lightning.update.loss import PolicyLoss
+from ibro_lightning.update.optimizer import Schedule, check_optimizer, check_schedule
+from ibro_lightning.update.reference import ReferenceKL
+from ibro_lightning.update.scoring import Scorer
+from ibro_lightning.update.updater import Updater
+
+
+class PolicyModule(pl.LightningModule):
+    """A policy, and an updater that takes its optimizer steps. Subclasses define the batch and the loss, and document
+    the arguments."""
+
+    min_group_size = 1
+    trained: ClassVar[Mapping[str, tuple[str, str]]] = {"policy": ("optimizer", "learning_rate")}
+    """The networks that learn, by name, and the arguments with the optimizer and the learning rate of each."""
+    schedule_settings: tuple[str, ...] = ()
+    """Attributes on which :meth:`learning_rate_factor` depends besides ``warmup_steps``."""
+    updater: Updater
+    scorer: Scorer  # like the loss, only in modules that learn from rollouts
+    policy_loss: PolicyLoss | None = None
+
+    def __init__(
+        self,
+        policy: PolicyLike,
+        *,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        learning_rate: float = 1e-6,
+        warmup_steps: int = 10,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        policy_options: PolicyOptions = PolicyOptions(),
+    ) -> None:
+        super().__init__()
+        for name, value in {"learning_rate": learning_rate, "warmup_steps": warmup_steps}.items():
+            check_at_least(name, value, 0)
+        check_optimizer(optimizer, "optimizer")
+        check_schedule(lr_scheduler, "lr_scheduler")
+        self.automatic_optimization = False
+        self.policy_source = as_source(policy, policy_options, "policy")
+        self.policy_options = policy_options
+        self.tokenizer = self.policy_source.tokenizer()
+        self.eos_token_ids = self.policy_source.eos_token_ids()
+        self.optimizer_factory, self.learning_rate = optimizer, learning_rate
+        self.warmup_steps, self.lr_scheduler_factory = warmup_steps, lr_scheduler
+        self.loop = TrainerLoop(self, tuple(self.trained))
+        self.policy: Policy
+        self.evaluator = Evaluator(self)
+        self.evaluations: dict[str, Evaluation] = {}
+        """The latest evaluation of each set."""
+        self.network_optimizers = NetworkOptimizers(self)
+
+    @property
+    def kl(self) -> ReferenceKL | None:
+        return None if self.policy_loss is None else self.policy_loss.kl
+
+    def setup(self, stage: str) -> None:
+        refuse_trainer(self.trainer)
+        refuse_loggers(self.trainer)
+        if not hasattr(self.trainer.datamodule, "collector"):  # type: ignore[attr-defined]
+            # On the instance: Lightning warns of a class that overrides the hook, whatever the datamodule.
+            self.on_before_batch_transfer = self._number  # type: ignore[method-assign]
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "policy"):
+            self.policy = build_policy(self.policy_source, self.policy_options, self.sharding)
+        if self.kl is not None:
+            self.kl.sharding = self.sharding
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Add :class:`.MetricsLog`, which writes the curves and ``trainer.callback_metrics``, to any Trainer."""
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not self.trainer.barebones and not any(isinstance(callback, MetricsLog) for callback in callbacks):
+            callbacks.insert(0, MetricsLog())  # first: others may read the metrics at the end of the same batch
+        return []
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: Path | str,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Lightning's method, for a checkpoint in a file or in a folder of shards (which is read on the CPU).
+
+        Args:
+            settings: the constructor's arguments, at least ``policy``; a checkpoint holds none of them.
+        """
+        if not Path(checkpoint_path).is_dir():
+            return super().load_from_checkpoint(
+                checkpoint_path, map_location, hparams_file, strict, weights_only, **settings
+            )
+        checkpoint = read_checkpoint(Path(checkpoint_path), with_optimizers=False)
+        module = cls(**settings)
+        module.configure_model()
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=strict is not False)
+        return module
+
+    # The names in a state have no prefixes of torch.compile, wherever it was applied.
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        compile_in_place(self)
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        compile_in_place(self)
+        return super().load_state_dict(*args, **kwargs)
+
+    def on_fit_start(self) -> None:
+        compile_in_place(self)
+        if self._trainer is not None:
+            self.network_optimizers.watch()
+        if self.policy_options.packing:
+            with self.forward_context():
+                self.check_packing()
+
+    def on_train_start(self) -> None:
+        self.network_optimizers.report_changes()
+        with self.forward_context():
+            self.policy.hold_still()  # before anything is generated
+
+    def forward_context(self) -> AbstractContextManager[None]:
+        """The Trainer's precision, for code outside Lightning's steps, such as the generation of a batch."""
+        return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
+
+    def check_packing(self) -> None:
+        """Refuse to train if packed sequences see each other in any of the networks."""
+        self.policy.check_packing()
+        if self.kl is not None:
+            self.kl.on(self.device).check_packing()
+
+    # Optimizers. A subclass may return its own from configure_optimizers: one or several, with or without schedules.
+
+    def configure_optimizers(self) -> Any:
+        pairs = [self.optimizer_for(network) for network in self.trained]
+        return [optimizer for optimizer, _ in pairs], [schedule for _, schedule in pairs]
+
+    def optimizer_for(self, network: str) -> tuple[torch.optim.Optimizer, Schedule]:
+        """The optimizer and the schedule of a network, given its name in this module."""
+        return self.network_optimizers.build(network)
+
+    def make_optimizer(self, network: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The configured optimizer of a network, for these parameters."""
+        return self.network_optimizers.make(network, parameters)
+
+    def learning_rate_factor(self, step: int) -> float:
+        """The factor of the learning rate in optimizer step ``step`` (from 0), unless there is an ``lr_scheduler``."""
+        return min(1.0, (step + 1) / (self.warmup_steps + 1))
+
+    def check_resumed_optimizers(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Check the states of a checkpoint before anything is built or moved. Optimizers of an overridden
+        ``configure_optimizers`` are checked when the states are loaded.
+
+        Raises:
+            ConfigError: an optimizer cannot resume from its state.
+        """
+        if type(self).configure_optimizers is PolicyModule.configure_optimizers and len(states) == len(self.trained):
+            self.network_optimizers.check_resumed(states)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["nonfinite"] = self.updater.nonfinite.state_dict()
+        if self.policy_loss is not None:
+            coefficients = self.policy_loss.coefficients
+            checkpoint["coefficients"] = {name: coefficient.state_dict() for name, coefficient in coefficients.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.updater.nonfinite.load_state_dict(checkpoint.get("nonfinite", {}))
+        saved = checkpoint.get("coefficients", {})
+        for name, coefficient in (self.policy_loss.coefficients if self.policy_loss else {}).items():
+            if name in saved:
+                coefficient.load_state_dict(saved[name])
+
+    def report_skipped_steps(self, rollout: Rollout | None = None) -> None:
+        """Report the skipped optimizer steps of an iteration, and stop if there were too many in a row."""
+        save = None if rollout is None else partial(write_parquet, rollout=rollout, tokens=True)
+        self.updater.nonfinite.report(self.iteration)
+        self.updater.nonfinite.check(run_folder(self.trainer), self.iteration, self.trainer.global_rank, save)
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.loop.ranks
+
+    def context(self) -> StepContext:
+        """What losses and regularisers can use in an optimizer step."""
+        positions = getattr(self.policy_source.config(), "max_position_embeddings", None)
+        return self.scorer.context(self.tokenizer, positions)
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """How the strategy shards networks over processes; None: each process holds them whole."""
+        return None if self._trainer is None else getattr(self.trainer.strategy, "sharding", None)
+
+    @property
+    def source_folders(self) -> tuple[Path, ...]:
+        """Local folders with the initial weights of this run, which a new run must not move away."""
+        return local_folders(self.policy_source, *(() if self.kl is None else (self.kl.source,)))
+
+    @property
+    def iteration(self) -> int:
+        """Completed training batches of the whole run: the x-axis of every curve."""
+        return self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
+
+    # The interface for datamodules and callbacks (engines.base.PolicyProvider).
+
+    def model_spec(self) -> ModelSpec:
+        return ModelSpec(
+            config=self.policy_source.config(),
+            eos_token_ids=self.eos_token_ids,
+            # Not self.device: datamodules are set up before the module moves to its device.
+            device=self.device if self._trainer is None else self.trainer.strategy.root_device,
+            trust_remote_code=self.policy_options.trust_remote_code,
+        )
+
+    def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self.policy.named_full_weights()
+
+    @property
+    def compute_dtype(self) -> Dtype:
+        is_mixed = self._trainer is not None and self.trainer.precision == "bf16-mixed"
+        return "bfloat16" if is_mixed else self.policy_options.dtype
+
+    @torch.no_grad()
+    def response_logp(self, sequences: Sequences, temperature: float) -> Tensor:
+        with self.forward_context():
+            logp, _ = self.policy(sequences.to(self.device), temperature=temperature, with_entropy=False)
+        return logp
+
+    def export(self, folder: Path | str, *, keep_earlier: bool = True) -> Path:
+        """Write the policy as a Hugging Face folder; see :func:`.export_folder`."""
+        if not hasattr(self, "policy"):  # a module that has had no Trainer
+            self.configure_model()
+        return export_folder(self.policy.model, self.tokenizer, folder, self.policy_source, keep_earlier=keep_earlier)
+
+    def export_names(self, folder: Path) -> tuple[Path, ...]:
+        """All folders that :meth:`export` writes."""
+        return (folder, *((folder.with_name("adapter"),) if self.policy_options.lora is not None else ()))
+
+    @property
+    def evaluation_is_current(self) -> bool:
+        """Whether :attr:`evaluations` belong to the present weights; True if there are no evaluation sets."""
+        has_sets = bool(getattr(self.trainer.datamodule, "eval_sets", None))  # type: ignore[attr-defined]
+        return not has_sets or self.evaluator.at_step == self.trainer.global_step
+
+    def on_validation_epoch_start(self) -> None:
+        self.evaluator.begin()
+
+    def validation_step(self, rollout: Rollout, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.evaluator.add(rollout, self.ranks.data)
+
+    def on_validation_epoch_end(self) -> None:
+        self.evaluations = self.evaluator.finish(self.iteration)
+
+    def on_validation_end(self) -> None:
+        self.evaluator.complete_returned()
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+    on_test_end = on_validation_end
+
+    def _number(self, batch: Any, dataloader_idx: int) -> Any:
+        """Number a rollout that does not come from a datamodule of ours."""
+        if isinstance(batch, Rollout) and self.trainer.training and not batch.iteration:
+            return replace(batch, iteration=self.iteration + 1)
+        return batch
+
+    def predict_step(self, rollout: Rollout, batch_idx: int, dataloader_idx: int = 0) -> Rollout:
+        return rollout
+
+
+def local_folders(*sources: PolicySource) -> tuple[Path, ...]:
+    """The folders of those sources that are local."""
+    return tuple(Path(source.path).resolve() for source in sources if isinstance(source, PretrainedPolicy))

@@ -1,0 +1,227 @@
+"""Coefficients of an entropy term or of a KL penalty, constant or changing during training.
+
+Each is one small class: :attr:`Coefficient.value` is used during an update; :meth:`Coefficient.observe` is called once
+per iteration before it, with the measured entropy or KL of the policy (nats per token). The state is a few numbers and
+part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Literal
+
+from ibro_lightning.errors import ConfigError, check_at_least
+
+
+class Coefficient(ABC):
+    """A number ≥ 0 that may follow the iteration or a measurement. Subclasses keep their state in :attr:`state`."""
+
+    measures: Literal["entropy", "KL"] | None = None
+    """The quantity that :meth:`observe` needs; None for either."""
+
+    def __init__(self, **state: float) -> None:
+        self.state: dict[str, float] = {"iterations": 0.0, **state}
+
+    @property
+    @abstractmethod
+    def value(self) -> float:
+        """The present factor of the term."""
+
+    def observe(self, measured: float, samples: int = 1) -> None:
+        """Count an iteration, with ``measured`` in nats per token over ``samples`` responses. A measurement that is not
+        finite moves nothing."""
+        self.state["iterations"] += 1
+        if math.isfinite(measured):
+            self.move(measured, samples)
+
+    def move(self, measured: float, samples: int) -> None:  # noqa: B027  schedules have nothing to do here
+        """Respond to a measurement."""
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(self.state)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Resume from ``state``. If it is another class's, the common part resumes (all count the run's iterations),
+        and the rest starts afresh."""
+        self.state |= {name: number for name, number in state.items() if name in self.state}
+
+
+class Constant(Coefficient):
+    """Always ``coef``; what a plain number in a recipe means."""
+
+    def __init__(self, coef: float) -> None:
+        super().__init__()
+        check_at_least("coef", coef, 0)
+        self.coef = coef
+
+    @property
+    def value(self) -> float:
+        return self.coef
+
+
+class Schedule(Coefficient):
+    """From one value in the first iteration to another, then constant.
+
+    Args:
+        start, end: first and last value.
+        iterations: from the first value to the last.
+    """
+
+    def __init__(self, start: float, end: float, iterations: int) -> None:
+        super().__init__()
+        check_at_least("start", start, 0)
+        check_at_least("end", end, 0)
+        check_at_least("iterations", iterations, 1)
+        self.start, self.end, self.iterations = start, end, iterations
+
+    @property
+    def progress(self) -> float:
+        """0 in the first iteration, 1 after ``iterations``."""
+        return min(1.0, max(0.0, self.state["iterations"] - 1) / self.iterations)
+
+
+class Linear(Schedule):
+    """A straight line from ``start`` to ``end``."""
+
+    @property
+    def value(self) -> float:
+        return self.start + (self.end - self.start) * self.progress
+
+
+class Cosine(Schedule):
+    """Half a cosine from ``start`` to ``end``: flat at both."""
+
+    @property
+    def value(self) -> float:
+        return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * self.progress))
+
+
+class TargetEntropy(Coefficient):
+    """Skywork-OR1's controller (arXiv 2505.22312): one step up while entropy is below its target, otherwise one down;
+    the term is active only while entropy is at or below the target.
+
+    Meant for a term that raises entropy (``EntropyBonus``). The entropy is that of the policy that sampled the rollout.
+
+    Args:
+        target: nats per token.
+        step: how much the coefficient moves per iteration.
+        start: its first value.
+        maximum: upper limit.
+    """
+
+    measures = "entropy"
+
+    def __init__(self, target: float = 0.2, step: float = 0.005, start: float = 0.0, maximum: float = math.inf) -> None:
+        for name, number in (("target", target), ("step", step), ("start", start)):
+            check_at_least(name, number, 0)
+        if not maximum >= start:
+            raise ConfigError("maximum", maximum, f"write start ({start}) or more")
+        super().__init__(coef=start, active=1.0)
+        self.target, self.step, self.maximum = target, step, maximum
+
+    @property
+    def value(self) -> float:
+        return self.state["coef"] * self.state["active"]
+
+    def move(self, measured: float, samples: int) -> None:
+        moved = self.state["coef"] + (self.step if measured < self.target else -self.step)
+        self.state["coef"] = min(max(moved, 0.0), self.maximum)
+        self.state["active"] = float(measured <= self.target)
+
+
+class EntropyBand(Coefficient):
+    """A proportional-integral controller that keeps entropy between two bounds; inside them the integral holds.
+
+    ``coef = start + kp·e + ki·Σe``, cut to [0, maximum], with ``e`` how far entropy is below ``low`` (positive) or
+    above ``high`` (negative), in nats. Meant for a term that raises entropy. While the coefficient is at a limit,
+    errors that push further against it are not summed (anti-windup).
+
+    Args:
+        low, high: the band, nats per token.
+        proportional, integral: gains, coefficient per nat (and per iteration).
+        start: the initial coefficient inside the band.
+        maximum: upper limit.
+    """
+
+    measures = "entropy"
+
+    def __init__(
+        self,
+        low: float = 0.1,
+        high: float = 0.3,
+        proportional: float = 0.01,
+        integral: float = 0.001,
+        start: float = 0.0,
+        maximum: float = 1.0,
+    ) -> None:
+        check_at_least("high", high, 0)
+        if not 0 <= low <= high:
+            raise ConfigError("low", low, f"write a number between 0 and high ({high})")
+        for name, number in (("proportional", proportional), ("integral", integral), ("start", start)):
+            check_at_least(name, number, 0)
+        check_at_least("maximum", maximum, start)
+        super().__init__(coef=start, sum=0.0)
+        self.low, self.high, self.start, self.maximum = low, high, start, maximum
+        self.proportional, self.integral = proportional, integral
+
+    @property
+    def value(self) -> float:
+        return self.state["coef"]
+
+    def move(self, measured: float, samples: int) -> None:
+        error = max(self.low - measured, 0.0) - max(measured - self.high, 0.0)
+        summed = self.state["sum"] + error
+        target = self.start + self.proportional * error + self.integral * summed
+        self.state["coef"] = min(max(target, 0.0), self.maximum)
+        pushes_against_limit = (target > self.maximum and error > 0) or (target < 0 and error < 0)
+        if not pushes_against_limit:
+            self.state["sum"] = summed
+
+
+class AdaptiveKL(Coefficient):
+    """``β ← β·(1 + clip(KL/target − 1, ±0.2)·n/horizon)`` (arXiv 1909.08593, section 2.2).
+
+    Args:
+        start: first β.
+        target: KL per token, nats.
+        horizon: responses over which β may change by about 20 %.
+    """
+
+    measures = "KL"
+
+    def __init__(self, start: float = 0.001, target: float = 0.01, horizon: int = 10_000) -> None:
+        if not 0 < start < math.inf:
+            raise ConfigError("start", start, "write a positive number: 0 would stay 0")
+        check_at_least("horizon", horizon, 1)
+        if not 0 < target < math.inf:
+            raise ConfigError("target", target, "write a positive number of nats per token")
+        super().__init__(coef=start)
+        self.target, self.horizon = target, horizon
+
+    @property
+    def value(self) -> float:
+        return self.state["coef"]
+
+    def move(self, measured: float, samples: int) -> None:
+        error = min(max(measured / self.target - 1.0, -0.2), 0.2)
+        # Capped at the horizon: otherwise the factor could reach 0, where it would stay.
+        self.state["coef"] *= 1.0 + error * min(samples / self.horizon, 1.0)
+
+
+def as_coefficient(coef: Coefficient | float, setting: str, measures: Literal["entropy", "KL"]) -> Coefficient:
+    """The object for ``coef`` as written in a recipe.
+
+    In signatures write ``Coefficient | float``, in this order: the parser reports the first member's error.
+
+    Raises:
+        ConfigError: naming ``setting``, for a number that is negative or not finite, or a controller of another
+            quantity than ``measures``.
+    """
+    if not isinstance(coef, Coefficient):
+        check_at_least(setting, coef, 0)
+        return Constant(coef)
+    if coef.measures not in (None, measures):
+        name = type(coef).__name__
+        raise ConfigError(setting, name, f"it follows {coef.measures}, and here it is told the {measures}")
+    return coef

@@ -1,0 +1,35 @@
+"""Rendering of problems as model input: chat templates, BOS and control tokens."""
+
+from ibro_lightning.rendering.control_tokens import (
+    ControlTextError,
+    ControlTokens,
+    TextTokenizer,
+    control_text,
+    masked_content,
+)
+from ibro_lightning.rendering.render import (
+    Content,
+    RenderingError,
+    appended_tokens,
+    last_question,
+    prefill,
+    render,
+    text_messages,
+    text_of,
+)
+
+__all__ = [
+    "Content",
+    "ControlTextError",
+    "ControlTokens",
+    "RenderingError",
+    "TextTokenizer",
+    "appended_tokens",
+    "control_text",
+    "last_question",
+    "masked_content",
+    "prefill",
+    "render",
+    "text_messages",
+    "text_of",
+]

@@ -1,0 +1,97 @@
+"""Runs a program against a problem's tests in the sandbox, and compares its values in a process of their own."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from ibro_lightning.rewards.code.limits import CHECK_S, SandboxLimits
+from ibro_lightning.rewards.code.problem import CodeProblem, broken
+from ibro_lightning.rewards.code.sandbox import SandboxResult, run_python
+from ibro_lightning.rewards.code.unit_tests import VALUE, TestParts
+from ibro_lightning.types import Prompt
+
+
+def tests_passed(prompt: Prompt, problem: CodeProblem, program: str, limits: SandboxLimits, *, stop_early: bool) -> int:
+    """The number of the problem's tests that the program passes.
+
+    Args:
+        limits: for wall time, of all tests together.
+        stop_early: only whether all are passed matters.
+
+    Raises:
+        RewardError: the problem's set-up fails.
+    """
+    if problem.inputs:
+        return _passed_by_output(problem, program, limits, stop_early)
+    return _passed_by_value(prompt, problem, program, limits, stop_early)
+
+
+def _passed_by_output(problem: CodeProblem, program: str, limits: SandboxLimits, stop_early: bool) -> int:
+    ends = time.monotonic() + limits.wall_s
+    passed = 0
+    for given, expected in zip(problem.inputs, problem.outputs, strict=True):
+        left = ends - time.monotonic()
+        if left < 0.1:
+            break
+        result = run_python(program, stdin=given, limits=replace(limits, wall_s=left))
+        right = result.status == "ok" and _lines(result.stdout) == _lines(expected)
+        passed += right
+        if not right and stop_early:
+            break
+    return passed
+
+
+def _passed_by_value(
+    prompt: Prompt, problem: CodeProblem, program: str, limits: SandboxLimits, stop_early: bool
+) -> int:
+    token, tests = secrets.token_hex(16), problem.tests
+    steps = [list(test.steps) for test in tests]
+    observed = run_python(
+        f"{_in_sandbox()}\nobserve({problem.setup!r}, {program!r}, {steps!r}, {token!r})", limits=limits
+    )
+    report = observed.report.split("\n")
+    if report[0] != "setup" and observed.status == "error":
+        raise broken(prompt, f"its setup fails: {_last_line(observed)}")
+    passed = sum(test.steps[-1][0] == "whole" and f"{token} {number}" in report for number, test in enumerate(tests))
+    checks = _checks(tests, report)
+    if not checks or (stop_early and passed + len(checks) < len(tests)):
+        return passed
+    left = max(CHECK_S, limits.wall_s - observed.seconds)
+    judged = run_python(f"{_in_sandbox()}\ncheck({problem.setup!r}, {checks!r})", limits=replace(limits, wall_s=left))
+    return passed + sum(line.startswith("right ") for line in judged.report.split("\n"))
+
+
+def _checks(parts: Sequence[TestParts], report: Sequence[str]) -> list[tuple[int, str, list[str], dict[str, str]]]:
+    """Arguments of ``in_sandbox.check``: the tests that were taken apart and have a value in the report."""
+    values: dict[tuple[str, str], str] = {}
+    for line in report:
+        kind, _, rest = line.partition(" ")
+        test, _, rest = rest.partition(" ")
+        step, _, literal = rest.partition(" ")
+        if kind == "value":
+            values[test, step] = literal
+    checks = []
+    for number, part in enumerate(parts):
+        asked = [step for step, (kind, _) in enumerate(part.steps) if kind == "value"]
+        given = {f"{VALUE}{step}": values[key] for step in asked if (key := (str(number), str(step))) in values}
+        if given:
+            checks.append((number, part.statements, list(part.conditions), given))
+    return checks
+
+
+@cache
+def _in_sandbox() -> str:
+    return Path(__file__).with_name("in_sandbox.py").read_text(encoding="utf-8")
+
+
+def _lines(text: str) -> list[str]:
+    return "\n".join(line.rstrip() for line in text.split("\n")).rstrip("\n").split("\n")
+
+
+def _last_line(result: SandboxResult) -> str:
+    return result.stderr.strip().rpartition("\n")[2][:300]

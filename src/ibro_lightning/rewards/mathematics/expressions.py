@@ -1,0 +1,111 @@
+"""Answers as expressions of the math-verify library: read, compared, and spelled as one string.
+
+The library and sympy are imported on first use, so that other rewards do not wait for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+from ibro_lightning.rewards.mathematics.expression_size import is_heavy
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How to compare two answers: see :class:`~ibro_lightning.rewards.MathVerifyReward`."""
+
+    strict: bool = True
+    precision: int = 6
+    numeric_precision: int = 15
+    allow_set_relation_comp: bool = False
+
+
+def parse(text: str, match_types: tuple[str, ...]) -> tuple[Any, ...]:
+    """The answer in a text as an expression, if possible, followed by its normalised text; () without an answer.
+
+    Args:
+        match_types: what to look for: "latex", "expr", "string".
+    """
+    try:
+        return tuple(_library().parse(text, list(_targets(match_types)), parsing_timeout=None, raise_on_error=True))
+    except MemoryError:
+        raise
+    except Exception:  # hostile text makes the library, its parser and sympy raise almost anything
+        return ()
+
+
+def equal(gold: Any, answer: Any, options: Comparison) -> bool:
+    """Whether two items from :func:`parse` are the same; texts equal only texts."""
+    if isinstance(gold, str) or isinstance(answer, str):
+        return isinstance(gold, str) and isinstance(answer, str) and gold.strip() == answer.strip() != ""
+    try:
+        if is_heavy(gold) or is_heavy(answer):
+            return bool(gold == answer)
+        return bool(
+            _library().verify(
+                gold,
+                answer,
+                float_rounding=options.precision,
+                numeric_precision=options.numeric_precision,
+                strict=options.strict,
+                allow_set_relation_comp=options.allow_set_relation_comp,
+                timeout_seconds=None,
+                raise_on_error=True,
+            )
+        )
+    except MemoryError:
+        raise
+    except Exception:  # as above
+        return False
+
+
+def spelled(found: tuple[Any, ...]) -> str:
+    """One string for a result of :func:`parse`: a number in lowest terms, anything else as sympy prints it."""
+    if not found:
+        return ""
+    first, text = found[0], str(found[-1]) if isinstance(found[-1], str) else ""
+    try:
+        if isinstance(first, str) or is_heavy(first):
+            return text[:200]
+        if type(first).__name__ == "Equality" and first.lhs.is_Symbol:
+            first = first.rhs  # as the library takes x = 5 for 5
+        return _rational(first) or str(first)[:200]
+    except MemoryError:
+        raise
+    except Exception:  # as above
+        return text[:200]
+
+
+def _rational(expression: Any) -> str:
+    """``6/8``, ``0.75`` and ``\\frac{3}{4}`` → ``3/4``; "" for anything but a rational number."""
+    from sympy import Add, Float, Mul, Number, Pow, Rational, UnevaluatedExpr, preorder_traversal
+
+    if not all(isinstance(part, Number | Add | Mul | Pow | UnevaluatedExpr) for part in preorder_traversal(expression)):
+        return ""
+    value = expression.doit()
+    if isinstance(value, Float):
+        value = Rational(str(value))
+    return str(value) if value.is_Rational else ""
+
+
+@lru_cache(maxsize=16)
+def _targets(match_types: tuple[str, ...]) -> tuple[Any, ...]:
+    library = _library()
+    configs = {
+        "latex": lambda: library.LatexExtractionConfig(boxed_match_priority=0),  # a box takes precedence
+        "expr": library.ExprExtractionConfig,
+        "string": library.StringExtractionConfig,
+    }
+    return tuple(configs[kind]() for kind in match_types)
+
+
+@lru_cache(maxsize=1)
+def _library() -> ModuleType:
+    """math-verify, without its warning that it has no time limit: the pool has one."""
+    import math_verify
+
+    math_verify.parser.TIMEOUT_WARNING_SHOWN = math_verify.grader.TIMEOUT_WARNING_SHOWN = True
+    return math_verify

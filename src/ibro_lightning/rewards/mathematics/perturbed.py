@@ -1,0 +1,73 @@
+"""Wrong answers of the same form as a gold, which a verifier must reject if it can use the gold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_COMMAND = re.compile(r"\\[A-Za-z]+|\\.")
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
+_NUMBER_ALONE = re.compile(r"[-+−]?(?:\\?\$)?([0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
+_SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|[0-9A-Za-z])")
+
+
+def perturbed(
+    gold: str, *, subscripts: bool = True, letters: bool = True, decimals: int | None = None
+) -> Sequence[str]:
+    r"""Answers of the same form with another value.
+
+    A number alone gets another last digit. Otherwise there is one answer each with another first number, another last
+    number and another first letter; without a number, with another last letter; and in an equation, with another sign
+    before the last ``=``.
+
+    Args:
+        gold: text or LaTeX.
+        subscripts: whether numbers in subscripts count; these may be bases of numbers.
+        letters: whether letters count besides numbers; those of units need not.
+        decimals: how many decimals of a number alone a verifier tells apart; None for all.
+
+    >>> perturbed("1/2"), perturbed("3:30"), perturbed(r"\frac{\pi}{4}"), perturbed(r"\text{Evelyn}")
+    (('2/2', '1/3'), ('4:30', '3:40'), ('\\frac{\\pi}{5}',), ('\\text{Fvelyn}', '\\text{Evelyo}'))
+    >>> perturbed("y - 2x = 3"), perturbed("120.5"), perturbed(".0000672", decimals=6)
+    (('y - 3x = 3', 'y - 2x = 4', 'z - 2x = 3', 'y + 2x = 3'), ('120.6',), ('.0000682',))
+    >>> perturbed("204_5", subscripts=False), perturbed(r"\infty")
+    (('304_5',), ('7',))
+    """
+    if alone := _NUMBER_ALONE.fullmatch(gold):
+        return (_raised(gold, _last_place(gold, alone.start(1), decimals)),)
+    plain = _blanked(_COMMAND, gold)
+    if not subscripts:
+        plain = _blanked(_SUBSCRIPT, plain)
+    numbers, found = list(_NUMBER.finditer(plain)), list(re.finditer(r"[A-Za-z]", plain))
+    others = [_raised(gold, _leading_place(number)) for number in (*numbers[:1], *numbers[-1:])]
+    if letters or not numbers:
+        others += [_raised(gold, letter.start()) for letter in (*found[:1], *([] if numbers else found[-1:]))]
+    if sign := re.search(r"[-+](?=.*=)", plain, re.DOTALL):
+        others.append(gold[: sign.start()] + "-+"[sign[0] == "-"] + gold[sign.end() :])
+    return tuple(dict.fromkeys(others)) or ("7",)
+
+
+def _blanked(pattern: re.Pattern[str], text: str) -> str:
+    return pattern.sub(lambda match: " " * len(match[0]), text)
+
+
+def _leading_place(number: re.Match[str]) -> int:
+    """The position of the first digit other than 0, which even a verifier that rounds must see."""
+    leading = len(number[0]) - len(number[0].lstrip("0."))
+    return number.start() + min(leading, len(number[0]) - 1)
+
+
+def _last_place(text: str, start: int, decimals: int | None) -> int:
+    """The position of the last digit within ``decimals``; if all of these are 0, of the first one that is not."""
+    whole, point, behind = text[start:].partition(".")
+    end = len(text) if decimals is None or not point else start + len(whole) + 1 + min(decimals, len(behind))
+    number = _NUMBER.match(text, start)
+    leading = _leading_place(number) if number else start
+    return max(end - 1 - (text[end - 1] == "."), leading)
+
+
+def _raised(text: str, place: int) -> str:
+    """``text`` with the next digit or letter at this position."""
+    old = text[place]
+    new = str(int(old) % 9 + 1) if old.isdigit() else chr(ord(old) + (-1 if old in "zZ" else 1))
+    return text[:place] + new + text[place + 1 :]

@@ -1,0 +1,131 @@
+"""Checkpoint I/O for Lightning's Trainer: streamed to disk, and read with ``weights_only``."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.guards.finite import why_not_finite
+from ibro_lightning.runs.checkpoints.index import read_all_but_tensors
+from ibro_lightning.runs.checkpoints.removing import remove_checkpoint
+from ibro_lightning.runs.checkpoints.shards import read_optimizer_states, read_shards
+from ibro_lightning.runs.checkpoints.validity import REFUSED, why_invalid, why_known_invalid
+
+
+class CheckpointFiles(CheckpointIO):
+    """A Trainer plugin for one process or DDP: reads both forms of a checkpoint and writes files.
+
+    Args:
+        weights_alone: do not read optimizers, loops and callbacks.
+    """
+
+    def __init__(self, weights_alone: bool = False) -> None:
+        self.weights_alone = weights_alone
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Stream to disk; Lightning's own plugin first serialises everything in memory."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read what Lightning restores from, always with ``weights_only``, whatever the argument. Every rank reads the
+        whole checkpoint, so all refuse alike.
+
+        Raises:
+            ConfigError: it is not a checkpoint, is damaged, or holds NaN or anything but tensors and plain values.
+        """
+        path = Path(path)
+        if (reason := why_known_invalid(path)) is not None:
+            raise ConfigError("ckpt_path", str(path), reason)
+        whole = read_checkpoint(path, with_optimizers=not self.weights_alone)
+        optimizers = () if self.weights_alone else whole.get("optimizer_states", ())
+        refuse_non_finite(path, why_not_finite(whole["state_dict"], optimizers))
+        if not self.weights_alone:
+            return whole
+        return {name: whole[name] for name in ("state_dict", "pytorch-lightning_version") if name in whole}
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """For a user's own ``ModelCheckpoint``; :class:`.IterationCheckpoint` does not call this."""
+        remove_checkpoint(Path(path))
+
+
+def read_checkpoint(path: Path, *, with_optimizers: bool = True, mmap: bool = False) -> dict[str, Any]:
+    """Read a whole checkpoint, file or folder, on this process.
+
+    Raises:
+        ConfigError: see :meth:`CheckpointFiles.load_checkpoint`.
+    """
+    with refusing(path):
+        if path.is_dir():
+            return read_shards(path, with_optimizers=with_optimizers)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return checkpoint
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Read everything but the tensors, cheaply: a file's tensors are only memory-mapped.
+
+    Raises:
+        ConfigError: see :meth:`CheckpointFiles.load_checkpoint`.
+    """
+    with refusing(path):
+        return read_all_but_tensors(path)
+
+
+def read_optimizers(path: Path) -> list[dict[str, Any]]:
+    """Read the states of all optimizers, cheaply: a file's tensors are memory-mapped, a folder's are on ``meta``.
+
+    Raises:
+        ConfigError: see :meth:`CheckpointFiles.load_checkpoint`.
+    """
+    with refusing(path):
+        if path.is_dir():
+            return read_optimizer_states(path)
+        states: list[dict[str, Any]] = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(
+            "optimizer_states", []
+        )
+        return states
+
+
+def refuse_non_finite(path: Path, reason: str | None) -> None:
+    """Raise :class:`ConfigError` if :func:`.why_not_finite` gave a reason."""
+    if reason is not None:
+        raise ConfigError(
+            "ckpt_path",
+            str(path),
+            f"{reason}: nothing can be made of it. Move it out of the folder, then --ckpt_path last takes the "
+            "checkpoint before it; a lower model.learning_rate may keep that from happening again",
+        )
+
+
+class refusing:
+    """Context manager that turns errors while reading a checkpoint into a :class:`ConfigError` of one line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, ConfigError | torch.OutOfMemoryError):
+            return  # already one line, or not the checkpoint's fault
+        if isinstance(error, pickle.UnpicklingError):
+            reason = REFUSED
+        elif isinstance(error, OSError | EOFError | RuntimeError | ValueError | LookupError):
+            reason = why_invalid(self.path) or f"it cannot be read: {' '.join(str(error).split())[:200]}"
+        else:
+            return
+        raise ConfigError("ckpt_path", str(self.path), reason) from error

@@ -1,0 +1,173 @@
+"""Which files in a run's folder are the run's, and which would be in a command's way: checked before it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.guards.disk import PARTIAL
+from ibro_lightning.runs.contents import CATALOG, MARK, MODELS, entry_of
+from ibro_lightning.runs.marks import Mark, has_other_mark, read_mark, write_mark
+from ibro_lightning.runs.model_folders import OLD, adopt, leaves
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The files, links and empty folders below a run's folder, relative to it."""
+
+    own: tuple[str, ...]
+    foreign: tuple[str, ...]
+
+
+def survey(folder: Path, mark: Mark | None = None) -> Survey:
+    """Tell the run's files from others. Links are not followed.
+
+    Args:
+        mark: the run's mark; None reads the folder's.
+    """
+    mark = mark or read_mark(folder)
+    own: list[str] = []
+    foreign: list[str] = []
+    for where, folders, files in os.walk(folder):
+        inside = Path(where).relative_to(folder)
+        links = [name for name in folders if Path(where, name).is_symlink()]
+        for name in sorted([*files, *links]):
+            path = (inside / name).as_posix()
+            is_own = mark is not None and (mark.owns(folder, path) or (name in links and _owns_link(mark, path)))
+            (own if is_own else foreign).append(path)
+        if not folders and not files and Path(where) != folder:
+            path = inside.as_posix()
+            (own if mark is not None and mark.owns_folder(path) else foreign).append(path)
+    return Survey(tuple(own), tuple(foreign))
+
+
+def _owns_link(mark: Mark, path: str) -> bool:
+    """Whether a link takes the place of one of the run's folders, which the user keeps elsewhere. A link to a model is
+    not ours."""
+    return mark.owns_folder(path) and path not in MODELS
+
+
+def claim(folder: Path, parts: Collection[str], *, files: Collection[str] = (), writes: bool = True) -> None:
+    """Claim names in a run's folder before anything is written there.
+
+    Args:
+        parts: see :data:`.contents.PARTS`.
+        files: further files, which must not exist yet.
+        writes: record the claim in the folder: True on one rank, while all of them must call this.
+
+    Raises:
+        ConfigError: one of the names is taken by something that is not the run's.
+    """
+    if found := in_the_way(folder, parts):
+        raise refusal(folder, found)
+    if not writes:
+        return
+    mark = read_mark(folder)
+    if mark is not None and mark.processes is None:
+        for model in set(MODELS) & set(parts):
+            adopt(folder / model)
+    write_mark(folder, parts, files)
+
+
+def refusal(folder: Path, found: Sequence[str]) -> ConfigError:
+    """The error for what :func:`in_the_way` found."""
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return ConfigError(
+        "trainer.default_root_dir",
+        str(folder),
+        f"it holds {', '.join(found[:3])}{more}, which no run of this folder has written, under names that this "
+        "command writes: move that elsewhere, or write another folder for the run, such as runs/mine",
+    )
+
+
+def in_the_way(folder: Path, parts: Collection[str]) -> list[str]:
+    """Paths, relative to the folder, that are not the run's and have names that the parts need."""
+    mark = read_mark(folder)
+    claimed = mark.parts if mark is not None else frozenset[str]()
+    found = [MARK] if has_other_mark(folder) else []
+    for part in sorted(set(parts) - claimed):
+        names = (part, part + PARTIAL, *((part + OLD,) if part in MODELS else ()))
+        blocked = [name for name in names if _is_taken(folder / name)]
+        if blocked and not (part == "evaluations" and _are_all_ours(folder / part)):
+            found += [name + "/" * (folder / name).is_dir() for name in blocked]
+    found += _with_numbers(folder, set(parts) - claimed)
+    if mark is not None and (own_parts := claimed & set(parts)):
+        files = survey(folder, mark)
+        ours = {path.split("/")[0] for path in files.own}
+        found += [path for path in files.foreign if _blocks(folder, path, own_parts, ours)]
+    return found
+
+
+def _with_numbers(folder: Path, parts: Collection[str]) -> list[str]:
+    """Paths with names that only later runs use (``config.1.yaml``, ``predictions.1/``, ``earlier.1/``), and that would
+    count as ours from now on. Models are excluded, as their manifests tell whose they are."""
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() and parts else ():
+        is_folder = path.is_dir() and not path.is_symlink()
+        inside = [f"{path.name}/{leaf}" for leaf in leaves(path)] if is_folder and _NUMBERED.search(path.name) else []
+        entries = (entry_of(name) for name in (inside if is_folder else [path.name]))
+        if path.name not in parts and any(e and e.part in parts and not e.holds_a_model for e in entries):
+            found.append(path.name + "/" * is_folder)
+    return found
+
+
+_NUMBERED = re.compile(r"\.\d+(?:\.partial)?$")
+
+
+def _is_taken(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+
+
+def _are_all_ours(evaluations: Path) -> bool:
+    """Whether a folder that was copied here without its run holds only evaluations, judging by their manifests."""
+    names = {path.parent.name for path in evaluations.glob("*/_manifest.json") if _is_record(path)}
+    found = list(leaves(evaluations)) if not evaluations.is_symlink() else []
+    ours = (entry_of(f"evaluations/{path}") and path.split("/")[0].removesuffix(".json") in names for path in found)
+    return bool(found) and all(ours)
+
+
+def _is_record(path: Path) -> bool:
+    try:
+        return {"version", "fingerprint", "files"} <= json.loads(path.read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _blocks(folder: Path, path: str, parts: Collection[str], ours: Collection[str]) -> bool:
+    """Whether a foreign file in a run's folder has the place of one of ours.
+
+    Args:
+        ours: first components of the paths of the run's files.
+    """
+    if path.startswith("earlier."):
+        return False
+    names = path.split("/")
+    if names[0] in MODELS:
+        # Other files do no harm beside ours, nor where ours were moved away.
+        is_model = any((folder / names[0] / name).exists() for name in _WEIGHTS)
+        return names[0] in parts and (len(names) == 1 or (is_model and names[0] not in ours))
+    if names[0] == "checkpoints" and len(names) > 2 and names[1].startswith("iteration_"):
+        return False  # allowed among shards; what is in a checkpoint's way is set aside
+    entries = [entry for entry in CATALOG if entry.part in parts and not entry.holds_a_model]
+    # A file in the place of a folder, or a folder in the place of a file.
+    is_folder = _is_empty_folder(folder / path)
+    starts = ["/".join(names[:depth]) for depth in range(1, len(names) + 1)]
+    return any(
+        (entry.fixed_folders.fullmatch(path) and not is_folder)
+        or any(entry.pattern.fullmatch(start) for start in starts)
+        for entry in entries
+    )
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
+_WEIGHTS = ("config.json", "adapter_config.json", "model.safetensors", "model.safetensors.index.json",
+            "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json")  # fmt: skip
+"""Files of which any one makes a folder a model."""

@@ -1,0 +1,177 @@
+"""Every name that a command writes in a run's folder. Anything not listed here is not ours, and is never replaced,
+moved or removed. ``docs/files.md`` is generated from it: ``python -m ibro_lightning.runs.contents``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+MARK = ".ibro_lightning"
+"""The first file in a run's folder; see :mod:`.marks`."""
+MOVING = MARK + ".moving"
+"""Marks a folder into which a run's files are being moved."""
+_UNFINISHED = re.compile(r"(?:model|critic|adapter)[.\d]*(?:\.old)?\.partial/|checkpoints/[^/]+\.partial/")
+EARLIER = re.compile(r"earlier\.\d+(?:\.partial)?/")
+
+_TOKENS = {
+    "<iteration>": r"\d{6,}",
+    "<batch>": r"\d{4,}",
+    "<n>": r"\d+",
+    "<set>": r"[^/]+",
+    "<evaluation>": r"(?:iteration_\d{6,}|validate|test)",
+    "<events>": r"events\.out\.tfevents\.\d{10}\.[^/]+\.\d+\.\d+",
+    "<shard>": r"(?:\.metadata(?:\.tmp)?|__\d+_\d+\.distcp|meta\.pt|manifest\.json)",
+    "<file>": r".+",
+}
+
+
+_SHARD = re.compile(_TOKENS["<shard>"] + r"(?:\.partial)?")
+
+
+def _pattern(template: str) -> str:
+    pieces = re.split(r"(<\w+>|\[|\])", template)
+    symbols = {**_TOKENS, "[": "(?:", "]": ")?"}
+    return "".join(symbols.get(piece) or re.escape(piece) for piece in pieces)
+
+
+def _folders_of(name: str) -> re.Pattern[str]:
+    parents = name.split("/")[:-1]
+    paths = ["/".join(parents[: depth + 1]) for depth in range(len(parents))]
+    return re.compile("|".join(_pattern(path) for path in paths) or r"(?!)")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kind of file in a run's folder.
+
+    Args:
+        name: template of its path; ``[…]`` is optional.
+        part: what a command claims before it writes such files: the first component of their path, without numbers.
+        by: the commands that write it.
+        end: what replaces, moves or removes it.
+        meaning: description for the documentation.
+    """
+
+    name: str
+    part: str
+    by: str
+    end: str
+    meaning: str
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches its path, and the temporary path while it is being written."""
+        return re.compile(_pattern(self.name) + r"(?:\.partial)?")
+
+    @cached_property
+    def folders(self) -> re.Pattern[str]:
+        """Matches the folders that contain it."""
+        return _folders_of(self.name)
+
+    @cached_property
+    def fixed_folders(self) -> re.Pattern[str]:
+        """Matches those folders whose names do not depend on the settings."""
+        return _folders_of(self.name.split("<set>")[0])
+
+    @property
+    def holds_a_model(self) -> bool:
+        """Whether a manifest (:mod:`.model_folders`) lists the files in it, as they may have any name."""
+        return self.part in MODELS
+
+
+MODELS = ("model", "critic", "adapter")
+_AGAIN = "a run that goes on makes those after its checkpoint again"
+_MODEL_END = "a run that goes on replaces it; one that was changed, or an export's, is moved to `{}.1`"
+
+CATALOG = (
+    Entry(MARK + "[.<n>.partial]", MARK, "every command", "every command brings it up to date",
+          "that the folder is a run's, and what of the names below is the run's"),
+    Entry(MOVING, MARK, "fit", "the next command", "that a run's files are being moved here"),
+    Entry("config[.<n>].yaml", "config.yaml", "fit", "a run that goes on writes it anew", "every setting"),
+    Entry("rollouts/iteration_<iteration>[_rank_<n>].parquet", "rollouts", "fit", _AGAIN, "all sampled responses"),
+    Entry("evaluations/<evaluation>[.<n>].json", "evaluations", "fit, validate, test", "another evaluation moves it to "
+          "`validate.1.json`; " + _AGAIN, "results"),
+    Entry("evaluations/<evaluation>[.<n>]/_manifest.json", "evaluations", "fit, validate, test", "as the results",
+          "what policy, prompts and settings the samples are of"),
+    Entry("evaluations/<evaluation>[.<n>]/<set>/batch_<batch>.parquet", "evaluations", "fit, validate, test",
+          "as the results", "samples"),
+    Entry("evaluations/<evaluation>[.<n>]/_curves/<events>", "evaluations", "validate, test", "as the results",
+          "the results for TensorBoard"),
+    Entry("checkpoints/iteration_<iteration>.ckpt[.old.partial][.partial]", "checkpoints", "fit",
+          "`checkpoint.keep_last` and `keep_best`", "a checkpoint, a file"),
+    Entry("checkpoints/iteration_<iteration>.ckpt[.old][.partial]/<shard>", "checkpoints", "fit",
+          "`checkpoint.keep_last` and `keep_best`", "the same as a folder of shards"),
+    Entry("checkpoints/iteration_<iteration>.ckpt.damaged[.<n>]", "checkpoints", "fit", "nothing",
+          "a checkpoint that a run passed over when it went on from an older one"),
+    Entry("checkpoints/iteration_<iteration>.ckpt.damaged[.<n>]/<shard>", "checkpoints", "fit", "nothing",
+          "the same as a folder of shards"),
+    Entry("checkpoints/written.txt", "checkpoints", "fit", "every checkpoint brings it up to date",
+          "which checkpoints the run wrote"),
+    Entry("checkpoints/last.ckpt", "checkpoints", "fit", "the next checkpoint", "a link to the newest checkpoint"),
+    Entry("checkpoints/end.json", "checkpoints", "fit", "a run that goes on, at its end", "how training ended"),
+    Entry("model[.<n>][.old][.partial]/<file>", "model", "fit", _MODEL_END.format("model"), "the policy"),
+    Entry("critic[.<n>][.old][.partial]/<file>", "critic", "fit with PPO", _MODEL_END.format("critic"), "the critic"),
+    Entry("adapter[.<n>][.old][.partial]/<file>", "adapter", "fit with LoRA", _MODEL_END.format("adapter"),
+          "the adapters, as peft keeps them"),
+    Entry("nonfinite/iteration_<iteration>_rank_<n>[.<n>].pt", "nonfinite", "fit", "nothing",
+          "tensors of the step that was not finite"),
+    Entry("nonfinite/iteration_<iteration>_rank_<n>[.<n>].parquet", "nonfinite", "fit", "nothing",
+          "its responses"),
+    Entry("summary.json", "summary.json", "fit", "a run that goes on, at its end", "what the run achieved"),
+    Entry("validate[.<n>].yaml", "validate.yaml", "validate", "another validate moves it to `validate.1.yaml`",
+          "every setting"),
+    Entry("test[.<n>].yaml", "test.yaml", "test", "another test moves it to `test.1.yaml`", "every setting"),
+    Entry("predict[.<n>].yaml", "predict.yaml", "predict", "another predict moves it to `predict.1.yaml`",
+          "every setting"),
+    Entry("predictions[.<n>]/<set>/batch_<batch>[_rank_<n>].parquet", "predictions", "predict", "another predict moves "
+          "them to `predictions.1`; those of one that was killed are removed", "sampled responses"),
+    Entry("predictions[.<n>]/_manifest.json", "predictions", "predict", "as the responses", "whether all are there"),
+)  # fmt: skip
+"""In the order of the documentation. Loggers' files are recognised by the process that wrote them: :class:`.Mark`."""
+
+PARTS = {
+    "fit": ("config.yaml", "rollouts", "evaluations", "checkpoints", *MODELS, "nonfinite", "summary.json"),
+    "validate": ("validate.yaml", "evaluations"),
+    "test": ("test.yaml", "evaluations"),
+    "predict": ("predict.yaml", "predictions"),
+}
+"""The parts that each command claims."""
+
+
+def entry_of(path: str) -> Entry | None:
+    """The catalogue's entry for a file's name, if any.
+
+    Args:
+        path: relative to the run's folder, with slashes.
+    """
+    path = EARLIER.sub("", path, count=1) if EARLIER.match(path) else path
+    return next((entry for entry in CATALOG if entry.pattern.fullmatch(path)), None)
+
+
+def is_shard(name: str) -> bool:
+    """Whether this package or DCP writes files of that name into a checkpoint's folder."""
+    return _SHARD.fullmatch(name) is not None
+
+
+def is_unfinished(path: str) -> bool:
+    """Whether a file (see :func:`entry_of`) was left by a process that died while writing or removing it."""
+    return path.endswith(".partial") or _UNFINISHED.match(path) is not None
+
+
+def part_of_folder(path: str) -> str | None:
+    """The part to which a folder of this name belongs, if any; see :func:`entry_of`."""
+    path = EARLIER.sub("", path, count=1) if EARLIER.match(path) else path
+    return next((entry.part for entry in CATALOG if entry.folders.fullmatch(path)), None)
+
+
+def table() -> str:
+    """The catalogue as Markdown."""
+    rows = [(f"`{entry.name}`", entry.meaning, entry.by, entry.end) for entry in CATALOG]
+    lines = [" | ".join(row) for row in (("name", "what it is", "written by", "replaced, moved or removed by"), *rows)]
+    return "\n".join([f"| {lines[0]} |", "| --- | --- | --- | --- |", *(f"| {line} |" for line in lines[1:])])
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,279 @@
+"""A lock file that one process at a time holds, until it releases it or dies, however it dies.
+
+The kernel keeps the lock (``fcntl.lockf``): SIGKILL or a power failure frees it, and NFS, Lustre and the like enforce
+it across machines. ``flock``, which the package ``filelock`` uses, would outlive the process in any child that it has
+forked: an orphaned worker would keep a dead run's folder locked. In return, ``lockf`` requires that a process opens the
+file only once, as closing any descriptor of it drops the lock. The file therefore lies beside the folder it protects,
+where nothing reads or copies it, and :mod:`.holding` keeps track of what this process holds.
+
+On file systems without locks, or whose locks do not reach other machines, the file's content names the holder, and a
+thread touches the file every few seconds as a heartbeat: a holder on this machine is looked up by its pid, one on
+another machine counts as alive while its heartbeat continues.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+import sys
+import threading
+import time
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.runs.holder import Holder, is_locks_content
+from ibro_lightning.runs.model_folders import free_name
+
+BEAT_S = 4.0
+"""Seconds between two heartbeats."""
+SILENCE_S = 12.0
+"""Seconds without a heartbeat after which a process on another machine counts as dead."""
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+
+
+class LockFile:
+    """One lock.
+
+    Args:
+        path: the lock file. It is created, and removed on release; one left by a killed process is taken over.
+        command: the command that holds the lock.
+    """
+
+    def __init__(self, path: Path, command: str) -> None:
+        self.path, self.command = path, command
+        self._file: int | None = None
+        self._pid = 0
+        self._made: list[Path] = []
+        self._silent: bytes | None = None
+        self._ambiguous: int | None = None
+        self._own: Holder | None = None
+        self._stopped = threading.Event()
+
+    def take(self) -> Holder | None:
+        """Acquire the lock. Returns the holder if another process has it, otherwise None.
+
+        Raises:
+            ConfigError: the file is not a lock file of this package.
+            OSError: the file cannot be created.
+        """
+        while True:
+            try:
+                self._make_folder()
+                file, made = self._open()
+            except FileNotFoundError:  # the file or its (empty) folder was removed in between
+                continue
+            try:
+                holder, taken = self._try(file, made)
+            except BaseException:
+                os.close(file)
+                raise
+            if taken:
+                self._file, self._pid = file, os.getpid()
+                self._start_heartbeat()
+                return None
+            os.close(file)
+            if holder is not None:
+                self._remove_folder()
+                return holder
+
+    def _open(self) -> tuple[int, bool]:
+        """The file's descriptor, and whether this call created it."""
+        try:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), True
+        except FileExistsError:
+            return os.open(self.path, os.O_RDWR | os.O_NOFOLLOW), False
+
+    def _make_folder(self) -> None:
+        for folder in reversed([self.path.parent, *self.path.parent.parents]):
+            if not folder.is_dir():
+                folder.mkdir(exist_ok=True)
+                self._made.append(folder)
+
+    def _remove_folder(self) -> None:
+        """Remove the folders that were created only for the lock."""
+        for folder in reversed(self._made):
+            try:
+                folder.rmdir()
+            except OSError:  # in use
+                break
+        self._made = []
+
+    def _try(self, file: int, made: bool) -> tuple[Holder | None, bool]:
+        """``(holder, whether this process has the lock now)``. ``(None, False)`` means: try again, as the file was
+        removed in between, or the wait for the holder's heartbeat dropped the lock."""
+        text, holder = self._read(file)
+        locks = _lock(file)
+        if locks is False:
+            return holder or self._read_later(file), False
+        if not _is_at(file, self.path):
+            return None, False
+        if not made and not is_locks_content(os.pread(file, 4096, 0)):
+            self._release_ambiguous(file)
+            return None, False
+        if holder is not None and self._silent != text and (not holder.is_here() or locks is None):
+            # Either there are no locks, or the holder's machine may not share them with this one.
+            if _has_heartbeat(self.path, file, holder):
+                return holder, False
+            self._silent = text
+            return None, False
+        os.ftruncate(file, 0)
+        os.pwrite(file, self._content().encode(), 0)
+        if locks is None:
+            rank_zero_info(
+                f"the file system of {self.path} knows no locks: other processes look for signs of life in that file"
+            )
+            time.sleep(0.5)  # if two processes found it free, the last to write has it
+            if self._read(file)[1] != self._own:
+                return self._read(file)[1], False
+        else:
+            fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)  # keep the first byte; the others are for the run's ranks
+        return None, True
+
+    def _release_ambiguous(self, file: int) -> None:
+        """Unlock a file that is empty, or holds only a lock's first characters. It need not be ours: it is moved aside,
+        unless this is the first encounter, as its creator may be about to write."""
+        before, self._ambiguous = self._ambiguous, os.fstat(file).st_ino
+        if before != self._ambiguous:
+            with contextlib.suppress(OSError):
+                fcntl.lockf(file, fcntl.LOCK_UN)
+            time.sleep(0.2)
+            return
+        aside = free_name(self.path)
+        self.path.rename(aside)
+        rank_zero_info(f"{self.path} does not say that it is a lock: it is now {aside.name}")
+
+    def _content(self) -> str:
+        self._own = Holder.this_process(self.command)
+        return self._own.to_json()
+
+    def _read(self, file: int) -> tuple[bytes, Holder | None]:
+        """The file's content and the holder that it names."""
+        content = os.pread(file, 4096, 0)
+        try:
+            return content, Holder.parse(content)
+        except ValueError:
+            remedy = "a lock would be there, and this file is none of ours: move it away, or write another folder"
+            raise ConfigError("trainer.default_root_dir", str(self.path), remedy) from None
+
+    def _read_later(self, file: int) -> Holder:
+        """The holder, once a process that has just taken the lock has written its name (waits up to a second)."""
+        for _ in range(20):
+            if (holder := self._read(file)[1]) is not None:
+                return holder
+            time.sleep(0.05)
+        return Holder(0, "", "", "", self.command, "")
+
+    def join(self, rank: int) -> bool:
+        """Extend the lock to the lifetime of this process, another rank of the run that holds it. Returns whether that
+        worked."""
+        if self._file is not None:
+            return True
+        try:
+            file = os.open(self.path, os.O_RDWR)
+        except OSError:
+            return False
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        except OSError:
+            os.close(file)
+            return False
+        self._file, self._pid, self._stopped = file, -1, threading.Event()
+        return True
+
+    def holder(self) -> Holder | None:
+        """The other process that holds the lock, if any; changes nothing. Not for the process that holds it, as closing
+        the file would drop the lock."""
+        try:
+            file = os.open(self.path, os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            _, holder = self._read(file)
+            return holder if holder is not None and _is_locked(file, holder) else None
+        finally:
+            os.close(file)
+
+    def release(self) -> None:
+        self._stopped.set()
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        if self._pid == os.getpid() and _is_at(file, self.path):  # a rank or a forked child must not remove it
+            self.path.unlink(missing_ok=True)
+        os.close(file)
+        self._remove_folder()
+
+    def _start_heartbeat(self) -> None:
+        """Touch the file every :data:`BEAT_S` seconds until the lock is released."""
+        self._stopped = stopped = threading.Event()
+
+        def beat() -> None:
+            while not stopped.wait(BEAT_S):
+                try:
+                    os.utime(self.path)  # not the descriptor, whose number another file may have by now
+                except OSError:  # disk full, or file removed: the kernel's lock still holds
+                    continue
+
+        threading.Thread(target=beat, name="run-lock", daemon=True).start()
+
+
+def _lock(file: int) -> bool | None:
+    """Whether this process now has the lock; None if the file system has no locks."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether ``path`` still names the open file: a holder removes it on release."""
+    try:
+        named = os.stat(path)
+    except FileNotFoundError:
+        return False
+    opened = os.fstat(file)
+    return (named.st_ino, named.st_dev) == (opened.st_ino, opened.st_dev)
+
+
+def _is_locked(file: int, holder: Holder) -> bool:
+    """Whether a process has locked any part of the file."""
+    linux = sys.platform.startswith("linux")
+    layout, fields = (
+        ("hhqqi", (fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)) if linux else ("qqihh", (0, 0, 0, fcntl.F_WRLCK, os.SEEK_SET))
+    )
+    try:
+        answer = struct.unpack(layout, fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(layout, *fields)))
+        return bool(answer[0 if linux else 3] != fcntl.F_UNLCK)
+    except OSError:  # no locks on this file system
+        pass
+    return holder.is_here() and holder.is_alive()
+
+
+def _has_heartbeat(path: Path, file: int, holder: Holder) -> bool:
+    """Whether the process that a lock file names is alive. On another machine only a change of the file's time counts,
+    so clocks need not agree."""
+    if holder.is_here():
+        return holder.is_alive()
+    rank_zero_info(f"{path} was left by {holder}: listening for {SILENCE_S:g} s whether that still runs")
+    before, until = os.fstat(file).st_mtime_ns, time.monotonic() + SILENCE_S
+    while time.monotonic() < until:
+        time.sleep(min(0.5, SILENCE_S / 4))
+        try:
+            again = os.open(path, os.O_RDONLY)  # opening makes a network file system refresh its attributes
+        except FileNotFoundError:
+            return False
+        now = os.fstat(again).st_mtime_ns
+        os.close(again)  # drops this process's lock, if any: the caller tries again
+        if now != before:
+            return True
+    return False

@@ -1,0 +1,225 @@
+"""Model folders with a manifest, which tells our files from those that others put beside them.
+
+A folder is written under a temporary name and renamed once it is complete. What was there before is moved aside, unless
+this run wrote it and it is unchanged. Files that are not ours stay where they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ibro_lightning.guards.disk import PARTIAL, written_whole
+from ibro_lightning.ranks import rank_zero_info, rank_zero_warn
+from ibro_lightning.version import __version__
+
+MANIFEST = "ibro_lightning.json"
+OLD = ".old" + PARTIAL
+_USUAL = re.compile(
+    r"(?:.*/)?(?:[^/]*(?:config|token|vocab|merges|spiece|processor|feature_extractor|template|map|bpe|tekken)[^/]*"
+    r"\.(?:json|txt|model|jinja|tiktoken)|[^/]+\.(?:safetensors|safetensors\.index\.json|py|jinja|tiktoken))"
+)
+"""File names that count as ours in a folder without a list: an unfinished one, or one of an earlier version."""
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The folder's manifest; None if it has no valid one."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest if isinstance(manifest["files"], dict) and "by" in manifest else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_own_file(run: Path, path: str, *, without_manifest: bool) -> bool:
+    """Whether a file in one of a run's model folders belongs to the model that the run wrote.
+
+    Args:
+        path: relative to the run's folder, such as ``model/config.json``.
+        without_manifest: the run is of a version that wrote no manifests.
+    """
+    number = 2 if path.startswith("earlier.") else 1
+    parts = path.split("/")
+    folder, name = run.joinpath(*parts[:number]), "/".join(parts[number:])
+    manifest = read_manifest(folder)
+    if _is_without_files(folder):
+        return True
+    if manifest is None:
+        return without_manifest and not (folder / MANIFEST).exists() and bool(_USUAL.fullmatch(name))
+    return _is_own(manifest, name)
+
+
+def _is_own(manifest: dict[str, Any], name: str) -> bool:
+    # The list is complete or, while the folder is being written, empty.
+    return name in (MANIFEST, MANIFEST + PARTIAL) or name in manifest["files"] or (
+        not manifest["files"] and bool(_USUAL.fullmatch(name))
+    )  # fmt: skip
+
+
+def leaves(folder: Path) -> Iterator[str]:
+    """All files and links below a folder, relative to it; a link to a folder is not followed."""
+    for where, folders, files in os.walk(folder):
+        for name in sorted([*files, *(name for name in folders if Path(where, name).is_symlink())]):
+            yield Path(where, name).relative_to(folder).as_posix()
+
+
+def _is_without_files(folder: Path) -> bool:
+    """Whether a process died right after it had created the folder, before the manifest was complete."""
+    return folder.name.endswith(PARTIAL) and not folder.is_symlink() and [*leaves(folder)] == [MANIFEST + PARTIAL]
+
+
+def own_files(folder: Path) -> list[str]:
+    """Our files in a model folder, the manifest last; none if the folder is not ours."""
+    if _is_without_files(folder):
+        return [MANIFEST + PARTIAL]
+    manifest = None if folder.is_symlink() else read_manifest(folder)
+    found = [] if manifest is None else [name for name in leaves(folder) if _is_own(manifest, name)]
+    return sorted(found, key=lambda name: (name.startswith(MANIFEST), name))
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a command of this package wrote the folder."""
+    return not folder.is_symlink() and read_manifest(folder) is not None
+
+
+def is_in_the_way(folder: Path) -> bool:
+    """Whether a file, or a non-empty folder, that is not ours has this name."""
+    if folder.is_symlink() or not folder.is_dir():
+        return os.path.lexists(folder)
+    return any(folder.iterdir()) and not is_ours(folder)
+
+
+def free_name(path: Path, *suffixes: str) -> Path:
+    """``path`` with the first number for which neither it nor it with any of the suffixes exists, such as
+    ``runs/quickstart.1``."""
+    number, taken = 1, os.path.lexists
+    while any(taken(path.with_name(f"{path.name}.{number}{suffix}")) for suffix in ("", PARTIAL, *suffixes)):
+        number += 1
+    return path.with_name(f"{path.name}.{number}")
+
+
+def remove_own(folder: Path) -> None:
+    """Remove our files from a model folder, and the folder if nothing else is in it."""
+    for name in own_files(folder):
+        (folder / name).unlink(missing_ok=True)
+    prune(folder)
+
+
+def prune(folder: Path) -> None:
+    """Remove the empty folders below ``folder``, and ``folder`` if it is then empty."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for where, _, _ in os.walk(folder, topdown=False):
+        try:
+            os.rmdir(where)
+        except OSError:  # not empty
+            continue
+
+
+def begin(folder: Path) -> Path:
+    """Create an empty folder, to be filled and passed to :func:`finish`."""
+    partial = folder.with_name(folder.name + PARTIAL)
+    remove_own(partial)
+    while os.path.lexists(partial):
+        partial = free_name(partial.with_name(partial.name.removesuffix(PARTIAL)))
+        partial = partial.with_name(partial.name + PARTIAL)
+    partial.mkdir(parents=True)
+    _write_manifest(partial, {"ibro_lightning": __version__, "by": None, "files": {}})
+    return partial
+
+
+def finish(partial: Path, folder: Path, *, keep_earlier: bool) -> Path:
+    """Give a complete model folder its final name.
+
+    Args:
+        keep_earlier: always move an earlier model aside. Otherwise one that a call with False wrote is removed if it is
+            unchanged.
+
+    Returns:
+        where the model is: ``folder``, or a free name beside it if ``folder`` holds files that are not ours.
+    """
+    set_modes(partial)
+    files = {name: _about(partial / name) for name in leaves(partial) if name != MANIFEST}
+    by = "export" if keep_earlier else "fit"
+    _write_manifest(partial, {"ibro_lightning": __version__, "by": by, "files": files})
+    foreign = set(leaves(folder)) - set(own_files(folder)) if is_ours(folder) else set[str]()
+    if is_in_the_way(folder) or foreign & files.keys():
+        free = free_name(folder)
+        partial.rename(free)
+        rank_zero_warn(f"{folder} holds files that are not of this run, and stays as it is: written to {free}")
+        return free
+    if not is_ours(folder):
+        partial.rename(folder)  # replaces an empty folder
+        return folder
+    aside = None if not keep_earlier and _is_untouched(folder) else free_name(folder)
+    if foreign:
+        _exchange(partial, folder, aside)
+    else:
+        old = aside or folder.with_name(folder.name + OLD)  # a resumed run removes it, should this one die right here
+        remove_own(old)
+        folder.rename(old)
+        partial.rename(folder)
+        if aside is None:
+            remove_own(old)
+    if aside is not None:
+        rank_zero_info(f"an earlier model was in {folder}: moved to {aside}")
+    return folder
+
+
+def _exchange(partial: Path, folder: Path, aside: Path | None) -> None:
+    """Replace our files one by one, leaving those of others in place."""
+    for name in own_files(folder):
+        if aside is None:
+            (folder / name).unlink()
+        else:
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).rename(aside / name)
+    for name in own_files(partial):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).rename(folder / name)
+    prune(partial)
+
+
+def _about(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return {"bytes": file.stat().st_size, "blake2b": digest}
+
+
+def _is_untouched(folder: Path) -> bool:
+    """Whether a run wrote the model and every file is unchanged."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest["by"] != "fit":
+        return False
+    try:
+        return all(_about(folder / name) == about for name, about in manifest["files"].items())
+    except OSError:
+        return False
+
+
+def adopt(folder: Path) -> None:
+    """Give a manifest to a model folder of an earlier version, so that a resumed run moves it aside."""
+    if folder.is_dir() and not folder.is_symlink() and not (folder / MANIFEST).exists() and any(folder.iterdir()):
+        names = [name for name in leaves(folder) if _USUAL.fullmatch(name)]
+        files = {name: _about(folder / name) for name in names if (folder / name).is_file()}
+        _write_manifest(folder, {"ibro_lightning": __version__, "by": "earlier version", "files": files})
+
+
+def set_modes(folder: Path) -> None:
+    """Give all files the modes of the user's umask: safetensors makes its files readable by their owner alone."""
+    # Taken from a file that Python created: reading the umask would change it for a moment, for all threads.
+    mode = (folder / MANIFEST).stat().st_mode & 0o666
+    for name in leaves(folder):
+        path = folder / name
+        if not path.is_symlink() and path.stat().st_mode & 0o777 != mode:
+            path.chmod(mode)
+
+
+def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    with written_whole(folder / MANIFEST) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")

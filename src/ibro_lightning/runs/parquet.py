@@ -1,0 +1,137 @@
+"""Responses as parquet files, one row each: written atomically, and read back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ibro_lightning.batches import Rollout
+from ibro_lightning.guards.disk import write_json, written_whole
+from ibro_lightning.runs.authorship import signed
+from ibro_lightning.types import Completion, Group, Prompt, RewardResult
+
+MANIFEST = "_manifest.json"
+"""Describes the samples of an evaluation. Readers of parquet folders skip names that begin with "_"."""
+_PART = "reward_"
+# For columns that may be empty in one file and not in the next; engines return float32 log-probs.
+_TYPES = {"answer_read": pa.string(), "token_ids": pa.list_(pa.int32()), "logp": pa.list_(pa.float32())}
+
+
+def write_parquet(path: Path, rollout: Rollout, *, tokens: bool = False, run: str = "") -> Path:
+    """Write one row per sampled response; ``trained_on`` is True for those in the update's batch.
+
+    Args:
+        tokens: also write token ids and their log-probs, which :func:`read_groups` needs.
+        run: the id of the rollout's run.
+
+    Raises:
+        DiskFullError: the disk is full.
+    """
+    updates = rollout.name == "train" and not rollout.skip_update
+    own = zip(rollout.prompts, rollout.completions, rollout.results, strict=True)
+    kept = [] if rollout.placeholder else [(prompt, completion, result, updates) for prompt, completion, result in own]
+    dropped = [
+        (group.prompt, completion, result, False)
+        for group in rollout.dropped
+        for completion, result in zip(group.completions, group.results, strict=True)
+    ]
+    rows = [
+        {
+            "iteration": rollout.iteration,
+            **_row(prompt, completion, result),
+            "trained_on": trained_on,
+            **({"token_ids": completion.token_ids, "logp": completion.logp} if tokens else {}),
+        }
+        for prompt, completion, result, trained_on in (*kept, *dropped)
+    ]
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: pa.array([row.get(name) for row in rows], _TYPES.get(name)) for name in names}
+    with written_whole(path) as partial:
+        pq.write_table(signed(pa.table(columns), run), partial)
+    return path
+
+
+def _row(prompt: Prompt, completion: Completion, result: RewardResult) -> dict[str, Any]:
+    return {
+        "prompt_id": prompt.id,
+        "part": prompt.part,
+        "prompt": prompt.text,
+        "answer": json.dumps(prompt.answer, default=str),
+        "meta": json.dumps(dict(prompt.meta), default=str),
+        "response": completion.text,
+        "prompt_tokens": len(prompt.token_ids),
+        "response_tokens": len(completion.token_ids),
+        "max_tokens": completion.max_tokens,
+        "finish_reason": completion.finish_reason,
+        "seed": completion.seed,
+        "reward": float(result.reward),
+        **{f"{_PART}{name}": float(value) for name, value in result.parts.items()},
+        "answer_read": result.answer,
+        "timed_out": result.timed_out,
+        "mean_logp": _mean_logp(completion),
+    }
+
+
+def _mean_logp(completion: Completion) -> float:
+    """The mean log-prob in nats over the tokens that have one; 0 if none has."""
+    logps = [logp for logp in completion.logp or () if logp is not None and math.isfinite(logp)]
+    return sum(logps) / max(1, len(logps))
+
+
+def read_groups(path: Path, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> list[Group] | None:
+    """Read the responses to these prompts, written with ``tokens=True``; None if the file is missing, damaged, or of
+    other prompts or seeds."""
+    expected = [(prompt.id, seed) for prompt, row in zip(prompts, seeds, strict=True) for seed in row]
+    try:
+        rows = pq.ParquetFile(path).read().to_pylist()
+        if [(row["prompt_id"], row["seed"]) for row in rows] != expected:
+            return None
+        judged = iter([(_completion(row), _result(row)) for row in rows])
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        return None
+    groups = []
+    for prompt, samples in zip(prompts, seeds, strict=True):
+        completions, results = zip(*islice(judged, len(samples)), strict=True)
+        groups.append(Group(prompt, completions, results))
+    return groups
+
+
+def _completion(row: dict[str, Any]) -> Completion:
+    return Completion(
+        token_ids=tuple(row["token_ids"]),
+        logp=tuple(row["logp"]),
+        finish_reason=row["finish_reason"],
+        text=row["response"],
+        max_tokens=row["max_tokens"],
+        seed=row["seed"],
+    )
+
+
+def _result(row: dict[str, Any]) -> RewardResult:
+    # Null: in a mixture, a part that only other responses' rewards have.
+    parts = {
+        name.removeprefix(_PART): value for name, value in row.items() if name.startswith(_PART) and value is not None
+    }
+    return RewardResult(row["reward"], parts, row["answer_read"], row["timed_out"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The description of a folder's samples; None if there is none."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def mark_complete(folder: Path) -> None:
+    """Record that the results are written, so that the next evaluation in this folder starts anew."""
+    if (manifest := read_manifest(folder)) is not None:
+        write_json(folder / MANIFEST, {**manifest, "complete": True})

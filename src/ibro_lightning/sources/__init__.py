@@ -1,0 +1,41 @@
+"""Sources of problems and demonstrations, and their encoding as prompts.
+
+Modules that need torch or file-reading libraries are imported lazily: reward workers import the tasks, and with them
+this package, but need neither.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ibro_lightning.sources.base import DemonstrationSource, PromptSource
+from ibro_lightning.sources.contamination import Overlap, overlaps
+from ibro_lightning.sources.mixture import MixturePart, MixtureSource
+from ibro_lightning.sources.templates import TEMPLATES, bare_question
+
+if TYPE_CHECKING:
+    from ibro_lightning.sources.dataset import DatasetSource, SourceReport
+    from ibro_lightning.sources.prompts import PromptCursor, PromptLimits, encode_prompts
+
+__all__ = [
+    "TEMPLATES",
+    "DatasetSource",
+    "DemonstrationSource",
+    "MixturePart",
+    "MixtureSource",
+    "Overlap",
+    "PromptCursor",
+    "PromptLimits",
+    "PromptSource",
+    "SourceReport",
+    "bare_question",
+    "encode_prompts",
+    "overlaps",
+]
+_LAZY = dict.fromkeys(("DatasetSource", "SourceReport"), "dataset")
+_LAZY |= dict.fromkeys(("PromptCursor", "PromptLimits", "encode_prompts"), "prompts")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,82 @@
+"""Mixtures of prompt sources, sampled by weight."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.sources.base import PromptSource
+from ibro_lightning.types import Problem
+
+
+@dataclass(frozen=True)
+class MixturePart:
+    """One source of a mixture.
+
+    Args:
+        source: its problems.
+        weight: relative sampling weight, independent of the number of problems.
+    """
+
+    source: PromptSource
+    weight: float = 1.0
+
+
+class MixtureSource(PromptSource):
+    """Samples from several sources by weight::
+
+        source:
+          class_path: MixtureSource
+          init_args:
+            parts:
+              math: {weight: 3, source: {class_path: DatasetSource, init_args: {path: math.jsonl}}}
+              sums: {weight: 1, source: {class_path: SumsSource}}
+
+    Training draws three of four prompts from ``math``, and each part is shuffled and repeated independently. Ids are
+    ``part/id``. :class:`~ibro_lightning.rewards.RewardByPart` uses a separate reward per part. An evaluation set
+    contains every problem once, regardless of weights.
+
+    Args:
+        parts: by name (letters, digits, ``_`` and ``-``).
+    """
+
+    def __init__(self, parts: dict[str, MixturePart]) -> None:
+        if not parts:
+            raise ConfigError("parts", "{}", "name at least one part")
+        for name, part in parts.items():
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ConfigError("parts", name, "name parts with letters, digits, '_' and '-' only")
+            if not (math.isfinite(part.weight) and part.weight > 0):
+                raise ConfigError(f"parts.{name}.weight", part.weight, "write a finite number above 0")
+            if isinstance(part.source, MixtureSource):
+                raise ConfigError(
+                    f"parts.{name}.source", "MixtureSource", "mixtures cannot be nested: write its parts here"
+                )
+        self.parts = dict(parts)
+        total = math.fsum(part.weight for part in parts.values())
+        self.weights = {name: part.weight / total for name, part in parts.items()}
+
+    def problems(self) -> Iterator[Problem]:
+        for name, part in self.parts.items():
+            for problem in part.source.problems():
+                if not isinstance(problem, Problem):
+                    raise ConfigError(
+                        f"parts.{name}.source",
+                        type(problem).__name__,
+                        "a source yields ibro_lightning.types.Problem, nothing else",
+                    )
+                if problem.part:
+                    raise ConfigError(
+                        f"parts.{name}.source",
+                        problem.part,
+                        f"its problem {problem.id!r} is part of a mixture already: mixtures cannot be nested",
+                    )
+                yield replace(problem, id=f"{name}/{problem.id}", part=name)
+
+    def first_problems(self, count: int) -> Iterator[Problem]:
+        for name, part in self.parts.items():
+            yield from islice(MixtureSource({name: part}).problems(), count)

@@ -1,0 +1,158 @@
+"""Importance sampling for an engine whose probabilities are not quite the policy's, and the checks of its log-probs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.functional import (
+    MismatchLevel,
+    MismatchMode,
+    MismatchWeights,
+    mismatch_diagnostics,
+    mismatch_weights,
+)
+from ibro_lightning.ranks import ALONE, Ranks
+
+
+@dataclass(frozen=True)
+class SamplerCorrection:
+    """Importance weights ``w = π_old / π_sampler`` on the policy loss, bounded; see
+    :func:`~ibro_lightning.functional.mismatch_weights`.
+
+    The default is truncated importance sampling per token. ``mode: mask`` is IcePop; ``level: sequence`` and
+    ``geometric`` weigh (or drop) whole responses. A token without a finite log-prob of the engine takes no part in
+    the update, corrected or not (see :func:`sampled_tokens`).
+
+    Args:
+        level: what a ratio belongs to: ``token``, ``sequence`` (the product) or ``geometric`` (the tokens' mean).
+        mode: ratios out of bounds are cut (``truncate``), or their tokens dropped (``mask``).
+        cap: largest ratio.
+        floor: smallest one of ``mask``; None means 1 / cap.
+    """
+
+    level: MismatchLevel = "token"
+    mode: MismatchMode = "truncate"
+    cap: float = 2.0
+    floor: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("level", MismatchLevel), ("mode", MismatchMode)):
+            if (value := getattr(self, name)) not in get_args(allowed):
+                raise ConfigError(name, value, f"write one of {', '.join(get_args(allowed))}")
+        if not self.cap >= 1:
+            raise ConfigError("cap", self.cap, "write 1 or more: equal log-probs have ratio 1")
+        if self.floor is not None and (self.mode == "truncate" or not 0 <= self.floor <= 1):
+            raise ConfigError("floor", self.floor, "it is a bound of mode mask: write a number from 0 to 1, or null")
+
+    def __call__(self, old_logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> MismatchWeights:
+        """Weights and dropped tokens, ``[B, T]``."""
+        return mismatch_weights(
+            old_logp, sampler_logp, mask, level=self.level, mode=self.mode, cap=self.cap, floor=self.floor
+        )
+
+
+def mismatch_metrics(
+    correction: SamplerCorrection | None, old_logp: Tensor, sampler_logp: Tensor, mask: Tensor, ranks: Ranks = ALONE
+) -> dict[str, Tensor]:
+    """The mismatch of trainer and sampler over all ranks, before any correction, as ``sampler/…``."""
+    result = None if correction is None else correction(old_logp, sampler_logp, mask)
+    measured = mismatch_diagnostics(old_logp, sampler_logp, mask, result, mean=ranks.mean, largest=ranks.largest)
+    measured["non_finite"] = ranks.sum(measured["non_finite"])
+    return {f"sampler/{name}": value for name, value in measured.items()}
+
+
+def sampled_tokens(sampler_logp: Tensor, tokens: Tensor, ranks: Ranks = ALONE) -> Tensor:
+    """Which of ``tokens`` take part in the update: those with a finite log-prob of the engine.
+
+    A token without one (nan, −inf) comes from an unknown distribution: it is left out of the loss, the regulariser's
+    term and both denominators. If no rank has any log-prob, the responses were not sampled by one of our engines, and
+    all tokens take part, which makes sense only without a correction.
+
+    Args:
+        sampler_logp: ``[B, T]``; tokens: ``[B, T]`` bool, the response tokens that may be trained on.
+    """
+    sampled = tokens & sampler_logp.isfinite()
+    return sampled if bool(ranks.sum(sampled.sum())) else tokens
+
+
+_CERTAIN = -1e-6
+"""Above this a log-prob counts as 0: the sampler was certain, or did not fill it in."""
+_ABOVE_ZERO = 1e-3
+"""More than rounding can exceed 0."""
+_CERTAIN_NATS = 0.1
+"""Log-probs of 0 are accepted if the policy's mean on these tokens is within this of 0."""
+_APART_NATS = 10.0
+"""Mean difference per token that no precision explains: fp8 against bf16 stays far below 1."""
+_UNIFORM_NATS = 20.0
+"""No sampler draws tokens this unlikely on average: uniform sampling from 2^17 tokens has 12 nats."""
+
+
+def rows_without_logp(sampler_logp: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """``[B]`` bool each: responses without a finite log-prob; and responses whose log-probs count as 0 on all tokens,
+    or on all but one of several, as in a buffer that was not filled in. Both False for a response without tokens."""
+    count = tokens.sum(dim=1)
+    certain = (tokens & sampler_logp.isfinite() & (sampler_logp > _CERTAIN)).sum(dim=1)
+    return (
+        (count > 0) & ~(tokens & sampler_logp.isfinite()).any(dim=1),
+        (certain > 0) & (certain >= count - (count > 2).to(count.dtype)),
+    )
+
+
+def looks_made_up(sampler_logp: Tensor, tokens: Tensor) -> Tensor:
+    """0-dim bool: whether the log-probs alone call for a comparison with the policy's."""
+    finite = tokens & sampler_logp.isfinite()
+    mean = torch.where(finite, sampler_logp, 0.0).sum(dim=1) / finite.sum(dim=1).clamp(min=1)  # [B]
+    return torch.stack([*rows_without_logp(sampler_logp, tokens), mean < -_UNIFORM_NATS]).any()
+
+
+def refuse_impossible_logp(sampler_logp: Tensor, tokens: Tensor, ranks: Ranks = ALONE) -> None:
+    """Raise :class:`ConfigError` if a token's log-prob is above 0 by more than rounding.
+
+    Args:
+        sampler_logp, tokens: ``[B, T]``.
+    """
+    above = (tokens & sampler_logp.isfinite() & (sampler_logp > _ABOVE_ZERO)).sum()
+    if count := int(ranks.sum(above)):
+        raise _refused(f"{count} of the sampler's log-probs are above 0, which no probability is")
+
+
+def refuse_missing_logp(sampler_logp: Tensor, old_logp: Tensor, tokens: Tensor, ranks: Ranks = ALONE) -> int:
+    """The number of responses, on all ranks, without a finite log-prob of the sampler.
+
+    Args:
+        sampler_logp, old_logp, tokens: ``[B, T]``; old_logp is the policy's.
+
+    Raises:
+        ConfigError: these are all responses; or the log-probs of some are 0 on every token (or on all but one) where
+            the policy is far from certain; or their mean difference from the policy's, over all tokens, exceeds what
+            any precision explains. Correcting by them would scale the loss to almost nothing, or to the cap.
+    """
+    without, zero = rows_without_logp(sampler_logp, tokens)  # [B]
+    finite = tokens & sampler_logp.isfinite() & old_logp.isfinite()
+    certain = finite & (sampler_logp > _CERTAIN)
+    zero &= torch.where(certain, old_logp, 0.0).sum(dim=1) / certain.sum(dim=1).clamp(min=1) < -_CERTAIN_NATS
+    missing, zeros, total = ranks.sum(torch.stack([without.sum(), zero.sum(), tokens.any(dim=1).sum()])).tolist()
+    if total and (missing == total or zeros):
+        what = "0 on every token or on all but one" if zeros else "not finite"
+        raise _refused(f"the sampler's log-probs of {zeros or missing} of {total} responses are {what}")
+    difference = torch.where(finite, old_logp.double() - sampler_logp.double(), 0.0).sum()
+    apart, count = ranks.sum(torch.stack([difference, finite.sum().double()])).tolist()
+    if abs(apart) > _APART_NATS * count:
+        raise _refused(
+            f"the sampler's log-probs are {abs(apart) / count:.3g} nats per token from the policy's in the mean"
+        )
+    return int(missing)
+
+
+def _refused(what: str) -> ConfigError:
+    return ConfigError(
+        "sampler_correction",
+        "on",
+        f"{what}, so that there is nothing to correct by: put each token's into Completion.logp, or write "
+        "sampler_correction: null (None in Python)",
+    )

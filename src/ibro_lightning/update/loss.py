@@ -1,0 +1,231 @@
+"""The policy loss, from the ratio to one number: PPO's with DAPO's clips, and its variants GSPO and CISPO.
+
+Notation: A advantage, r = π/π_old the probability ratio, ε its clip ratios, c the dual clip, w = π_old/π_sampler the
+importance weight of an engine that is not quite the policy, H the policy's entropy, J what the regulariser maximises.
+``agg`` is a weighted sum over the tokens of the whole optimizer step, so that micro-batches add up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from numbers import Real
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ibro_lightning.batches.experience import Experience, TokenStats
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.functional import (
+    AggregationMode,
+    ClippedSurrogate,
+    aggregation_weights,
+    approximate_kl,
+    cispo_surrogate,
+    gspo_surrogate,
+    token_mean,
+)
+from ibro_lightning.regularizers import EntropyRegularizer, NoRegularizer, StepContext
+from ibro_lightning.regularizers.coefficients import Coefficient, Constant
+from ibro_lightning.update.correction import SamplerCorrection
+from ibro_lightning.update.reference import ReferenceKL
+
+
+class PolicyLoss:
+    """``L = agg(w·max(−rA, −clip(r, 1−ε_low, 1+ε_high)A) + β·KL) − α·agg(J)``, the maximum being at most −cA for A < 0.
+
+    For another loss, subclass it and override :meth:`surrogate`.
+
+    Args:
+        regularizer: an entropy method, with α.
+        clip_ratio_low, clip_ratio_high: ε of PPO (arXiv 1707.06347); different values are DAPO's clip-higher.
+        dual_clip: c of dual-clip PPO (arXiv 1912.09729), larger than 1; None switches it off.
+        aggregation: how token losses become one number; denominators count the whole optimizer step.
+        aggregation_max_tokens: the constant length of ``seq-mean-token-sum-norm`` (Dr.GRPO).
+        sampler_correction: the bounds of w; None leaves it out.
+        kl: a penalty to a reference policy, with β.
+    """
+
+    clip_ratio_low_may_be_one = False
+
+    def __init__(
+        self,
+        regularizer: EntropyRegularizer | None = None,
+        *,
+        clip_ratio_low: float = 0.2,
+        clip_ratio_high: float = 0.28,
+        dual_clip: float | None = 10.0,
+        aggregation: AggregationMode = "token-mean",
+        aggregation_max_tokens: int | None = None,
+        sampler_correction: SamplerCorrection | None = SamplerCorrection(),
+        kl: ReferenceKL | None = None,
+    ) -> None:
+        _check_clips(clip_ratio_low, clip_ratio_high, dual_clip, low_may_be_one=self.clip_ratio_low_may_be_one)
+        _check_aggregation(aggregation, aggregation_max_tokens)
+        self.regularizer = regularizer or NoRegularizer()
+        self.clip_ratio_low, self.clip_ratio_high, self.dual_clip = clip_ratio_low, clip_ratio_high, dual_clip
+        self.aggregation: AggregationMode = aggregation
+        self.aggregation_max_tokens = aggregation_max_tokens
+        self.sampler_correction, self.kl = sampler_correction, kl
+
+    def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
+        """``(loss, metrics)`` ``[B, T]`` each; of the metrics, the mean over the step's tokens is logged."""
+        A, low, high = stats.advantages, 1.0 - self.clip_ratio_low, 1.0 + self.clip_ratio_high
+        ratio = (stats.logp - stats.old_logp).clamp(-20.0, 20.0).exp()  # [B, T] r; cut, so that no loss is infinite
+        loss = torch.maximum(-ratio * A, -ratio.clamp(low, high) * A)  # [B, T]
+        clipped = {"low": (A < 0) & (ratio < low), "high": (A > 0) & (ratio > high), "dual": torch.zeros_like(A > 0)}
+        if self.dual_clip is not None:
+            loss = torch.where(A < 0, torch.minimum(loss, -self.dual_clip * A), loss)  # [B, T]
+            clipped["dual"] = (A < 0) & (ratio > self.dual_clip)
+        return loss, {f"update/clipped_{bound}": tokens for bound, tokens in clipped.items()}
+
+    def __call__(self, stats: TokenStats, micro: Experience) -> tuple[Tensor, dict[str, float]]:
+        """The micro-batch's share of the step's loss, a scalar with a gradient, and of the step's metrics."""
+        loss, per_token = self.surrogate(stats)  # [B, T]
+        if self.sampler_correction is not None and stats.sampler_logp is not None:
+            loss = loss * self.sampler_correction(stats.old_logp, stats.sampler_logp, stats.mask).weights  # [B, T] w
+        loss = self.regularizer.shape_policy_loss(loss, stats)  # [B, T]
+        total = weighted_sum(loss, micro)  # [B, T] → scalar
+        metrics = {"update/policy_loss": total.item()}
+        if self.kl is not None:
+            loss = self.kl.add_to(loss, stats.logp, stats.extra["reference_logp"])  # [B, T] + β·KL
+            total = weighted_sum(loss, micro)
+        if self.regularizer.coef:
+            objective = weighted_sum(self.regularizer.objective(stats), micro)  # [B, T] J → scalar
+            total = total - self.regularizer.coef * objective
+            metrics["update/regularizer"] = objective.item()
+        per_token["update/approx_kl"] = approximate_kl(stats.logp.detach(), stats.old_logp)
+        added = [name for name in stats.extra if name not in micro.extra]
+        per_token |= {f"regularizer/{name}": stats.extra[name] for name in added}
+        for name, values in per_token.items():
+            metrics[name] = token_mean(values.detach().float(), stats.mask, micro.num_tokens).item()
+        return total, metrics
+
+    def stats(self, micro: Experience, context: StepContext) -> TokenStats:
+        """Run the policy over a micro-batch, with gradients. Without old scores, this is the only optimizer step, and
+        the policy is still the one that sampled: its scores are the old ones."""
+        active, unscored = bool(self.regularizer.coef), micro.old_logp is None
+        with_entropy = unscored or (active and self.regularizer.needs_entropy)
+        logp, entropy = context.policy(micro.sequences, temperature=micro.temperature, with_entropy=with_entropy)
+        if unscored:
+            assert entropy is not None
+            micro = replace(micro, old_logp=logp.detach(), old_entropy=entropy.detach())
+        assert micro.old_logp is not None
+        assert micro.old_entropy is not None
+        extra = {**micro.extra, **(self.regularizer.statistics(micro, context) if active else {})}
+        scores = (logp, entropy, micro.old_logp, micro.old_entropy)  # [B, T] each
+        return TokenStats(*scores, micro.advantages, micro.mask, extra, micro.sampler_logp)
+
+    @torch.no_grad()
+    def prepare(self, step: Experience, context: StepContext) -> Experience:
+        """Fix what depends on the whole optimizer step before it is split into micro-batches: the tokens' weights, and
+        the regulariser's tensors."""
+        num_tokens = context.ranks.sum(step.mask.sum()).clamp(min=1)
+        weights = aggregation_weights(
+            step.mask,
+            self.aggregation,
+            num_tokens=num_tokens,
+            num_sequences=context.ranks.sum(step.mask.any(dim=1).sum()).clamp(min=1),
+            max_tokens=self.aggregation_max_tokens,
+            dtype=torch.float64 if step.advantages.dtype == torch.float64 else torch.float32,
+        )  # [B, T]
+        step = replace(step, weights=weights, num_tokens=num_tokens)
+        try:
+            prepared = self.regularizer.prepare(step, context)
+        except (AttributeError, TypeError) as error:
+            if step.old_logp is None:
+                name = type(self.regularizer).__name__
+                error.add_note(f"old_logp and old_entropy may be None unless {name} sets prepare_needs_scores = True")
+            raise
+        added = {name: values for name, values in prepared.extra.items() if name not in step.extra}
+        means = {f"regularizer/{name}": context.ranks.mean(v.float(), step.mask).item() for name, v in added.items()}
+        return replace(prepared, metrics=means)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether an update of a single optimizer step needs the old log-probs and entropies before it begins."""
+        moves = not isinstance(self.regularizer.coefficient, Constant)
+        return moves or self.kl is not None or self.regularizer.prepare_needs_scores
+
+    @property
+    def coefficients(self) -> dict[str, Coefficient]:
+        """α and β, whose state is part of a checkpoint."""
+        kl = {} if self.kl is None else {"kl": self.kl.coefficient}
+        return {"regularizer": self.regularizer.coefficient, **kl}
+
+
+class GSPOLoss(PolicyLoss):
+    """One clipped ratio per response, the geometric mean of its tokens' (arXiv 2507.18071): clip ratios near 3e-4, with
+    the aggregation ``seq-mean-token-mean``."""
+
+    def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
+        result = gspo_surrogate(
+            stats.logp,
+            stats.old_logp,
+            stats.advantages,
+            stats.mask,
+            clip_ratio_low=self.clip_ratio_low,
+            clip_ratio_high=self.clip_ratio_high,
+            dual_clip=self.dual_clip,
+        )
+        return _named(result)
+
+
+class CISPOLoss(PolicyLoss):
+    """``−sg(clip(r))·A·log π`` (arXiv 2506.13585): the clipped ratio is a weight, and no token loses its gradient. It
+    has no dual clip; ``clip_ratio_low`` 1 means no lower bound, as in the paper."""
+
+    clip_ratio_low_may_be_one = True
+
+    def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
+        result = cispo_surrogate(
+            stats.logp,
+            stats.old_logp,
+            stats.advantages,
+            clip_ratio_low=self.clip_ratio_low,
+            clip_ratio_high=self.clip_ratio_high,
+        )
+        return _named(result)
+
+
+Surrogate = Literal["ppo", "gspo", "cispo"]
+LOSSES: dict[str, type[PolicyLoss]] = {"ppo": PolicyLoss, "gspo": GSPOLoss, "cispo": CISPOLoss}
+"""The losses by their names in a recipe's ``surrogate``."""
+
+
+def loss_class(surrogate: Surrogate | type[PolicyLoss]) -> type[PolicyLoss]:
+    """The class that a recipe's ``surrogate`` names, or is."""
+    if isinstance(surrogate, type) and issubclass(surrogate, PolicyLoss):
+        return surrogate
+    if surrogate not in LOSSES:
+        raise ConfigError("surrogate", surrogate, f"write one of {', '.join(LOSSES)}, or a subclass of PolicyLoss")
+    return LOSSES[surrogate]
+
+
+def weighted_sum(values: Tensor, micro: Experience) -> Tensor:
+    """``Σ weights·x`` over the valid tokens of a micro-batch: its share of the step's aggregate."""
+    assert micro.weights is not None, "PolicyLoss.prepare sets the weights"
+    if values.shape != micro.mask.shape:
+        raise ValueError(f"losses and objectives are [B, T] = {list(micro.mask.shape)}, got {list(values.shape)}")
+    return (torch.where(micro.mask, values, 0.0) * micro.weights).sum()
+
+
+def _named(result: ClippedSurrogate) -> tuple[Tensor, dict[str, Tensor]]:
+    return result.loss, {f"update/{name}": tokens for name, tokens in result._asdict().items() if name != "loss"}
+
+
+def _check_clips(low: float, high: float, dual: float | None, *, low_may_be_one: bool) -> None:
+    if not isinstance(low, Real) or not (0 < low < 1 or (low == 1 and low_may_be_one)):
+        raise ConfigError("clip_ratio_low", low, "write a number between 0 and 1, such as 0.2")
+    if not isinstance(high, Real) or not high > 0:
+        raise ConfigError("clip_ratio_high", high, "write a positive number, such as 0.28")
+    if dual is not None and not (isinstance(dual, Real) and dual > 1):
+        raise ConfigError("dual_clip", dual, "write a number above 1, such as 10, or null to switch it off")
+
+
+def _check_aggregation(mode: AggregationMode, max_tokens: int | None) -> None:
+    if mode not in get_args(AggregationMode):
+        raise ConfigError("aggregation", mode, f"write one of {', '.join(get_args(AggregationMode))}")
+    if mode == "seq-mean-token-sum-norm" and (max_tokens is None or max_tokens < 1):
+        remedy = f"{mode} divides by a constant length: write data.sampling's max_tokens"
+        raise ConfigError("aggregation_max_tokens", max_tokens, remedy)

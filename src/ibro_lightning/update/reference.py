@@ -1,0 +1,94 @@
+"""A KL penalty to a frozen reference policy: in the reward or in the loss, with a fixed or adaptive coefficient."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.functional import KLEstimator, kl_divergence
+from ibro_lightning.models import (
+    Policy,
+    PolicyLike,
+    PolicyOptions,
+    PolicySource,
+    Sharding,
+    as_source,
+    build_policy,
+    check_same_vocabulary,
+)
+from ibro_lightning.regularizers.coefficients import Coefficient, as_coefficient
+
+Placement = Literal["loss", "reward"]
+
+
+class ReferenceKL:
+    """``KL(π ‖ π_ref)`` per token, estimated from the sampled tokens.
+
+    Args:
+        coef: β, or :class:`~ibro_lightning.regularizers.coefficients.AdaptiveKL`, with its state in the checkpoint.
+        placement: ``loss`` adds ``β·agg(KL)``; ``reward`` takes ``β·KL_t`` off each token's reward, before advantages.
+        estimator: ``k1`` = log r, ``k2`` = ½(log r)², ``k3``, or ``k3_k2_grad``: k3's value with k2's gradient, which
+            is that of the KL. In the loss, the gradient of k1 is 0 on average, so it is refused.
+        policy: folder, hub name or model of the reference; None takes the policy as it is before training.
+    """
+
+    def __init__(
+        self,
+        coef: Coefficient | float = 0.001,
+        placement: Placement = "loss",
+        estimator: KLEstimator = "k3_k2_grad",
+        policy: PolicyLike | None = None,
+    ) -> None:
+        self.coefficient = as_coefficient(coef, "coef", "KL")
+        if placement not in get_args(Placement):
+            raise ConfigError("placement", placement, "write loss or reward")
+        if estimator not in get_args(KLEstimator):
+            raise ConfigError("estimator", estimator, f"write one of {', '.join(get_args(KLEstimator))}")
+        if placement == "loss" and estimator == "k1":
+            raise ConfigError("estimator", "k1", "its gradient is 0 on average: write k2, k3 or k3_k2_grad")
+        self.placement, self.estimator, self.policy = placement, estimator, policy
+        self.sharding: Sharding | None = None
+        """How the reference is sharded, like the policy; set before its first use."""
+        self._options = PolicyOptions()
+        self._source: PolicySource | None = None
+        self._reference: Policy | None = None
+
+    @property
+    def coef(self) -> float:
+        """The present β."""
+        return self.coefficient.value
+
+    def setup(self, policy: PolicySource, options: PolicyOptions) -> None:
+        """Resolve the reference; it is loaded on first use, and kept."""
+        self._options = options
+        self._source = policy
+        if self.policy is not None:
+            self._source = as_source(self.policy, options, "policy")
+            check_same_vocabulary(policy, self._source, "policy")
+
+    @property
+    def source(self) -> PolicySource:
+        """Where the reference comes from."""
+        assert self._source is not None, "setup comes first"
+        return self._source
+
+    def on(self, device: torch.device) -> Policy:
+        """The reference policy, on ``device`` or sharded. It is no submodule: not trained, checkpointed or synced."""
+        if self._reference is None:
+            self._reference = build_policy(self.source, self._options, self.sharding, frozen=True)
+        return self._reference if self.sharding else self._reference.to(device)
+
+    def penalty(self, logp: Tensor, reference_logp: Tensor) -> Tensor:
+        """The estimate per token, ``[B, T]`` in nats; with a gradient if ``logp`` has one."""
+        return kl_divergence(logp, reference_logp, self.estimator)
+
+    def take_from(self, rewards: Tensor, kl: Tensor) -> Tensor:
+        """Token rewards ``[B, T]``, less the penalty if it is placed there."""
+        return rewards - self.coef * kl if self.placement == "reward" else rewards
+
+    def add_to(self, loss: Tensor, logp: Tensor, reference_logp: Tensor) -> Tensor:
+        """Token losses ``[B, T]``, plus the penalty if it is placed there."""
+        return loss + self.coef * self.penalty(logp, reference_logp) if self.placement == "loss" else loss

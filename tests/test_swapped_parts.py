@@ -1,0 +1,188 @@
+"""Our rollouts in a LightningModule that is not ours, and our modules on batches that somebody else makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from helpers.models import qwen2
+from ibro_lightning.batches import Rollout, Sequences, collate_rollout
+from ibro_lightning.datamodules import EvalSet, RolloutDataModule
+from ibro_lightning.errors import ConfigError, RolloutError
+from ibro_lightning.functional import group_advantages, token_mean
+from ibro_lightning.models import Policy, PolicyOptions, Qwen2FromScratch
+from ibro_lightning.modules import DAPOModule, PolicyProviderMixin, PPOModule
+from ibro_lightning.rewards import VerifiableReward
+from ibro_lightning.tasks import NumberPath, NumberPathSource
+from ibro_lightning.types import SamplingParams
+
+START = Qwen2FromScratch(NumberPath(size=12), hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1)
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class Says7(VerifiableReward):
+    pooled = False
+
+    def verify(self, prompt: Any, completion: Any) -> bool:
+        return "7" in completion.text
+
+
+class Reinforce(PolicyProviderMixin, pl.LightningModule):
+    """Someone's own module: a loss, automatic optimization, nothing of ours but the mixin."""
+
+    min_group_size = 2
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        self.policy, self.tokenizer = policy, START.tokenizer()
+        self.rewards: list[float] = []
+        self.evaluated: list[str] = []
+
+    def training_step(self, rollout: Rollout, batch_idx: int) -> torch.Tensor:
+        self.rewards.append(float(rollout.rewards.mean()))
+        advantages = group_advantages(rollout.rewards, rollout.groups)
+        scorer = self.policy if isinstance(self.policy, Policy) else Policy(self.policy)
+        logp, _ = scorer(rollout.sequences, temperature=rollout.temperature)
+        mask = rollout.sequences.response_mask
+        return -token_mean(logp * advantages[:, None], mask, mask.sum())
+
+    def validation_step(self, rollout: Rollout, batch_idx: int) -> None:
+        self.evaluated.append(rollout.name)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+
+def rollouts(**settings: Any) -> RolloutDataModule:
+    defaults: dict[str, Any] = {
+        "source": NumberPathSource(NumberPath(size=12)),
+        "reward": Says7(),
+        "sampling": SamplingParams(max_tokens=6),
+        "prompts_per_rollout": 4,
+        "group_size": 4,
+        "rollouts_per_epoch": 10,
+        "reward_pool": None,
+    }
+    return RolloutDataModule(**{**defaults, **settings})
+
+
+@pytest.mark.parametrize("wrap", [Policy, lambda model: model], ids=["policy", "transformers model"])
+def test_a_module_with_a_loss_of_its_own_learns_from_our_rollouts(wrap: Any, tmp_path: Any) -> None:
+    """The weight check is on: after each step the engine has the module's new weights."""
+    pl.seed_everything(0)
+    module = Reinforce(wrap(START.build(PolicyOptions())))
+    sets = {
+        "path": EvalSet(NumberPathSource(NumberPath(size=12), "heldout"), Says7(), 1, SamplingParams(max_tokens=6), 4)
+    }
+    trainer = pl.Trainer(max_epochs=1, num_sanity_val_steps=0, default_root_dir=tmp_path, **QUIET)
+    trainer.fit(module, datamodule=rollouts(eval_sets=sets))
+    assert len(module.rewards) == 10
+    assert sum(module.rewards[-3:]) > sum(module.rewards[:3]) + 0.5
+    assert module.evaluated == ["path"]
+
+
+def test_a_plain_model_is_scored_without_dropout_and_keeps_its_mode(tmp_path: Any) -> None:
+    model = qwen2(attention_dropout=0.5)
+    module = Reinforce(model.train())
+    module._trainer = pl.Trainer(default_root_dir=tmp_path, **QUIET)
+    sequences = Sequences.collate([[3, 4], [5]], [[6, 7], [8, 9, 0]])
+    expected, _ = Policy(qwen2())(sequences, temperature=0.7)
+    torch.testing.assert_close(module.response_logp(sequences, 0.7), expected.detach())
+    assert model.training
+    assert not module.response_logp(sequences, 0.7).requires_grad
+
+
+def test_groups_too_small_for_the_module_are_refused_under_its_name(tmp_path: Any) -> None:
+    module = Reinforce(START.build(PolicyOptions()))
+    with pytest.raises(ConfigError, match=r"^group_size: 1 - Reinforce compares responses"):
+        pl.Trainer(default_root_dir=tmp_path, **QUIET).fit(module, datamodule=rollouts(group_size=1))
+
+
+# A rollout from tokens.
+
+TOKENS: dict[str, Any] = {
+    "prompt_token_ids": [[5, 6], [7], [5, 6]],
+    "response_token_ids": [[8, 9, 2], [9, 2], [8, 2]],
+    "rewards": [1.0, 0.5, -1.0],
+}
+
+
+def test_responses_to_equal_prompts_are_one_group_unless_they_are_numbered() -> None:
+    rollout = Rollout.from_tokens(**TOKENS, logp=[[-1.0, -2.0, -3.0], [-4.0, -5.0], [-6.0, -7.0]])
+    assert rollout.groups.tolist() == [0, 0, 1]
+    assert rollout.rewards.tolist() == [1.0, -1.0, 0.5]
+    assert rollout.sampler_logp.tolist() == [[-1.0, -2.0, -3.0], [-6.0, -7.0, 0.0], [-4.0, -5.0, 0.0]]
+    assert rollout.sequences.input_ids.tolist() == [[5, 6, 8, 9, 2], [5, 6, 8, 2, 0], [7, 9, 2, 0, 0]]
+    assert rollout.outcomes is None
+    numbered = Rollout.from_tokens(**TOKENS, groups=[4, 3, 9], accuracy=[1, 0, 0], truncated=[False, True, False])
+    assert numbered.groups.tolist() == [0, 1, 2]
+    assert numbered.accuracy.tolist() == [1.0, 0.0, 0.0]
+    assert numbered.truncated.tolist() == [False, True, False]
+
+
+def test_unknown_log_probs_are_nan_and_too_few_are_refused() -> None:
+    assert Rollout.from_tokens(**TOKENS).sampler_logp[0].isnan().all()
+    with pytest.raises(RolloutError, match="3 tokens and 1 log-probs"):
+        Rollout.from_tokens(**TOKENS, logp=[[-1.0], [-1.0, -1.0], [-1.0, -1.0]])
+
+
+def test_rollouts_and_sequences_print_as_one_line() -> None:
+    rollout = Rollout.from_tokens(**TOKENS, iteration=3)
+    assert repr(rollout) == "Rollout(train, iteration 3: 3 responses to 2 prompts, 7 tokens, mean reward 0.167)"
+    assert repr(rollout.sequences) == (
+        "Sequences(input_ids=[3, 5] int64, starts=[3] int64, prompt_lengths=[3] int64, response_lengths=[3] int64)"
+    )
+    assert repr(Rollout.from_groups([], name="aime", iteration=0, temperature=1.0)) == (
+        "Rollout(aime: 0 responses to 0 prompts, 0 tokens)"
+    )
+
+
+def test_a_data_loader_collates_the_same_rollout() -> None:
+    samples = [
+        {"prompt_token_ids": [5, 6], "response_token_ids": [[8, 9, 2], [8, 2]], "rewards": [1.0, -1.0]},
+        {"prompt_token_ids": [7], "response_token_ids": [[9, 2]], "rewards": [0.5]},
+    ]
+    (rollout,) = DataLoader(samples, batch_size=2, collate_fn=collate_rollout)
+    expected = Rollout.from_tokens(**TOKENS)
+    assert rollout.groups.equal(expected.groups)
+    assert rollout.rewards.equal(expected.rewards)
+    assert rollout.sequences.input_ids.equal(expected.sequences.input_ids)
+
+
+class Iterations(pl.Callback):
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Rollout, batch_idx: int) -> None:
+        self.seen.append(batch.iteration)
+
+
+@pytest.mark.parametrize("kind", [DAPOModule, PPOModule])
+def test_our_modules_train_on_a_plain_data_loader(kind: Any, tmp_path: Any) -> None:
+    """The second response is rewarded: it becomes likelier, and iterations are the Trainer's."""
+    samples = [
+        {"prompt_token_ids": [5, n], "response_token_ids": [[8, 9, 2], [8, 2]], "rewards": [-1.0, 1.0]}
+        for n in range(6, 10)
+    ]
+    module = kind(START, learning_rate=1e-2, warmup_steps=0, sampler_correction=None)
+    iterations = Iterations()
+    trainer = pl.Trainer(max_epochs=2, default_root_dir=tmp_path, callbacks=[iterations], **QUIET)
+    module.configure_model()
+    pair = Sequences.collate([[5, 6], [5, 6]], [[8, 9, 2], [8, 2]])
+    with torch.no_grad():
+        before = module.policy(pair, temperature=1.0)[0].sum(dim=1)
+    trainer.fit(module, DataLoader(samples, batch_size=2, collate_fn=collate_rollout))
+    with torch.no_grad():
+        after = module.policy(pair, temperature=1.0)[0].sum(dim=1)
+    assert float((after - before)[1]) > float((after - before)[0])
+    assert iterations.seen == [1, 2, 3, 4]

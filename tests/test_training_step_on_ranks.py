@@ -1,0 +1,99 @@
+"""Two ranks with a share of the rollout each train as one process does that has all of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.models import TinyQwen2
+from helpers.rollouts import make_rollout, share_of
+from helpers.sharded import on_ranks
+from helpers.updates import dapo, fit, ppo, sgd
+from ibro_lightning.batches import Rollout
+from ibro_lightning.regularizers import ClipCov, EntropyBonus, InformationBottleneck, KLCov, TopEntropyTokens
+from ibro_lightning.regularizers.coefficients import AdaptiveKL, TargetEntropy
+from ibro_lightning.update import ReferenceKL
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
+SETTINGS: dict[str, Any] = {"optimizer": sgd, "warmup_steps": 0, "mini_batch_prompts": 2, "micro_batch_tokens": 20}
+
+
+class ChoiceOfKLCov(KLCov):
+    """What KLCov holds back learns nothing. Its own penalty has a gradient of rounding's sign in a first step."""
+
+    def shape_policy_loss(self, loss: Tensor, stats: Any) -> Tensor:
+        return torch.where(stats.extra["kl_cov"], 0.0, loss)
+
+
+def adaptive_kl(**settings: Any) -> ReferenceKL:
+    """To another policy. β follows the number of responses: 8 of 100 may change it by 1.6 %."""
+    return ReferenceKL(AdaptiveKL(start=0.5, target=0.01, horizon=100), policy=TinyQwen2(seed=1), **settings)
+
+
+def reinforce() -> Any:
+    return dapo(advantage="reinforce++", kl=adaptive_kl(placement="reward"), **SETTINGS)
+
+
+MODULES: dict[str, Callable[[], Any]] = {
+    # A draw from all eligible tokens, which the ranks make together.
+    "ClipCov": lambda: dapo(regularizer=ClipCov(0.2, -0.5, 0.5), **SETTINGS),
+    "KLCov": lambda: dapo(regularizer=ChoiceOfKLCov(0.2), **SETTINGS),
+    "TopEntropyTokens": lambda: dapo(regularizer=TopEntropyTokens(0.3), **SETTINGS),
+    "IB under sequence means": lambda: dapo(
+        regularizer=InformationBottleneck(0.5, part="centred"), aggregation="seq-mean-token-mean", **SETTINGS
+    ),
+    "AdaptiveKL": lambda: dapo(kl=adaptive_kl(), **SETTINGS),
+    "REINFORCE++ with AdaptiveKL": reinforce,
+    "TargetEntropy": lambda: dapo(regularizer=EntropyBonus(TargetEntropy(target=10.0, step=0.1)), **SETTINGS),
+    "PPO": lambda: ppo(critic_optimizer=sgd, gae_lambda=0.9, kl=adaptive_kl(), **SETTINGS),
+}
+HALVES, UNEQUAL, ONE_HAS_NONE = ([0, 1], [2, 3]), ([0], [1, 2, 3]), ([0, 1, 2, 3], [])
+CASES = [
+    *((name, HALVES) for name in ("ClipCov", "TopEntropyTokens", "TargetEntropy", "PPO")),
+    *((name, UNEQUAL) for name in ("ClipCov", "KLCov", "IB under sequence means", "AdaptiveKL")),
+    *((name, ONE_HAS_NONE) for name in ("AdaptiveKL", "REINFORCE++ with AdaptiveKL", "KLCov", "PPO")),
+]
+Result = tuple[dict[str, Tensor], list[Mapping[str, float]]]
+
+
+def result_of(name: str, share: Callable[[Rollout], Rollout], **flags: Any) -> Result:
+    rollouts = [share(make_rollout(iteration=number)) for number in (1, 2)]
+    _, recorder = fit(MODULES[name](), rollouts, **flags)
+    return recorder.weights[-1], recorder.metrics
+
+
+def train_shares() -> None:
+    rank = int(os.environ["RANK"])
+    for number, (name, shares) in enumerate(CASES):
+        flags = {"devices": len(shares), "strategy": "ddp", "use_distributed_sampler": False}
+        mine = shares[rank]
+        torch.save(result_of(name, lambda rollout, mine=mine: share_of(rollout, mine), **flags), f"{number}.{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Result]]:
+    """All cases, one after the other in the same two processes: the results of both ranks by a case's number."""
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    on_ranks(2, train_shares, folder=folder)
+    return lambda number: [torch.load(folder / f"{number}.{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{name}, {shares}" for name, shares in CASES])
+def test_ranks_train_as_one_process_does(number: int, on_two_ranks: Callable[[int], list[Result]]) -> None:
+    weights, metrics = result_of(CASES[number][0], lambda rollout: rollout)
+    for found, measured in on_two_ranks(number):
+        for key, value in weights.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-11, msg=key)
+        for one, other in zip(measured, metrics, strict=True):
+            assert one.keys() == other.keys()
+            for key in one:
+                assert key.startswith(("time/", "time_share/")) or one[key] == pytest.approx(
+                    other[key], rel=1e-6, abs=1e-9
+                ), key

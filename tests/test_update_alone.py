@@ -1,0 +1,234 @@
+"""The update without Lightning: in a plain loop and in Fabric as docs/update.md has them; and how short the way to the
+regulariser's term is."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.models import TinySource, qwen2
+from helpers.rollouts import make_rollout
+from helpers.updates import fit
+from ibro_lightning.batches import Rollout, TokenStats
+from ibro_lightning.cli.main import main
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.functional import clipped_surrogate
+from ibro_lightning.models import Policy
+from ibro_lightning.modules import DAPOModule, PPOModule, SFTModule
+from ibro_lightning.regularizers import InformationBottleneck
+from ibro_lightning.update import PlainLoop, PolicyLoss, Scorer, TokenBudget, Updater
+from ibro_lightning.update.steps import rows_of
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "update.md").read_text(), re.DOTALL)
+
+
+def block(beginning: str) -> str:
+    """The code block of docs/update.md whose first line begins so."""
+    (code,) = [code for code in BLOCKS if code.startswith(beginning)]
+    return code
+
+
+def rollouts(count: int = 2) -> list[Rollout]:
+    """Whose rewards are all that is known of them: no accuracy."""
+    return [replace(make_rollout(iteration=number + 1), reward_parts={}) for number in range(count)]
+
+
+def run(code: str) -> dict[str, Any]:
+    names: dict[str, Any] = {"policy": Policy(qwen2().double()), "rollouts": rollouts()}
+    exec(compile(code, "docs/update.md", "exec"), names)
+    return names
+
+
+def weights(policy: Any) -> dict[str, Tensor]:
+    return {
+        name.removeprefix("_forward_module."): value.detach().clone() for name, value in policy.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["# a plain loop", "# Fabric"])
+def test_the_documented_loops_train_in_at_most_forty_lines(kind: str) -> None:
+    code = block(kind)
+    assert len(code.splitlines()) <= 40
+    names = run(code)
+    assert len(names["curves"]) == 4
+    for metrics in names["curves"]:
+        assert metrics["update/regularizer"] != 0
+        assert metrics["update/grad_norm"] > 0
+    before = weights(Policy(qwen2().double()))
+    after = weights(names["policy"])
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_fabric_and_a_plain_loop_do_the_same() -> None:
+    plain, fabric = (weights(run(block(kind))["policy"]) for kind in ("# a plain loop", "# Fabric"))
+    for name, value in plain.items():
+        assert torch.equal(value, fabric[name]), name
+
+
+def test_a_plain_loop_comes_to_the_weights_of_a_trainer() -> None:
+    settings = {"optimizer": torch.optim.AdamW, "learning_rate": 1e-3, "warmup_steps": 0, "mini_batch_prompts": 2}
+    module = DAPOModule(TinySource(), regularizer=InformationBottleneck(0.005), **settings)
+    fit(module, rollouts())
+    plain, start = weights(run(block("# a plain loop"))["policy"]), weights(Policy(qwen2().double()))
+    for name, value in weights(module.policy).items():
+        torch.testing.assert_close(plain[name], value, rtol=0, atol=1e-6)  # advantages are in float32 there
+    assert max((plain[name] - start[name]).abs().max() for name in start) > 1e-3
+
+
+def test_a_plain_loop_refuses_responses_without_log_probs_while_they_are_corrected() -> None:
+    """Their importance weights would be 0, and the policy loss with them."""
+    rollout = make_rollout()
+    rollout = replace(rollout, sampler_logp=torch.full_like(rollout.sampler_logp, torch.nan))
+    loop = PlainLoop({"policy": Policy(qwen2().double())}, [])
+    with pytest.raises(ConfigError, match="sampler_correction"):
+        Scorer(loop, PolicyLoss())(rollout)
+    assert Scorer(loop, PolicyLoss(sampler_correction=None))(rollout).mask.any()
+
+
+def one_update(budget: int, mini_batch_prompts: int | None = None) -> dict[str, Tensor]:
+    """Weights after plain gradient descent, whose step is the gradient."""
+    policy = Policy(qwen2().double())
+    loop = PlainLoop({"policy": policy}, [torch.optim.SGD(policy.parameters(), lr=0.1)])
+    loss = PolicyLoss(InformationBottleneck(0.5))
+    scorer = Scorer(loop, loss, TokenBudget(budget))
+    updater = Updater(loop, TokenBudget(budget), mini_batch_prompts=mini_batch_prompts, max_grad_norm=None)
+    context, rollout = scorer.context(), make_rollout()
+    experience = scorer(rollout)
+    advantages = rollout.rewards.double()[:, None].expand(experience.mask.shape)
+    for step in updater.steps(replace(experience, advantages=advantages), loss, context):
+        updater.update(step, loss, context)
+    return weights(policy)
+
+
+@pytest.mark.parametrize("budget", [1, 20, 30])
+@pytest.mark.parametrize("mini_batch_prompts", [None, 2])
+def test_the_update_itself_does_not_depend_on_the_token_budget(budget: int, mini_batch_prompts: int | None) -> None:
+    """The real accumulation: a gradient divided by the number of micro-batches would be another step."""
+    whole, cut = one_update(10_000, mini_batch_prompts), one_update(budget, mini_batch_prompts)
+    for name, value in whole.items():
+        torch.testing.assert_close(cut[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_a_loss_of_ones_own_is_a_class_of_the_recipe(workspace: Path) -> None:
+    """As the docs write it, from the command line."""
+    (workspace / "my_code.py").write_text(block("# my_code.py\nfrom ibro_lightning.update import PolicyLoss"))
+    main(["fit", "--config", "tiny.yaml", "--model.surrogate", "my_code.Reinforce", "--trainer.max_epochs", "1"])
+    config = (workspace / "run" / "config.yaml").read_text()
+    assert "surrogate: my_code.Reinforce" in config
+
+
+def test_advantages_of_ones_own_read_the_scores() -> None:
+    names: dict[str, Any] = {}
+    exec(block("# my_code.py\nfrom ibro_lightning.modules import DAPOModule"), names)
+    module, plain = names["Surprising"](TinySource()), DAPOModule(TinySource())
+    for each in (module, plain):
+        each.configure_model()
+    experience = module.prepare(make_rollout())
+    expected = plain.prepare(make_rollout()).advantages * (1 - experience.old_logp)
+    torch.testing.assert_close(experience.advantages, expected)
+
+
+# The loss, and the way to it.
+
+
+@pytest.mark.parametrize("dual_clip", [None, 4.0])
+def test_the_loss_written_out_is_the_surrogate_of_functional(dual_clip: float | None) -> None:
+    """To the last bit, value, flags and gradient."""
+    generator = torch.Generator().manual_seed(0)
+    logp, old_logp, advantages = (torch.randn(50, 50, generator=generator) for _ in range(3))
+    logp[0, 0] = -torch.inf
+    clips = {"clip_ratio_low": 0.3, "clip_ratio_high": 0.5, "dual_clip": dual_clip}
+    results = []
+    for of in (lambda stats: PolicyLoss(**clips).surrogate(stats), None):
+        leaf = logp.clone().requires_grad_()
+        if of is None:
+            named = clipped_surrogate(leaf, old_logp, advantages, **clips)._asdict()
+            loss, flags = named.pop("loss"), {f"update/{name}": values for name, values in named.items()}
+        else:
+            mask = torch.ones(50, 50, dtype=torch.bool)
+            loss, flags = of(TokenStats(leaf, None, old_logp, old_logp, advantages, mask))
+        results.append((loss, flags, torch.autograd.grad(loss.sum(), leaf)[0]))
+    (loss, flags, gradient), (expected_loss, expected_flags, expected_gradient) = results
+    assert torch.equal(loss, expected_loss)
+    assert torch.equal(gradient, expected_gradient)
+    assert flags.keys() == expected_flags.keys()
+    assert all(torch.equal(flags[name], values) for name, values in expected_flags.items())
+    assert all(
+        values.any() == (name != "update/clipped_dual" or dual_clip is not None) for name, values in flags.items()
+    )
+
+
+def test_the_readme_shows_the_loss_as_it_is() -> None:
+    shown = (ROOT / "README.md").read_text().split("```python\nclass PolicyLoss:\n")[1].split("\n```")[0]
+    assert shown in (ROOT / "src" / "ibro_lightning" / "update" / "loss.py").read_text()
+
+
+def test_the_way_from_the_training_step_to_the_ib_term_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ROOT / "benchmarks" / "path_to_the_ib_term.py"
+    spec = importlib.util.spec_from_file_location("path_to_the_ib_term", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where its dataclass looks for itself
+    spec.loader.exec_module(module)
+    way = module.path_to_the_ib_term()
+    assert way.calls[0][1] == "DAPOModule.training_step"
+    assert way.calls[-1][1] == "InformationBottleneck.objective"
+    assert len(way.calls) <= 5
+    assert len(way.files) <= 4
+    assert way.lines <= 120
+
+
+# One and the same in Python, in an IDE and on the command line.
+
+KINDS = [DAPOModule, PPOModule, SFTModule]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_signature_is_what_the_help_shows(kind: type, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parameters = inspect.signature(kind).parameters
+    assert not any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    with pytest.raises(SystemExit):
+        main(["fit", f"--model.help={kind.__name__}"])
+    shown = {
+        name.partition(".")[0] for name in re.findall(r"--model\.(?:init_args\.)?([\w.]+)", capsys.readouterr().out)
+    }
+    assert shown - {"help"} == set(parameters)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_is_documented(kind: type) -> None:
+    documented = re.findall(r"^ {8}(\w[\w, ]*): ", kind.__doc__ or "", re.MULTILINE)
+    names = {name.strip() for entry in documented for name in entry.split(",")}
+    assert names == set(inspect.signature(kind).parameters)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_keyword_names_the_class_it_was_given_to(kind: type) -> None:
+    with pytest.raises(
+        TypeError, match=rf"^{kind.__name__}\.__init__\(\) got an unexpected keyword argument 'clip_rate'"
+    ):
+        kind(TinySource(), clip_rate=0.2)
+
+
+def test_modules_are_at_most_two_levels_below_lightning() -> None:
+    for kind in KINDS:
+        above = [base.__name__ for base in kind.__mro__]
+        assert above.index("LightningModule") <= 2
+
+
+def test_a_rank_without_rows_of_a_step_takes_part_with_one_that_does_not_count() -> None:
+    module = DAPOModule(TinySource(), update_epochs=2)
+    module.configure_model()
+    step = rows_of(module.prepare(make_rollout()), torch.tensor([], dtype=torch.long))
+    assert len(step) == 1
+    assert not step.mask.any()
