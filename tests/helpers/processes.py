@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -20,6 +20,9 @@ from typing import Any
 
 HANGS_S = 600.0
 """Processes that take longer are taken to hang: many times what the slowest takes on a busy machine."""
+ENVIRONMENT = dict(os.environ)
+"""As it was before the first test: what Lightning writes there, the seed for one, would make ranks differ from a test
+that calls the same function itself. A server hands on what it found when it started, whichever test that was in."""
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["ibro_lightning.cli.main", "torch.utils.tensorboard", "transformers.models.qwen2.modeling_qwen2"]
@@ -44,7 +47,9 @@ def start_ranks(
     port = free_port()
     processes = []
     for rank, door in enumerate(doors or [None] * count):
-        process = CONTEXT.Process(target=_on_rank, args=(rank, count, port, str(folder), door, function, arguments))
+        process = CONTEXT.Process(
+            target=_on_rank, args=(rank, count, port, str(folder), door, function, arguments, ENVIRONMENT)
+        )
         process.start()
         processes.append(process)
     return processes
@@ -99,7 +104,10 @@ def _on_rank(
     door: Connection | None,
     function: Callable[..., Any],
     arguments: Sequence[Any],
+    environment: Mapping[str, str],
 ) -> None:
+    os.environ.clear()
+    os.environ |= environment
     os.chdir(folder)
     sys.path.insert(0, folder)
     sys.argv = ["ibro_lightning"]
