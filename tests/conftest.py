@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import textwrap
 from collections.abc import Generator, Iterator
@@ -20,9 +21,22 @@ from ibro_lightning.models import PolicyOptions, Qwen2FromScratch, export_folder
 from ibro_lightning.tasks import NumberPath
 
 torch.set_num_threads(1)
-SRC = Path(__file__).parents[1] / "src"
-# Processes that tests start find the package of this checkout, whichever one is installed; pytest itself by pyproject.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SRC), os.environ.get("PYTHONPATH")]))
+TESTS = Path(__file__).parent
+# Processes that tests start find the package of this checkout, whichever one is installed, and the helpers; pytest
+# itself by pyproject.
+PLACES = [str(TESTS.parent / "src"), str(TESTS), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PLACES))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Modules and tests are as many as a million objects, and none is garbage: nobody looks through them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

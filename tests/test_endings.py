@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -360,7 +362,7 @@ def test_what_is_done_keeps_its_exit_code() -> None:
 
 def test_ctrl_c_while_the_command_line_imports_what_it_needs(tmp_path: Path) -> None:
     """The first seconds of every command."""
-    (tmp_path / "datasets.py").write_text("import time\nprint('importing', flush=True)\nwhile True: time.sleep(0.02)\n")
+    (tmp_path / "lightning.py").write_text("import time\nprint('importing', flush=True)\nwhile True: time.sleep(0.02)\n")
     path = os.pathsep.join([str(tmp_path), str(Path(ibro_lightning.__file__).parents[1])])
     process = subprocess.Popen(
         [sys.executable, "-m", "ibro_lightning", "fit"],
@@ -390,7 +392,7 @@ def test_ctrl_c_while_the_command_line_imports_what_it_needs(tmp_path: Path) -> 
     ids=["missing", "broken"],
 )
 def test_an_installation_that_cannot_be_imported(content: str, code: int, expected: str, tmp_path: Path) -> None:
-    (tmp_path / "datasets.py").write_text(content)
+    (tmp_path / "lightning.py").write_text(content)
     path = os.pathsep.join([str(tmp_path), str(Path(ibro_lightning.__file__).parents[1])])
     command = [sys.executable, "-m", "ibro_lightning", "fit", "--help"]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
@@ -760,27 +762,52 @@ def test_a_run_that_nobody_hears_is_a_run_like_any_other(streams: str, workspace
         assert (workspace / "run" / name).exists()
 
 
+def fit_in_a_new_interpreter(seconds: float, numbers: list[int]) -> tuple[int, str]:
+    """Exit code and stderr of a run that gets these signals so long after it has begun, which is while it imports."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ibro_lightning", *FIT, "--trainer.max_epochs=100000"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    status, caught = Path(f"/proc/{process.pid}/status"), re.compile(r"^SigCgt:\s*(\w+)$", re.MULTILINE)
+    while not int(caught.findall(status.read_text())[0], 16) >> (signal.SIGTERM - 1) & 1:
+        time.sleep(0.01)
+    time.sleep(seconds)
+    for number in numbers:
+        process.send_signal(number)
+    _, said = process.communicate(timeout=600)
+    return process.returncode, said
+
+
+def fit_and_strike(seconds: float, numbers: list[int]) -> None:
+    """The command line in a process that has all imports behind it, and sends itself these signals."""
+    from ibro_lightning.__main__ import main
+
+    def strike_later() -> None:
+        while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            time.sleep(0.001)
+        time.sleep(seconds)
+        ask(*numbers)()
+
+    sys.argv[1:] = [*FIT, "--trainer.max_epochs=100000"]
+    threading.Thread(target=strike_later, daemon=True).start()
+    main()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGHUP, signal.SIGINT]], ids=["first", "second"])
 def test_ctrl_c_at_any_moment_has_its_code(signals: list[int], workspace: Path) -> None:
-    """From the first line of a process to its last."""
-    for moment in range(24):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ibro_lightning", *FIT, "--trainer.max_epochs=100000"],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            process.wait(0.4 + 0.6 * moment)
-        except subprocess.TimeoutExpired:
-            for number in signals:
-                process.send_signal(number)
-        _, said = process.communicate(timeout=600)
+    """Imports take some five seconds; parsing, setting up and the first iterations take two."""
+    struck = [fit_in_a_new_interpreter(1.1 * number, signals) for number in range(5)]
+    for number in range(12):
+        (code,) = run_ranks(1, fit_and_strike, 0.2 * number, signals, folder=workspace)
+        struck.append((code, logs(workspace)))
+    for moment, (code, said) in enumerate(struck):
         assert "Traceback" not in said
         # Where the first one ends the process at once, there is nobody left for the second one.
-        assert process.returncode in {128 + number for number in signals}, (moment, said)
+        assert code in {128 + number for number in signals}, (moment, said)
 
 
 def test_streams_are_replaced_once(monkeypatch: pytest.MonkeyPatch) -> None:

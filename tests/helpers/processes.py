@@ -25,7 +25,12 @@ ENVIRONMENT = dict(os.environ)
 that calls the same function itself. A server hands on what it found when it started, whichever test that was in."""
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["ibro_lightning.cli.main", "torch.utils.tensorboard", "transformers.models.qwen2.modeling_qwen2"]
+    [
+        "ibro_lightning.cli.main",
+        "torch.utils.tensorboard",
+        "transformers.models.qwen2.modeling_qwen2",
+        "helpers.frozen",  # the last one
+    ]
 )
 
 
