@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from helpers.processes import run_ranks
 from ibro_lightning.cli.main import main
 from ibro_lightning.dry_run.layout import GIB, Layout
 from ibro_lightning.errors import ConfigError
@@ -150,10 +149,12 @@ def test_what_training_would_stop_at_is_one_line(
     assert not (workspace / "run").exists()
 
 
-def test_a_command_without_a_dry_run_imports_none_of_it() -> None:
+def test_a_command_without_a_dry_run_imports_none_of_it(tmp_path: Path) -> None:
+    """In a process that is forked from one that has imported the command line, and no test."""
     code = "import ibro_lightning.cli.main, sys; print(*sorted(name for name in sys.modules if 'dry_run' in name))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["ibro_lightning.dry_run", "ibro_lightning.dry_run.options"]
+    assert run_ranks(1, exec, code, folder=tmp_path) == [0]
+    printed = (tmp_path / "rank_0.log").read_text()
+    assert printed.split() == ["ibro_lightning.dry_run", "ibro_lightning.dry_run.options"]
 
 
 def test_only_fit_has_a_dry_run(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

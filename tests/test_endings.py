@@ -362,7 +362,9 @@ def test_what_is_done_keeps_its_exit_code() -> None:
 
 def test_ctrl_c_while_the_command_line_imports_what_it_needs(tmp_path: Path) -> None:
     """The first seconds of every command."""
-    (tmp_path / "lightning.py").write_text("import time\nprint('importing', flush=True)\nwhile True: time.sleep(0.02)\n")
+    (tmp_path / "lightning.py").write_text(
+        "import time\nprint('importing', flush=True)\nwhile True: time.sleep(0.02)\n"
+    )
     path = os.pathsep.join([str(tmp_path), str(Path(ibro_lightning.__file__).parents[1])])
     process = subprocess.Popen(
         [sys.executable, "-m", "ibro_lightning", "fit"],

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import textwrap
 import time
@@ -28,7 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from helpers.processes import command as command_line
-from helpers.processes import logs, run_ranks
+from helpers.processes import logs, run_ranks, start_ranks
 from ibro_lightning.batches import Rollout
 from ibro_lightning.callbacks.evaluation_report import evaluation_table
 from ibro_lightning.cli.main import main
@@ -433,19 +432,22 @@ def test_an_evaluation_that_failed_goes_on_where_it_was(
     assert [path.name for path in (lab / "run" / "evaluations").iterdir() if ".1" in path.name] == []
 
 
+def validate_and_wait(at: str) -> None:
+    os.environ["WAIT_AT"] = at
+    command_line(["validate", "--config", "eval.yaml"])
+
+
 def test_an_evaluation_that_was_killed_goes_on_where_it_was(lab: Path, generated: list[int]) -> None:
     """SIGKILL, while the third batch is being judged."""
-    arguments = [sys.executable, "-m", "ibro_lightning", "validate", "--config", "eval.yaml"]
-    path = os.pathsep.join([str(lab), os.environ["PYTHONPATH"]])
-    environment = {**os.environ, "WAIT_AT": "22", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    with subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        patience = time.monotonic() + 600
-        while not (lab / "waiting").exists():
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < patience
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    (process,) = start_ranks(1, validate_and_wait, "22", folder=lab)
+    patience = time.monotonic() + 600
+    while not (lab / "waiting").exists():
+        assert process.exitcode is None, "it ended before it could be killed"
+        assert time.monotonic() < patience
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     before = done(lab / "run")
     assert sorted(before) == ["batch_0000.parquet", "batch_0001.parquet"]
     validate()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import subprocess
-import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +15,7 @@ from packaging.specifiers import Specifier
 from packaging.utils import canonicalize_name
 from transformers import LlamaConfig, Qwen2Config
 
+from helpers.processes import run_ranks
 from ibro_lightning.datamodules import EvalSet, EvaluationDataModule, RolloutDataModule
 from ibro_lightning.engines import HFEngine, VLLMEngine, vllm_build
 from ibro_lightning.engines.vllm_build import check_installed
@@ -102,15 +101,16 @@ class TestInstallation:
         assert gpu["torch"] == cpu["torch"]
         assert len(gpu.keys() & cpu.keys()) > 150
 
-    def test_building_an_engine_imports_nothing_of_vllm(self):
+    def test_building_an_engine_imports_nothing_of_vllm(self, tmp_path):
+        """In a process that is forked from one that has imported the command line, and no test."""
         code = (
             "import sys, ibro_lightning.cli.main\n"
             "from ibro_lightning.engines import VLLMEngine\n"
             "VLLMEngine()\n"
             "print([name for name in sys.modules if name.split('.')[0] == 'vllm'])"
         )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert result.stdout.strip() == "[]"
+        assert run_ranks(1, exec, code, folder=tmp_path) == [0]
+        assert (tmp_path / "rank_0.log").read_text().strip() == "[]"
 
 
 @pytest.mark.parametrize(
