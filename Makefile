@@ -36,8 +36,9 @@ runs/sft_quickstart_vllm/model/config.json: | $(VLLM_READY)
 test-vllm: $(VLLM_READY)
 	$(VLLM_PY) -m pytest -n 2 --dist loadfile tests/vllm
 
+# worksteal: a worker runs files one after the other, so that what a file prepares is prepared once.
 test: $(READY) lint
-	$(PY) -m pytest -n 2 -m "not slow and not alone"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not alone"
 
 lint: $(READY)
 	$(PY) -m ruff check .

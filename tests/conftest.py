@@ -1,4 +1,6 @@
-"""Shared fixtures: one thread (two contended OpenMP pools are far slower than one), and a tiny policy on disk."""
+"""Shared fixtures: one thread (two contended OpenMP pools are far slower than one), and a tiny policy on disk.
+
+xdist's controller imports this file and runs no test: what takes seconds to import is imported where it is used."""
 
 from __future__ import annotations
 
@@ -7,25 +9,28 @@ import os
 import textwrap
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerFast
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from helpers.user_code import USER_CODE
-from ibro_lightning.models import PolicyOptions, Qwen2FromScratch, export_folder
-from ibro_lightning.tasks import NumberPath
 
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerFast
+
 TESTS = Path(__file__).parent
 # Processes that tests start find the package of this checkout, whichever one is installed, and the helpers; pytest
 # itself by pyproject.
 PLACES = [str(TESTS.parent / "src"), str(TESTS), os.environ.get("PYTHONPATH")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PLACES))
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    if isinstance(collector, pytest.Session):  # before any test file is imported
+        import torch
+
+        torch.set_num_threads(1)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -54,6 +59,9 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder: a random Qwen2 with a few thousand parameters and the number-path tokenizer."""
+    from ibro_lightning.models import PolicyOptions, Qwen2FromScratch, export_folder
+    from ibro_lightning.tasks import NumberPath
+
     source = Qwen2FromScratch(NumberPath(size=12), hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1)
     folder = tmp_path_factory.mktemp("policy") / "model"
     return export_folder(source.build(PolicyOptions()), source.tokenizer(), folder)
@@ -61,11 +69,16 @@ def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
+    from ibro_lightning.tasks import NumberPath
+
     return NumberPath().tokenizer()
 
 
 def half_only(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Like flash attention, which transformers gives half precision under autocast or with half-precision weights."""
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     if query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
         raise RuntimeError("FlashAttention only supports fp16 and bf16")
     return sdpa_attention_forward(module, query, *args, **kwargs)
@@ -73,6 +86,9 @@ def half_only(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> An
 
 @pytest.fixture
 def half_only_attention() -> Iterator[str]:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
     AttentionInterface.register("half_only", half_only)
     AttentionMaskInterface.register("half_only", sdpa_mask)
     yield "half_only"
