@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
+from helpers.processes import start_ranks
 from ibro_lightning.errors import RankError
 from ibro_lightning.guards.failure_watch import FailureWatch, note
 
@@ -45,54 +46,65 @@ say("ready")
 """
 
 
+def run_script(code: str) -> None:
+    os.dup2(os.open(f"stderr_{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT), 2)
+    exec(code, {})
+
+
+class Ranks:
+    """Two processes that run the script, and then what a test adds to it."""
+
+    def __init__(self, body: str, folder: Path) -> None:
+        self.folder = folder
+        self.processes = start_ranks(2, run_script, SCRIPT + textwrap.dedent(body), folder=folder)
+
+    def send(self, number: int, rank: int) -> None:
+        """Send a signal to a rank a second after it is ready."""
+        process, log = self.processes[rank], self.folder / f"rank_{rank}.log"
+        while not (log.exists() and "ready\n" in log.read_text()):
+            assert process.exitcode is None
+            time.sleep(0.02)
+        time.sleep(1)
+        assert process.pid is not None
+        os.kill(process.pid, number)
+
+    def end(self, rank: int) -> tuple[int | None, str]:
+        """Exit code, and what it said on stderr; within the bound."""
+        self.processes[rank].join(BOUND_S)
+        return self.processes[rank].exitcode, (self.folder / f"stderr_{rank}").read_text()
+
+
 @contextmanager
-def ranks(body: str) -> Iterator[list[subprocess.Popen[str]]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT + textwrap.dedent(body)],
-            env=environment | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+def ranks(body: str, folder: Path) -> Iterator[Ranks]:
+    both = Ranks(body, folder)
     try:
-        yield processes
+        yield both
     finally:
-        for process in processes:
+        for process in both.processes:
             process.kill()
-            process.communicate()
+            process.join()
 
 
-def ends(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code, and what it said on stderr; within the bound."""
-    _, said = process.communicate(timeout=BOUND_S)
-    return process.returncode, said
-
-
-def test_a_rank_that_waits_is_ended_and_says_who_failed_and_how() -> None:
+def test_a_rank_that_waits_is_ended_and_says_who_failed_and_how(tmp_path: Path) -> None:
     body = """
         if rank == 1:
             watch.report(KeyError("oops"))
             time.sleep(1000)  # its clean-up hangs, too
         wait_for_the_other()
     """
-    with ranks(body) as processes:
-        code, said = ends(processes[0])
+    with ranks(body, tmp_path) as both:
+        code, said = both.end(0)
         assert code == 1
         assert "rank 1 failed: KeyError: 'oops'" in said
-        code, said = ends(processes[1])
+        code, said = both.end(1)
         assert code == 1
         assert "KeyError: 'oops'" in said, "the rank that failed shows its own error"
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_an_uncaught_exception_is_a_failure_and_leaves_a_note_before_the_store_goes(failing: int) -> None:
+def test_an_uncaught_exception_is_a_failure_and_leaves_a_note_before_the_store_goes(
+    failing: int, tmp_path: Path
+) -> None:
     body = f"""
         if rank == {failing}:
             raise KeyError("oops")
@@ -101,16 +113,16 @@ def test_an_uncaught_exception_is_a_failure_and_leaves_a_note_before_the_store_g
         except RuntimeError:
             time.sleep(1000)  # whoever is left would wait for something else
     """
-    with ranks(body) as processes:
-        code, said = ends(processes[failing])
+    with ranks(body, tmp_path) as both:
+        code, said = both.end(failing)
         assert code != 0
         assert "KeyError: 'oops'" in said
-        code, said = ends(processes[1 - failing])
+        code, said = both.end(1 - failing)
         assert code == 1
         assert f"rank {failing} failed: KeyError: 'oops'" in said
 
 
-def test_a_rank_that_leaves_in_time_is_left_alone() -> None:
+def test_a_rank_that_leaves_in_time_is_left_alone(tmp_path: Path) -> None:
     body = """
         if rank == 1:
             watch.report(KeyError("oops"))
@@ -120,29 +132,26 @@ def test_a_rank_that_leaves_in_time_is_left_alone() -> None:
         assert watch.failure_of_another().startswith("rank 1 failed: KeyError")
         leave(4)
     """
-    with ranks(body) as processes:
-        assert [ends(process)[0] for process in processes] == [4, 3]
+    with ranks(body, tmp_path) as both:
+        assert [both.end(rank)[0] for rank in range(2)] == [4, 3]
 
 
 @pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_rank_that_gives_no_sign_of_life_counts_as_dead(stopped: int) -> None:
+def test_a_rank_that_gives_no_sign_of_life_counts_as_dead(stopped: int, tmp_path: Path) -> None:
     body = """
         if rank == STOPPED:
             time.sleep(1000)
         wait_for_the_other()
     """.replace("STOPPED", str(stopped))
-    with ranks(body) as processes:
-        assert processes[stopped].stdout is not None
-        assert processes[stopped].stdout.readline() == "ready\n"
-        time.sleep(1)
-        processes[stopped].send_signal(signal.SIGSTOP)
-        code, said = ends(processes[1 - stopped])
+    with ranks(body, tmp_path) as both:
+        both.send(signal.SIGSTOP, stopped)
+        code, said = both.end(1 - stopped)
         assert code == 1
         expected = "the group's store has not answered for 3 s" if stopped == 0 else "rank 1 has given no sign of life"
         assert expected in said
 
 
-def test_a_rank_that_was_killed_is_noticed() -> None:
+def test_a_rank_that_was_killed_is_noticed(tmp_path: Path) -> None:
     body = """
         if rank == 0:
             time.sleep(1000)
@@ -151,17 +160,14 @@ def test_a_rank_that_was_killed_is_noticed() -> None:
         except RuntimeError:
             time.sleep(1000)
     """
-    with ranks(body) as processes:
-        assert processes[0].stdout is not None
-        assert processes[0].stdout.readline() == "ready\n"
-        time.sleep(1)
-        processes[0].kill()
-        code, said = ends(processes[1])
+    with ranks(body, tmp_path) as both:
+        both.send(signal.SIGKILL, 0)
+        code, said = both.end(1)
         assert code == 1
         assert "is gone" in said
 
 
-def test_long_work_is_no_silence_and_ending_well_no_failure() -> None:
+def test_long_work_is_no_silence_and_ending_well_no_failure(tmp_path: Path) -> None:
     body = f"""
         if rank == 1:
             watch.stop()
@@ -172,8 +178,8 @@ def test_long_work_is_no_silence_and_ending_well_no_failure() -> None:
         watch.stop()
         leave(0)
     """
-    with ranks(body) as processes:
-        assert [ends(process) for process in processes] == [(0, ""), (0, "")]
+    with ranks(body, tmp_path) as both:
+        assert [both.end(rank) for rank in range(2)] == [(0, ""), (0, "")]
 
 
 def test_alone_there_is_nothing_to_watch() -> None:
