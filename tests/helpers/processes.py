@@ -28,7 +28,7 @@ CONTEXT.set_forkserver_preload(
         "ibro_lightning.cli.main",
         "torch.utils.tensorboard",
         "transformers.models.qwen2.modeling_qwen2",
-        "helpers.frozen",  # the last one
+        "helpers.warm",  # the last one
     ]
 )
 
