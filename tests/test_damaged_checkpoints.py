@@ -33,7 +33,7 @@ from ibro_lightning.runs.checkpoints import (
     Written,
     check_limits,
     checkpoint_name,
-    newer_whole,
+    newer_valid,
     newest_valid,
     read_about,
     read_checkpoint,
@@ -337,7 +337,7 @@ def test_passed_over_ones_are_set_aside_when_the_run_goes_on(
     found, passed_over = newest_valid(tmp_path)
     assert found == tmp_path / checkpoint_name(2)
     assert len(passed_over) == 3
-    assert newer_whole(found) is None
+    assert newer_valid(found) is None
     with caplog.at_level(logging.INFO):
         Keeper(tmp_path, 1).go_on_from(found)
     aside = {"iteration_000003.ckpt.damaged", "iteration_000004.ckpt.damaged", "iteration_000004.ckpt.damaged.1"}
@@ -525,7 +525,7 @@ def test_another_runs_checkpoint_is_not_gone_on_from_unless_it_is_named(tmp_path
     save(Keeper(checkpoints, 1), checkpoints, 5)
     other = write(checkpoints / checkpoint_name(50), epoch=9)
     assert find_checkpoint("last", tmp_path) == checkpoints / checkpoint_name(5)
-    assert newer_whole(checkpoints / checkpoint_name(5)) is None
+    assert newer_valid(checkpoints / checkpoint_name(5)) is None
     (checkpoints / checkpoint_name(5)).unlink()
     with pytest.raises(ConfigError, match=r"none of the 1 checkpoints .* is whole and of this run"):
         find_checkpoint("last", tmp_path)

@@ -18,7 +18,7 @@ from ibro_lightning.runs.checkpoints import (
     Keeper,
     checkpoint_name,
     iteration_of,
-    newer_whole,
+    newer_valid,
     remove_checkpoint,
 )
 from ibro_lightning.runs.folder import clear_way, lay_claim, rehearses, run_folder
@@ -93,7 +93,7 @@ class IterationCheckpoint(Checkpoint):
         self._from = _iteration(trainer)
         if self._from == 0 or rehearses(trainer):
             return
-        newer = newer_whole(self._folder / checkpoint_name(self._from)) if trainer.is_global_zero else None
+        newer = newer_valid(self._folder / checkpoint_name(self._from)) if trainer.is_global_zero else None
         if (newer := trainer.strategy.broadcast(newer)) is not None:
             raise ConfigError(
                 "ckpt_path", trainer.ckpt_path, f"{newer} is newer: go on from that, or remove the newer ones"

@@ -49,7 +49,7 @@ class Interruptions(pl.Callback):
     """Handles SIGINT, SIGTERM, SIGHUP and SLURM's requeue signal in place of Lightning, whose SIGTERM handler runs a
     collective whenever the signal arrives: with several ranks it never returns.
 
-    Ranks agree to stop when they agree on the responses of an iteration (:meth:`.Ranks.together`), so it is enough that
+    Ranks agree to stop when they agree on the responses of an iteration (:meth:`.Ranks.all_or_none`), so it is enough that
     the signal reaches one of them. Callbacks with a method ``save_now(trainer)`` write the checkpoint.
     """
 
@@ -75,7 +75,7 @@ class Interruptions(pl.Callback):
         trainer._signal_connector.register_signal_handlers = _no_handlers  # type: ignore[method-assign]
         if self._before or threading.current_thread() is not threading.main_thread():
             return
-        numbers = signals.heeded()
+        numbers = signals.stop_signals()
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = environment.requeue_signal or signal.SIGUSR1
@@ -88,7 +88,7 @@ class Interruptions(pl.Callback):
         self._before, self._trainer = {}, None
 
     def _handle(self, number: int, frame: object) -> None:
-        signals.heard()
+        signals.record_handled()
         again = interruption.requested() is not None
         if again and number == signal.SIGINT:
             signals.at_once(lambda: self._pass_on(signal.SIGKILL))
@@ -128,7 +128,7 @@ class Interruptions(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if not isinstance(batch, Rollout):  # for rollouts, the datamodule has done this
-            with Ranks.of(trainer.strategy).together():
+            with Ranks.of(trainer.strategy).all_or_none():
                 pass
         self._boundary = None
 

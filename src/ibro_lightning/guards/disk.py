@@ -31,7 +31,7 @@ class DiskFullError(UserError, RuntimeError):
 
 
 @contextmanager
-def written_whole(path: Path, under: Path | None = None) -> Iterator[Path]:
+def written_atomically(path: Path, under: Path | None = None) -> Iterator[Path]:
     """Write a file atomically: yields a temporary path, which is synced and renamed to ``path`` in the end. On an error
     the temporary file is removed, and an earlier ``path`` is unchanged.
 
@@ -59,7 +59,7 @@ def write_json(path: Path, content: Any) -> Path:
     Raises:
         DiskFullError: the disk is full.
     """
-    with written_whole(path) as partial:
+    with written_atomically(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
     return path
 

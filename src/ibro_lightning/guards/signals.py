@@ -36,7 +36,7 @@ _LAG_S = 1.0
 """How many seconds a handler may run before the watching thread learns of the same signal."""
 
 
-def heeded() -> list[signal.Signals]:
+def stop_signals() -> list[signal.Signals]:
     """The signals that ask a run to stop; SIGHUP only if it is not ignored, as under ``nohup``."""
     found = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -65,7 +65,7 @@ def begin() -> None:
         leave(exit_code(128 + number))
 
     handle.ends_at_once = True  # type: ignore[attr-defined]
-    _set(dict.fromkeys(heeded(), handle))
+    _set(dict.fromkeys(stop_signals(), handle))
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -80,13 +80,13 @@ def end(code: int) -> None:
 
     def hasten(number: int, frame: object) -> None:
         nonlocal impatient
-        heard()
+        record_handled()
         if impatient:
             leave(code)
         impatient = True
         tell_now(f"\n{signal.Signals(number).name}: all is done, this process is about to end; Ctrl-C ends it at once")
 
-    _set(dict.fromkeys(heeded(), hasten))
+    _set(dict.fromkeys(stop_signals(), hasten))
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def raised() -> Iterator[None]:
 
     def handle(number: int, frame: object) -> None:
         nonlocal asked
-        heard()
+        record_handled()
         again, asked = asked, True
         if not again:
             raise Interrupted(signal.Signals(number).name, 128 + number)
@@ -104,7 +104,7 @@ def raised() -> Iterator[None]:
             at_once()
 
     handle.ends_at_once = True  # type: ignore[attr-defined]
-    before = _set(dict.fromkeys(heeded(), handle))
+    before = _set(dict.fromkeys(stop_signals(), handle))
     try:
         yield
     finally:
@@ -124,7 +124,7 @@ def at_once(before: Callable[[], None] = lambda: None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def heard() -> None:
+def record_handled() -> None:
     """Record, in a handler, that the signal is being handled."""
     global _heard
     _heard = time.monotonic()
@@ -141,7 +141,7 @@ def _watch(reader: int) -> None:
     other ranks or a file server."""
     count = 0
     while numbers := os.read(reader, 64):
-        for number in filter(heeded().__contains__, numbers):
+        for number in filter(stop_signals().__contains__, numbers):
             count += 1
             # What Interruptions requested may take its time, but a second Ctrl-C may not.
             if getattr(signal.getsignal(number), "ends_at_once", False) or (number == signal.SIGINT and count > 1):
@@ -158,7 +158,7 @@ def _insist(number: int, since: float) -> None:
 def _forget() -> None:
     """Restore the default handlers in a forked process."""
     signal.set_wakeup_fd(-1)
-    _set(dict.fromkeys(heeded(), signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler})
+    _set(dict.fromkeys(stop_signals(), signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler})
 
 
 def _leave_soon() -> None:
@@ -178,7 +178,7 @@ def _set(handlers: dict[int, Any]) -> dict[int, Any]:
 
 
 def _ignore_all() -> None:
-    _set(dict.fromkeys(heeded(), signal.SIG_IGN))
+    _set(dict.fromkeys(stop_signals(), signal.SIG_IGN))
 
 
 def _quiet(hook: Any) -> Any:

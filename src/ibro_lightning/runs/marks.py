@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ibro_lightning.guards.disk import PARTIAL, disk_errors, written_whole
+from ibro_lightning.guards.disk import PARTIAL, disk_errors, written_atomically
 from ibro_lightning.runs.contents import MARK, PARTS, entry_of, part_of_folder
 from ibro_lightning.runs.model_folders import is_own_file
 from ibro_lightning.version import __version__
@@ -193,7 +193,7 @@ def _exclusive(folder: Path) -> Iterator[bool]:
 def _put(folder: Path, text: str, locked: bool) -> None:
     # Without a lock, another process may be writing, too: under separate names the last one wins, with a whole file.
     under = None if locked else folder / f"{MARK}.{os.getpid()}{PARTIAL}"
-    with written_whole(folder / MARK, under) as partial:
+    with written_atomically(folder / MARK, under) as partial:
         partial.write_text(text)
 
 

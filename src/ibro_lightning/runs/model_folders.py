@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ibro_lightning.guards.disk import PARTIAL, written_whole
+from ibro_lightning.guards.disk import PARTIAL, written_atomically
 from ibro_lightning.ranks import rank_zero_info, rank_zero_warn
 from ibro_lightning.version import __version__
 
@@ -221,5 +221,5 @@ def set_modes(folder: Path) -> None:
 
 
 def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    with written_whole(folder / MANIFEST) as partial:
+    with written_atomically(folder / MANIFEST) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ibro_lightning.batches import Rollout
-from ibro_lightning.guards.disk import write_json, written_whole
+from ibro_lightning.guards.disk import write_json, written_atomically
 from ibro_lightning.runs.authorship import signed
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult
 
@@ -53,7 +53,7 @@ def write_parquet(path: Path, rollout: Rollout, *, tokens: bool = False, run: st
     ]
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: pa.array([row.get(name) for row in rows], _TYPES.get(name)) for name in names}
-    with written_whole(path) as partial:
+    with written_atomically(path) as partial:
         pq.write_table(signed(pa.table(columns), run), partial)
     return path
 

@@ -20,7 +20,7 @@ from ibro_lightning.runs.checkpoints import (
     Written,
     checkpoints_in,
     iteration_of,
-    newer_whole,
+    newer_valid,
     newest_valid,
     read_about,
     why_invalid,
@@ -132,7 +132,7 @@ def check_continues(checkpoint: Path, run: Path, algorithm: str) -> dict[str, An
             run_seed(),
             f"the run that {checkpoint} is of has {about['seed']}: write that, as prompts and samples depend on it",
         )
-    if run.resolve() in checkpoint.parents and (newer := newer_whole(checkpoint)) is not None:
+    if run.resolve() in checkpoint.parents and (newer := newer_valid(checkpoint)) is not None:
         raise ConfigError(
             "ckpt_path",
             str(checkpoint),

@@ -20,7 +20,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.guards.disk import written_whole
+from ibro_lightning.guards.disk import written_atomically
 from ibro_lightning.runs.marks import HEADER
 from ibro_lightning.runs.model_folders import free_name
 
@@ -204,7 +204,7 @@ def keep_settings(folder: Path, now: RunSettings) -> Path | None:
         if kept.is_file() and kept.read_bytes() == content:
             return kept
         number += 1
-    with written_whole(kept) as partial:
+    with written_atomically(kept) as partial:
         partial.write_bytes(content)
     rank_zero_info(f"the earlier settings are kept in {kept}")
     return kept

@@ -11,7 +11,7 @@ from ibro_lightning.runs.checkpoints.catalog import (
     checkpoint_name,
     checkpoints_in,
     iteration_of,
-    newer_whole,
+    newer_valid,
     newest_valid,
 )
 from ibro_lightning.runs.checkpoints.index import ABOUT
@@ -40,7 +40,7 @@ __all__ = [
     "checkpoints_in",
     "iteration_of",
     "load_shards",
-    "newer_whole",
+    "newer_valid",
     "newest_valid",
     "read_about",
     "read_checkpoint",

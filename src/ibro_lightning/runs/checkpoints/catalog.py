@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ibro_lightning.guards.disk import written_whole
+from ibro_lightning.guards.disk import written_atomically
 from ibro_lightning.runs.checkpoints.index import ABOUT, read_all_but_tensors
 from ibro_lightning.runs.checkpoints.manifest import MANIFEST
 from ibro_lightning.runs.checkpoints.validity import why_invalid, why_known_invalid
@@ -92,7 +92,7 @@ class Written:
 
     def _write(self, entries: Iterable[_Entry]) -> None:
         self._entries = sorted(entries, key=lambda entry: (entry[2], entry))
-        with written_whole(self.path) as partial:
+        with written_atomically(self.path) as partial:
             partial.write_text(_text(self._entries))
 
 
@@ -125,7 +125,7 @@ def newest_valid(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     return None, passed_over
 
 
-def newer_whole(checkpoint: Path) -> Path | None:
+def newer_valid(checkpoint: Path) -> Path | None:
     """The newest valid checkpoint in the same folder that follows this one in the run's history, if any."""
     written, after = Written(checkpoint.parent), iteration_of(checkpoint)
     for path in checkpoints_in(checkpoint.parent):

@@ -14,7 +14,7 @@ from ibro_lightning.runs.checkpoints.catalog import FROM, Written, checkpoints_i
 from ibro_lightning.runs.checkpoints.index import REST, read_rest, write_rest
 from ibro_lightning.runs.checkpoints.manifest import MANIFEST, renewed_manifest
 from ibro_lightning.runs.checkpoints.removing import is_begun, remove_checkpoint, remove_own
-from ibro_lightning.runs.checkpoints.validity import note_whole, why_known_invalid
+from ibro_lightning.runs.checkpoints.validity import record_valid, why_known_invalid
 from ibro_lightning.runs.model_folders import free_name
 
 LAST = "last.ckpt"
@@ -71,7 +71,7 @@ class Keeper:
         written.add(partial, path.name)
         to_disk(self.folder)  # even after a power failure, the list must precede the name
         os.replace(partial, path)
-        note_whole(path)
+        record_valid(path)
         to_disk(self.folder)
 
     def renew(self, path: Path, checkpoint: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ class Keeper:
                 os.replace(partial / REST, path / REST)
             to_disk(path)
         partial.rmdir()
-        note_whole(path)
+        record_valid(path)
 
     def keep(self, newest: Path, best: Collection[int]) -> None:
         """Link to the newest checkpoint and remove superseded ones, but nothing that this run did not write.

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ibro_lightning.guards.disk import written_whole
+from ibro_lightning.guards.disk import written_atomically
 from ibro_lightning.runs.contents import is_shard
 
 MANIFEST = "manifest.json"
@@ -37,7 +37,7 @@ def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
         for path in sorted(folder.iterdir())
         if is_shard(path.name) and path.name != MANIFEST  # other files are not the checkpoint's
     }
-    with written_whole(folder / MANIFEST) as partial:
+    with written_atomically(folder / MANIFEST) as partial:
         partial.write_text(_text(files))
 
 

@@ -57,7 +57,7 @@ def why_known_invalid(path: Path, share: int = 0, shares: int = 1) -> str | None
     return why_invalid(path, share, shares)
 
 
-def note_whole(path: Path) -> None:
+def record_valid(path: Path) -> None:
     """Record a checkpoint that this process has just written as valid."""
     _results[_real_path(path)] = (_stamp(path), None)
 
