@@ -15,11 +15,10 @@ from ibro_lightning.callbacks.say import say
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.disk import write_json
 from ibro_lightning.ranks import Ranks
-from ibro_lightning.runs.authorship import leave_to_others, run_id
+from ibro_lightning.runs.authorship import leave_to_others, own_in, run_id, set_aside
 from ibro_lightning.runs.folder import clear_way, lay_claim, rehearses, run_folder
 from ibro_lightning.runs.holding import RunLock
-from ibro_lightning.runs.model_folders import free_name, prune
-from ibro_lightning.runs.moving import own_in, remove, set_aside
+from ibro_lightning.runs.model_folders import free_name, prune, remove
 from ibro_lightning.runs.parquet import MANIFEST, read_manifest, write_parquet
 from ibro_lightning.version import __version__
 
@@ -95,14 +94,14 @@ class RolloutLog(pl.Callback):
 
 def set_predictions_aside(folder: Path) -> None:
     """Move the batches of an earlier call to ``predictions.1``; remove those of a killed one."""
-    own, is_all = own_in(folder, folder.name)
+    own = own_in(folder, folder.name)
     if read_manifest(folder) is None:
         ours = leave_to_others(folder.parent, [f"{folder.name}/{name}" for name in own])
         remove(folder.parent, ours)
         prune(folder)
     else:
         aside = free_name(folder)
-        set_aside(folder, aside, own, is_all=is_all)
+        set_aside(folder, aside, own)
         rank_zero_info(f"earlier predictions were in {folder}: moved to {aside}")
 
 

@@ -52,6 +52,7 @@ from ibro_lightning.runs.checkpoints import check_fits, check_limits, read_about
 from ibro_lightning.runs.folder import enter, refuse_curves, rehearses, run_folder
 from ibro_lightning.runs.holding import RunLock
 from ibro_lightning.runs.loggers import resume_loggers
+from ibro_lightning.runs.moving import make_room, put_back, reopen
 from ibro_lightning.runs.resume import (
     check_continues,
     check_exists,
@@ -63,7 +64,6 @@ from ibro_lightning.runs.resume import (
     note_end,
     wind_back,
 )
-from ibro_lightning.runs.room import make_room, put_back, reopen
 from ibro_lightning.runs.settings import ResumeOptions, RunSettings, check_settings, keep_settings, put_settings_back
 
 

@@ -17,8 +17,7 @@ from ibro_lightning.runs import contents
 from ibro_lightning.runs.claims import claim, survey
 from ibro_lightning.runs.marks import read_mark
 from ibro_lightning.runs.model_folders import free_name
-from ibro_lightning.runs.moving import move, moving_alone, recover, recover_alone
-from ibro_lightning.runs.room import holds_training, recognize
+from ibro_lightning.runs.moving import holds_training, move, moving_alone, recognize, recover, recover_alone
 
 PARTS = tuple(part for part in contents.PARTS["fit"] if part != "config.yaml")
 """The parts that training writes, except its settings."""

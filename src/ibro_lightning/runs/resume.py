@@ -30,7 +30,7 @@ from ibro_lightning.runs.contents import MARK, is_unfinished
 from ibro_lightning.runs.curve_files import cut_back
 from ibro_lightning.runs.loggers import logger_states
 from ibro_lightning.runs.marks import Mark, read_mark
-from ibro_lightning.runs.moving import remove
+from ibro_lightning.runs.model_folders import remove
 from ibro_lightning.seeding import run_seed
 from ibro_lightning.version import __version__
 
