@@ -405,7 +405,7 @@ def test_a_new_run_is_refused_where_something_else_has_its_names(part: str, form
     else:
         write(tmp_path / f"{part}{form}", "deep/thesis.tex")
     before = content(tmp_path)
-    with pytest.raises(ConfigError, match=rf"{part}.*(no run of this folder|no run wrote).*write another folder"):
+    with pytest.raises(ConfigError, match=rf"{part}.*no run of this folder.*write another folder"):
         make_room(tmp_path, ())
     assert content(tmp_path) == before
 

@@ -49,8 +49,8 @@ class Interruptions(pl.Callback):
     """Handles SIGINT, SIGTERM, SIGHUP and SLURM's requeue signal in place of Lightning, whose SIGTERM handler runs a
     collective whenever the signal arrives: with several ranks it never returns.
 
-    Ranks agree to stop when they agree on an iteration's responses (:meth:`.Ranks.all_or_none`), so it is enough that the
-    signal reaches one of them. Callbacks with a method ``save_now(trainer)`` write the checkpoint.
+    Ranks agree to stop when they agree on an iteration's responses (:meth:`.Ranks.all_or_none`), so it is enough that
+    the signal reaches one of them. Callbacks with a method ``save_now(trainer)`` write the checkpoint.
     """
 
     def __init__(self) -> None:

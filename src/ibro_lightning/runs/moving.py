@@ -168,7 +168,7 @@ def make_room(folder: Path, needed: Iterable[Path], wait_s: float = 0.0) -> Room
         folder_itself(folder).mkdir(parents=True, exist_ok=True)
     config, mark, earlier_mark = folder / "config.yaml", read_mark(folder), read_mark_file(folder)
     if config.exists() and (mark is None or "config.yaml" not in mark.parts):
-        raise ConfigError(setting, str(folder), "no run wrote the config.yaml in it: write another folder for the run")
+        raise ConfigError(setting, str(folder), "its config.yaml is from no run of this folder: write another folder")
     if found := in_the_way(folder, FIT):
         raise refusal(folder, found)
     aside = None
