@@ -236,16 +236,16 @@ def test_last_passes_over_what_is_damaged_and_says_so(
     os.truncate(newest, newest.stat().st_size // 2)
     said = refusal([*QUICK, "--ckpt_path", str(CHECKPOINTS / "last.ckpt")], capsys)
     assert "only a part" in said
-    assert f"the newest whole one beside it is {CHECKPOINTS / checkpoint_name(2)}" in said
+    assert f"the newest valid one beside it is {CHECKPOINTS / checkpoint_name(2)}" in said
     with caplog.at_level(logging.INFO):
         main([*QUICK, "--trainer.max_epochs", "4", "--ckpt_path", "last"])
-    assert f"passed over {newest}: this file is no checkpoint, or only a part of one" in caplog.text
-    assert f"the newest whole checkpoint is {CHECKPOINTS / checkpoint_name(2)}" in caplog.text
+    assert f"skipped {newest}: this file is not a checkpoint, or only a part of one" in caplog.text
+    assert f"the newest valid checkpoint is {CHECKPOINTS / checkpoint_name(2)}" in caplog.text
     assert same(weights(), weights("whole"))
     assert names() == [checkpoint_name(3), checkpoint_name(4)]
     for name in names():
         os.truncate(CHECKPOINTS / name, 10)
-    assert "none of the 2 checkpoints in run is whole" in refusal([*QUICK, "--ckpt_path", "last"], capsys)
+    assert "none of the 2 checkpoints in run is valid" in refusal([*QUICK, "--ckpt_path", "last"], capsys)
 
 
 def test_a_run_goes_on_only_with_its_own_seed_algorithm_and_model(

@@ -43,7 +43,7 @@ from ibro_lightning.runs.checkpoints import (
     why_known_invalid,
     why_not_finite,
 )
-from ibro_lightning.runs.resume import evaluation_of, find_checkpoint, logger_states_of, note_end
+from ibro_lightning.runs.resume import evaluation_of, find_checkpoint, logger_states_of, record_end
 from ibro_lightning.strategies import FSDP2Strategy
 
 FORMS = ("file", "folder")
@@ -527,7 +527,7 @@ def test_another_runs_checkpoint_is_not_gone_on_from_unless_it_is_named(tmp_path
     assert find_checkpoint("last", tmp_path) == checkpoints / checkpoint_name(5)
     assert newer_valid(checkpoints / checkpoint_name(5)) is None
     (checkpoints / checkpoint_name(5)).unlink()
-    with pytest.raises(ConfigError, match=r"none of the 1 checkpoints .* is whole and of this run"):
+    with pytest.raises(ConfigError, match=r"none of the 1 checkpoints .* is valid and of this run"):
         find_checkpoint("last", tmp_path)
     assert find_checkpoint(str(other), tmp_path) == other
     # The run goes on from it: now it is of its history, but still not the run's to remove.
@@ -571,7 +571,7 @@ def test_without_the_list_nothing_is_removed_and_anything_whole_gone_on_from(har
     if harm == "gone":
         found, _ = newest_valid(tmp_path)
     else:
-        with pytest.warns(UserWarning, match="is damaged: which of the checkpoints"):
+        with pytest.warns(UserWarning, match="is damaged: any of the checkpoints"):
             found, _ = newest_valid(tmp_path)
     assert found == tmp_path / checkpoint_name(2)
     save(Keeper(tmp_path, 1), tmp_path, 3)
@@ -647,7 +647,7 @@ def test_limits_below_the_checkpoints_are_refused_and_equal_ones_not() -> None:
     for epochs, steps in ((3, -1), (None, 7), (-1, 8), (4, 9), (-1, -1)):
         check_limits(rest, epochs, steps, "a.ckpt")
     check_limits({}, 1, 1, "a.ckpt")
-    with pytest.raises(ConfigError, match=r"^trainer.max_epochs: 2 - a.ckpt is in epoch 3 already: write 3 "):
+    with pytest.raises(ConfigError, match=r"^trainer.max_epochs: 2 - a.ckpt is already in epoch 3: write 3 "):
         check_limits(rest, 2, -1, "a.ckpt")
     with pytest.raises(ConfigError, match=r"^trainer.max_steps: 6 - a.ckpt is in optimizer step 7 already"):
         check_limits(rest, -1, 6, "a.ckpt")
@@ -670,13 +670,13 @@ HINTS = {
 def test_a_damaged_hint_does_not_count(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     about = {"iteration": 3, "evaluated": False, "loggers": [{"class": "A"}]}
     (tmp_path / "checkpoints").mkdir()
-    note_end(tmp_path, 3, [])
+    record_end(tmp_path, 3, [])
     assert logger_states_of(tmp_path, about) == []
     (tmp_path / "checkpoints" / "end.json").write_text(text)
     with caplog.at_level(logging.INFO):
         assert logger_states_of(tmp_path, about) == about["loggers"]
         assert evaluation_of(tmp_path, about, 3) is None
-    assert "end.json is damaged and does not count" in caplog.text
+    assert "end.json is damaged and is ignored" in caplog.text
 
 
 def test_a_damaged_evaluation_is_made_again(tmp_path: Path) -> None:
@@ -812,9 +812,9 @@ def test_two_ranks_fall_back_from_a_flipped_bit_in_a_shard(
     argv = ["fit", "--config", "DAPOModule.yaml", "--config", "folders.yaml", "--trainer.devices", "2"]
     argv += ["--trainer.default_root_dir", "run", "--ckpt_path", str(newest)]
     assert run_ranks(2, main, argv, folder=tmp_path) == [2, 2], logs(tmp_path)
-    assert "__1_0.distcp is damaged: it does not match its digest: the newest whole one beside it" in logs(tmp_path)
+    assert "__1_0.distcp is damaged: it does not match its digest: the newest valid one beside it" in logs(tmp_path)
     train(tmp_path, "DAPOModule", "run", 2, "folder", "--checkpoint.keep_last", "1")
-    assert f"passed over run/checkpoints/{newest.name}: __1_0.distcp is damaged" in logs(tmp_path)
+    assert f"skipped run/checkpoints/{newest.name}: __1_0.distcp is damaged" in logs(tmp_path)
     names = {path.name for path in checkpoints.iterdir()}
     assert names == {newest.name, f"{newest.name}.damaged", "last.ckpt", "written.txt", "end.json"}
     assert same(read_checkpoint(newest)["state_dict"], whole)
@@ -830,7 +830,7 @@ def test_last_refuses_nan_and_takes_the_older_one_once_that_is_moved_away(
     checkpoint["state_dict"][name].view(-1)[-1] = float("nan")
     torch.save(checkpoint, newest)
     said = refusal([*QUICK, "--trainer.max_epochs", "3", "--ckpt_path", "last"], capsys)
-    assert f"iteration_000002.ckpt' - its weight {name} holds NaN: nothing can be made of it. Move it out" in said
+    assert f"iteration_000002.ckpt' - its weight {name} holds NaN, so it is unusable. Move it out" in said
     newest.rename("moved.ckpt")
     main([*QUICK, "--trainer.max_epochs", "2", "--ckpt_path", "last"])
     main([*QUICK, "--trainer.max_epochs", "2", "--trainer.default_root_dir", "whole"])
@@ -847,5 +847,5 @@ def test_ddp_refuses_nan_on_both_ranks(workspace: Path) -> None:
     CheckpointFiles().save_checkpoint(checkpoint, path)
     argv = [*QUICK, "--ckpt_path", str(path), "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     assert run_ranks(2, main, argv, folder=workspace) == [2, 2], logs(workspace)
-    assert logs(workspace).count(f"its weight {name} holds NaN: nothing can be made of it") >= 2
+    assert logs(workspace).count(f"its weight {name} holds NaN, so it is unusable") >= 2
     assert "Traceback" not in logs(workspace)

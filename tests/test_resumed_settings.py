@@ -165,7 +165,7 @@ class TestWhatMayNot:
         said = str(refused.value)
         assert said.startswith(f"{setting}: ")
         assert f"is of a run with {then}, and " in said
-        assert said.endswith("or --resume.allow_changes true to go on all the same")
+        assert said.endswith("or write --resume.allow_changes true to resume anyway")
         assert "\n" not in said
         with caplog.at_level(logging.INFO):
             check_settings(checkpoint, changed(setting, value), ResumeOptions(allow_changes=True))

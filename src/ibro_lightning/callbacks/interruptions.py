@@ -39,7 +39,7 @@ from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.guards.printing import tell, tell_now
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.runs.contents import MARK
-from ibro_lightning.runs.folder import rehearses, run_folder
+from ibro_lightning.runs.folder import is_fast_dev_run, run_folder
 
 GONE = 2
 """Exit code of a run whose folder is gone, which the user has to fix."""
@@ -67,7 +67,7 @@ class Interruptions(pl.Callback):
         if stage == TrainerFn.FITTING:
             interruption.clear()
             self._boundary, self._requeue = None, False
-            if not _writers(trainer) and trainer.checkpoint_callbacks and not rehearses(trainer):
+            if not _writers(trainer) and trainer.checkpoint_callbacks and not is_fast_dev_run(trainer):
                 rank_zero_warn(
                     "Interruptions saves nothing when it ends a run: it needs an IterationCheckpoint for that"
                 )
@@ -135,7 +135,7 @@ class Interruptions(pl.Callback):
     # The run's folder.
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and not rehearses(trainer):
+        if trainer.is_global_zero and not is_fast_dev_run(trainer):
             self._folder_id = _folder_id(run_folder(trainer))
 
     def on_train_batch_end(
@@ -182,7 +182,7 @@ class Interruptions(pl.Callback):
         """Write the checkpoint if there is anything to resume from, and return whether it was written. Collective: all
         ranks must call it."""
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-        if progress.total.completed == 0 or rehearses(trainer):
+        if progress.total.completed == 0 or is_fast_dev_run(trainer):
             return False
         if self._boundary is not None:
             trainer.fit_loop.load_state_dict(self._boundary)

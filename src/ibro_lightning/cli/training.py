@@ -49,7 +49,7 @@ from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.guards.trainer_flags import refuse_batches, refuse_flags
 from ibro_lightning.modules import PolicyModule
 from ibro_lightning.runs.checkpoints import check_fits, check_limits, read_about, read_optimizers
-from ibro_lightning.runs.folder import enter, refuse_curves, rehearses, run_folder
+from ibro_lightning.runs.folder import enter, is_fast_dev_run, refuse_curves, run_folder
 from ibro_lightning.runs.holding import RunLock
 from ibro_lightning.runs.loggers import resume_loggers
 from ibro_lightning.runs.moving import make_room, put_back, reopen
@@ -61,7 +61,7 @@ from ibro_lightning.runs.resume import (
     find_checkpoint,
     forget_beginning,
     logger_states_of,
-    note_end,
+    record_end,
     wind_back,
 )
 from ibro_lightning.runs.settings import ResumeOptions, RunSettings, check_settings, keep_settings, put_settings_back
@@ -157,7 +157,7 @@ class IbroCLI(LightningCLI):
             raise
 
     def fit(self, **kwargs: Any) -> None:
-        if rehearses(self.trainer):
+        if is_fast_dev_run(self.trainer):
             self._rehearse(kwargs)
             return
         folder, requested = run_folder(self.trainer), kwargs.get("ckpt_path")
@@ -227,7 +227,7 @@ class IbroCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Evaluate once more if training did not end with an evaluation, for the summary."""
-        if isinstance(self.model, PolicyModule) and not rehearses(self.trainer):
+        if isinstance(self.model, PolicyModule) and not is_fast_dev_run(self.trainer):
             evaluation = None
             if not self.model.evaluation_is_current:
                 evaluation = evaluation_of(run_folder(self.trainer), self.resumed, self.model.iteration)
@@ -237,7 +237,7 @@ class IbroCLI(LightningCLI):
                 if isinstance(callback, RunSummary):
                     callback.after = evaluation or callback.after
                     callback.finish(self.trainer, self.model)
-            note_end(run_folder(self.trainer), self.model.iteration, self.trainer.loggers)
+            record_end(run_folder(self.trainer), self.model.iteration, self.trainer.loggers)
 
     def _checkpoint(self, settings: dict[str, Any]) -> Path | None:
         """Resolve ``ckpt_path`` in ``settings`` to the path of the checkpoint that it means, and return that."""

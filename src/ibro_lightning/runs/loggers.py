@@ -10,16 +10,9 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-from lightning.pytorch.loggers import (
-    CometLogger,
-    CSVLogger,
-    Logger,
-    MLFlowLogger,
-    TensorBoardLogger,
-    WandbLogger,
-)
+from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -37,12 +30,12 @@ class Table:
 
 
 class Curves:
-    """The curves of a logger that is only known by Lightning's interface."""
+    """The curves of a logger of which only Lightning's interface is known."""
 
     kind: ClassVar[type[Any]] = Logger
 
     def __init__(self, logger: Logger) -> None:
-        self.logger = logger
+        self.logger: Any = logger
 
     def state(self, run: Path) -> dict[str, Any]:
         """Flush the logger and return what a checkpoint records: where the curves currently end."""
@@ -50,10 +43,8 @@ class Curves:
 
     def resume(self, state: Mapping[str, Any], run: Path) -> None:
         """Continue the curves that ``state`` describes; the logger must not have been opened yet."""
-        rank_zero_info(
-            f"{type(self.logger).__name__} goes on as its own settings say, and may show iterations after the "
-            "checkpoint twice"
-        )
+        name = type(self.logger).__name__
+        rank_zero_info(f"{name} resumes by its own settings, and may show iterations after the checkpoint twice")
 
     def place(self) -> str | None:
         """How to view the curves; None if there are none."""
@@ -63,9 +54,11 @@ class Curves:
     def log_table(self, name: str, table: Table, iteration: int) -> bool:
         """Log the table, and return whether the logger supports tables."""
         log_text, args = getattr(self.logger, "log_text", None), (name, table.columns, table.rows)
-        if not callable(log_text) or not _accepts(log_text, *args, step=iteration):
+        try:
+            inspect.signature(log_text).bind(*args, step=iteration)  # type: ignore[arg-type]
+        except (TypeError, ValueError):  # there is no such method, or it takes other arguments
             return False
-        log_text(*args, step=iteration)
+        log_text(*args, step=iteration)  # type: ignore[misc]
         return True
 
 
@@ -75,20 +68,19 @@ class TensorBoardCurves(Curves):
     kind = TensorBoardLogger
 
     def state(self, run: Path) -> dict[str, Any]:
-        logger = cast(TensorBoardLogger, self.logger)
-        logger.experiment.flush()
-        folder = Path(logger.log_dir)
+        self.logger.experiment.flush()
+        folder = Path(self.logger.log_dir)
         sizes = {path.name: path.stat().st_size for path in folder.glob(EVENTS)}
-        return {"version": logger.version, "folder": _relative(folder, run), "events": sizes}
+        return {"version": self.logger.version, "folder": _relative(folder, run), "events": sizes}
 
     def resume(self, state: Mapping[str, Any], run: Path) -> None:
         _set_version(self.logger, state)
 
     def place(self) -> str | None:
-        return f"tensorboard --logdir {cast(TensorBoardLogger, self.logger).log_dir}"
+        return f"tensorboard --logdir {self.logger.log_dir}"
 
     def log_table(self, name: str, table: Table, iteration: int) -> bool:
-        cast(TensorBoardLogger, self.logger).experiment.add_text(name, table.markdown, global_step=iteration)
+        self.logger.experiment.add_text(name, table.markdown, global_step=iteration)
         return True
 
 
@@ -98,20 +90,18 @@ class CSVCurves(Curves):
     kind = CSVLogger
 
     def state(self, run: Path) -> dict[str, Any]:
-        logger = cast(CSVLogger, self.logger)
-        logger.save()
-        path = Path(logger.log_dir, METRICS)
+        self.logger.save()
+        path = Path(self.logger.log_dir, METRICS)
         rows = len(read_rows(path)[1]) if path.exists() else 0
-        return {"version": logger.version, "folder": _relative(path.parent, run), "rows": rows}
+        return {"version": self.logger.version, "folder": _relative(path.parent, run), "rows": rows}
 
     def resume(self, state: Mapping[str, Any], run: Path) -> None:
-        logger = cast(CSVLogger, self.logger)
-        _set_version(logger, state)
-        if Path(logger.log_dir).resolve() == (run / state["folder"]).resolve():
-            open_csv(logger)
+        _set_version(self.logger, state)
+        if Path(self.logger.log_dir).resolve() == (run / state["folder"]).resolve():
+            open_csv(self.logger)
 
     def place(self) -> str | None:
-        return str(Path(cast(CSVLogger, self.logger).log_dir, METRICS))
+        return str(Path(self.logger.log_dir, METRICS))
 
 
 class WandbCurves(Curves):
@@ -123,19 +113,18 @@ class WandbCurves(Curves):
         return {"run": self.logger.version}
 
     def resume(self, state: Mapping[str, Any], run: Path) -> None:
-        logger: Any = self.logger
-        if logger.version is None:  # the user set no id; W&B's "resume" is "allow" by default
-            logger._id = logger._wandb_init["id"] = state["run"]
+        if self.logger.version is None:  # the user set no id; W&B's "resume" is "allow" by default
+            self.logger._id = self.logger._wandb_init["id"] = state["run"]
 
     def place(self) -> str | None:
-        experiment = cast(Any, self.logger).experiment
+        experiment = self.logger.experiment
         if url := getattr(experiment, "url", None):
             return str(url)
         folder = getattr(experiment, "dir", None)
         return f"wandb sync {Path(folder).parent}" if folder else None
 
     def log_table(self, name: str, table: Table, iteration: int) -> bool:
-        cast(WandbLogger, self.logger).log_text(name, columns=table.columns, data=table.rows, step=iteration)
+        self.logger.log_text(name, columns=table.columns, data=table.rows, step=iteration)
         return True
 
 
@@ -145,20 +134,17 @@ class MLFlowCurves(Curves):
     kind = MLFlowLogger
 
     def state(self, run: Path) -> dict[str, Any]:
-        return {"run": cast(MLFlowLogger, self.logger).run_id}
+        return {"run": self.logger.run_id}
 
     def resume(self, state: Mapping[str, Any], run: Path) -> None:
-        logger: Any = self.logger
-        if logger._run_id is None:
-            logger._run_id = state["run"]
+        if self.logger._run_id is None:
+            self.logger._run_id = state["run"]
 
     def place(self) -> str | None:
-        logger: Any = self.logger
-        return f"mlflow ui --backend-store-uri {logger._tracking_uri}  (run {logger.run_id})"
+        return f"mlflow ui --backend-store-uri {self.logger._tracking_uri}  (run {self.logger.run_id})"
 
     def log_table(self, name: str, table: Table, iteration: int) -> bool:
-        logger = cast(MLFlowLogger, self.logger)
-        logger.experiment.log_text(logger.run_id, table.markdown, f"{name}/iteration_{iteration:06d}.md")
+        self.logger.experiment.log_text(self.logger.run_id, table.markdown, f"{name}/iteration_{iteration:06d}.md")
         return True
 
 
@@ -172,17 +158,15 @@ class CometCurves(Curves):
 
     def resume(self, state: Mapping[str, Any], run: Path) -> None:
         if self.logger.version != state["run"]:
-            rank_zero_info(
-                f"CometLogger has begun a new experiment; to go on with the run's own, write its experiment_key: "
-                f"{state['run']}"
-            )
+            remedy = f"to continue the run's own, write its experiment_key: {state['run']}"
+            rank_zero_info(f"CometLogger has started a new experiment; {remedy}")
 
     def place(self) -> str | None:
-        url = getattr(cast(Any, self.logger).experiment, "url", None)
+        url = getattr(self.logger.experiment, "url", None)
         return str(url) if url else None
 
     def log_table(self, name: str, table: Table, iteration: int) -> bool:
-        cast(Any, self.logger).experiment.log_text(table.markdown, step=iteration, metadata={"name": name})
+        self.logger.experiment.log_text(table.markdown, step=iteration, metadata={"name": name})
         return True
 
 
@@ -227,9 +211,7 @@ def resume_loggers(loggers: Sequence[Logger], states: Sequence[Mapping[str, Any]
 
 def log_table(loggers: Sequence[Logger], name: str, make: Callable[[], Table], iteration: int) -> list[str]:
     """Log a table to every logger, and return the class names of those that do not support tables."""
-    if not loggers:
-        return []
-    table = make()
+    table = make() if loggers else Table([], [], "")
     return [type(logger).__name__ for logger in loggers if not curves_of(logger).log_table(name, table, iteration)]
 
 
@@ -243,14 +225,6 @@ def holds_a_run(logger: Logger) -> bool:
     if isinstance(logger, CSVLogger):
         return Path(logger.log_dir, METRICS).exists()
     return isinstance(logger, TensorBoardLogger) and any(Path(logger.log_dir).glob(EVENTS))
-
-
-def _accepts(function: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
-    try:
-        inspect.signature(function).bind(*arguments, **named)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _set_version(logger: Any, state: Mapping[str, Any]) -> None:

@@ -52,7 +52,6 @@ FIXED_CLASSES = {
 """Settings whose class may not change, while its arguments may."""
 WITH_PARTS = ("model.regularizer", "data.reward")
 """Those for which the same holds for nested objects."""
-ALLOW = "resume.allow_changes"
 _OURS = re.compile(r"ibro_lightning(\.\w+)+$")
 """The path of a class of this package, which may differ in another version."""
 
@@ -62,8 +61,8 @@ class ResumeOptions:
     """How a run resumes from a checkpoint.
 
     Args:
-        allow_changes: resume with other prompts, or another base policy, iteration size, regularizer or task than the
-            checkpoint's run, which is refused otherwise (docs/lightning.md).
+        allow_changes: resume even with other prompts, or another base policy, iteration size, regularizer or task than
+            the checkpoint's run (docs/lightning.md).
     """
 
     allow_changes: bool = False
@@ -71,7 +70,7 @@ class ResumeOptions:
 
 class _Absent:
     def __repr__(self) -> str:
-        return "(not there)"
+        return "(absent)"
 
 
 ABSENT = _Absent()
@@ -90,17 +89,12 @@ class Change:
 
     def why_refused(self) -> str | None:
         """Why a run cannot resume with this change; None if it can."""
-        for setting, reason in FIXED.items():
-            if self._is_at(setting):
-                return reason
+        parents = [self.setting[: dot.start()] for dot in re.finditer(r"\.|$", self.setting)]
+        reasons = [FIXED[setting] for setting in parents if setting in FIXED]
         if isinstance(self.then, Mapping) or isinstance(self.now, Mapping):  # another object
-            for setting, reason in FIXED_CLASSES.items():
-                if self.setting == setting or (setting in WITH_PARTS and self._is_at(setting)):
-                    return reason
-        return None
-
-    def _is_at(self, setting: str) -> bool:
-        return self.setting == setting or self.setting.startswith(f"{setting}.")
+            classes = [setting for setting in parents if setting == self.setting or setting in WITH_PARTS]
+            reasons += [FIXED_CLASSES[setting] for setting in classes if setting in FIXED_CLASSES]
+        return next(iter(reasons), None)
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,11 @@ class RunSettings:
 
     @classmethod
     def parse(cls, text: str) -> RunSettings:
-        """Parse the file's text; raises ``ValueError`` if it is not a mapping."""
+        """Parse the file's text.
+
+        Raises:
+            ValueError: it is not a mapping.
+        """
         values = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if not isinstance(values, dict):
             raise ValueError("it is not a mapping")
@@ -121,21 +119,10 @@ class RunSettings:
         return cls({key: value for key, value in values.items() if key not in IGNORED}, first)
 
     @classmethod
-    def of_folder(cls, folder: Path) -> RunSettings | None:
-        """The settings of the run in ``folder``; None if it has none (a run from Python) or they are unreadable."""
-        found = cls._read(folder / FILE)
-        return None if isinstance(found, str) else found
-
-    @classmethod
-    def why_unknown(cls, folder: Path) -> str | None:
-        """Why :meth:`of_folder` returns None, in a few words."""
-        found = cls._read(folder / FILE)
-        return found if isinstance(found, str) else None
-
-    @classmethod
-    def _read(cls, path: Path) -> RunSettings | str:
+    def of_folder(cls, folder: Path) -> RunSettings | str:
+        """The settings of the run in ``folder``, or why there are none (as for a run from Python), in a few words."""
         try:
-            text = path.read_text()
+            text = (folder / FILE).read_text()
             return cls.parse(text) if text.startswith(HEADER) else f"its first line does not begin with {HEADER!r}"
         except FileNotFoundError:
             return "no such file"
@@ -160,17 +147,17 @@ def check_settings(checkpoint: Path, now: RunSettings, options: ResumeOptions) -
     """
     folder = checkpoint.resolve().parent.parent
     then = RunSettings.of_folder(folder)
-    if then is None:
+    if isinstance(then, str):
         rank_zero_info(
-            f"{folder / FILE}: {RunSettings.why_unknown(folder)}: in what the settings of now differ from those that "
-            f"{checkpoint.name} was trained with is not known, and not refused"
+            f"{folder / FILE}: {then}: the settings cannot be compared with those that {checkpoint.name} was trained "
+            "with, so no change is reported or refused"
         )
         return
     cwd = _working_directory(folder, then)
     if not (changes := [change for change in then.changes(now) if not _is_same(change.then, change.now, cwd)]):
         return
     lines = "\n".join(f"  {change}" for change in changes)
-    rank_zero_info(f"other settings than in {folder / FILE}:\n{lines}")
+    rank_zero_info(f"settings that differ from {folder / FILE}:\n{lines}")
     same_version = then.version() == now.version()
     refused = [
         (change, reason)
@@ -184,8 +171,8 @@ def check_settings(checkpoint: Path, now: RunSettings, options: ResumeOptions) -
         raise ConfigError(
             first.setting,
             _short(first.now) if isinstance(first.now, Mapping) else first.now,
-            f"{checkpoint} is of a run with {_short(first.then)}, and {reason}{others}: write what it was, begin a new "
-            f"run, or --{ALLOW} true to go on all the same",
+            f"{checkpoint} is of a run with {_short(first.then)}, and {reason}{others}: write what it was, start a new "
+            "run, or write --resume.allow_changes true to resume anyway",
         )
 
 
@@ -197,7 +184,7 @@ def keep_settings(folder: Path, now: RunSettings) -> Path | None:
     if not path.exists():
         return None
     then = RunSettings.of_folder(folder)
-    if then is not None and then.versions == now.versions and not then.changes(now):
+    if not isinstance(then, str) and then.versions == now.versions and not then.changes(now):
         return None
     content, number = path.read_bytes(), 1
     while os.path.lexists(kept := folder / f"config.{number}.yaml"):

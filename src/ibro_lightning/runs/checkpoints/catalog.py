@@ -71,7 +71,7 @@ class Written:
         run_id = self._recorded_id()
         if run_id is not None and isinstance(about, dict) and about.get("run_id") == run_id:
             return None
-        return f"it is not of this run ({WRITTEN} beside it does not list it): to go on from it, write its path"
+        return f"it is not of this run ({WRITTEN} beside it does not list it): to resume from it, write its path"
 
     def add(self, content: Path, name: str, kind: str = WROTE) -> None:
         """List ``content`` as the present or future checkpoint ``name``. An earlier checkpoint of that name stays
@@ -159,7 +159,7 @@ def _read(path: Path) -> list[_Entry]:
     except (OSError, ValueError):
         text, entries = "", []
     if not text or text != _text(entries):
-        rank_zero_warn(f"{path} is damaged: which of the checkpoints there are of this run is not known, all may be")
+        rank_zero_warn(f"{path} is damaged: any of the checkpoints there may be of this run")
         return []
     return entries
 

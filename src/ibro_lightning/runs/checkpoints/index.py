@@ -46,7 +46,7 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in _INDEX_PARTS:
-            raise pickle.UnpicklingError(f"a checkpoint's index has no business with {module}.{name}")
+            raise pickle.UnpicklingError(f"a checkpoint's index may not contain {module}.{name}")
         return super().find_class(module, name)
 
 
@@ -56,7 +56,7 @@ class ShardReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata = _IndexUnpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
         if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError("a checkpoint's index is something else")
+            raise pickle.UnpicklingError("this is not a checkpoint's index")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from ibro_lightning.guards.disk import PARTIAL, to_disk
 from ibro_lightning.runs.checkpoints.catalog import FROM, Written, checkpoints_in, iteration_of
 from ibro_lightning.runs.checkpoints.index import REST, read_rest, write_rest
-from ibro_lightning.runs.checkpoints.manifest import MANIFEST, renewed_manifest
-from ibro_lightning.runs.checkpoints.removing import is_begun, remove_checkpoint, remove_own
+from ibro_lightning.runs.checkpoints.manifest import MANIFEST, updated_manifest
+from ibro_lightning.runs.checkpoints.removing import may_be_unfinished, remove_checkpoint, remove_own
 from ibro_lightning.runs.checkpoints.validity import record_valid, why_known_invalid
 from ibro_lightning.runs.model_folders import free_name
 
@@ -35,16 +35,17 @@ class Keeper:
     def run_id(self) -> str:
         return Written(self.folder).run_id
 
-    def go_on_from(self, checkpoint: Path) -> None:
+    def resume_from(self, checkpoint: Path) -> None:
         """Make ``checkpoint``, from which the run resumes, the newest, and set aside this run's damaged ones after it.
         Call it before anything is written."""
-        if not Written(self.folder).wrote(checkpoint):
-            Written(self.folder).add(checkpoint, checkpoint.name, FROM)
+        written = Written(self.folder)
+        if not written.wrote(checkpoint):
+            written.add(checkpoint, checkpoint.name, FROM)
         self._link(checkpoint)
         for path in checkpoints_in(self.folder):
             if path.name == checkpoint.name:
                 break
-            if Written(self.folder).has_name(path) and (reason := why_known_invalid(path)) is not None:
+            if written.has_name(path) and (reason := why_known_invalid(path)) is not None:
                 self._set_aside(path, "damaged", reason)
 
     def has(self, path: Path) -> bool:
@@ -54,7 +55,7 @@ class Keeper:
     def make_way(self, partial: Path) -> None:
         """Free a name for a checkpoint to be written: remove the remains of a run that died, set anything else
         aside."""
-        if not partial.is_symlink() and (partial.is_dir() or (partial.is_file() and is_begun(partial))):
+        if not partial.is_symlink() and (partial.is_dir() or (partial.is_file() and may_be_unfinished(partial))):
             remove_own(partial)
         if os.path.lexists(partial):
             self._set_aside(partial, "foreign", "this run did not write it, or not all of it")
@@ -74,20 +75,20 @@ class Keeper:
         record_valid(path)
         to_disk(self.folder)
 
-    def renew(self, path: Path, checkpoint: dict[str, Any]) -> None:
+    def update(self, path: Path, checkpoint: dict[str, Any]) -> None:
         """Replace everything but the tensors in a folder that this run wrote. The folder stays valid, and recognisably
         the run's, at every moment: while ``meta.pt`` is replaced, the manifest does not list it."""
-        if not Written(self.folder).wrote(path):
+        written = Written(self.folder)
+        if not written.wrote(path):
             return
         partial = path.with_name(path.name + PARTIAL)
         partial.mkdir()
-        tensors = ("state_dict", "optimizer_states")
-        rest = {name: value for name, value in checkpoint.items() if name not in tensors}
+        rest = {name: value for name, value in checkpoint.items() if name != "state_dict"}
         write_rest(partial, rest | {"optimizer_states": read_rest(path)["optimizer_states"]})
         for listed in (False, True):
-            (partial / MANIFEST).write_text(renewed_manifest(path, REST, listed=listed))
+            (partial / MANIFEST).write_text(updated_manifest(path, REST, listed=listed))
             to_disk(partial / MANIFEST)
-            Written(self.folder).add(partial, path.name)
+            written.add(partial, path.name)
             to_disk(self.folder)
             os.replace(partial / MANIFEST, path / MANIFEST)
             if not listed:
@@ -135,7 +136,4 @@ class Keeper:
 
 
 def _is_own_link(path: Path) -> bool:
-    if not path.is_symlink():
-        return False
-    target = Path(os.readlink(path))
-    return target == Path(target.name) and iteration_of(target) is not None
+    return path.is_symlink() and "/" not in (target := os.readlink(path)) and iteration_of(Path(target)) is not None

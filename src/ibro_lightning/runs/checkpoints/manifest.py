@@ -21,11 +21,6 @@ THREADS = 4
 """How many files one process reads at a time."""
 
 
-def digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, DIGEST).hexdigest()
-
-
 def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
     """Write the manifest, without which ``folder`` is not a checkpoint. Call it when everything else is there.
 
@@ -41,7 +36,7 @@ def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
         partial.write_text(_text(files))
 
 
-def renewed_manifest(folder: Path, name: str, *, listed: bool) -> str:
+def updated_manifest(folder: Path, name: str, *, listed: bool) -> str:
     """The manifest of ``folder`` with a new entry for its file ``name`` or, while that is replaced, without one."""
     files: dict[str, Any] = json.loads((folder / MANIFEST).read_text())["files"]
     files.pop(name, None)
@@ -59,7 +54,7 @@ def why_differs(folder: Path, share: int = 0, shares: int = 1) -> str | None:
         entries: dict[str, Any] = json.loads(text)["files"]
         files = {name: _entry(entry) for name, entry in entries.items()}
     except FileNotFoundError:
-        return "this folder is no checkpoint, or only a part of one"
+        return "this folder is not a checkpoint, or only a part of one"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} is damaged"
     if any(digest is not None for _, digest in files.values()) and text != _text(entries):
@@ -79,6 +74,11 @@ def why_differs(folder: Path, share: int = 0, shares: int = 1) -> str | None:
 
 def _described(path: Path, digest: str | None = None) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, DIGEST: digest or digest_of(path)}
+
+
+def digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, DIGEST).hexdigest()
 
 
 def _entry(entry: Any) -> tuple[int, str | None]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +51,12 @@ class CheckpointFiles(CheckpointIO):
         path = Path(path)
         if (reason := why_known_invalid(path)) is not None:
             raise ConfigError("ckpt_path", str(path), reason)
-        whole = read_checkpoint(path, with_optimizers=not self.weights_alone)
-        optimizers = () if self.weights_alone else whole.get("optimizer_states", ())
-        refuse_non_finite(path, why_not_finite(whole["state_dict"], optimizers))
+        checkpoint = read_checkpoint(path, with_optimizers=not self.weights_alone)
+        optimizers = () if self.weights_alone else checkpoint.get("optimizer_states", ())
+        refuse_non_finite(path, why_not_finite(checkpoint["state_dict"], optimizers))
         if not self.weights_alone:
-            return whole
-        return {name: whole[name] for name in ("state_dict", "pytorch-lightning_version") if name in whole}
+            return checkpoint
+        return {name: checkpoint[name] for name in ("state_dict", "pytorch-lightning_version") if name in checkpoint}
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """For a user's own ``ModelCheckpoint``; :class:`.IterationCheckpoint` does not call this."""
@@ -105,27 +107,20 @@ def refuse_non_finite(path: Path, reason: str | None) -> None:
         raise ConfigError(
             "ckpt_path",
             str(path),
-            f"{reason}: nothing can be made of it. Move it out of the folder, then --ckpt_path last takes the "
-            "checkpoint before it; a lower model.learning_rate may keep that from happening again",
+            f"{reason}, so it is unusable. Move it out of the folder, then --ckpt_path last takes the one before it; a "
+            "lower model.learning_rate may prevent this",
         )
 
 
-class refusing:
-    """Context manager that turns errors while reading a checkpoint into a :class:`ConfigError` of one line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, ConfigError | torch.OutOfMemoryError):
-            return  # already one line, or not the checkpoint's fault
-        if isinstance(error, pickle.UnpicklingError):
-            reason = REFUSED
-        elif isinstance(error, OSError | EOFError | RuntimeError | ValueError | LookupError):
-            reason = why_invalid(self.path) or f"it cannot be read: {' '.join(str(error).split())[:200]}"
-        else:
-            return
-        raise ConfigError("ckpt_path", str(self.path), reason) from error
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Turn errors while reading a checkpoint into a :class:`ConfigError` of one line."""
+    try:
+        yield
+    except (ConfigError, torch.OutOfMemoryError):  # already one line, or not the checkpoint's fault
+        raise
+    except pickle.UnpicklingError as error:
+        raise ConfigError("ckpt_path", str(path), REFUSED) from error
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError) as error:
+        reason = why_invalid(path) or f"it cannot be read: {' '.join(str(error).split())[:200]}"
+        raise ConfigError("ckpt_path", str(path), reason) from error

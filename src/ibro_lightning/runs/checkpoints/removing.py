@@ -1,4 +1,4 @@
-"""Removes checkpoints file by file, never a whole tree, so that files of others in their folders stay."""
+"""Removes checkpoints file by file, so that files of others in their folders stay."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ibro_lightning.runs.model_folders import prune
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint, valid or not, if it exists; report a folder that is left. See :func:`remove_own`."""
     if (other := remove_own(path)) is not None:
-        rank_zero_info(f"{path} stays, without the checkpoint's files: {other} in it is somebody else's")
+        rank_zero_info(f"{path} stays, without the checkpoint's files: {other} in it does not belong to the checkpoint")
 
 
 def remove_own(path: Path) -> str | None:
@@ -42,8 +42,8 @@ def remove_own(path: Path) -> str | None:
     return None
 
 
-def is_begun(path: Path) -> bool:
-    """Whether a file may be a checkpoint whose writer died: it is empty or begins like a zip archive."""
+def may_be_unfinished(path: Path) -> bool:
+    """Whether a file may be a checkpoint whose writer died: it is empty or starts like a zip archive."""
     with path.open("rb") as file:
         return file.read(4) in (b"", b"PK\3\4")
 

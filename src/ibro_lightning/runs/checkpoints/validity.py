@@ -79,10 +79,10 @@ def _why_no_file(path: Path, share: int, shares: int) -> str | None:
         return "no such file"
     try:
         if not zipfile.is_zipfile(path):
-            return "this file is no checkpoint, or only a part of one"
+            return "this file is not a checkpoint, or only a part of one"
         with zipfile.ZipFile(path) as parts:
             if not any(name.endswith("/data.pkl") for name in parts.namelist()):
-                return "this file is no checkpoint"
+                return "this file is not a checkpoint"
             # torch silently reads a part that is marked as a folder as an empty one.
             folders = [part.filename for part in parts.infolist() if part.external_attr & 0x10]
             if folders or (damaged := _damaged_part(parts, parts.infolist()[share::shares])):
@@ -92,7 +92,7 @@ def _why_no_file(path: Path, share: int, shares: int) -> str | None:
         return REFUSED
     except Exception as error:  # a flipped bit can make zipfile and torch raise anything
         return f"the file is damaged: {_short(error)}"
-    return None if isinstance(content, dict) and "state_dict" in content else "this file is no checkpoint"
+    return None if isinstance(content, dict) and "state_dict" in content else "this file is not a checkpoint"
 
 
 def _damaged_part(archive: zipfile.ZipFile, parts: list[zipfile.ZipInfo]) -> str | None:
@@ -113,7 +113,7 @@ def _why_no_folder(path: Path, share: int, shares: int) -> str | None:
     for name, read in ((".metadata", ShardReader(path).tensors), ("meta.pt", lambda: read_rest(path))):
         try:
             if not isinstance(read(), dict):
-                return f"{name} is no checkpoint's"
+                return f"{name} is not part of a checkpoint"
         except pickle.UnpicklingError:
             return f"{name} is damaged, or {REFUSED}"
         except Exception as error:  # as above
@@ -143,7 +143,7 @@ def check_fits(saved: Mapping[str, Iterable[int]], module: nn.Module, path: str 
             "ckpt_path",
             str(path),
             f"it is of another model or algorithm than this {type(module).__name__}: {'; '.join(problems)}. "
-            "Continue with the recipe that its run was started with",
+            "Resume with the recipe that its run was started with",
         )
 
 
@@ -165,5 +165,5 @@ def check_limits(rest: Mapping[str, Any], max_epochs: int | None, max_steps: int
             raise ConfigError(
                 f"trainer.{flag}",
                 limit,
-                f"{path} is in {what} {done} already: write {done} to leave it at that, or more to go on",
+                f"{path} is already in {what} {done}: write {done} to train no further, or more to continue",
             )
