@@ -72,7 +72,8 @@ class Interruptions(pl.Callback):
                     "Interruptions saves nothing when it ends a run: it needs an IterationCheckpoint for that"
                 )
         self._trainer = trainer
-        trainer._signal_connector.register_signal_handlers = _no_handlers  # type: ignore[method-assign]
+        # In place of Lightning's own handlers.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         if self._before or threading.current_thread() is not threading.main_thread():
             return
         numbers = signals.stop_signals()
@@ -95,7 +96,7 @@ class Interruptions(pl.Callback):
         name = signal.Signals(number).name
         if not again:
             self._requeue = number == self._requeue_signal
-            tell_now(f"\n{name}: the run will stop at its next safe moment; Ctrl-C stops it at once")
+            tell_now(f"\n{name}: the run will stop as soon as no work is lost; Ctrl-C stops it at once")
             self._pass_on(signal.SIGTERM)
         interruption.request(name, 128 + number)
 
@@ -153,7 +154,7 @@ class Interruptions(pl.Callback):
             inside = [log_dir for log_dir in log_dirs if folder.absolute() in log_dir.parents]
             for path in (folder, *inside):  # loggers may still have something to write
                 path.mkdir(parents=True, exist_ok=True)
-            interruption.request(f"the loss of its folder {folder}, which somebody has moved or removed", GONE)
+            interruption.request(f"the loss of its folder {folder}, which was moved or removed", GONE)
 
     # The end.
 
@@ -161,22 +162,18 @@ class Interruptions(pl.Callback):
         if isinstance(exception, Interrupted):
             # Before setup and after teardown there is nothing to save.
             training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._trainer
-            saved = bool(training) and self._save_or_report(trainer)
-            exception.is_told = True
+            try:
+                saved = bool(training) and self._save(trainer)
+            except Exception as error:  # the other ranks would wait for this one's part
+                for watch in _watches(trainer):
+                    watch.report(error)
+                raise
+            exception.is_reported = True
             self._report_end(trainer, exception, saved)
             for watch in _watches(trainer):
                 watch.stop()
             interruption.clear()
         self.teardown(trainer, pl_module, "")
-
-    def _save_or_report(self, trainer: pl.Trainer) -> bool:
-        """Save, and tell the other ranks if this one cannot write its part, as they would wait for it."""
-        try:
-            return self._save(trainer)
-        except Exception as error:
-            for watch in _watches(trainer):
-                watch.report(error)
-            raise
 
     def _save(self, trainer: pl.Trainer) -> bool:
         """Write the checkpoint if there is anything to resume from, and return whether it was written. Collective: all
@@ -200,7 +197,7 @@ class Interruptions(pl.Callback):
     def _report_end(self, trainer: pl.Trainer, exception: Interrupted, saved: bool) -> None:
         done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         nothing = "nothing is saved" if done and not _writers(trainer) else "nothing had to be saved"
-        after = f"after {done} iterations: go on with --ckpt_path last" if saved else nothing
+        after = f"after {done} iterations: resume with --ckpt_path last" if saved else nothing
         tell(f"stopped by {exception}, {after}")
         if self._requeue:
             requeue()
@@ -215,10 +212,6 @@ def _writers(trainer: pl.Trainer) -> list[Any]:
 def _watches(trainer: pl.Trainer) -> list[FailureWatch]:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback.watch for callback in callbacks if isinstance(callback, RankWatch)]
-
-
-def _no_handlers() -> None:
-    """Replaces Lightning's registration of signal handlers."""
 
 
 def _state_before_validation(trainer: pl.Trainer) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def as_disk_full(error: BaseException | None, path: Path) -> DiskFullError | Non
 
 
 def _reason(error: BaseException) -> str | None:
-    """In what way the disk is full, or None if the error has another meaning."""
+    """How the disk is full, or None if the error has another meaning."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"{_FULL[error.errno]} ({os.strerror(error.errno)})"
     if isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError":
@@ -121,7 +121,7 @@ def _message(path: Path, why: str) -> str:
         free = "its file system does not answer"
     return (
         f"{path.name.removesuffix(PARTIAL)} cannot be written to {folder}: {why}; {free}. What was written before is "
-        "whole: make room, then go on from the newest checkpoint with --ckpt_path last"
+        "intact: free some space, then resume with --ckpt_path last"
     )
 
 

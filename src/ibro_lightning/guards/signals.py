@@ -30,7 +30,7 @@ CTRL_C = 128 + signal.SIGINT
 """Exit code after Ctrl-C."""
 
 _owns_process = False
-_heard = -math.inf
+_handled_at = -math.inf
 """When a handler last ran: Python runs none while the main thread waits in C code."""
 _LAG_S = 1.0
 """How many seconds a handler may run before the watching thread learns of the same signal."""
@@ -57,11 +57,11 @@ def begin() -> None:
     global _owns_process
     _owns_process = True
     # Registered first, so called last: after it Python restores the default handlers, which kill.
-    atexit.register(_ignore_all)
+    atexit.register(lambda: _set(dict.fromkeys(stop_signals(), signal.SIG_IGN)))
     sys.unraisablehook = _quiet(sys.unraisablehook)
 
     def handle(number: int, frame: object) -> None:
-        tell_now(f"\n{signal.Signals(number).name}: stopped before anything had begun")
+        tell_now(f"\n{signal.Signals(number).name}: stopped before the command started")
         leave(exit_code(128 + number))
 
     handle.ends_at_once = True  # type: ignore[attr-defined]
@@ -76,17 +76,17 @@ def begin() -> None:
 def end(code: int) -> None:
     """Keep signals from changing the exit code of a finished command. Ctrl-C ends a slow interpreter shutdown at once:
     the second one, as the first may have been meant for the run."""
-    impatient = code >= 128
+    again = code >= 128
 
-    def hasten(number: int, frame: object) -> None:
-        nonlocal impatient
+    def handle(number: int, frame: object) -> None:
+        nonlocal again
         record_handled()
-        if impatient:
+        if again:
             leave(code)
-        impatient = True
-        tell_now(f"\n{signal.Signals(number).name}: all is done, this process is about to end; Ctrl-C ends it at once")
+        again = True
+        tell_now(f"\n{signal.Signals(number).name}: the command is done and about to exit; Ctrl-C exits at once")
 
-    _set(dict.fromkeys(stop_signals(), hasten))
+    _set(dict.fromkeys(stop_signals(), handle))
 
 
 @contextmanager
@@ -126,8 +126,8 @@ def at_once(before: Callable[[], None] = lambda: None) -> NoReturn:
 
 def record_handled() -> None:
     """Record, in a handler, that the signal is being handled."""
-    global _heard
-    _heard = time.monotonic()
+    global _handled_at
+    _handled_at = time.monotonic()
 
 
 def exit_code(code: int) -> int:
@@ -150,7 +150,7 @@ def _watch(reader: int) -> None:
 
 def _insist(number: int, since: float) -> None:
     time.sleep(AT_ONCE_S)
-    if _heard < since - _LAG_S:
+    if _handled_at < since - _LAG_S:
         tell_now(f"\n{signal.Signals(number).name}: stopped")
         leave(exit_code(128 + number))
 
@@ -175,10 +175,6 @@ def _set(handlers: dict[int, Any]) -> dict[int, Any]:
         for number, handler in handlers.items()
         if handler is not None  # None: it was not installed by Python
     }
-
-
-def _ignore_all() -> None:
-    _set(dict.fromkeys(stop_signals(), signal.SIG_IGN))
 
 
 def _quiet(hook: Any) -> Any:
