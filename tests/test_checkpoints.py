@@ -257,7 +257,7 @@ def test_a_run_goes_on_only_with_its_own_seed_algorithm_and_model(
     main([*QUICK, "--trainer.max_epochs", "3", "--checkpoint.keep_last", "null"])
     more = [*QUICK, "--trainer.max_epochs", "4", "--ckpt_path"]
     said = refusal([*more, "last", "--seed_everything", "4"], capsys)
-    assert "seed_everything: 4 - the run that" in said
+    assert "seed_everything: 4 - the run of" in said
     assert "has 3: write that" in said
     ppo = ["--model", "PPOModule"]
     assert "it is of a run with DAPOModule, this one has PPOModule" in refusal([*more, "last", *ppo], capsys)

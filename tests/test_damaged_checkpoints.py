@@ -339,7 +339,7 @@ def test_passed_over_ones_are_set_aside_when_the_run_goes_on(
     assert len(passed_over) == 3
     assert newer_valid(found) is None
     with caplog.at_level(logging.INFO):
-        Keeper(tmp_path, 1).go_on_from(found)
+        Keeper(tmp_path, 1).resume_from(found)
     aside = {"iteration_000003.ckpt.damaged", "iteration_000004.ckpt.damaged", "iteration_000004.ckpt.damaged.1"}
     assert in_folder(tmp_path) == aside | {checkpoint_name(number) for number in (1, 2, 999)}
     assert "iteration_000003.ckpt is now iteration_000003.ckpt.damaged: " in caplog.text
@@ -351,7 +351,7 @@ def test_passed_over_ones_are_set_aside_when_the_run_goes_on(
 def renew(keeper: Keeper, path: Path) -> None:
     """As the callback does it once the evaluation is made that was not when ``path`` was written."""
     keeper.make_way(path.with_name(path.name + ".partial"))
-    keeper.renew(path, {**content(), "state_dict": {}, "optimizer_states": [], "iteration": 5, "epoch": 4})
+    keeper.update(path, {**content(), "state_dict": {}, "optimizer_states": [], "iteration": 5, "epoch": 4})
 
 
 def test_a_folder_whose_rest_is_renewed_is_whole_at_every_moment(
@@ -398,7 +398,7 @@ def test_a_folder_whose_rest_is_renewed_is_whole_at_every_moment(
 def test_a_folder_that_a_run_went_on_from_and_did_not_write_is_not_renewed(tmp_path: Path) -> None:
     path = write(tmp_path / checkpoint_name(5), "folder")
     keeper, before = Keeper(tmp_path, 1), bytes_of(path)
-    keeper.go_on_from(path)
+    keeper.resume_from(path)
     renew(keeper, path)
     assert bytes_of(path) == before
     assert in_folder(tmp_path) == {path.name}
@@ -531,7 +531,7 @@ def test_another_runs_checkpoint_is_not_gone_on_from_unless_it_is_named(tmp_path
         find_checkpoint("last", tmp_path)
     assert find_checkpoint(str(other), tmp_path) == other
     # The run goes on from it: now it is of its history, but still not the run's to remove.
-    Keeper(checkpoints, 1).go_on_from(other)
+    Keeper(checkpoints, 1).resume_from(other)
     assert find_checkpoint("last", tmp_path) == other
     for iteration in (51, 52):
         save(Keeper(checkpoints, 1), checkpoints, iteration)
@@ -623,7 +623,7 @@ def test_weights_that_are_not_finite_are_refused(
         CheckpointFiles().load_checkpoint(path)
         return
     with pytest.raises(
-        ConfigError, match=f"^ckpt_path: .*iteration_000020.ckpt' - {said}: .*--ckpt_path last"
+        ConfigError, match=f"^ckpt_path: .*iteration_000020.ckpt' - {said}, .*--ckpt_path last"
     ) as found:
         CheckpointFiles().load_checkpoint(path)
     assert "\n" not in str(found.value)
@@ -649,7 +649,7 @@ def test_limits_below_the_checkpoints_are_refused_and_equal_ones_not() -> None:
     check_limits({}, 1, 1, "a.ckpt")
     with pytest.raises(ConfigError, match=r"^trainer.max_epochs: 2 - a.ckpt is already in epoch 3: write 3 "):
         check_limits(rest, 2, -1, "a.ckpt")
-    with pytest.raises(ConfigError, match=r"^trainer.max_steps: 6 - a.ckpt is in optimizer step 7 already"):
+    with pytest.raises(ConfigError, match=r"^trainer.max_steps: 6 - a.ckpt is already in optimizer step 7"):
         check_limits(rest, -1, 6, "a.ckpt")
 
 
@@ -748,7 +748,7 @@ def test_a_limit_below_the_checkpoint_changes_nothing_in_the_folder(
     flags = ["--trainer.max_epochs=null"] if "steps" in limit else []
     said = refusal([*QUICK, *flags, f"--trainer.{limit}", "--ckpt_path", "last"], capsys)
     assert said.startswith(f"error: trainer.{limit.replace('=', ': ')} - ")
-    assert "iteration_000003.ckpt is in " in said
+    assert "iteration_000003.ckpt is already in " in said
     assert contents() == before
 
 

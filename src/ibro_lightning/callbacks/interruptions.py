@@ -68,9 +68,7 @@ class Interruptions(pl.Callback):
             interruption.clear()
             self._boundary, self._requeue = None, False
             if not _writers(trainer) and trainer.checkpoint_callbacks and not is_fast_dev_run(trainer):
-                rank_zero_warn(
-                    "Interruptions saves nothing when it ends a run: it needs an IterationCheckpoint for that"
-                )
+                rank_zero_warn("Interruptions saves nothing when it ends a run: add an IterationCheckpoint")
         self._trainer = trainer
         # In place of Lightning's own handlers.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
