@@ -283,7 +283,7 @@ def test_last_starts_anew_where_there_is_nothing_to_go_on_with(
     """One command for a job that may be its first try or its fifth. What a finished iteration left is not removed."""
     with caplog.at_level(logging.INFO):
         main([*QUICK, "--ckpt_path", "last"])
-    assert "there is no checkpoint in run yet: starting anew" in caplog.text
+    assert "there is no checkpoint in run yet: starting from the beginning" in caplog.text
     once = weights()
     shutil.rmtree(CHECKPOINTS)
     main([*QUICK, "--ckpt_path", "last"])

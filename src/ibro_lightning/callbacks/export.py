@@ -34,11 +34,8 @@ class ExportModel(pl.Callback):
             return
         folder = run_folder(trainer) / "model"
         if folder.resolve() in pl_module.source_folders and not is_fast_dev_run(trainer):
-            raise ConfigError(
-                "trainer.default_root_dir",
-                str(run_folder(trainer)),
-                "its model/ is the policy that this run starts from: write another folder for the run",
-            )
+            remedy = "its model/ is the policy that this run starts from: write another folder for the run"
+            raise ConfigError("trainer.default_root_dir", str(run_folder(trainer)), remedy)
         claim_for(trainer, *(path.name for path in pl_module.export_names(folder)))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

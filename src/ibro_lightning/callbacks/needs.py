@@ -41,11 +41,8 @@ def warn_unless(callback: pl.Callback, module: pl.LightningModule, needed: type[
 
 
 def is_rollout(batch: Any, callback: pl.Callback, told: set[type]) -> TypeGuard[Rollout]:
-    """Whether a batch is a rollout; warns once per type if it is neither a rollout nor demonstrations.
-
-    Args:
-        told: the types of batches for which the callback has already warned.
-    """
+    """Whether a batch is a rollout; warns once per type, recorded in ``told``, if it is neither a rollout nor
+    demonstrations."""
     if not isinstance(batch, Rollout | Sequences) and type(batch) not in told:
         told.add(type(batch))
         rank_zero_warn(f"{_name(callback)} does nothing: it needs batches of type Rollout, and got {_name(batch)}")

@@ -46,12 +46,9 @@ def main(argv: Sequence[str]) -> None:
 def export_checkpoint(
     wanted: str, output: Path, run: str | None = None, config: str | None = None, *, overwrite: bool = False
 ) -> Path:
-    """Write the policy of a checkpoint to ``output``; arguments as on the command line.
-
-    Raises:
-        ConfigError: the checkpoint or recipe does not exist, or ``output`` or a folder for the critic or the adapters
-            next to it is occupied.
-    """
+    """Write the policy of a checkpoint to ``output``; arguments as on the command line. Raises :class:`ConfigError` if
+    the checkpoint or recipe does not exist, or ``output`` or a folder beside it for the critic or adapters is
+    occupied."""
     check_exists(wanted)
     check_free(output, overwrite)
     if run is None and not Path(wanted).exists():
@@ -88,9 +85,8 @@ def check_free(folder: Path, overwrite: bool) -> None:
     if is_in_the_way(folder):
         raise ConfigError("output", str(folder), "exists, and no export has written it: write the name of a new folder")
     if is_ours(folder) and not overwrite:
-        raise ConfigError(
-            "output", str(folder), f"exists: --overwrite moves it to {free_name(folder)}, or write another folder"
-        )
+        remedy = f"exists: --overwrite moves it to {free_name(folder)}, or write another folder"
+        raise ConfigError("output", str(folder), remedy)
 
 
 def build_module(recipe: Path) -> pl.LightningModule:

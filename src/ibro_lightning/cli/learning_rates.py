@@ -18,12 +18,8 @@ RATES = {"optimizer": "learning_rate", "critic_optimizer": "critic_learning_rate
 
 
 def settle_learning_rates(config: Any) -> None:
-    """Move an optimizer's own ``lr`` to the module's learning rate, in place. :func:`one_rate` does so for recipe
-    files.
-
-    Raises:
-        ConfigError: both are on the command line and differ.
-    """
+    """Move an optimizer's own ``lr`` to the module's learning rate, in place, or raise :class:`ConfigError` if both are
+    on the command line and differ. :func:`one_rate` does so for recipe files."""
     model: Any = config.get("model") if config is not None and hasattr(config, "get") else None
     settings: Any = model.get("init_args") if hasattr(model, "get") else None
     if not hasattr(settings, "get"):
@@ -60,10 +56,7 @@ def _written(name: str) -> bool:
 
 def one_rate(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe with an optimizer's ``lr`` moved to its model's learning rate, so that later settings override it.
-
-    Raises:
-        ConfigError: it has both, and they differ.
-    """
+    Raises :class:`ConfigError` if it has both, and they differ."""
     model = recipe.get("model")
     settings = model.get("init_args") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(settings, dict):

@@ -126,7 +126,7 @@ class IbroCLI(LightningCLI):
         refuse_flags(settings)
         if self._get(self.config_init, "dry_run"):  # before a Trainer is built: its GPUs may be elsewhere
             if self.subcommand != "fit":
-                raise ConfigError("dry_run", True, f"only fit has one: leave it out of {self.subcommand}")
+                raise ConfigError("dry_run", True, f"only fit has a dry run: leave it out of {self.subcommand}")
             from ibro_lightning.dry_run.dry_run import dry_run  # its imports are heavy
 
             with self._named_settings():
@@ -180,12 +180,9 @@ class IbroCLI(LightningCLI):
                 resume_loggers(self.trainer.loggers, states, folder)
         elif requested is not None:
             if (other := checkpoints_elsewhere(folder, self.trainer.loggers)) is not None:
-                raise ConfigError(
-                    "ckpt_path",
-                    requested,
-                    f"there is no checkpoint in {folder}, but there is {other}: write that, or leave it out",
-                )
-            rank_zero_info(f"there is no checkpoint in {folder} yet: starting anew")
+                remedy = f"there is no checkpoint in {folder}, but there is {other}: write that, or leave it out"
+                raise ConfigError("ckpt_path", requested, remedy)
+            rank_zero_info(f"there is no checkpoint in {folder} yet: starting from the beginning")
             if continues := forget_beginning(folder):
                 reopen(folder)
         kept = keep_settings(folder, self._settings()) if continues else None

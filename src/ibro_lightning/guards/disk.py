@@ -54,11 +54,7 @@ def written_atomically(path: Path, under: Path | None = None) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """Write JSON atomically, so that neither a reader nor a crash sees half a file.
-
-    Raises:
-        DiskFullError: the disk is full.
-    """
+    """Write JSON with :func:`written_atomically`."""
     with written_atomically(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
     return path
@@ -66,11 +62,8 @@ def write_json(path: Path, content: Any) -> Path:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Context for writing ``path`` (a file or a folder) that turns errors of a full disk into one line.
-
-    Raises:
-        DiskFullError: in place of the operating system's or a library's error.
-    """
+    """Context for writing ``path`` (a file or a folder) that raises :class:`DiskFullError` in place of the operating
+    system's or a library's error."""
     try:
         yield
     except DiskFullError:
@@ -83,10 +76,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def as_disk_full(error: BaseException | None, path: Path) -> DiskFullError | None:
     """The :class:`DiskFullError` for ``error``, if it or one of its causes means that the disk is full; otherwise None.
-
-    Args:
-        path: what was presumably being written, unless the error names a file.
-    """
+    It names ``path`` unless the error names a file."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, DiskFullError):

@@ -206,8 +206,8 @@ def _user_error(error: BaseException, frame: FrameType, line: int) -> str:
 
 def _report(error: BaseException) -> str:
     return (
-        f"{type(error).__name__}: {_text(error)} - this is a bug in ibro_lightning or in a library that it uses: please "
-        f"report it to {_tracker()}, with the lines above, config.yaml from the run's folder, and {_versions()}"
+        f"{type(error).__name__}: {_text(error)} - this is a bug in ibro_lightning or in a library that it uses: "
+        f"please report it to {_tracker()}, with the lines above, config.yaml from the run's folder, and {_versions()}"
     )
 
 

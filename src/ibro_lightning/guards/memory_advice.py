@@ -87,14 +87,9 @@ def memory_advice(
 
 @contextmanager
 def engine_memory_advice(setting: str, value: float, responses: int, tokens: int) -> Iterator[None]:
-    """:func:`memory_advice` for generation.
-
-    Args:
-        setting: the engine's setting for the number of concurrent responses, such as ``max_batch_size``.
-        value: its present value.
-        responses: number of responses to generate in this call.
-        tokens: maximum length of each sequence (prompt + response) in tokens.
-    """
+    """:func:`memory_advice` for generation: the engine's ``setting`` for the number of concurrent responses, such as
+    ``max_batch_size``, its value, and the number and maximum length (prompt + response, in tokens) of the responses
+    of this call."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -112,12 +112,8 @@ def raised() -> Iterator[None]:
 
 
 def at_once(before: Callable[[], None] = lambda: None) -> NoReturn:
-    """React to a second Ctrl-C: raise ``KeyboardInterrupt``, and end the process after :data:`AT_ONCE_S` seconds even
-    if that is swallowed or a clean-up hangs.
-
-    Args:
-        before: called first, to end other processes.
-    """
+    """React to a second Ctrl-C: call ``before``, which ends other processes, raise ``KeyboardInterrupt``, and end the
+    process after :data:`AT_ONCE_S` seconds even if that is swallowed or a clean-up hangs."""
     before()
     if _owns_process:  # _thread, as the signal may have come while threading held its locks
         _thread.start_new_thread(_leave_soon, ())

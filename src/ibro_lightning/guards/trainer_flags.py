@@ -97,9 +97,8 @@ def refuse_batches(trainer: pl.Trainer, batches: int) -> None:
     notices only after the first evaluation."""
     limit = trainer.limit_train_batches
     if isinstance(limit, float) and 0 < limit * batches < 1:
-        raise ConfigError(
-            "trainer.limit_train_batches", limit, f"an epoch has {batches} batches: write {1 / batches:g} or more, or 0"
-        )
+        remedy = f"an epoch has {batches} batches: write {1 / batches:g} or more, or 0"
+        raise ConfigError("trainer.limit_train_batches", limit, remedy)
     interval = getattr(trainer, "val_check_interval", 1.0)
     if isinstance(interval, int) and trainer.check_val_every_n_epoch is not None and interval > batches:
         raise ConfigError(

@@ -87,11 +87,8 @@ def _may_be_ours(path: Path) -> bool:
 
 
 def own_in(folder: Path, name: str) -> list[str]:
-    """Our files in a folder of samples, the manifest last.
-
-    Args:
-        name: the folder's path in the run's folder, such as ``evaluations/validate``.
-    """
+    """Our files in a folder of samples whose path in the run's folder is ``name`` (``evaluations/validate``), the
+    manifest last."""
     found = [] if folder.is_symlink() else leaves(folder)
     return sorted(
         (file for file in found if entry_of(f"{name}/{file}") is not None),

@@ -126,11 +126,7 @@ def _are_all_ours(evaluations: Path) -> bool:
 
 
 def _blocks(folder: Path, path: str, parts: Collection[str], ours: Collection[str]) -> bool:
-    """Whether a foreign file in a run's folder has the place of one of ours.
-
-    Args:
-        ours: first components of the paths of the run's files.
-    """
+    """Whether a foreign file in a run's folder has the place of one of the run's, whose paths start with ``ours``."""
     if path.startswith("earlier."):
         return False
     names = path.split("/")

@@ -133,11 +133,7 @@ PARTS = {
 
 
 def entry_of(path: str) -> Entry | None:
-    """The catalogue's entry for a file's name, if any.
-
-    Args:
-        path: relative to the run's folder, with slashes.
-    """
+    """The catalogue's entry for a file's path in the run's folder, with slashes, if any."""
     path = _without_earlier(path)
     return next((entry for entry in CATALOG if entry.pattern.fullmatch(path)), None)
 

@@ -31,11 +31,7 @@ def cut_back(
     states: Sequence[Mapping[str, Any]], run: Path, is_own: Callable[[Path], bool] = lambda path: True
 ) -> None:
     """Truncate the files of TensorBoard and CSV loggers to what they held when the checkpoint recorded their
-    ``states``.
-
-    Args:
-        is_own: whether an event file that the checkpoint does not list is the run's: it is then newer, and removed.
-    """
+    ``states``. Event files of the run (``is_own``) that the checkpoint does not list are newer, and removed."""
     for state in states:
         if "events" in state:
             # A folder outside the run's, without a version of its own, may be shared with other runs.

@@ -72,11 +72,7 @@ def evaluation_name(trainer: pl.Trainer) -> str:
 @rank_zero_only
 def enter(trainer: pl.Trainer, command: str) -> None:
     """Undo the unfinished move of a process that died, and claim what the command writes (for ``fit``,
-    :func:`.make_room` and :func:`.reopen` do that). Call it before a command reads its run's folder.
-
-    Raises:
-        ConfigError: one of the names is taken by something that is not the run's.
-    """
+    :func:`.make_room` and :func:`.reopen` do that). Call it before a command reads its run's folder."""
     if is_fast_dev_run(trainer):
         return
     if command == "fit":
@@ -87,11 +83,7 @@ def enter(trainer: pl.Trainer, command: str) -> None:
 
 
 def claim_for(trainer: pl.Trainer, *parts: str) -> None:
-    """Claim names in the Trainer's run folder; call it on all ranks in the ``setup`` of what writes them.
-
-    Raises:
-        ConfigError: one of the names is taken by something that is not the run's.
-    """
+    """Claim names in the Trainer's run folder; call it on all ranks in the ``setup`` of what writes them."""
     if is_fast_dev_run(trainer):
         return
     folder, files = run_folder(trainer), list[str]()

@@ -172,11 +172,8 @@ class FolderLock:
         return ConfigError(self.setting, str(self.folder), remedy)
 
     def refuse_others(self, wait_s: float = 0.0, *, except_run: str | None = None) -> None:
-        """Raise, after up to ``wait_s`` seconds, if another process has the lock; do not take it.
-
-        Args:
-            except_run: a run (:func:`.run_name`) whose processes may have it.
-        """
+        """Raise, after up to ``wait_s`` seconds, if another process has the lock, unless it is of ``except_run``
+        (:func:`.run_name`); do not take it."""
         until = time.monotonic() + wait_s
         while holder := next(filter(None, (file.holder() for file in self.files)), None):
             if holder.run == except_run:

@@ -161,15 +161,11 @@ def begin(folder: Path) -> Path:
 
 
 def finish(partial: Path, folder: Path, *, keep_earlier: bool) -> Path:
-    """Give a complete model folder its final name.
+    """Give a complete model folder its final name, and return where it is: beside ``folder`` if that holds files that
+    are not ours.
 
-    Args:
-        keep_earlier: always move an earlier model aside. Otherwise one that a call with False wrote is removed if it is
-            unchanged.
-
-    Returns:
-        where the model is: ``folder``, or a free name beside it if ``folder`` holds files that are not ours.
-    """
+    An earlier model is moved aside, unless a call with ``keep_earlier=False`` wrote it, it is unchanged, and this is
+    such a call, too: then it is removed."""
     _set_modes(partial)
     files = {name: _about(partial / name) for name in leaves(partial) if name != MANIFEST}
     _write_manifest(partial, "export" if keep_earlier else "fit", files)

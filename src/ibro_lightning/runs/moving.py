@@ -60,11 +60,7 @@ def recover(folder: Path) -> None:
 
 
 def recover_alone(folder: Path, command: str) -> None:
-    """:func:`recover`, for a command other than ``fit``.
-
-    Raises:
-        ConfigError: a live run is moving files.
-    """
+    """:func:`recover`, for a command other than ``fit``. Raises :class:`ConfigError` if a live run moves files."""
     until = time.monotonic() + PATIENCE_S
     while _unfinished_moves(folder):
         try:
@@ -78,14 +74,8 @@ def recover_alone(folder: Path, command: str) -> None:
 
 @contextmanager
 def moving_alone(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
-    """Keep all other commands out of the folder of a run that holds its lock.
-
-    Args:
-        wait_s: seconds to wait for other commands to end.
-
-    Raises:
-        ConfigError: another command is active in the folder.
-    """
+    """Keep all other commands out of the folder of a run that holds its lock. Raises :class:`ConfigError` if one is
+    still active after ``wait_s`` seconds."""
     with ExitStack() as stack:
         locks = [FolderLock(folder, command, by="fit") for command in PARTS if command != "fit"]
         exported = [folder / model for model in MODELS if (folder / f".{model}.export.lock").exists()]
@@ -146,17 +136,11 @@ class Room:
 
 @rank_zero_only
 def make_room(folder: Path, needed: Iterable[Path], wait_s: float = 0.0) -> Room:
-    """Move an earlier run aside, as no two runs share a folder, and claim the new run's names.
+    """Move an earlier run aside, as no two runs share a folder, and claim the new run's names. Only files that the
+    earlier run wrote are moved; those of others stay where they are.
 
-    Only files that the earlier run wrote are moved; those of others stay where they are.
-
-    Args:
-        needed: folders from which the new run starts, and which must not move.
-        wait_s: seconds to wait for other commands that are active in the earlier run's folder.
-
-    Raises:
-        ConfigError: the folder cannot be a run's, holds a foreign file with a name that the run needs, or the policy
-            from which the new run starts; or another command is active in it.
+    Raises :class:`ConfigError` if the folder cannot be a run's, holds a foreign file with a name that the run needs, or
+    one of the folders ``needed`` by the new run; or if another command is still active in it after ``wait_s`` seconds.
     """
     setting = "trainer.default_root_dir"
     for part in (folder, *folder.parents):
@@ -174,11 +158,8 @@ def make_room(folder: Path, needed: Iterable[Path], wait_s: float = 0.0) -> Room
     aside = None
     if mark is not None and (config.exists() or holds_training(folder)):
         if inside := [source for source in needed if folder.resolve() in source.parents]:
-            raise ConfigError(
-                setting,
-                str(folder),
-                f"it holds the run that this run starts from ({inside[0]}): write another folder for the new run",
-            )
+            remedy = f"it holds the run that this run starts from ({inside[0]}): write another folder for the new run"
+            raise ConfigError(setting, str(folder), remedy)
         with moving_alone(folder, wait_s):
             aside = _move_aside(folder)
         if folder.exists():  # foreign files are left, which were not in the earlier run's way either
@@ -206,11 +187,7 @@ def _move_aside(folder: Path) -> Path:
 
 @rank_zero_only
 def reopen(folder: Path, checkpoint: Path | None = None) -> None:
-    """Claim the folder of a run that resumes.
-
-    Raises:
-        ConfigError: one of the run's names is taken by something that is not the run's.
-    """
+    """Claim the folder of a run that resumes."""
     if checkpoint is not None:
         recognize(folder, checkpoint)
     claim(folder, FIT)

@@ -25,15 +25,8 @@ _TYPES = {"answer_read": pa.string(), "token_ids": pa.list_(pa.int32()), "logp":
 
 
 def write_parquet(path: Path, rollout: Rollout, *, tokens: bool = False, run: str = "") -> Path:
-    """Write one row per sampled response; ``trained_on`` is True for those in the update's batch.
-
-    Args:
-        tokens: also write token ids and their log-probs, which :func:`read_groups` needs.
-        run: the id of the rollout's run.
-
-    Raises:
-        DiskFullError: the disk is full.
-    """
+    """Write one row per sampled response; ``trained_on`` is True for those in the update's batch. With ``tokens``,
+    token ids and their log-probs, which :func:`read_groups` needs, are included."""
     updates = rollout.name == "train" and not rollout.skip_update
     own = zip(rollout.prompts, rollout.completions, rollout.results, strict=True)
     kept = [] if rollout.placeholder else [(prompt, completion, result, updates) for prompt, completion, result in own]

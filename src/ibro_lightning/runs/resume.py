@@ -101,11 +101,8 @@ def _best(run: Path, newest: Path | None) -> Path:
 
 
 def check_continues(checkpoint: Path, run: Path, algorithm: str) -> dict[str, Any]:
-    """Check that training can resume from a checkpoint in the folder ``run``, and return the checkpoint's description.
-
-    Raises:
-        ConfigError: it is of another seed or algorithm, or there are newer ones beside it.
-    """
+    """Return the description of a checkpoint, or raise :class:`ConfigError` if training cannot resume from it in the
+    folder ``run``: it is of another seed or algorithm, or there are newer ones beside it."""
     checkpoint = checkpoint.resolve()
     about: dict[str, Any] = read_about(checkpoint).get(ABOUT, {})
     if not about:
@@ -120,11 +117,8 @@ def check_continues(checkpoint: Path, run: Path, algorithm: str) -> dict[str, An
             "folder that `export` makes of it as model.policy",
         )
     if about["seed"] != run_seed():
-        raise ConfigError(
-            "seed_everything",
-            run_seed(),
-            f"the run of {checkpoint} has {about['seed']}: write that, as prompts and samples depend on it",
-        )
+        remedy = f"the run of {checkpoint} has {about['seed']}: write that, as prompts and samples depend on it"
+        raise ConfigError("seed_everything", run_seed(), remedy)
     if run.resolve() in checkpoint.parents and (newer := newer_valid(checkpoint)) is not None:
         raise ConfigError(
             "ckpt_path",

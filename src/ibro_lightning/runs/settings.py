@@ -107,11 +107,7 @@ class RunSettings:
 
     @classmethod
     def parse(cls, text: str) -> RunSettings:
-        """Parse the file's text.
-
-        Raises:
-            ValueError: it is not a mapping.
-        """
+        """Parse the file's text. Raises ``ValueError`` if it is not a mapping."""
         values = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if not isinstance(values, dict):
             raise ValueError("it is not a mapping")
@@ -140,11 +136,8 @@ class RunSettings:
 
 
 def check_settings(checkpoint: Path, now: RunSettings, options: ResumeOptions) -> None:
-    """Report how the settings differ from those of a checkpoint's run.
-
-    Raises:
-        ConfigError: a change makes the checkpoint's state meaningless, and ``options`` do not allow it.
-    """
+    """Report how the settings differ from those of a checkpoint's run. Raises :class:`ConfigError` for a change that
+    makes the checkpoint's state meaningless, unless ``options`` allow it."""
     folder = checkpoint.resolve().parent.parent
     then = RunSettings.of_folder(folder)
     if isinstance(then, str):
@@ -236,11 +229,8 @@ def _plain(value: Any) -> Any:
 
 
 def _is_same(then: Any, now: Any, cwd: str) -> bool:
-    """Whether two settings are the same, including two spellings of a path, and a class of ours that has moved.
-
-    Args:
-        cwd: the folder to which the earlier run's relative paths refer.
-    """
+    """Whether two settings are the same, including two spellings of a path (earlier ones are relative to ``cwd``), and
+    a class of ours that has moved."""
     if isinstance(then, str) and isinstance(now, str):
         path = os.path.realpath(os.path.expanduser(now))
         same = os.path.realpath(os.path.join(cwd, os.path.expanduser(then))) == path

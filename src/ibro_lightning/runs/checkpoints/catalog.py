@@ -32,11 +32,7 @@ _Entry = tuple[str, str, str]
 
 
 class Written:
-    """The list of a run's checkpoints, as it was when this object was constructed.
-
-    Args:
-        folder: the run's ``checkpoints/``.
-    """
+    """The list of the checkpoints in a run's ``checkpoints/``, as it was when this object was constructed."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / WRITTEN

@@ -99,11 +99,8 @@ class Keeper:
         record_valid(path)
 
     def keep(self, newest: Path, best: Collection[int]) -> None:
-        """Link to the newest checkpoint and remove superseded ones, but nothing that this run did not write.
-
-        Args:
-            best: iterations whose checkpoints are kept as well.
-        """
+        """Link to the newest checkpoint and remove superseded ones, except those of the ``best`` iterations and any
+        that this run did not write."""
         self._link(newest)
         written = Written(self.folder)
         kept = 1

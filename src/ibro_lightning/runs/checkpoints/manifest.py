@@ -22,11 +22,8 @@ THREADS = 4
 
 
 def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
-    """Write the manifest, without which ``folder`` is not a checkpoint. Call it when everything else is there.
-
-    Args:
-        digests: digests that are already computed, by file name; the other files are read.
-    """
+    """Write the manifest, without which ``folder`` is not a checkpoint, when everything else is there. Files without a
+    digest in ``digests`` are read."""
     files = {
         path.name: _described(path, digests.get(path.name))
         for path in sorted(folder.iterdir())
@@ -44,11 +41,8 @@ def updated_manifest(folder: Path, name: str, *, listed: bool) -> str:
 
 
 def why_differs(folder: Path, share: int = 0, shares: int = 1) -> str | None:
-    """How a checkpoint's files differ from its manifest, in a few words, or None.
-
-    Args:
-        share: read only every ``shares``-th file, beginning with this one. All sizes are compared.
-    """
+    """How a checkpoint's files differ from its manifest, in a few words, or None. Compares all sizes, but reads only
+    every ``shares``-th file, beginning with number ``share``."""
     try:
         text = (folder / MANIFEST).read_text()
         entries: dict[str, Any] = json.loads(text)["files"]

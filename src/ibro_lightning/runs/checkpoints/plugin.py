@@ -64,11 +64,7 @@ class CheckpointFiles(CheckpointIO):
 
 
 def read_checkpoint(path: Path, *, with_optimizers: bool = True, mmap: bool = False) -> dict[str, Any]:
-    """Read a whole checkpoint, file or folder, on this process.
-
-    Raises:
-        ConfigError: see :meth:`CheckpointFiles.load_checkpoint`.
-    """
+    """Read a whole checkpoint, file or folder, on this process."""
     with refusing(path):
         if path.is_dir():
             return read_shards(path, with_optimizers=with_optimizers)
@@ -77,21 +73,13 @@ def read_checkpoint(path: Path, *, with_optimizers: bool = True, mmap: bool = Fa
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Read everything but the tensors, cheaply: a file's tensors are only memory-mapped.
-
-    Raises:
-        ConfigError: see :meth:`CheckpointFiles.load_checkpoint`.
-    """
+    """Read everything but the tensors, cheaply: a file's tensors are only memory-mapped."""
     with refusing(path):
         return read_all_but_tensors(path)
 
 
 def read_optimizers(path: Path) -> list[dict[str, Any]]:
-    """Read the states of all optimizers, cheaply: a file's tensors are memory-mapped, a folder's are on ``meta``.
-
-    Raises:
-        ConfigError: see :meth:`CheckpointFiles.load_checkpoint`.
-    """
+    """Read the states of all optimizers, cheaply: a file's tensors are memory-mapped, a folder's are on ``meta``."""
     with refusing(path):
         if path.is_dir():
             return read_optimizer_states(path)

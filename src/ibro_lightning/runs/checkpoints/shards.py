@@ -84,11 +84,8 @@ class ShardWriter(FileSystemWriter):
 
 
 def save_shards(folder: Path, checkpoint: dict[str, Any], *, is_first: bool) -> None:
-    """Write Lightning's ``checkpoint``, whose tensors are this rank's shards. Collective: all ranks must call it.
-
-    Args:
-        is_first: this rank writes what is the same on all of them.
-    """
+    """Write Lightning's ``checkpoint``, whose tensors are this rank's shards; the first rank writes what is the same on
+    all of them. Collective: all ranks must call it."""
     folder.mkdir(parents=True, exist_ok=True)
     rest = {name: value for name, value in checkpoint.items() if name != "state_dict"}
     tensors, rest["optimizer_states"] = _split(checkpoint.get("optimizer_states", []))
@@ -110,14 +107,8 @@ def check_shards_fit(folder: Path, module: nn.Module) -> None:
 
 
 def load_shards(folder: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """Load a module and its optimizers, however they are sharded; each rank reads its own part.
-
-    Returns:
-        the rest of the checkpoint.
-
-    Raises:
-        ConfigError: the checkpoint is of another model.
-    """
+    """Load a module and its optimizers, however they are sharded, and return the rest of the checkpoint; each rank
+    reads its own part. Raises :class:`ConfigError` for a checkpoint of another model."""
     check_shards_fit(folder, module)
     reader = ShardReader(folder)
     saved = reader.tensors()

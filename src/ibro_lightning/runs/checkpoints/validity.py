@@ -126,11 +126,8 @@ def _short(error: Exception) -> str:
 
 
 def check_fits(saved: Mapping[str, Iterable[int]], module: nn.Module, path: str | Path) -> None:
-    """Compare the names and shapes of saved weights with a module's.
-
-    Raises:
-        ConfigError: they differ; in one line, not torch's complete list.
-    """
+    """Raise :class:`ConfigError` if names or shapes of saved weights differ from a module's; in one line, not torch's
+    complete list."""
     shapes = {name: tuple(shape) for name, shape in saved.items()}
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
@@ -148,22 +145,13 @@ def check_fits(saved: Mapping[str, Iterable[int]], module: nn.Module, path: str 
 
 
 def check_limits(rest: Mapping[str, Any], max_epochs: int | None, max_steps: int, path: str | Path) -> None:
-    """Compare a checkpoint's progress with the Trainer's limits. Equality is fine: nothing is left to train.
-
-    Args:
-        rest: the checkpoint without its tensors.
-
-    Raises:
-        ConfigError: the checkpoint is beyond a limit.
-    """
+    """Raise :class:`ConfigError` if a checkpoint (``rest``: without its tensors) is beyond the Trainer's limits.
+    Equality is fine: nothing is left to train."""
     progress = rest.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
     for flag, limit, done, what in (
         ("max_epochs", max_epochs, progress.get("ready", 0), "epoch"),
         ("max_steps", max_steps, rest.get("global_step", 0), "optimizer step"),
     ):
         if limit is not None and 0 <= limit < done:
-            raise ConfigError(
-                f"trainer.{flag}",
-                limit,
-                f"{path} is already in {what} {done}: write {done} to train no further, or more to continue",
-            )
+            remedy = f"{path} is already in {what} {done}: write {done} to train no further, or more to continue"
+            raise ConfigError(f"trainer.{flag}", limit, remedy)
