@@ -34,12 +34,11 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from ibro_lightning.batches import Rollout
 from ibro_lightning.callbacks.rank_watch import RankWatch
 from ibro_lightning.guards import interruption, signals
-from ibro_lightning.guards.failure_watch import FailureWatch
 from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.guards.printing import tell, tell_now
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.runs.contents import MARK
-from ibro_lightning.runs.folder import is_fast_dev_run, run_folder
+from ibro_lightning.runs.folder import callbacks_of, is_fast_dev_run, run_folder
 
 GONE = 2
 """Exit code of a run whose folder is gone, which the user has to fix."""
@@ -163,13 +162,13 @@ class Interruptions(pl.Callback):
             try:
                 saved = bool(training) and self._save(trainer)
             except Exception as error:  # the other ranks would wait for this one's part
-                for watch in _watches(trainer):
-                    watch.report(error)
+                for rank_watch in callbacks_of(trainer, RankWatch):
+                    rank_watch.watch.report(error)
                 raise
             exception.is_reported = True
             self._report_end(trainer, exception, saved)
-            for watch in _watches(trainer):
-                watch.stop()
+            for rank_watch in callbacks_of(trainer, RankWatch):
+                rank_watch.watch.stop()
             interruption.clear()
         self.teardown(trainer, pl_module, "")
 
@@ -203,13 +202,7 @@ class Interruptions(pl.Callback):
 
 def _writers(trainer: pl.Trainer) -> list[Any]:
     """The callbacks that write the checkpoint of a stopped run."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if hasattr(callback, "save_now")]
-
-
-def _watches(trainer: pl.Trainer) -> list[FailureWatch]:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback.watch for callback in callbacks if isinstance(callback, RankWatch)]
+    return [callback for callback in callbacks_of(trainer, object) if hasattr(callback, "save_now")]
 
 
 def _state_before_validation(trainer: pl.Trainer) -> dict[str, Any]:

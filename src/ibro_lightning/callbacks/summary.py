@@ -14,7 +14,7 @@ from ibro_lightning.callbacks.export import ExportModel
 from ibro_lightning.callbacks.needs import EvaluatedModule, warn_unless
 from ibro_lightning.callbacks.say import say
 from ibro_lightning.guards.disk import write_json
-from ibro_lightning.runs.folder import claim_for, evaluation_counts, is_fast_dev_run, run_folder
+from ibro_lightning.runs.folder import callbacks_of, claim_for, evaluation_counts, is_fast_dev_run, run_folder
 from ibro_lightning.runs.loggers import places
 from ibro_lightning.version import __version__
 
@@ -115,8 +115,7 @@ class RunSummary(pl.Callback):
 
 def _model_folder(trainer: pl.Trainer) -> str | None:
     """The exported model's folder, which is not ``model/`` if foreign files have that name; None if there is none."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    written = next((c.written for c in callbacks if isinstance(c, ExportModel) and c.written), None)
+    written = next((export.written for export in callbacks_of(trainer, ExportModel) if export.written), None)
     usual = run_folder(trainer) / "model"
     return str(written or usual) if written or usual.is_dir() else None
 

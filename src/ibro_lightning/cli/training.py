@@ -49,7 +49,7 @@ from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.guards.trainer_flags import refuse_batches, refuse_flags
 from ibro_lightning.modules import PolicyModule
 from ibro_lightning.runs.checkpoints import check_fits, check_limits, read_about, read_optimizers
-from ibro_lightning.runs.folder import enter, is_fast_dev_run, refuse_curves, run_folder
+from ibro_lightning.runs.folder import callbacks_of, enter, is_fast_dev_run, refuse_curves, run_folder
 from ibro_lightning.runs.holding import RunLock
 from ibro_lightning.runs.loggers import resume_loggers
 from ibro_lightning.runs.moving import make_room, put_back, reopen
@@ -140,9 +140,8 @@ class IbroCLI(LightningCLI):
         return build_trainer(super()._instantiate_trainer, config, callbacks)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RankWatch) and self.trainer.world_size > 1:
-                callback.start()
+        for rank_watch in callbacks_of(self.trainer, RankWatch) if self.trainer.world_size > 1 else ():
+            rank_watch.watch.start()  # before the Trainer's first hook: data may be missing on only one machine
         with self._named_settings(), RunLock.of(self.trainer).held(self.trainer, subcommand):
             super()._run_subcommand(subcommand)
 
@@ -230,10 +229,9 @@ class IbroCLI(LightningCLI):
                 evaluation = evaluation_of(run_folder(self.trainer), self.resumed, self.model.iteration)
                 if evaluation is None:  # it makes all ranks agree on a stop requested meanwhile
                     self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, RunSummary):
-                    callback.after = evaluation or callback.after
-                    callback.finish(self.trainer, self.model)
+            for summary in callbacks_of(self.trainer, RunSummary):
+                summary.after = evaluation or summary.after
+                summary.finish(self.trainer, self.model)
             record_end(run_folder(self.trainer), self.model.iteration, self.trainer.loggers)
 
     def _checkpoint(self, settings: dict[str, Any]) -> Path | None:

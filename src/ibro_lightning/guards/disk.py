@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ibro_lightning.errors import UserError
+from ibro_lightning.errors import UserError, causes
 
 PARTIAL = ".partial"
 """Suffix of files that are being written."""
@@ -77,15 +77,12 @@ def disk_errors(path: Path) -> Iterator[None]:
 def as_disk_full(error: BaseException | None, path: Path) -> DiskFullError | None:
     """The :class:`DiskFullError` for ``error``, if it or one of its causes means that the disk is full; otherwise None.
     It names ``path`` unless the error names a file."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, DiskFullError):
-            return error
-        if why := _reason(error):
-            named = getattr(error, "filename", None)
+    for cause in causes(error):
+        if isinstance(cause, DiskFullError):
+            return cause
+        if why := _reason(cause):
+            named = getattr(cause, "filename", None)
             return DiskFullError(_message(Path(named) if isinstance(named, str) else path, why))
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
     return None
 
 

@@ -28,7 +28,6 @@ import ibro_lightning
 from ibro_lightning.errors import PICKLED, UserError, is_unpickling
 from ibro_lightning.guards.disk import as_disk_full
 from ibro_lightning.guards.failure_watch import is_lost_connection
-from ibro_lightning.guards.foreign_exit import foreign_exit
 from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.guards.memory_advice import is_out_of_memory
 from ibro_lightning.guards.printing import check_delivered, tell
@@ -61,6 +60,16 @@ _REMEDIES = {
     errno.EADDRINUSE: "another run has the port where the ranks meet: set MASTER_PORT to a free one",
 }
 """Errors of the operating system that are not the program's fault, and their remedies."""
+_MAY_EXIT = {
+    "ibro_lightning",
+    "argparse",
+    "jsonargparse",
+    "lightning",
+    "lightning_fabric",
+    "pytorch_lightning",
+    "torch",
+}
+"""Packages whose ``SystemExit`` may end the process: command lines, and ends of a run that are reported elsewhere."""
 _OS_ERROR = re.compile(r"os error (\d+)")
 _LOOP = re.compile(r"Symlink loop from '(.*)'$")
 
@@ -74,7 +83,7 @@ def ended() -> Iterator[None]:
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning replaces it by its own exit code
             raise SystemExit(exit_code(CTRL_C)) from None
-        if line := foreign_exit(end):
+        if line := _foreign_exit(end):
             tell(f"error: {line}")
             raise SystemExit(REFUSED) from end
         if not end.code:  # --help, --print_config, --version, --dry_run
@@ -95,7 +104,7 @@ def ended() -> Iterator[None]:
 def explain(error: BaseException) -> int:
     """Report an error on stderr, and return the exit code."""
     error = _unwrapped(error)
-    line = one_line(error) if isinstance(error, Exception) else foreign_exit(error)
+    line = one_line(error) if isinstance(error, Exception) else _foreign_exit(error)
     if line is not None:
         tell(f"error: {' '.join(line.split())}")
         return REFUSED
@@ -106,6 +115,23 @@ def explain(error: BaseException) -> int:
     frame = _last_relevant(error)
     tell(f"error: {_user_error(error, *frame) if frame is not None and not _is_ours(frame[0]) else _report(error)}")
     return FAILED
+
+
+def _foreign_exit(end: BaseException) -> str | None:
+    """Who raised ``SystemExit`` or the like, and where, in one line; None for an allowed package, and for Ctrl-C."""
+    if isinstance(end, KeyboardInterrupt):
+        return None
+    frames = [
+        frame for frame, _ in traceback.walk_tb(end.__traceback__) if frame.f_globals.get("__name__") != "_sitebuiltins"
+    ]
+    allowed = [str(frame.f_globals.get("__name__")).split(".")[0] in _MAY_EXIT for frame in frames]
+    if not any(allowed) or allowed[-1]:
+        return None
+    # The first frame after the last allowed one: the user recognises it, even if it called a library.
+    first = frames[len(allowed) - allowed[::-1].index(True)]
+    where = f"{first.f_code.co_qualname} ({first.f_code.co_filename}:{first.f_lineno})"
+    text = f"{type(end).__name__}: {end}" if str(end) else type(end).__name__
+    return f"{where} raised {text} - code that a recipe names must not end the process: raise an error that says why"
 
 
 def explanation(error: BaseException | None) -> UserError | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -19,6 +20,7 @@ from ibro_lightning.runs.marks import read_mark
 from ibro_lightning.runs.model_folders import free_name
 from ibro_lightning.runs.moving import holds_training, move, moving_alone, recognize, recover, recover_alone
 
+T = TypeVar("T")
 PARTS = tuple(part for part in contents.PARTS["fit"] if part != "config.yaml")
 """The parts that training writes, except its settings."""
 
@@ -27,6 +29,11 @@ def run_folder(trainer: pl.Trainer) -> Path:
     """The Trainer's ``default_root_dir``, on any rank."""
     # trainer.log_dir would be the first logger's folder.
     return Path(trainer.default_root_dir)
+
+
+def callbacks_of(trainer: pl.Trainer, kind: type[T]) -> list[T]:
+    """The Trainer's callbacks of this class."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
 
 
 def is_fast_dev_run(trainer: pl.Trainer) -> bool:
