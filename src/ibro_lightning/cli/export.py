@@ -44,20 +44,20 @@ def main(argv: Sequence[str]) -> None:
 
 
 def export_checkpoint(
-    wanted: str, output: Path, run: str | None = None, config: str | None = None, *, overwrite: bool = False
+    ckpt_path: str, output: Path, run: str | None = None, config: str | None = None, *, overwrite: bool = False
 ) -> Path:
     """Write the policy of a checkpoint to ``output``; arguments as on the command line. Raises :class:`ConfigError` if
     the checkpoint or recipe does not exist, or ``output`` or a folder beside it for the critic or adapters is
     occupied."""
-    check_exists(wanted)
+    check_exists(ckpt_path)
     check_free(output, overwrite)
-    if run is None and not Path(wanted).exists():
-        raise ConfigError("ckpt_path", wanted, "of which run? Write --run runs/mine, or the path of a checkpoint")
+    if run is None and not Path(ckpt_path).exists():
+        raise ConfigError("ckpt_path", ckpt_path, "of which run? Write --run runs/mine, or the path of a checkpoint")
     # Not resolved: last.ckpt lies in the run's folder, but may be a link to elsewhere.
-    folder = Path(run) if run is not None else Path(wanted).absolute().parent.parent
-    path = find_checkpoint(wanted, folder)
+    folder = Path(run) if run is not None else Path(ckpt_path).absolute().parent.parent
+    path = find_checkpoint(ckpt_path, folder)
     if path is None:
-        raise ConfigError("ckpt_path", wanted, f"there is no checkpoint in {folder}")
+        raise ConfigError("ckpt_path", ckpt_path, f"there is no checkpoint in {folder}")
     recipe = Path(config) if config else folder / "config.yaml"
     if not recipe.is_file():
         raise ConfigError("config", str(recipe), "no such file: name the recipe of the checkpoint's run")

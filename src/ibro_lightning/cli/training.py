@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sized
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,7 @@ import ibro_lightning.rewards
 import ibro_lightning.sources.dataset
 import ibro_lightning.strategies
 import ibro_lightning.tasks  # noqa: F401  imported so that recipes may name classes without their module
-from ibro_lightning.callbacks import (
-    EvaluationReport,
-    ExportModel,
-    Heartbeat,
-    Interruptions,
-    IterationCheckpoint,
-    IterationProgress,
-    MetricsLog,
-    RankWatch,
-    RolloutLog,
-    RunSummary,
-    SamplesTable,
-)
+from ibro_lightning import callbacks as ours
 from ibro_lightning.callbacks.saved_config import header
 from ibro_lightning.cli.trainer import build_trainer, flags_refused, loggers_for
 from ibro_lightning.datamodules import RolloutDataModule
@@ -83,18 +71,22 @@ class IbroCLI(LightningCLI):
         add_arguments(parser)
         parser.add_class_arguments(ResumeOptions, "resume")
         # Order matters: first those that react to failures and interruptions, then metrics and those that show them.
-        parser.add_lightning_class_args(RankWatch, "rank_watch")
-        parser.add_lightning_class_args(Interruptions, "interruptions")
-        parser.add_lightning_class_args(RunLock, "run_lock")
-        parser.add_lightning_class_args(Heartbeat, "heartbeat")
-        parser.add_lightning_class_args(MetricsLog, "metrics_log")
-        parser.add_lightning_class_args(IterationProgress, "progress")
-        parser.add_lightning_class_args(RolloutLog, "rollout_log")
-        parser.add_lightning_class_args(SamplesTable, "samples")
-        parser.add_lightning_class_args(EvaluationReport, "evaluation_report")
-        parser.add_lightning_class_args(ExportModel, "export")
-        parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(RunSummary, "summary")
+        kinds = {
+            "rank_watch": ours.RankWatch,
+            "interruptions": ours.Interruptions,
+            "run_lock": RunLock,
+            "heartbeat": ours.Heartbeat,
+            "metrics_log": ours.MetricsLog,
+            "progress": ours.IterationProgress,
+            "rollout_log": ours.RolloutLog,
+            "samples": ours.SamplesTable,
+            "evaluation_report": ours.EvaluationReport,
+            "export": ours.ExportModel,
+            "checkpoint": ours.IterationCheckpoint,
+            "summary": ours.RunSummary,
+        }
+        for name, kind in kinds.items():
+            parser.add_lightning_class_args(kind, name)
 
     def _parse_ckpt_path(self) -> None:
         """Replaces LightningCLI's, which reads the whole checkpoint for hyperparameters that ours do not hold."""
@@ -140,7 +132,7 @@ class IbroCLI(LightningCLI):
         return build_trainer(super()._instantiate_trainer, config, callbacks)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        for rank_watch in callbacks_of(self.trainer, RankWatch) if self.trainer.world_size > 1 else ():
+        for rank_watch in callbacks_of(self.trainer, ours.RankWatch) if self.trainer.world_size > 1 else ():
             rank_watch.watch.start()  # before the Trainer's first hook: data may be missing on only one machine
         with self._named_settings(), RunLock.of(self.trainer).held(self.trainer, subcommand):
             super()._run_subcommand(subcommand)
@@ -157,7 +149,9 @@ class IbroCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         if is_fast_dev_run(self.trainer):
-            self._rehearse(kwargs)
+            rank_zero_info(f"fast_dev_run: nothing is written to or removed from {run_folder(self.trainer)}")
+            self._checkpoint(kwargs)
+            self._fit(kwargs)
             return
         folder, requested = run_folder(self.trainer), kwargs.get("ckpt_path")
         checkpoint = self._checkpoint(kwargs)
@@ -209,17 +203,8 @@ class IbroCLI(LightningCLI):
         batches = self.datamodule.train_dataloader() if hasattr(self.datamodule, "train_dataloader") else None
         if isinstance(batches, Sized):
             refuse_batches(self.trainer, len(batches))
-        with self._refusals():
+        with flags_refused(self._get(self.config_init, "trainer")):
             self.trainer.fit(**settings)
-
-    def _refusals(self) -> AbstractContextManager[None]:
-        return flags_refused(self._get(self.config_init, "trainer"))
-
-    def _rehearse(self, settings: dict[str, Any]) -> None:
-        """``fast_dev_run``: run a few batches of everything and write nothing."""
-        rank_zero_info(f"fast_dev_run: nothing is written to {run_folder(self.trainer)}, and what is there stays")
-        self._checkpoint(settings)
-        self._fit(settings)
 
     def after_fit(self) -> None:
         """Evaluate once more if training did not end with an evaluation, for the summary."""
@@ -229,7 +214,7 @@ class IbroCLI(LightningCLI):
                 evaluation = evaluation_of(run_folder(self.trainer), self.resumed, self.model.iteration)
                 if evaluation is None:  # it makes all ranks agree on a stop requested meanwhile
                     self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-            for summary in callbacks_of(self.trainer, RunSummary):
+            for summary in callbacks_of(self.trainer, ours.RunSummary):
                 summary.after = evaluation or summary.after
                 summary.finish(self.trainer, self.model)
             record_end(run_folder(self.trainer), self.model.iteration, self.trainer.loggers)
@@ -248,19 +233,19 @@ class IbroCLI(LightningCLI):
         return path
 
     def validate(self, **kwargs: Any) -> None:
-        self._checkpoint(kwargs)
-        with self._refusals():
-            self.trainer.validate(**{**kwargs, "verbose": False})  # EvaluationReport prints a better table
+        self._evaluate(self.trainer.validate, {**kwargs, "verbose": False})  # EvaluationReport prints a better table
 
     def test(self, **kwargs: Any) -> None:
-        self._checkpoint(kwargs)
-        with self._refusals():
-            self.trainer.test(**{**kwargs, "verbose": False})
+        self._evaluate(self.trainer.test, {**kwargs, "verbose": False})
 
     def predict(self, **kwargs: Any) -> None:
-        self._checkpoint(kwargs)
-        with self._refusals():
-            self.trainer.predict(**{**kwargs, "return_predictions": False})  # they are in the parquet files
+        # Responses are in the parquet files.
+        self._evaluate(self.trainer.predict, {**kwargs, "return_predictions": False})
+
+    def _evaluate(self, command: Callable[..., Any], settings: dict[str, Any]) -> None:
+        self._checkpoint(settings)
+        with flags_refused(self._get(self.config_init, "trainer")):
+            command(**settings)
 
 
 def _check_weights(path: Path, module: pl.LightningModule, state_dict: Mapping[str, Any], *_: Any) -> None:
