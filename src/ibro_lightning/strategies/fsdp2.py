@@ -24,7 +24,6 @@ from ibro_lightning.runs.checkpoints import (
     refusing,
     save_shards,
     why_known_invalid,
-    why_not_finite,
 )
 from ibro_lightning.strategies.states import (
     full_model_state,
@@ -170,13 +169,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         with refusing(path):
             rest = load_shards(path, self.lightning_module, optimizers)
         states = [optimizer.state_dict() for optimizer in optimizers]
-        refuse_non_finite(path, why_not_finite(self.lightning_module.state_dict(), states))  # this rank's shards
+        refuse_non_finite(path, self.lightning_module.state_dict(), states)  # this rank's shards
         return {**rest, "optimizer_states": []}
 
     def _map_file(self, path: Path) -> dict[str, Any]:
         whole = read_checkpoint(path, mmap=True)
         states = whole.get("optimizer_states", ())
-        refuse_non_finite(path, why_not_finite(whole["state_dict"], states, self.global_rank, self.world_size))
+        refuse_non_finite(path, whole["state_dict"], states, self.global_rank, self.world_size)
         return whole
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

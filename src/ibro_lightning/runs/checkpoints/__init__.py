@@ -5,7 +5,6 @@ There are two forms, both named ``iteration_000020.ckpt``: a *file* written by `
 states are keyed by the parameter's position in its own optimizer, which does not depend on the strategy.
 """
 
-from ibro_lightning.guards.finite import why_not_finite
 from ibro_lightning.runs.checkpoints.catalog import (
     Written,
     checkpoint_name,
@@ -15,7 +14,7 @@ from ibro_lightning.runs.checkpoints.catalog import (
     newest_valid,
 )
 from ibro_lightning.runs.checkpoints.index import ABOUT
-from ibro_lightning.runs.checkpoints.keeping import Keeper
+from ibro_lightning.runs.checkpoints.keeping import Keeper, remove_checkpoint
 from ibro_lightning.runs.checkpoints.plugin import (
     CheckpointFiles,
     read_about,
@@ -24,7 +23,6 @@ from ibro_lightning.runs.checkpoints.plugin import (
     refuse_non_finite,
     refusing,
 )
-from ibro_lightning.runs.checkpoints.removing import remove_checkpoint
 from ibro_lightning.runs.checkpoints.shards import check_shards_fit, load_shards, save_shards
 from ibro_lightning.runs.checkpoints.validity import check_fits, check_limits, why_invalid, why_known_invalid
 
@@ -51,5 +49,4 @@ __all__ = [
     "save_shards",
     "why_invalid",
     "why_known_invalid",
-    "why_not_finite",
 ]

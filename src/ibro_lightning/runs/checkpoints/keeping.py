@@ -1,7 +1,10 @@
-"""How checkpoints get their names, and which are kept. Nothing that this run did not write is removed or replaced."""
+"""How checkpoints get their names, which are kept, and how others are removed: file by file. Nothing that this run did
+not write is removed or replaced."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -13,9 +16,9 @@ from ibro_lightning.guards.disk import PARTIAL, to_disk
 from ibro_lightning.runs.checkpoints.catalog import FROM, Written, checkpoints_in, iteration_of
 from ibro_lightning.runs.checkpoints.index import REST, read_rest, write_rest
 from ibro_lightning.runs.checkpoints.manifest import MANIFEST, updated_manifest
-from ibro_lightning.runs.checkpoints.removing import may_be_unfinished, remove_checkpoint, remove_own
 from ibro_lightning.runs.checkpoints.validity import record_valid, why_known_invalid
-from ibro_lightning.runs.model_folders import free_name
+from ibro_lightning.runs.contents import is_shard
+from ibro_lightning.runs.model_folders import free_name, prune
 
 LAST = "last.ckpt"
 
@@ -134,3 +137,49 @@ class Keeper:
 
 def _is_own_link(path: Path) -> bool:
     return path.is_symlink() and "/" not in (target := os.readlink(path)) and iteration_of(Path(target)) is not None
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, valid or not, if it exists; report a folder that is left. See :func:`remove_own`."""
+    if (other := remove_own(path)) is not None:
+        rank_zero_info(f"{path} stays, without the checkpoint's files: {other} in it does not belong to the checkpoint")
+
+
+def remove_own(path: Path) -> str | None:
+    """Remove a checkpoint's files: those in a folder's manifest or, if the folder is incomplete, those with names that
+    DCP and this package use. Returns the name of a foreign file for which the folder has to stay, if any.
+
+    The manifest goes last: if the process dies meanwhile, the remains are not a valid checkpoint but still recognisably
+    the run's, so that the next removal deletes them."""
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return None
+    for file in sorted(_own_files(path), key=lambda file: (file.name == MANIFEST, file.name)):
+        file.unlink()
+    for inside in [found for found in path.iterdir() if found.is_dir() and not found.is_symlink()]:
+        prune(inside)  # empty folders hold nothing to keep
+    try:
+        path.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return min(file.name for file in path.iterdir())
+    return None
+
+
+def may_be_unfinished(path: Path) -> bool:
+    """Whether a file may be a checkpoint whose writer died: it is empty or starts like a zip archive."""
+    with path.open("rb") as file:
+        return file.read(4) in (b"", b"PK\3\4")
+
+
+def _own_files(folder: Path) -> list[Path]:
+    try:
+        listed = {MANIFEST, REST, *json.loads((folder / MANIFEST).read_text())["files"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        listed = None
+    return [
+        file
+        for file in folder.iterdir()
+        if is_shard(file.name) and file.is_file() and not file.is_symlink() and (listed is None or file.name in listed)
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.finite import why_not_finite
 from ibro_lightning.runs.checkpoints.index import read_all_but_tensors
-from ibro_lightning.runs.checkpoints.removing import remove_checkpoint
+from ibro_lightning.runs.checkpoints.keeping import remove_checkpoint
 from ibro_lightning.runs.checkpoints.shards import read_optimizer_states, read_shards
 from ibro_lightning.runs.checkpoints.validity import REFUSED, why_invalid, why_known_invalid
 
@@ -53,7 +53,7 @@ class CheckpointFiles(CheckpointIO):
             raise ConfigError("ckpt_path", str(path), reason)
         checkpoint = read_checkpoint(path, with_optimizers=not self.weights_alone)
         optimizers = () if self.weights_alone else checkpoint.get("optimizer_states", ())
-        refuse_non_finite(path, why_not_finite(checkpoint["state_dict"], optimizers))
+        refuse_non_finite(path, checkpoint["state_dict"], optimizers)
         if not self.weights_alone:
             return checkpoint
         return {name: checkpoint[name] for name in ("state_dict", "pytorch-lightning_version") if name in checkpoint}
@@ -89,9 +89,11 @@ def read_optimizers(path: Path) -> list[dict[str, Any]]:
         return states
 
 
-def refuse_non_finite(path: Path, reason: str | None) -> None:
-    """Raise :class:`ConfigError` if :func:`.why_not_finite` gave a reason."""
-    if reason is not None:
+def refuse_non_finite(
+    path: Path, weights: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]], share: int = 0, shares: int = 1
+) -> None:
+    """Raise :class:`ConfigError` for what :func:`.why_not_finite` finds."""
+    if (reason := why_not_finite(weights, optimizers, share, shares)) is not None:
         raise ConfigError(
             "ckpt_path",
             str(path),
