@@ -27,6 +27,7 @@ from helpers.sharded import fit, on_ranks, saved_model
 from helpers.user_code import USER_CODE
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.guards.finite import why_not_finite
 from ibro_lightning.runs.checkpoints import (
     CheckpointFiles,
     Keeper,
@@ -41,7 +42,6 @@ from ibro_lightning.runs.checkpoints import (
     save_shards,
     why_invalid,
     why_known_invalid,
-    why_not_finite,
 )
 from ibro_lightning.runs.resume import evaluation_of, find_checkpoint, logger_states_of, record_end
 from ibro_lightning.strategies import FSDP2Strategy

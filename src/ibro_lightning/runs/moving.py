@@ -204,7 +204,8 @@ def put_back(room: Room) -> None:
     """Undo :func:`make_room` and remove all traces of a run that was refused before it computed anything."""
     folder, before = room.folder, room.before or frozenset[Path]()
     # Files that another command has written meanwhile stay.
-    new = [path for path in survey(folder).own if folder / path not in before and _is_training(path)]
+    entries = {path: entry_of(path) for path in survey(folder).own if folder / path not in before}
+    new = [path for path, entry in entries.items() if entry is None or entry.part in FIT]
     if any(path.startswith(("rollouts/", "evaluations/", "checkpoints/")) for path in new):
         return
     remove(folder, new)
@@ -229,8 +230,3 @@ def _move_back(aside: Path, folder: Path) -> None:
     (aside / MOVING).touch()
     aside.rename(partial)
     _undo(partial, folder)
-
-
-def _is_training(path: str) -> bool:
-    entry = entry_of(path)
-    return entry is None or entry.part in FIT

@@ -214,7 +214,8 @@ def put_settings_back(folder: Path, kept: Path | None) -> None:
 def _changes(then: Any, now: Any, name: str) -> Iterator[Change]:
     if then == now and type(then) is type(now):
         return
-    if not (isinstance(then, Mapping) and isinstance(now, Mapping)) or not _is_same_class(then, now):
+    both = isinstance(then, Mapping) and isinstance(now, Mapping)
+    if not both or not _is_same(then.get("class_path"), now.get("class_path"), cwd=""):
         if _plain(then) != _plain(now):
             yield Change(name, then, now)
         return
@@ -240,11 +241,6 @@ def _is_same(then: Any, now: Any, cwd: str) -> bool:
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         return then.keys() == now.keys() and all(_is_same(then[key], now[key], cwd) for key in then)
     return bool(then == now) and type(then) is type(now)
-
-
-def _is_same_class(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    one, other = then.get("class_path"), now.get("class_path")
-    return one == other or (isinstance(one, str) and isinstance(other, str) and _has_moved(one, other))
 
 
 def _has_moved(then: str, now: str) -> bool:
