@@ -27,17 +27,10 @@ from helpers.runs import CHECKPOINTS, QUICK, content, curve, refusal, same, trai
 from helpers.user_code import USER_CODE
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.runs.checkpoints import (
-    CheckpointFiles,
-    check_fits,
-    checkpoint_name,
-    iteration_of,
-    newest_valid,
-    read_about,
-    read_checkpoint,
-    save_shards,
-    why_invalid,
-)
+from ibro_lightning.runs.checkpoints.catalog import checkpoint_name, iteration_of, newest_valid
+from ibro_lightning.runs.checkpoints.plugin import CheckpointFiles, read_about, read_checkpoint
+from ibro_lightning.runs.checkpoints.shards import save_shards
+from ibro_lightning.runs.checkpoints.validity import check_fits, why_invalid
 from ibro_lightning.runs.resume import check_continues, find_checkpoint
 
 # One checkpoint on disk.
@@ -350,7 +343,7 @@ def test_a_checkpoint_becomes_a_model_folder(workspace: Path, capsys: pytest.Cap
     (workspace / "precious" / "thesis.tex").touch()
     for argv, said in (
         (["--ckpt_path", older, "--output", "precious"], "output: 'precious' - exists, and no export has written it"),
-        (["--ckpt_path", "last", "--output", "x"], "of which run?"),
+        (["--ckpt_path", "last", "--output", "x"], "of an unknown run: write --run"),
         (["--ckpt_path", "nope.ckpt", "--output", "x"], "ckpt_path: 'nope.ckpt'"),
         (["--ckpt_path", older, "--output", "x", "--config", "user_code.py"], "config: 'user_code.py'"),
     ):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed, nn
 
@@ -28,21 +28,11 @@ from helpers.user_code import USER_CODE
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.finite import why_not_finite
-from ibro_lightning.runs.checkpoints import (
-    CheckpointFiles,
-    Keeper,
-    Written,
-    check_limits,
-    checkpoint_name,
-    newer_valid,
-    newest_valid,
-    read_about,
-    read_checkpoint,
-    refusing,
-    save_shards,
-    why_invalid,
-    why_known_invalid,
-)
+from ibro_lightning.runs.checkpoints.catalog import Written, checkpoint_name, newer_valid, newest_valid
+from ibro_lightning.runs.checkpoints.keeping import Keeper
+from ibro_lightning.runs.checkpoints.plugin import CheckpointFiles, read_about, read_checkpoint, refusing
+from ibro_lightning.runs.checkpoints.shards import save_shards
+from ibro_lightning.runs.checkpoints.validity import check_limits, why_invalid, why_known_invalid
 from ibro_lightning.runs.resume import evaluation_of, find_checkpoint, logger_states_of, record_end
 from ibro_lightning.strategies import FSDP2Strategy
 
@@ -91,6 +81,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", SHARD_FILES)
+@settings(deadline=None)
 @given(data=st.data())
 def test_any_flipped_bit_of_any_file_of_a_folder_is_noticed(shards: Path, name: str, data: st.DataObject) -> None:
     whole = (shards / name).read_bytes()

@@ -33,8 +33,10 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.evaluation.compare import main as compare
 from ibro_lightning.evaluation.record import EvaluationRecord
 from ibro_lightning.runs import contents
-from ibro_lightning.runs.checkpoints import CheckpointFiles, Keeper, Written
+from ibro_lightning.runs.checkpoints.catalog import Written
+from ibro_lightning.runs.checkpoints.keeping import Keeper
 from ibro_lightning.runs.checkpoints.manifest import write_manifest
+from ibro_lightning.runs.checkpoints.plugin import CheckpointFiles
 from ibro_lightning.runs.claims import claim, survey
 from ibro_lightning.runs.contents import CATALOG, MARK, MOVING, PARTS, entry_of
 from ibro_lightning.runs.curve_files import cut_rows, open_csv

@@ -13,7 +13,8 @@ import yaml
 
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.runs.checkpoints import ABOUT, read_checkpoint
+from ibro_lightning.runs.checkpoints.index import ABOUT
+from ibro_lightning.runs.checkpoints.plugin import read_checkpoint
 from ibro_lightning.runs.marks import HEADER
 from ibro_lightning.runs.resume import check_continues
 from ibro_lightning.runs.settings import ResumeOptions, RunSettings, check_settings, keep_settings, put_settings_back

@@ -13,14 +13,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.guards.disk import PARTIAL, disk_errors
-from ibro_lightning.runs.checkpoints import (
-    ABOUT,
-    Keeper,
-    checkpoint_name,
-    iteration_of,
-    newer_valid,
-    remove_checkpoint,
-)
+from ibro_lightning.runs.checkpoints.catalog import checkpoint_name, iteration_of, newer_valid
+from ibro_lightning.runs.checkpoints.index import ABOUT
+from ibro_lightning.runs.checkpoints.keeping import Keeper, remove_checkpoint
 from ibro_lightning.runs.folder import claim_for, clear_way, is_fast_dev_run, run_folder
 from ibro_lightning.runs.holding import RunLock
 from ibro_lightning.runs.loggers import logger_states

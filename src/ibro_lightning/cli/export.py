@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from ibro_lightning.cli.parser import OneLineParser
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.modules import PolicyModule
-from ibro_lightning.runs.checkpoints import CheckpointFiles
+from ibro_lightning.runs.checkpoints.plugin import CheckpointFiles
 from ibro_lightning.runs.holding import FolderLock
 from ibro_lightning.runs.model_folders import free_name, is_in_the_way, is_ours
 from ibro_lightning.runs.resume import check_exists, find_checkpoint
@@ -52,7 +52,9 @@ def export_checkpoint(
     check_exists(ckpt_path)
     check_free(output, overwrite)
     if run is None and not Path(ckpt_path).exists():
-        raise ConfigError("ckpt_path", ckpt_path, "of which run? Write --run runs/mine, or the path of a checkpoint")
+        raise ConfigError(
+            "ckpt_path", ckpt_path, "of an unknown run: write --run runs/mine, or the path of a checkpoint"
+        )
     # Not resolved: last.ckpt lies in the run's folder, but may be a link to elsewhere.
     folder = Path(run) if run is not None else Path(ckpt_path).absolute().parent.parent
     path = find_checkpoint(ckpt_path, folder)

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ibro_lightning.callbacks import MetricsLog, RolloutLog, SamplesTable
 from ibro_lightning.guards.trainer_flags import as_refusal, refuse_trainer
-from ibro_lightning.runs.checkpoints import CheckpointFiles
+from ibro_lightning.runs.checkpoints.plugin import CheckpointFiles
 from ibro_lightning.runs.folder import refuse_loggers
 from ibro_lightning.runs.loggers import holds_a_run
 

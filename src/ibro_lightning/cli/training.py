@@ -36,7 +36,8 @@ from ibro_lightning.guards.endings import explanation, one_line
 from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.guards.trainer_flags import refuse_batches, refuse_flags
 from ibro_lightning.modules import PolicyModule
-from ibro_lightning.runs.checkpoints import check_fits, check_limits, read_about, read_optimizers
+from ibro_lightning.runs.checkpoints.plugin import read_about, read_optimizers
+from ibro_lightning.runs.checkpoints.validity import check_fits, check_limits
 from ibro_lightning.runs.folder import callbacks_of, enter, is_fast_dev_run, refuse_curves, run_folder
 from ibro_lightning.runs.holding import RunLock
 from ibro_lightning.runs.loggers import resume_loggers

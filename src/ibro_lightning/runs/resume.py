@@ -16,16 +16,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.disk import write_json
 from ibro_lightning.runs.authorship import leave_to_others
-from ibro_lightning.runs.checkpoints import (
-    ABOUT,
-    Written,
-    checkpoint_name,
-    checkpoints_in,
-    newer_valid,
-    newest_valid,
-    read_about,
-    why_invalid,
-)
+from ibro_lightning.runs.checkpoints.catalog import Written, checkpoint_name, checkpoints_in, newer_valid, newest_valid
+from ibro_lightning.runs.checkpoints.index import ABOUT
+from ibro_lightning.runs.checkpoints.plugin import read_about
+from ibro_lightning.runs.checkpoints.validity import why_invalid
 from ibro_lightning.runs.claims import survey
 from ibro_lightning.runs.contents import MARK, is_unfinished
 from ibro_lightning.runs.curve_files import cut_back

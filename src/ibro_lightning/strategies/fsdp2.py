@@ -16,15 +16,9 @@ from torch.optim import Optimizer
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import Sharding
 from ibro_lightning.models.weight_files import agree
-from ibro_lightning.runs.checkpoints import (
-    check_shards_fit,
-    load_shards,
-    read_checkpoint,
-    refuse_non_finite,
-    refusing,
-    save_shards,
-    why_known_invalid,
-)
+from ibro_lightning.runs.checkpoints.plugin import read_checkpoint, refuse_non_finite, refusing
+from ibro_lightning.runs.checkpoints.shards import check_shards_fit, load_shards, save_shards
+from ibro_lightning.runs.checkpoints.validity import why_known_invalid
 from ibro_lightning.strategies.states import (
     full_model_state,
     full_optimizer_state,
