@@ -163,7 +163,7 @@ def test_samples_that_no_logger_shows_are_said_once_to_be_in_the_rollouts(
 ) -> None:
     with caplog.at_level(logging.INFO):
         main([*with_logger(["logger=helpers.loggers.OwnLogger"]), "--trainer.max_epochs=2"])
-    assert caplog.text.count("OwnLogger shows no text: samples are in run/rollouts alone") == 1
+    assert caplog.text.count("OwnLogger does not log tables: samples are only in run/rollouts") == 1
 
 
 def test_last_is_not_begun_anew_where_an_older_version_put_the_checkpoints(
@@ -184,7 +184,7 @@ def test_last_is_not_begun_anew_where_an_older_version_put_the_checkpoints(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["logger=CSVLogger"], "error: trainer.logger.save_dir: missing - write a text, or a path"),
+        (["logger=CSVLogger"], "error: trainer.logger.save_dir: missing - write text, or a path"),
         (["logger=helpers.loggers.NoSuchLogger"], "NoSuchLogger"),
         (
             ["logger=CSVLogger", "logger.save_dir=run", "logger.name=model", "logger.version=a"],

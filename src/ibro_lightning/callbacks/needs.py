@@ -37,7 +37,7 @@ class ExportedModule(Protocol):
 def warn_unless(callback: pl.Callback, module: pl.LightningModule, needed: type[Any], members: str) -> None:
     """Warn in one line if ``module`` does not implement ``needed``, one of the protocols above."""
     if not isinstance(module, needed):
-        rank_zero_warn(f"{_name(callback)} does nothing: it needs {members} of a module, and {_name(module)} has not")
+        rank_zero_warn(f"{_name(callback)} does nothing: it needs a module with {members}, which {_name(module)} lacks")
 
 
 def is_rollout(batch: Any, callback: pl.Callback, told: set[type]) -> TypeGuard[Rollout]:

@@ -96,7 +96,7 @@ def build_module(recipe: Path) -> pl.LightningModule:
     try:
         content: Any = OmegaConf.to_container(OmegaConf.load(recipe), resolve=False)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("config", str(recipe), f"this is no YAML: {error}") from error
+        raise ConfigError("config", str(recipe), f"this is not YAML: {error}") from error
     if not isinstance(content, dict) or "model" not in content:
         raise ConfigError("config", str(recipe), "it has no model: name the recipe of the checkpoint's run")
     model = OmegaConf.to_container(OmegaConf.create({"model": content["model"]}), resolve=True)

@@ -36,7 +36,7 @@ MISSING = "missing - "
 """In place of the value of a required setting that is not given."""
 MANY = 16
 """Above this number, classes are not listed."""
-_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _WORDS |= {NoneType: "null", Path: "a path", timedelta: "a time, such as 00:30:00", Any: "another value"}
 
 
@@ -102,7 +102,7 @@ def _wrong_value(parser: Any, keys: tuple[str, ...], value: str, message: str) -
         if (moved := _moved(value, _bases(hint))) is not None:
             return Refused(keys, value, f"this class has moved: write {moved.__name__}, or {_path(moved)}")
     elif other := _NO_SUBCLASS.search(message):
-        reason = f"this is no {other[1]}: " if other[1] else "this is a base of such classes: "
+        reason = f"not a subclass of {other[1]}: " if other[1] else "this is an abstract base class: "
     elif (bases := list(_bases(hint))) and re.fullmatch(r"[A-Z]\w*", value) and value != "None":
         near = [] if all(map(is_dataclass, bases)) else difflib.get_close_matches(value, _names(bases), n=1)
         reason = f"there is no {bases[0].__name__} of that name: {f'did you mean {near[0]}? Or ' if near else ''}"
