@@ -114,14 +114,14 @@ class FailureWatch:
             beats = Heartbeats(group.clone(), distributed.get_rank(), distributed.get_world_size(), self.silence_s)
             while True:
                 if self._error is not None and not isinstance(self._error, RankError):
-                    beats.leave_note(self._error)
+                    beats.report(note(beats.rank, self._error))
                 if self._failure is None:
                     self._failure = beats.check()
                 self._contact = time.monotonic()
                 if self._error is not None and beats.all_have_read():
                     self._delivered.set()
                 if self._stopped.is_set():
-                    beats.announce_end()
+                    beats.store.set(_ALIVE.format(beats.rank), _DONE)  # no more heartbeats after a normal end
                     return
                 self._wake.wait(self.period_s / (10 if self._error is not None else 1))
                 self._wake.clear()
@@ -175,9 +175,6 @@ class Heartbeats:
         others = [other for other in range(size) if other != rank]
         self._heard = dict.fromkeys(others if rank == 0 else [0], ("", time.monotonic()))
 
-    def leave_note(self, error: BaseException) -> None:
-        self.store.compare_set(_NOTE, "", note(self.rank, error))
-
     def check(self) -> str | None:
         """Write a heartbeat and check those of the others. Returns what failed, or None."""
         now = time.monotonic()
@@ -186,8 +183,7 @@ class Heartbeats:
             self._count += 1
             self.store.set(_ALIVE.format(self.rank), str(self._count))
             for other in self._silent(now):
-                text = f"rank {other} has sent no heartbeat for {self.silence_s:g} s: it was killed, or stopped"
-                self.store.compare_set(_NOTE, "", text)
+                self.report(f"rank {other} has sent no heartbeat for {self.silence_s:g} s: it was killed, or stopped")
         if not self.store.check([_NOTE]):
             return None
         failure: str = self.store.get(_NOTE).decode()
@@ -196,12 +192,12 @@ class Heartbeats:
             self.store.add(_READERS, 1)
         return failure
 
+    def report(self, failure: str) -> None:
+        """Leave the note, unless there is one."""
+        self.store.compare_set(_NOTE, "", failure)
+
     def all_have_read(self) -> bool:
         return int(self.store.add(_READERS, 0)) >= self.size
-
-    def announce_end(self) -> None:
-        """Announce a normal end, after which there are no more heartbeats."""
-        self.store.set(_ALIVE.format(self.rank), _DONE)
 
     def _silent(self, now: float) -> list[int]:
         for other, (last, _) in self._heard.items():

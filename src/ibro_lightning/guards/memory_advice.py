@@ -74,7 +74,8 @@ def memory_advice(
         )
         factor = lower_by(before, used, asked, capacity)
         other = "" if checkpointing else "; or model.policy_options.gradient_checkpointing: true, which is slower"
-        smaller = _round_down(min(load.tokens, micro_batch_tokens) / factor)
+        tokens = int(min(load.tokens, micro_batch_tokens) / factor)
+        smaller = max(1, tokens // 256 * 256 if tokens >= 1024 else tokens)
         if load.rows > 1:
             remedy = f"write {smaller} (÷ {_number(micro_batch_tokens / smaller)}){other}"
         else:  # already a micro-batch of one row, which no token budget makes shorter
@@ -130,11 +131,6 @@ def lower_by(before: int | None, at_failure: int | None, asked: int | None, capa
 
 def _number(factor: float) -> str:
     return f"{factor:.2f}" if factor < 10 else f"{factor:.0f}"
-
-
-def _round_down(tokens: float) -> int:
-    step = 256 if tokens >= 1024 else 1
-    return max(1, int(tokens) // step * step)
 
 
 def _request(asked: int | None) -> str:

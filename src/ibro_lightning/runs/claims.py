@@ -108,7 +108,7 @@ def _with_numbers(folder: Path, parts: Collection[str]) -> list[str]:
         is_folder = path.is_dir() and not path.is_symlink()
         inside = [f"{path.name}/{leaf}" for leaf in leaves(path)] if is_folder and _NUMBERED.search(path.name) else []
         entries = (entry_of(name) for name in (inside if is_folder else [path.name]))
-        if path.name not in parts and any(e and e.part in parts and not e.holds_a_model for e in entries):
+        if path.name not in parts and any(e and e.part in parts and e.part not in MODELS for e in entries):
             found.append(path.name + "/" * is_folder)
     return found
 
@@ -143,5 +143,5 @@ def _blocks(folder: Path, path: str, parts: Collection[str], ours: Collection[st
         (entry.fixed_folders.fullmatch(path) and not is_folder)
         or any(entry.pattern.fullmatch(start) for start in starts)
         for entry in CATALOG
-        if entry.part in parts and not entry.holds_a_model
+        if entry.part in parts and entry.part not in MODELS
     )

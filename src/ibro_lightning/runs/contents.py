@@ -71,13 +71,9 @@ class Entry:
         """Matches those folders whose names do not depend on the settings."""
         return _folders_of(self.name.split("<set>")[0])
 
-    @property
-    def holds_a_model(self) -> bool:
-        """Whether a manifest (:mod:`.model_folders`) lists the files in it, as they may have any name."""
-        return self.part in MODELS
-
 
 MODELS = ("model", "critic", "adapter")
+"""Parts whose files may have any name: a manifest (:mod:`.model_folders`) lists them."""
 _REPEATED = "a resumed run rewrites those after its checkpoint"
 
 CATALOG = (

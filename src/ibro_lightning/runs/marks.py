@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ibro_lightning.guards.disk import PARTIAL, disk_errors, written_atomically
-from ibro_lightning.runs.contents import MARK, PARTS, entry_of, part_of_folder
+from ibro_lightning.runs.contents import MARK, MODELS, PARTS, entry_of, part_of_folder
 from ibro_lightning.runs.model_folders import is_own_file
 from ibro_lightning.version import __version__
 
@@ -54,7 +54,7 @@ class Mark:
         entry = entry_of(path)
         if entry is None or not (entry.part in self.parts or entry.part == MARK):
             return False
-        return not entry.holds_a_model or is_own_file(folder, path, without_manifest=self.processes is None)
+        return entry.part not in MODELS or is_own_file(folder, path, without_manifest=self.processes is None)
 
     def owns_folder(self, path: str) -> bool:
         """Whether an empty folder is the run's."""
