@@ -57,10 +57,7 @@ class RunLock(pl.Callback):
     @contextmanager
     def held(self, trainer: pl.Trainer, command: str) -> Iterator[None]:
         """Hold the lock during a whole command of the command line; see :meth:`take`."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # it writes nothing
-            yield
-            return
-        self._for_command = True
+        self._for_command = not trainer.fast_dev_run  # type: ignore[attr-defined]  # which writes nothing
         self.take(trainer, command)
         try:
             yield

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import Sharding
-from ibro_lightning.models.weight_files import agree
+from ibro_lightning.models.weight_files import all_or_none
 from ibro_lightning.runs.checkpoints.plugin import read_checkpoint, refuse_non_finite, refusing
 from ibro_lightning.runs.checkpoints.shards import check_shards_fit, load_shards, save_shards
 from ibro_lightning.runs.checkpoints.validity import why_known_invalid
@@ -145,8 +145,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         one of them refuses it, all do.
         """
         path = Path(self.broadcast(checkpoint_path))
-        agree(lambda: self._check(path))
-        loaded: dict[str, Any] = agree(lambda: self._load_folder(path) if path.is_dir() else self._map_file(path))
+        all_or_none(lambda: self._check(path))
+        loaded: dict[str, Any] = all_or_none(lambda: self._load_folder(path) if path.is_dir() else self._map_file(path))
         return loaded
 
     def _check(self, path: Path) -> None:
