@@ -385,7 +385,7 @@ def test_ctrl_c_while_the_command_line_imports_what_it_needs(tmp_path: Path) -> 
             2,
             "error: the Python package pyarrow",
         ),
-        ("raise RuntimeError('operator does not exist')", 1, "error: what is installed does not fit together"),
+        ("raise RuntimeError('operator does not exist')", 1, "error: the installed packages are incompatible"),
     ],
     ids=["missing", "broken"],
 )

@@ -93,7 +93,7 @@ class Interruptions(pl.Callback):
         name = signal.Signals(number).name
         if not again:
             self._requeue = number == self._requeue_signal
-            tell_now(f"\n{name}: the run will stop as soon as no work is lost; Ctrl-C stops it at once")
+            tell_now(f"\n{name}: the run will stop as soon as it can without losing work; Ctrl-C stops it at once")
             self._pass_on(signal.SIGTERM)
         interruption.request(name, 128 + number)
 
@@ -142,8 +142,8 @@ class Interruptions(pl.Callback):
         self._stop_if_moved(trainer)
 
     def _stop_if_moved(self, trainer: pl.Trainer) -> None:
-        """Stop the run if its folder was moved or removed. The next write would create the folder anew, without the
-        settings and the curves."""
+        """Stop the run if its folder was moved or removed. The next write would recreate it, without the settings and the
+        curves."""
         folder = run_folder(trainer)
         if self._folder_id is not None and _folder_id(folder) != self._folder_id:
             self._folder_id = None
@@ -211,8 +211,8 @@ def _state_before_validation(trainer: pl.Trainer) -> dict[str, Any]:
     total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
     total.ready = total.started = total.completed = total.processed
     state = trainer.fit_loop.state_dict()
-    begun = state["epoch_loop.val_loop.batch_progress"]["total"]
-    begun["ready"] = begun["started"] = begun["processed"] + 1
+    started = state["epoch_loop.val_loop.batch_progress"]["total"]
+    started["ready"] = started["started"] = started["processed"] + 1
     return state
 
 

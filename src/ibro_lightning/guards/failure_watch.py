@@ -96,7 +96,7 @@ class FailureWatch:
         self._delivered.wait(3 * self.period_s)
 
     def failure_of_another(self) -> str | None:
-        """Which other rank failed first, and how, as far as this one has been told."""
+        """Which other rank failed first, and how, as far as this one knows."""
         if self._failure is None or not _in_a_group():
             return None
         return None if self._failure.startswith(f"rank {distributed.get_rank()} ") else self._failure
@@ -173,7 +173,7 @@ class Heartbeats:
         self._next = 0.0
         self._has_read = False
         others = [other for other in range(size) if other != rank]
-        self._heard = dict.fromkeys(others if rank == 0 else [0], ("", time.monotonic()))
+        self._latest = dict.fromkeys(others if rank == 0 else [0], ("", time.monotonic()))
 
     def check(self) -> str | None:
         """Write a heartbeat and check those of the others. Returns what failed, or None."""
@@ -200,12 +200,12 @@ class Heartbeats:
         return int(self.store.add(_READERS, 0)) >= self.size
 
     def _silent(self, now: float) -> list[int]:
-        for other, (last, _) in self._heard.items():
+        for other, (last, _) in self._latest.items():
             key = _ALIVE.format(other)
             current = self.store.get(key).decode() if self.store.check([key]) else ""
             if current != last or current == _DONE:
-                self._heard[other] = (current, now)
-        return [other for other, (_, heard) in self._heard.items() if now - heard > self.silence_s]
+                self._latest[other] = (current, now)
+        return [other for other, (_, at) in self._latest.items() if now - at > self.silence_s]
 
 
 def note(rank: int, error: BaseException) -> str:
