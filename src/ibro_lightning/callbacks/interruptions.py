@@ -142,8 +142,7 @@ class Interruptions(pl.Callback):
         self._stop_if_moved(trainer)
 
     def _stop_if_moved(self, trainer: pl.Trainer) -> None:
-        """Stop the run if its folder was moved or removed. The next write would recreate it, without the settings and the
-        curves."""
+        """Stop the run if its folder was moved or removed: the next write would recreate it without its settings."""
         folder = run_folder(trainer)
         if self._folder_id is not None and _folder_id(folder) != self._folder_id:
             self._folder_id = None

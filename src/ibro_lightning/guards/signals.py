@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _thread
 import atexit
+import ctypes
 import math
 import os
 import signal
@@ -21,7 +22,6 @@ from typing import Any, NoReturn
 
 from ibro_lightning.guards import interruption
 from ibro_lightning.guards.interruption import Interrupted
-from ibro_lightning.guards.orphans import started_by_lightning
 from ibro_lightning.guards.printing import tell_now
 
 AT_ONCE_S = 5.0
@@ -29,6 +29,8 @@ AT_ONCE_S = 5.0
 CTRL_C = 128 + signal.SIGINT
 """Exit code after Ctrl-C."""
 
+_LAUNCHER = "IBRO_LAUNCHER_PID"
+_SET_PARENT_DEATH_SIGNAL = 1
 _owns_process = False
 _handled_at = -math.inf
 """When a handler last ran: Python runs none while the main thread waits in C code."""
@@ -130,6 +132,25 @@ def exit_code(code: int) -> int:
     """``code``, or 0 in a process that Lightning launched: if such a process ends with another code, Lightning kills
     all others, which may be saving."""
     return 0 if started_by_lightning() else code
+
+
+def started_by_lightning() -> bool:
+    """Whether Lightning launched this process as a further rank of the command; False for torchrun's ranks."""
+    launched = os.environ.get(_LAUNCHER, str(os.getpid())) != str(os.getpid())
+    return launched and "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def end_with_launcher() -> None:
+    """Have the kernel send SIGTERM to this process when its launcher dies (only on Linux); in the launcher itself,
+    record its pid for the others. Without this, processes whose launcher is killed before the ranks have met would try
+    to reach it for the half hour after which a process group times out."""
+    if not started_by_lightning():
+        os.environ[_LAUNCHER] = str(os.getpid())
+        return
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
+    if str(os.getppid()) != os.environ[_LAUNCHER]:  # it died before the request
+        raise SystemExit(1)
 
 
 def _watch(reader: int) -> None:

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.guards.disk import disk_errors
-from ibro_lightning.guards.orphans import started_by_lightning
+from ibro_lightning.guards.signals import started_by_lightning
 from ibro_lightning.runs.holder import Holder, run_name
 from ibro_lightning.runs.lock import LockFile
 
