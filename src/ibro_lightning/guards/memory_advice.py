@@ -6,7 +6,6 @@ import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -20,22 +19,6 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, None: 1}
 
 class OutOfMemory(ConfigError):
     """Out of memory; names the setting that determines the memory use, its value, and a smaller one."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """The size of a micro-batch: rows and tokens."""
-
-    rows: int
-    tokens: int
-    """Tokens in memory: with padding, unless sequences are packed."""
-    longest: int
-
-    @classmethod
-    def of(cls, sequences: Sequences, *, packing: bool = False) -> Load:
-        lengths = sequences.lengths
-        longest = int(lengths.max()) if len(sequences) else 0
-        return cls(len(sequences), int(lengths.sum()) if packing else len(sequences) * longest, longest)
 
 
 @contextmanager
@@ -63,20 +46,22 @@ def memory_advice(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        asked, load = requested_bytes(error), Load.of(sequences, packing=packing)
+        asked, rows = requested_bytes(error), len(sequences)
+        longest = int(sequences.lengths.max()) if rows else 0
+        in_memory = int(sequences.lengths.sum()) if packing else rows * longest  # tokens, with padding unless packed
         used, capacity = _in_use(device), _capacity(device)
         limits = (
             "" if used is None or capacity is None else f" with {_size(used)} of {_size(capacity)} in use on {device}"
         )
         text = (
-            f"out of memory in {phase}: a micro-batch of {load.rows} rows of up to {load.longest} tokens "
-            f"({load.tokens} in memory){_request(asked)}{limits}"
+            f"out of memory in {phase}: a micro-batch of {rows} rows of up to {longest} tokens "
+            f"({in_memory} in memory){_request(asked)}{limits}"
         )
         factor = lower_by(before, used, asked, capacity)
         other = "" if checkpointing else "; or model.policy_options.gradient_checkpointing: true, which is slower"
-        tokens = int(min(load.tokens, micro_batch_tokens) / factor)
+        tokens = int(min(in_memory, micro_batch_tokens) / factor)
         smaller = max(1, tokens // 256 * 256 if tokens >= 1024 else tokens)
-        if load.rows > 1:
+        if rows > 1:
             remedy = f"write {smaller} (÷ {_number(micro_batch_tokens / smaller)}){other}"
         else:  # already a micro-batch of one row, which no token budget makes shorter
             remedy = (
