@@ -15,7 +15,6 @@ from ibro_lightning.batches.experience import Experience
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.memory_advice import (
-    Load,
     OutOfMemory,
     engine_memory_advice,
     is_out_of_memory,
@@ -127,10 +126,12 @@ class TestMemory:
     def load(self, rows: int = 12, length: int = 1365) -> Sequences:
         return Sequences.collate([[1, 2]] * rows, [[3] * (length - 2)] * rows)
 
-    def test_the_load_of_a_micro_batch(self):
+    @pytest.mark.parametrize(("packing", "tokens"), [(False, 20), (True, 14)])
+    def test_the_size_of_a_micro_batch_includes_padding_unless_it_is_packed(self, packing, tokens):
         sequences = Sequences.collate([[1, 2]] * 2, [[3] * 8, [3] * 2])
-        assert Load.of(sequences) == Load(rows=2, tokens=20, longest=10)
-        assert Load.of(sequences, packing=True) == Load(rows=2, tokens=14, longest=10)
+        size = rf"a micro-batch of 2 rows of up to 10 tokens \({tokens} in memory\)"
+        with pytest.raises(OutOfMemory, match=size), memory_advice("update", sequences, 100, packing=packing):
+            raise MemoryError
 
     def test_the_error_names_the_setting_and_a_smaller_value(self):
         error = torch.OutOfMemoryError(CUDA)
