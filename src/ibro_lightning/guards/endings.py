@@ -60,15 +60,7 @@ _REMEDIES = {
     errno.EADDRINUSE: "another run has the port where the ranks meet: set MASTER_PORT to a free one",
 }
 """Errors of the operating system that are not the program's fault, and their remedies."""
-_MAY_EXIT = {
-    "ibro_lightning",
-    "argparse",
-    "jsonargparse",
-    "lightning",
-    "lightning_fabric",
-    "pytorch_lightning",
-    "torch",
-}
+_EXITS = {"ibro_lightning", "argparse", "jsonargparse", "lightning", "lightning_fabric", "pytorch_lightning", "torch"}
 """Packages whose ``SystemExit`` may end the process: command lines, and ends of a run that are reported elsewhere."""
 _OS_ERROR = re.compile(r"os error (\d+)")
 _LOOP = re.compile(r"Symlink loop from '(.*)'$")
@@ -124,7 +116,7 @@ def _foreign_exit(end: BaseException) -> str | None:
     frames = [
         frame for frame, _ in traceback.walk_tb(end.__traceback__) if frame.f_globals.get("__name__") != "_sitebuiltins"
     ]
-    allowed = [str(frame.f_globals.get("__name__")).split(".")[0] in _MAY_EXIT for frame in frames]
+    allowed = [str(frame.f_globals.get("__name__")).split(".")[0] in _EXITS for frame in frames]
     if not any(allowed) or allowed[-1]:
         return None
     # The first frame after the last allowed one: the user recognises it, even if it called a library.
