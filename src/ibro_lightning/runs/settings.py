@@ -235,18 +235,13 @@ def _is_same(then: Any, now: Any, cwd: str) -> bool:
     if isinstance(then, str) and isinstance(now, str):
         path = os.path.realpath(os.path.expanduser(now))
         same = os.path.realpath(os.path.join(cwd, os.path.expanduser(then))) == path
-        return then == now or _has_moved(then, now) or (same and os.path.exists(path))
+        moved = _OURS.match(then) and _OURS.match(now) and then.rpartition(".")[2] == now.rpartition(".")[2]
+        return bool(then == now or moved or (same and os.path.exists(path)))
     if isinstance(then, list) and isinstance(now, list):
         return len(then) == len(now) and all(_is_same(*pair, cwd) for pair in zip(then, now, strict=True))
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         return then.keys() == now.keys() and all(_is_same(then[key], now[key], cwd) for key in then)
     return bool(then == now) and type(then) is type(now)
-
-
-def _has_moved(then: str, now: str) -> bool:
-    """Whether these are two paths of the same class of this package."""
-    ours = _OURS.match(then) and _OURS.match(now)
-    return bool(ours) and then.rpartition(".")[2] == now.rpartition(".")[2]
 
 
 def _working_directory(folder: Path, then: RunSettings) -> str:
