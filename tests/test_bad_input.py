@@ -66,7 +66,7 @@ CASES = {
     "coefficient that is no number": (["--model.regularizer.coef", ".nan"], ["coef: nan", "0 or more"]),
     "negative learning rate": (["--model.optimizer.lr", "-1"], ["model.optimizer", "-1"]),
     "missing checkpoint": (["--ckpt_path", "nope.ckpt"], ["ckpt_path: 'nope.ckpt'", "no such checkpoint"]),
-    "something else as checkpoint": (["--ckpt_path", "tiny.yaml"], ["ckpt_path: 'tiny.yaml'", "no checkpoint"]),
+    "something else as checkpoint": (["--ckpt_path", "tiny.yaml"], ["ckpt_path: 'tiny.yaml'", "not a checkpoint"]),
     "a file as run folder": (["--trainer.default_root_dir", "tiny.yaml/x"], ["default_root_dir", "is a file"]),
     "the working folder as run folder": (["--trainer.default_root_dir", "."], ["default_root_dir", "runs/mine"]),
     "no checkpoint that is the best": (["--ckpt_path", "best"], ["ckpt_path: 'best'", "checkpoint.best"]),

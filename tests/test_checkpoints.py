@@ -27,17 +27,10 @@ from helpers.runs import CHECKPOINTS, QUICK, content, curve, refusal, same, trai
 from helpers.user_code import USER_CODE
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.runs.checkpoints import (
-    CheckpointFiles,
-    check_fits,
-    checkpoint_name,
-    iteration_of,
-    newest_valid,
-    read_about,
-    read_checkpoint,
-    save_shards,
-    why_invalid,
-)
+from ibro_lightning.runs.checkpoints.catalog import checkpoint_name, iteration_of, newest_valid
+from ibro_lightning.runs.checkpoints.plugin import CheckpointFiles, read_about, read_checkpoint
+from ibro_lightning.runs.checkpoints.shards import save_shards
+from ibro_lightning.runs.checkpoints.validity import check_fits, why_invalid
 from ibro_lightning.runs.resume import check_continues, find_checkpoint
 
 # One checkpoint on disk.
@@ -236,16 +229,16 @@ def test_last_passes_over_what_is_damaged_and_says_so(
     os.truncate(newest, newest.stat().st_size // 2)
     said = refusal([*QUICK, "--ckpt_path", str(CHECKPOINTS / "last.ckpt")], capsys)
     assert "only a part" in said
-    assert f"the newest whole one beside it is {CHECKPOINTS / checkpoint_name(2)}" in said
+    assert f"the newest valid one beside it is {CHECKPOINTS / checkpoint_name(2)}" in said
     with caplog.at_level(logging.INFO):
         main([*QUICK, "--trainer.max_epochs", "4", "--ckpt_path", "last"])
-    assert f"passed over {newest}: this file is no checkpoint, or only a part of one" in caplog.text
-    assert f"the newest whole checkpoint is {CHECKPOINTS / checkpoint_name(2)}" in caplog.text
+    assert f"skipped {newest}: this file is not a checkpoint, or only a part of one" in caplog.text
+    assert f"the newest valid checkpoint is {CHECKPOINTS / checkpoint_name(2)}" in caplog.text
     assert same(weights(), weights("whole"))
     assert names() == [checkpoint_name(3), checkpoint_name(4)]
     for name in names():
         os.truncate(CHECKPOINTS / name, 10)
-    assert "none of the 2 checkpoints in run is whole" in refusal([*QUICK, "--ckpt_path", "last"], capsys)
+    assert "none of the 2 checkpoints in run is valid" in refusal([*QUICK, "--ckpt_path", "last"], capsys)
 
 
 def test_a_run_goes_on_only_with_its_own_seed_algorithm_and_model(
@@ -257,7 +250,7 @@ def test_a_run_goes_on_only_with_its_own_seed_algorithm_and_model(
     main([*QUICK, "--trainer.max_epochs", "3", "--checkpoint.keep_last", "null"])
     more = [*QUICK, "--trainer.max_epochs", "4", "--ckpt_path"]
     said = refusal([*more, "last", "--seed_everything", "4"], capsys)
-    assert "seed_everything: 4 - the run that" in said
+    assert "seed_everything: 4 - the run of" in said
     assert "has 3: write that" in said
     ppo = ["--model", "PPOModule"]
     assert "it is of a run with DAPOModule, this one has PPOModule" in refusal([*more, "last", *ppo], capsys)
@@ -283,7 +276,7 @@ def test_last_starts_anew_where_there_is_nothing_to_go_on_with(
     """One command for a job that may be its first try or its fifth. What a finished iteration left is not removed."""
     with caplog.at_level(logging.INFO):
         main([*QUICK, "--ckpt_path", "last"])
-    assert "there is no checkpoint in run yet: starting anew" in caplog.text
+    assert "there is no checkpoint in run yet: starting from the beginning" in caplog.text
     once = weights()
     shutil.rmtree(CHECKPOINTS)
     main([*QUICK, "--ckpt_path", "last"])
@@ -350,7 +343,7 @@ def test_a_checkpoint_becomes_a_model_folder(workspace: Path, capsys: pytest.Cap
     (workspace / "precious" / "thesis.tex").touch()
     for argv, said in (
         (["--ckpt_path", older, "--output", "precious"], "output: 'precious' - exists, and no export has written it"),
-        (["--ckpt_path", "last", "--output", "x"], "of which run?"),
+        (["--ckpt_path", "last", "--output", "x"], "of an unknown run: write --run"),
         (["--ckpt_path", "nope.ckpt", "--output", "x"], "ckpt_path: 'nope.ckpt'"),
         (["--ckpt_path", older, "--output", "x", "--config", "user_code.py"], "config: 'user_code.py'"),
     ):

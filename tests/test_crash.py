@@ -14,7 +14,8 @@ from helpers.crash import Moment, Reference, go_on, kill, phases, write_recipe
 from helpers.crash_trials import FOREIGN, KINDS, Bench, Foreign
 from helpers.run_comparison import differences, unequal
 from helpers.user_code import USER_CODE
-from ibro_lightning.runs.checkpoints import ABOUT, read_about
+from ibro_lightning.runs.checkpoints.index import ABOUT
+from ibro_lightning.runs.checkpoints.plugin import read_about
 
 ALGORITHMS = ("DAPOModule", "PPOModule")
 

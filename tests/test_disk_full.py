@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from helpers.processes import command, logs, run_ranks
 from ibro_lightning.batches import Rollout
-from ibro_lightning.guards.disk import DiskFullError, as_disk_full, disk_errors, write_json, written_whole
+from ibro_lightning.guards.disk import DiskFullError, as_disk_full, disk_errors, write_json, written_atomically
 from ibro_lightning.runs.parquet import read_groups, write_parquet
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult
 
@@ -75,7 +75,7 @@ WRITERS: dict[str, Callable[[Path, int], Any]] = {
 
 
 def _whole(path: Path, write: Callable[[Path], Any]) -> None:
-    with written_whole(path) as partial:
+    with written_atomically(path) as partial:
         write(partial)
 
 
@@ -174,7 +174,7 @@ class TestWhatCountsAsAFullDisk:
         assert not list(tmp_path.iterdir())
 
     def test_an_error_of_the_writer_is_its_own(self, tmp_path):
-        with pytest.raises(io.UnsupportedOperation), written_whole(tmp_path / "a"):
+        with pytest.raises(io.UnsupportedOperation), written_atomically(tmp_path / "a"):
             raise io.UnsupportedOperation("read")
         assert not list(tmp_path.iterdir())
 

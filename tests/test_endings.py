@@ -252,7 +252,7 @@ SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 def test_a_signal_while_a_process_begins(number: int, code: int) -> None:
     ended, said = struck("signals.begin()\nprint('ready', flush=True)\nwait()", number)
     assert ended == code
-    assert "stopped before anything had begun" in said
+    assert "stopped before the command started" in said
 
 
 def test_sighup_is_left_alone_where_it_is_ignored() -> None:
@@ -378,7 +378,7 @@ def test_ctrl_c_while_the_command_line_imports_what_it_needs(tmp_path: Path) -> 
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=600)
     assert process.returncode == 130
-    assert said.strip() == "SIGINT: stopped before anything had begun"
+    assert said.strip() == "SIGINT: stopped before the command started"
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_ctrl_c_while_the_command_line_imports_what_it_needs(tmp_path: Path) -> 
             2,
             "error: the Python package pyarrow",
         ),
-        ("raise RuntimeError('operator does not exist')", 1, "error: what is installed does not fit together"),
+        ("raise RuntimeError('operator does not exist')", 1, "error: the installed packages are incompatible"),
     ],
     ids=["missing", "broken"],
 )
@@ -427,7 +427,7 @@ REFUSED = {
     "another rank": (RankError("rank 1 failed"), "rank 1"),
     "a full disk": (at(errno.ENOSPC), "the disk is full"),
     "a full disk, said before": (DiskFullError("no room"), "no room"),
-    "no permission": (at(errno.EACCES), "run/x: permission denied - write a place that you may"),
+    "no permission": (at(errno.EACCES), "run/x: permission denied - write a path that you may"),
     "a read-only file system": (at(errno.EROFS), "--ckpt_path last when it can"),
     "a folder that is gone": (at(errno.ENOENT), "moved or removed"),
     "a long name": (at(errno.ENAMETOOLONG, "x" * 300), "…: file name too long - write a shorter path"),
@@ -568,7 +568,7 @@ def test_somebodys_own_class_has_a_traceback_and_its_name(workspace: Path, capsy
     *trace, last = capsys.readouterr().err.splitlines()
     assert "KeyError: 'no such key'" in trace
     assert not any("Union subtypes" in line for line in trace), "what the parser made of it is no help"
-    assert last.startswith("error: own_broken_code.Broken raised KeyError: 'no such key' - this is code of your own")
+    assert last.startswith("error: own_broken_code.Broken raised KeyError: 'no such key' - this is your own code")
     assert "own_broken_code.py, line 5" in last
 
 

@@ -176,10 +176,10 @@ COMMAND_LINE = {
     f"that name: did you mean InformationBottleneck? Or write {REGULARIZERS}, or null",
     "--model.regularizer my.Nope": f"model.regularizer: 'my.Nope' - cannot be imported (No module named 'my'): write "
     f"{REGULARIZERS}, or null",
-    "--model.regularizer torch.optim.AdamW": f"model.regularizer: 'torch.optim.AdamW' - this is no EntropyRegularizer: "
-    f"write {REGULARIZERS}, or null",
-    "--model.regularizer EntropyRegularizer": f"model.regularizer: 'EntropyRegularizer' - this is a base of such "
-    f"classes: write {REGULARIZERS}, or null",
+    "--model.regularizer torch.optim.AdamW": "model.regularizer: 'torch.optim.AdamW' - not a subclass of "
+    f"EntropyRegularizer: write {REGULARIZERS}, or null",
+    "--model.regularizer EntropyRegularizer": f"model.regularizer: 'EntropyRegularizer' - this is an abstract "
+    f"base class: write {REGULARIZERS}, or null",
     "--model.policy_options.lora x": "model.policy_options.lora: 'x' - write its settings (rank, alpha, "
     "target_modules, seed), or null",
     "--data.engine Nope": "data.engine: 'Nope' - there is no RolloutEngine of that name: write HFEngine or VLLMEngine, "
@@ -288,9 +288,9 @@ def test_what_a_dry_run_finds_out_has_its_place_too(
         (["fitt"], "command: 'fitt' - there is no such command: did you mean fit?"),
         (["tune"], "command: 'tune' - there is no such command: write one of fit, validate, test, predict, compare, "
          "export"),
-        (["fit", "--config", "tiny.yaml", "--ckpt_path"], "ckpt_path: missing - write a text, or a path, or null"),
+        (["fit", "--config", "tiny.yaml", "--ckpt_path"], "ckpt_path: missing - write text, or a path, or null"),
         (["fit", "--config", "tiny.yaml", "--trainer.logger", "CSVLogger"], "trainer.logger.save_dir: missing - write "
-         "a text, or a path"),
+         "text, or a path"),
         (["fit", "--config", "tiny.yaml", "--trainer.strategy", "nope"], "trainer.strategy: 'nope' - not supported: "
          "write auto, ddp or fsdp2"),
     ],

@@ -147,7 +147,7 @@ def test_a_rank_that_gives_no_sign_of_life_counts_as_dead(stopped: int, tmp_path
         both.send(signal.SIGSTOP, stopped)
         code, said = both.end(1 - stopped)
         assert code == 1
-        expected = "the group's store has not answered for 3 s" if stopped == 0 else "rank 1 has given no sign of life"
+        expected = "the group's store has not answered for 3 s" if stopped == 0 else "rank 1 has sent no heartbeat"
         assert expected in said
 
 
@@ -213,4 +213,4 @@ time.sleep(60)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("error: the ranks have not met within 0.5 s")
+    assert result.stderr.splitlines()[-1].startswith("error: the ranks have not joined within 0.5 s")

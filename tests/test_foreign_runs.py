@@ -25,9 +25,8 @@ from ibro_lightning.runs.contents import MARK, MOVING, PARTS
 from ibro_lightning.runs.holding import FolderLock
 from ibro_lightning.runs.marks import HEADER, read_mark, write_mark
 from ibro_lightning.runs.model_folders import begin, finish
-from ibro_lightning.runs.moving import recover, recover_alone
+from ibro_lightning.runs.moving import make_room, put_back, recover, recover_alone
 from ibro_lightning.runs.resume import remove_partial, wind_back
-from ibro_lightning.runs.room import make_room, put_back
 from ibro_lightning.runs.settings import RunSettings, keep_settings, set_settings_aside
 
 PATIENCE_S = 600
@@ -196,7 +195,7 @@ def test_no_command_starts_while_an_earlier_run_is_moved(tmp_path: Path, monkeyp
         monkeypatch.undo()
         return survey(path, *arguments)
 
-    monkeypatch.setattr("ibro_lightning.runs.room.survey", survey_in)
+    monkeypatch.setattr("ibro_lightning.runs.moving.survey", survey_in)
     make_room(folder, ())
     assert len(seen) == 2
     assert all(f"in use by process {os.getpid()}" in said and "(fit)" in said for said in seen), seen
@@ -289,7 +288,7 @@ def test_a_file_that_may_be_somebody_elses_is_moved_out_of_the_locks_way(
 ) -> None:
     (tmp_path / ".run.lock").write_text(left)
     with caplog.at_level("INFO"), FolderLock(tmp_path / "run", "fit").held():
-        assert "does not say that it is a lock: it is now .run.lock.1" in caplog.text
+        assert "is not recognisable as a lock: renamed to .run.lock.1" in caplog.text
     assert content(tmp_path) == {".run.lock.1": left.encode()}
 
 
@@ -343,7 +342,7 @@ def test_a_run_that_goes_on_removes_only_what_a_run_wrote(tmp_path: Path, caplog
     (mine / "_manifest.json").write_text('{"version": "1", "fingerprint": null, "files": {}}')
     with caplog.at_level("INFO"):
         wind_back(tmp_path, {"iteration": 1, "evaluated": True, "loggers": []})
-    assert caplog.text.count(f"is not of this run, which will write such files: now in {tmp_path / 'foreign.1'}") == 1
+    assert caplog.text.count(f"is not of this run, which will write such files: moved to {tmp_path / 'foreign.1'}") == 1
     left = content(tmp_path)
     assert left.pop("foreign.1/rollouts/iteration_000005.parquet").startswith(b"PAR1")
     assert [left.pop(name) for name in (

@@ -467,7 +467,7 @@ def test_the_text_7_and_the_number_7_are_different_golds() -> None:
 class OneOfTwo(Ranks):
     """A rank whose neighbour found what it was told to find."""
 
-    def together(self) -> Any:
+    def all_or_none(self) -> Any:
         return nullcontext()
 
     def gather(self, item: Any) -> list[Any]:

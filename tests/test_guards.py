@@ -15,7 +15,6 @@ from ibro_lightning.batches.experience import Experience
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.memory_advice import (
-    Load,
     OutOfMemory,
     engine_memory_advice,
     is_out_of_memory,
@@ -49,7 +48,7 @@ class TestNonFinite:
     def test_training_stops_after_so_many_steps_in_a_row_and_not_before(self, finite, limit):
         guard = NonFiniteGuard(limit)
         for well in finite:
-            guard.saw("policy", None if well else "gradient")
+            guard.record("policy", None if well else "gradient")
         longest = max((len(run) for run in "".join("01"[not well] for well in finite).split("0")), default=0)
         assert (guard._offender is not None) == (longest >= limit)
         assert len(guard.causes) == finite.count(False)
@@ -57,21 +56,21 @@ class TestNonFinite:
     def test_networks_are_counted_apart(self):
         guard = NonFiniteGuard(2)
         for _ in range(2):
-            guard.saw("critic", None)
-            guard.saw("policy", "loss")
+            guard.record("critic", None)
+            guard.record("policy", "loss")
         assert guard.in_a_row == {"critic": 0, "policy": 2}
 
     def test_a_resumed_run_counts_on(self):
         guard, resumed = NonFiniteGuard(3), NonFiniteGuard(3)
-        guard.saw("policy", "loss")
+        guard.record("policy", "loss")
         resumed.load_state_dict(guard.state_dict())
-        resumed.saw("policy", "loss")
+        resumed.record("policy", "loss")
         assert resumed.in_a_row == {"policy": 2}
 
     def test_the_batch_is_saved_and_named(self, tmp_path):
         guard = NonFiniteGuard(1)
         offender = step([[1.0, math.nan]], [[True, True]])
-        guard.saw("policy", "advantage", offender)
+        guard.record("policy", "advantage", offender)
         with pytest.raises(NonFiniteError) as caught:
             guard.check(tmp_path, iteration=12, rank=1)
         path = tmp_path / "nonfinite" / "iteration_000012_rank_1.pt"
@@ -86,14 +85,14 @@ class TestNonFinite:
     def test_without_a_limit_it_only_counts(self, tmp_path):
         guard = NonFiniteGuard(0)
         for _ in range(10):
-            guard.saw("policy", "loss")
+            guard.record("policy", "loss")
         guard.check(tmp_path, iteration=1)
         assert guard.in_a_row == {"policy": 10}
         assert not list(tmp_path.iterdir())
 
     def test_a_new_iteration_begins_with_no_causes(self):
         guard = NonFiniteGuard(2)
-        guard.saw("policy", "loss")
+        guard.record("policy", "loss")
         guard.begin()
         assert guard.causes == []
         assert guard.in_a_row == {"policy": 1}
@@ -127,10 +126,12 @@ class TestMemory:
     def load(self, rows: int = 12, length: int = 1365) -> Sequences:
         return Sequences.collate([[1, 2]] * rows, [[3] * (length - 2)] * rows)
 
-    def test_the_load_of_a_micro_batch(self):
+    @pytest.mark.parametrize(("packing", "tokens"), [(False, 20), (True, 14)])
+    def test_the_size_of_a_micro_batch_includes_padding_unless_it_is_packed(self, packing, tokens):
         sequences = Sequences.collate([[1, 2]] * 2, [[3] * 8, [3] * 2])
-        assert Load.of(sequences) == Load(rows=2, tokens=20, longest=10)
-        assert Load.of(sequences, packing=True) == Load(rows=2, tokens=14, longest=10)
+        size = rf"a micro-batch of 2 rows of up to 10 tokens \({tokens} in memory\)"
+        with pytest.raises(OutOfMemory, match=size), memory_advice("update", sequences, 100, packing=packing):
+            raise MemoryError
 
     def test_the_error_names_the_setting_and_a_smaller_value(self):
         error = torch.OutOfMemoryError(CUDA)

@@ -193,7 +193,7 @@ def test_a_run_stops_in_each_phase_and_goes_on_bit_for_bit(
     said = capfd.readouterr().err
     assert "SIGTERM: the run will stop" in said
     if phase != "export":
-        rest = "nothing had to be saved" if saved is None else f"after {saved} iterations: go on with --ckpt_path last"
+        rest = "nothing had to be saved" if saved is None else f"after {saved} iterations: resume with --ckpt_path last"
         assert rest in said
         interruption.clear()
         assert run(*often, *([] if saved is None else ["--ckpt_path=last"])) == 0

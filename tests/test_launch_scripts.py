@@ -116,5 +116,5 @@ def test_the_same_training_whoever_starts_its_processes(workspace: Path) -> None
 
     # What SLURM does when it starts the job once more: the run is over, and nothing begins anew.
     again = finish(start("slurm.sbatch", "slurm", **job, PATH=path))
-    assert "starting anew" not in again
+    assert "starting from the beginning" not in again
     assert not list(workspace.glob("slurm.*"))

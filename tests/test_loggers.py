@@ -23,7 +23,7 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.runs.contents import MARK
 from ibro_lightning.runs.curve_files import cut_events, cut_rows
 from ibro_lightning.runs.folder import refuse_loggers
-from ibro_lightning.runs.loggers import Table, curves_of
+from ibro_lightning.runs.loggers import Table, log_table, place_of, resume_logger, state_of
 
 PARTS = {"checkpoints", "config.yaml", "evaluations", "model", "rollouts", "summary.json"}
 FIT = ["fit", "--config", "tiny.yaml", "--trainer.limit_val_batches=0"]
@@ -163,7 +163,7 @@ def test_samples_that_no_logger_shows_are_said_once_to_be_in_the_rollouts(
 ) -> None:
     with caplog.at_level(logging.INFO):
         main([*with_logger(["logger=helpers.loggers.OwnLogger"]), "--trainer.max_epochs=2"])
-    assert caplog.text.count("OwnLogger shows no text: samples are in run/rollouts alone") == 1
+    assert caplog.text.count("OwnLogger does not log tables: samples are only in run/rollouts") == 1
 
 
 def test_last_is_not_begun_anew_where_an_older_version_put_the_checkpoints(
@@ -184,7 +184,7 @@ def test_last_is_not_begun_anew_where_an_older_version_put_the_checkpoints(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["logger=CSVLogger"], "error: trainer.logger.save_dir: missing - write a text, or a path"),
+        (["logger=CSVLogger"], "error: trainer.logger.save_dir: missing - write text, or a path"),
         (["logger=helpers.loggers.NoSuchLogger"], "NoSuchLogger"),
         (
             ["logger=CSVLogger", "logger.save_dir=run", "logger.name=model", "logger.version=a"],
@@ -285,7 +285,7 @@ def test_ids_of_the_users_own_are_left_alone(tmp_path: Path) -> None:
         (TensorBoardLogger(tmp_path, version="mine"), "version", "mine"),
         (CSVLogger(tmp_path, version=7), "version", 7),
     ):
-        curves_of(logger).resume(states, tmp_path)
+        resume_logger(logger, states, tmp_path)
         assert getattr(logger, attribute) == own
     for logger, attribute, then in (
         (LikeWandb(), "version", "old"),
@@ -293,7 +293,7 @@ def test_ids_of_the_users_own_are_left_alone(tmp_path: Path) -> None:
         (TensorBoardLogger(tmp_path), "version", 3),
         (CSVLogger(tmp_path), "version", 3),
     ):
-        curves_of(logger).resume(states, tmp_path)
+        resume_logger(logger, states, tmp_path)
         assert getattr(logger, attribute) == then
 
 
@@ -308,11 +308,11 @@ def test_comet_whose_experiment_is_begun_already_is_told_how_to_go_on(
         get_key=lambda: "new", url="https://comet/new", log_text=lambda *a, **k: said.append((a, k))
     )
     with caplog.at_level(logging.INFO):
-        curves_of(comet).resume({"run": "old"}, tmp_path)
+        resume_logger(comet, {"run": "old"}, tmp_path)
     assert "write its experiment_key: old" in caplog.text
-    assert curves_of(comet).place() == "https://comet/new"
-    assert curves_of(comet).state(tmp_path) == {"run": "new"}
-    assert curves_of(comet).log_table("samples", Table([], [], "| a |"), 3)
+    assert place_of(comet) == "https://comet/new"
+    assert state_of(comet, tmp_path) == {"run": "new"}
+    assert log_table([comet], "samples", lambda: Table([], [], "| a |"), 3) == []
     assert said == [(("| a |",), {"step": 3, "metadata": {"name": "samples"}})]
 
 

@@ -401,7 +401,7 @@ def _note_on_a_rank() -> None:
     with pytest.raises(RewardError, match=r"one is lost, 1 so far: 2 of 4 verdicts of Mine were lost \(2 timed"):
         LostVerdicts(PoolOptions(max_lost_rollouts=1)).note(group(*[rank == 0] * 2), [mine], "one", ranks)
     expected = (RewardError, "^Ends raised SystemExit") if rank == 0 else (RankError, "rank 0 failed: Rew")
-    with pytest.raises(expected[0], match=expected[1]), ranks.together():
+    with pytest.raises(expected[0], match=expected[1]), ranks.all_or_none():
         judge_all(Ends(SystemExit(0), "verify" if rank == 0 else ""), [(PROMPT, [completion()])], judge_here)
 
 

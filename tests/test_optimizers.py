@@ -327,7 +327,7 @@ def test_two_rates_in_one_recipe_are_refused(tmp_path: Path, capsys: pytest.Capt
 
 
 REFUSED = {
-    "--optimizer.lr null": "optimizer.lr: None - write a number, or leave it out: model.learning_rate counts then",
+    "--optimizer.lr null": "optimizer.lr: None - write a number, or leave it out: model.learning_rate is used then",
     "--optimizer LBFGS": "model.optimizer: 'LBFGS' - its step computes the loss anew",
     "--model.optimizer SparseAdam": "model.optimizer: 'SparseAdam' - gradients are dense here",
 }

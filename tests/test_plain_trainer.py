@@ -207,9 +207,9 @@ class Foreign(pl.LightningModule):
 @pytest.mark.parametrize(
     ("name", "needs"),
     [
-        ("EvaluationReport", "evaluations, iteration and evaluation_is_current of a module, and Foreign has not"),
-        ("ExportModel", "export, export_names and source_folders of a module, and Foreign has not"),
-        ("RunSummary", "evaluations, iteration and evaluation_is_current of a module, and Foreign has not"),
+        ("EvaluationReport", "a module with evaluations, iteration and evaluation_is_current, which Foreign lacks"),
+        ("ExportModel", "a module with export, export_names and source_folders, which Foreign lacks"),
+        ("RunSummary", "a module with evaluations, iteration and evaluation_is_current, which Foreign lacks"),
         ("RolloutLog", "batches of type Rollout, and got Tensor"),
         ("SamplesTable", "batches of type Rollout, and got Tensor"),
     ],

@@ -44,7 +44,7 @@ def check_objects(ranks: Ranks) -> None:
         everything = [items_of(rng) for _ in range(SIZE)]
         assert ranks.gather(everything[ranks.rank]) == everything
         parcels = [[items_of(rng) for _ in range(SIZE)] for _ in range(SIZE)]
-        assert ranks.trade(parcels[ranks.rank]) == [row[ranks.rank] for row in parcels]
+        assert ranks.all_to_all(parcels[ranks.rank]) == [row[ranks.rank] for row in parcels]
         flags = [rng.random() < 0.2 for _ in range(SIZE)]
         assert ranks.any(flags[ranks.rank]) == any(flags)
         shared = items_of(rng)
@@ -91,7 +91,7 @@ def check_choices(ranks: Ranks) -> None:
 
 def outcome_of(ranks: Ranks, work: Callable[[], None]) -> str:
     try:
-        with ranks.together():
+        with ranks.all_or_none():
             work()
     except Interrupted as stop:
         return f"stopped {stop} {stop.exit_code}"
@@ -177,7 +177,7 @@ class TestAlone:
         assert ALONE.sum(value) is value
         assert ALONE.max(value) is value
         assert ALONE.gather("x") == ["x"]
-        assert ALONE.trade(["x"]) == ["x"]
+        assert ALONE.all_to_all(["x"]) == ["x"]
         assert ALONE.share([1, 2]) == [1, 2]
         assert ALONE.any(True)
         assert not ALONE.any(False)
@@ -186,12 +186,12 @@ class TestAlone:
 
     def test_errors_pass_as_they_are(self):
         error = KeyError("x")
-        with pytest.raises(KeyError) as caught, ALONE.together():
+        with pytest.raises(KeyError) as caught, ALONE.all_or_none():
             raise error
         assert caught.value is error
 
     def test_a_wish_to_stop_ends_the_work(self):
-        with pytest.raises(Interrupted, match="SIGTERM") as caught, ALONE.together():
+        with pytest.raises(Interrupted, match="SIGTERM") as caught, ALONE.all_or_none():
             interruption.request("SIGTERM", 143)
         interruption.clear()
         assert caught.value.exit_code == 143

@@ -26,7 +26,7 @@ from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.modules import DAPOModule, PolicyModule, PPOModule, SFTModule
-from ibro_lightning.runs.checkpoints import CheckpointFiles, read_checkpoint, read_optimizers
+from ibro_lightning.runs.checkpoints.plugin import CheckpointFiles, read_checkpoint, read_optimizers
 from ibro_lightning.runs.marks import HEADER
 
 AdamW, SGD = torch.optim.AdamW, torch.optim.SGD

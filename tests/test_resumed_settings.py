@@ -13,7 +13,8 @@ import yaml
 
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.runs.checkpoints import ABOUT, read_checkpoint
+from ibro_lightning.runs.checkpoints.index import ABOUT
+from ibro_lightning.runs.checkpoints.plugin import read_checkpoint
 from ibro_lightning.runs.marks import HEADER
 from ibro_lightning.runs.resume import check_continues
 from ibro_lightning.runs.settings import ResumeOptions, RunSettings, check_settings, keep_settings, put_settings_back
@@ -165,7 +166,7 @@ class TestWhatMayNot:
         said = str(refused.value)
         assert said.startswith(f"{setting}: ")
         assert f"is of a run with {then}, and " in said
-        assert said.endswith("or --resume.allow_changes true to go on all the same")
+        assert said.endswith("or write --resume.allow_changes true to resume anyway")
         assert "\n" not in said
         with caplog.at_level(logging.INFO):
             check_settings(checkpoint, changed(setting, value), ResumeOptions(allow_changes=True))
@@ -198,7 +199,7 @@ class TestWhatMayNot:
         with caplog.at_level(logging.INFO):
             check_settings(checkpoint, changed("data.group_size", 8), ResumeOptions())
             kept = keep_settings(folder, changed())
-        (said,) = (line for line in caplog.text.splitlines() if "is not known" in line)
+        (said,) = (line for line in caplog.text.splitlines() if "cannot be compared" in line)
         assert str(folder / "config.yaml") in said
         assert (kept is None) == (content is None)
         if kept is not None:
@@ -265,7 +266,7 @@ def test_a_checkpoint_of_another_version_is_said(
     monkeypatch.setattr("ibro_lightning.runs.resume.read_about", lambda path: {ABOUT: about})
     with caplog.at_level(logging.INFO):
         check_continues(checkpoint, checkpoint.parents[2] / "elsewhere", "DAPOModule")
-    assert "is of ibro_lightning 0.0.9, this is " in caplog.text
+    assert "was written by ibro_lightning 0.0.9, this is " in caplog.text
 
 
 def test_on_the_command_line(

@@ -149,7 +149,7 @@ class TestTheLock:
         (tmp_path / ".run.lock").unlink()
         for content in ("mine", "[1]", '{"file": "mine"}'):
             (tmp_path / ".run.lock").write_text(content)
-            with pytest.raises(ConfigError, match="none of ours"):
+            with pytest.raises(ConfigError, match="the file is not a lock"):
                 FolderLock(tmp_path / "run", "fit").take()
             assert (tmp_path / ".run.lock").read_text() == content
 
@@ -257,7 +257,7 @@ class TestWithoutLocksThatReach:
             FolderLock(tmp_path / "run", "fit").take()
         other.kill()
         with caplog.at_level("INFO"), FolderLock(tmp_path / "run", "fit").held():
-            assert "knows no locks" in caplog.text
+            assert "has no locks" in caplog.text
 
     def test_another_process_with_its_number_is_not_taken_for_it(self, tmp_path: Path, no_locks: None) -> None:
         left_by(tmp_path / ".run.lock", host=socket.gethostname(), pid=os.getpid(), started="1")

@@ -36,7 +36,7 @@ from ibro_lightning.models import (
     whole,
 )
 from ibro_lightning.models.building import parameters_on_meta
-from ibro_lightning.models.weight_files import RankZero, WeightFiles, agree
+from ibro_lightning.models.weight_files import RankZero, WeightFiles, all_or_none
 from ibro_lightning.tasks import NumberPath
 
 torch.set_num_threads(1)
@@ -257,8 +257,8 @@ def hear_of_errors(folder: Path) -> None:
         return 5
 
     with pytest.raises(RuntimeError if rank == 0 else Local, match="only here"):
-        agree(attempt)
-    assert agree(lambda: rank) == rank
+        all_or_none(attempt)
+    assert all_or_none(lambda: rank) == rank
     options = replace(PolicyOptions(), packing=True)
     policy = build_policy(Qwen2FromScratch(NumberPath(size=12)), options, sharding)
     policy.check_packing()  # a forward pass of its own, before any other

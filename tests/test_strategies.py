@@ -46,7 +46,7 @@ from ibro_lightning.models import (
     grad_norm,
     whole,
 )
-from ibro_lightning.runs.checkpoints import read_checkpoint
+from ibro_lightning.runs.checkpoints.plugin import read_checkpoint
 from ibro_lightning.strategies import FSDP2Strategy
 
 torch.set_num_threads(1)

@@ -32,11 +32,11 @@ def _command() -> None:
     try:
         from ibro_lightning.cli import main as cli
     except ModuleNotFoundError as error:
-        printing.tell(f"error: the Python package {error.name} is missing: pip install . brings all that is needed")
+        printing.tell(f"error: the Python package {error.name} is missing: pip install . installs all that is needed")
         raise SystemExit(2) from error
     except Exception as error:
         sys.excepthook(type(error), error, error.__traceback__)
-        printing.tell("error: what is installed does not fit together: see the traceback above, and pip check")
+        printing.tell("error: the installed packages are incompatible: see the traceback above, and pip check")
         raise SystemExit(1) from error
     cli.main()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pickle import UnpicklingError
 from typing import SupportsFloat
 
@@ -20,15 +21,18 @@ PICKLED = (
 """Remedy for weights or checkpoints that torch refuses to unpickle; torch's own message tells how to bypass that."""
 
 
-def is_unpickling(error: BaseException | None) -> bool:
-    """Whether ``error``, or an error that it wraps, is torch's refusal to unpickle a file."""
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """``error``, and the errors that led to it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, UnpicklingError) or "Weights only load failed" in str(error):
-            return True
+        yield error
         seen.add(id(error))
         error = error.__cause__ or error.__context__
-    return False
+
+
+def is_unpickling(error: BaseException | None) -> bool:
+    """Whether ``error``, or an error that it wraps, is torch's refusal to unpickle a file."""
+    return any(isinstance(e, UnpicklingError) or "Weights only load failed" in str(e) for e in causes(error))
 
 
 class UserError(Exception):

@@ -145,7 +145,7 @@ class Ranks:
         distributed.broadcast_object_list(box, src=0, group=self.everyone)
         return box[0]
 
-    def trade(self, parcels: Sequence[T]) -> list[T]:
+    def all_to_all(self, parcels: Sequence[T]) -> list[T]:
         """All-to-all: ``parcels[r]`` goes to rank r; returns what each rank sent to this one."""
         if self.size == 1:
             return list(parcels)
@@ -159,7 +159,7 @@ class Ranks:
         return received
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def all_or_none(self) -> Iterator[None]:
         """Runs work that each rank does on its own, without collectives inside; it succeeds on all ranks or on none.
 
         Raises:

@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from ibro_lightning.runs.checkpoints import read_checkpoint
+from ibro_lightning.runs.checkpoints.plugin import read_checkpoint
 
 CLOCK = ("time/", "time_share/", "tokens_per_second/")
 """Curves that tell how fast a run was; every other point of every curve must be the same."""

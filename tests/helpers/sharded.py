@@ -28,7 +28,7 @@ from ibro_lightning.models import (
     grad_norm,
     whole,
 )
-from ibro_lightning.runs.checkpoints import CheckpointFiles
+from ibro_lightning.runs.checkpoints.plugin import CheckpointFiles
 
 OPTIONS = PolicyOptions(dtype="float64")  # type: ignore[arg-type]  # rounding must not hide a mistake
 

@@ -13,15 +13,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.guards.disk import PARTIAL, disk_errors
-from ibro_lightning.runs.checkpoints import (
-    ABOUT,
-    Keeper,
-    checkpoint_name,
-    iteration_of,
-    newer_whole,
-    remove_checkpoint,
-)
-from ibro_lightning.runs.folder import clear_way, lay_claim, rehearses, run_folder
+from ibro_lightning.runs.checkpoints.catalog import checkpoint_name, iteration_of, newer_valid
+from ibro_lightning.runs.checkpoints.index import ABOUT
+from ibro_lightning.runs.checkpoints.keeping import Keeper, remove_checkpoint
+from ibro_lightning.runs.folder import claim_for, clear_way, is_fast_dev_run, run_folder
 from ibro_lightning.runs.holding import RunLock
 from ibro_lightning.runs.loggers import logger_states
 from ibro_lightning.seeding import run_seed
@@ -78,34 +73,26 @@ class IterationCheckpoint(Checkpoint):
         if stage == TrainerFn.FITTING:
             RunLock.of(trainer).take(trainer)
             self._folder = run_folder(trainer) / "checkpoints"
-            lay_claim(trainer, "checkpoints")
+            claim_for(trainer, "checkpoints")
             self._saved = self._evaluated = None
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer)
+        self.on_train_start(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer)
-
-    def _begin(self, trainer: pl.Trainer) -> None:
         """Make way for this run, and refuse newer checkpoints of another history in its folder."""
         clear_way(trainer)
         self._from = _iteration(trainer)
-        if self._from == 0 or rehearses(trainer):
+        if self._from == 0 or is_fast_dev_run(trainer):
             return
-        newer = newer_whole(self._folder / checkpoint_name(self._from)) if trainer.is_global_zero else None
+        newer = newer_valid(self._folder / checkpoint_name(self._from)) if trainer.is_global_zero else None
         if (newer := trainer.strategy.broadcast(newer)) is not None:
-            raise ConfigError(
-                "ckpt_path", trainer.ckpt_path, f"{newer} is newer: go on from that, or remove the newer ones"
-            )
-        self._go_on_from(trainer)
-
-    @rank_zero_only
-    def _go_on_from(self, trainer: pl.Trainer) -> None:
-        """Set aside the damaged checkpoints that were passed over; by now all ranks have read theirs."""
-        path = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
-        if path is not None and path.parent == self._folder.resolve() and iteration_of(path) == self._from:
-            self._keeper.go_on_from(self._folder / path.name)
+            remedy = f"{newer} is newer: resume from that, or remove the newer ones"
+            raise ConfigError("ckpt_path", trainer.ckpt_path, remedy)
+        if trainer.is_global_zero and trainer.ckpt_path:  # by now all ranks have read their checkpoints
+            path = Path(trainer.ckpt_path).resolve()
+            if path.parent == self._folder.resolve() and iteration_of(path) == self._from:
+                self._keeper.resume_from(self._folder / path.name)
 
     @property
     def _keeper(self) -> Keeper:
@@ -144,7 +131,7 @@ class IterationCheckpoint(Checkpoint):
         """Remove superseded checkpoints after a resume with nothing left to train: the run may have been killed right
         after its last checkpoint."""
         path = self._folder / checkpoint_name(_iteration(trainer))
-        if self._saved is None and not rehearses(trainer) and self._keeper.has(path):
+        if self._saved is None and not is_fast_dev_run(trainer) and self._keeper.has(path):
             self._keeper.keep(path, self.values)
 
     def save_now(self, trainer: pl.Trainer) -> None:
@@ -168,7 +155,7 @@ class IterationCheckpoint(Checkpoint):
             "evaluated": self._evaluated == iteration,
             "seed": run_seed(),
             "world_size": trainer.world_size,
-            "run_id": self._keeper.run_id if trainer.is_global_zero and not rehearses(trainer) else None,
+            "run_id": self._keeper.run_id if trainer.is_global_zero and not is_fast_dev_run(trainer) else None,
             "loggers": logger_states(trainer.loggers, run_folder(trainer)) if trainer.is_global_zero else [],
         }
 
@@ -176,49 +163,40 @@ class IterationCheckpoint(Checkpoint):
 
     def _save(self, trainer: pl.Trainer) -> None:
         iteration = _iteration(trainer)
-        if rehearses(trainer):
+        if is_fast_dev_run(trainer):
             self._saved = iteration
             return
         path = self._folder / checkpoint_name(iteration)
         partial = path.with_name(path.name + PARTIAL)
         if (value := self._value(trainer)) is not None:
             self.values[iteration] = value
-            self.values = dict(self._ranked()[: self.keep_best])
+            # The best first; of equal ones the earlier first.
+            ranked = sorted(self.values.items(), key=lambda item: (-self._key(item[1]), item[0]))
+            self.values = dict(ranked[: self.keep_best])
         # A folder cannot be replaced in one step, so the shards of a valid one stay, which are of this iteration. If it
         # was written before the iteration's evaluation, everything but the tensors is updated.
         stays = trainer.strategy.broadcast(trainer.is_global_zero and path.is_dir() and self._keeper.has(path))
+        keeper = self._keeper if trainer.is_global_zero else None
         with disk_errors(path):
             try:
-                self._make_way(partial)
+                if keeper:
+                    keeper.make_way(partial)
                 if not stays:
                     trainer.save_checkpoint(partial, weights_only=False)  # optimizers, too
-                    self._give_name(partial, path)
+                    if keeper:
+                        keeper.give_name(partial, path)
                 elif self._evaluated == iteration:
-                    self._renew(path, trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
+                    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+                    if keeper:
+                        keeper.update(path, checkpoint)
             except BaseException:
-                if trainer.is_global_zero:
+                if keeper:
                     remove_checkpoint(partial)
                 raise
-        self._keep(path)
+            if keeper:
+                keeper.keep(path, self.values)
         trainer.strategy.barrier("checkpoint")
         self._saved = iteration
-
-    @rank_zero_only
-    def _make_way(self, partial: Path) -> None:
-        self._keeper.make_way(partial)
-
-    @rank_zero_only
-    def _give_name(self, partial: Path, path: Path) -> None:
-        self._keeper.give_name(partial, path)
-
-    @rank_zero_only
-    def _renew(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        self._keeper.renew(path, checkpoint)
-
-    @rank_zero_only
-    def _keep(self, path: Path) -> None:
-        with disk_errors(path):
-            self._keeper.keep(path, self.values)
 
     def _value(self, trainer: pl.Trainer) -> float | None:
         """The current value of ``best``; None if there is none, or only that of an earlier iteration."""
@@ -241,10 +219,6 @@ class IterationCheckpoint(Checkpoint):
         return len(self.values) < self.keep_best or any(
             self._key(value) > self._key(old) for old in self.values.values()
         )
-
-    def _ranked(self) -> list[tuple[int, float]]:
-        """``(iteration, value)``, the best first; of equal ones the earlier first."""
-        return sorted(self.values.items(), key=lambda item: (-self._key(item[1]), item[0]))
 
     def _key(self, value: float) -> float:
         return value if self.mode == "max" else -value

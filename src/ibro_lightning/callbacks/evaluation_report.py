@@ -13,7 +13,7 @@ from ibro_lightning.callbacks.needs import EvaluatedModule, warn_unless
 from ibro_lightning.callbacks.say import say
 from ibro_lightning.evaluation.metrics import Estimate, Evaluation
 from ibro_lightning.guards.disk import write_json
-from ibro_lightning.runs.folder import evaluation_counts, evaluation_name, lay_claim, rehearses, run_folder
+from ibro_lightning.runs.folder import claim_for, evaluation_counts, evaluation_name, is_fast_dev_run, run_folder
 from ibro_lightning.runs.parquet import mark_complete
 
 
@@ -27,7 +27,7 @@ class EvaluationReport(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != TrainerFn.PREDICTING:
             warn_unless(self, pl_module, EvaluatedModule, "evaluations, iteration and evaluation_is_current")
-            lay_claim(trainer, "evaluations")
+            claim_for(trainer, "evaluations")
 
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -47,7 +47,7 @@ class EvaluationReport(pl.Callback):
         if not module.evaluations:
             return
         say(trainer, f"\n{title}\n{evaluation_table(module.evaluations)}")
-        if rehearses(trainer) or not evaluation_counts(trainer):
+        if is_fast_dev_run(trainer) or not evaluation_counts(trainer):
             return
         folder = run_folder(trainer) / "evaluations" / evaluation_name(trainer)
         content = {set_name: evaluation.to_json() for set_name, evaluation in module.evaluations.items()}

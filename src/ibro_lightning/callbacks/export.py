@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from ibro_lightning.callbacks.needs import ExportedModule, warn_unless
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.runs.folder import lay_claim, rehearses, run_folder
+from ibro_lightning.runs.folder import claim_for, is_fast_dev_run, run_folder
 
 
 class ExportModel(pl.Callback):
@@ -33,20 +33,17 @@ class ExportModel(pl.Callback):
         if not isinstance(pl_module, ExportedModule):
             return
         folder = run_folder(trainer) / "model"
-        if folder.resolve() in pl_module.source_folders and not rehearses(trainer):
-            raise ConfigError(
-                "trainer.default_root_dir",
-                str(run_folder(trainer)),
-                "its model/ is the policy that this run starts from: write another folder for the run",
-            )
-        lay_claim(trainer, *(path.name for path in pl_module.export_names(folder)))
+        if folder.resolve() in pl_module.source_folders and not is_fast_dev_run(trainer):
+            remedy = "its model/ is the policy that this run starts from: write another folder for the run"
+            raise ConfigError("trainer.default_root_dir", str(run_folder(trainer)), remedy)
+        claim_for(trainer, *(path.name for path in pl_module.export_names(folder)))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._done = False
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export, on all ranks, as sharded weights are gathered."""
-        if self.enabled and not rehearses(trainer) and isinstance(pl_module, ExportedModule):
+        if self.enabled and not is_fast_dev_run(trainer) and isinstance(pl_module, ExportedModule):
             self.written = pl_module.export(run_folder(trainer) / "model", keep_earlier=False)
             self._done = True
 

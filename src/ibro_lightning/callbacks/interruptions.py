@@ -34,12 +34,11 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from ibro_lightning.batches import Rollout
 from ibro_lightning.callbacks.rank_watch import RankWatch
 from ibro_lightning.guards import interruption, signals
-from ibro_lightning.guards.failure_watch import FailureWatch
 from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.guards.printing import tell, tell_now
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.runs.contents import MARK
-from ibro_lightning.runs.folder import rehearses, run_folder
+from ibro_lightning.runs.folder import callbacks_of, is_fast_dev_run, run_folder
 
 GONE = 2
 """Exit code of a run whose folder is gone, which the user has to fix."""
@@ -49,7 +48,7 @@ class Interruptions(pl.Callback):
     """Handles SIGINT, SIGTERM, SIGHUP and SLURM's requeue signal in place of Lightning, whose SIGTERM handler runs a
     collective whenever the signal arrives: with several ranks it never returns.
 
-    Ranks agree to stop when they agree on the responses of an iteration (:meth:`.Ranks.together`), so it is enough that
+    Ranks agree to stop when they agree on an iteration's responses (:meth:`.Ranks.all_or_none`), so it is enough that
     the signal reaches one of them. Callbacks with a method ``save_now(trainer)`` write the checkpoint.
     """
 
@@ -67,15 +66,14 @@ class Interruptions(pl.Callback):
         if stage == TrainerFn.FITTING:
             interruption.clear()
             self._boundary, self._requeue = None, False
-            if not _writers(trainer) and trainer.checkpoint_callbacks and not rehearses(trainer):
-                rank_zero_warn(
-                    "Interruptions saves nothing when it ends a run: it needs an IterationCheckpoint for that"
-                )
+            if not _writers(trainer) and trainer.checkpoint_callbacks and not is_fast_dev_run(trainer):
+                rank_zero_warn("Interruptions saves nothing when it ends a run: add an IterationCheckpoint")
         self._trainer = trainer
-        trainer._signal_connector.register_signal_handlers = _no_handlers  # type: ignore[method-assign]
+        # In place of Lightning's own handlers.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         if self._before or threading.current_thread() is not threading.main_thread():
             return
-        numbers = signals.heeded()
+        numbers = signals.stop_signals()
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = environment.requeue_signal or signal.SIGUSR1
@@ -88,14 +86,14 @@ class Interruptions(pl.Callback):
         self._before, self._trainer = {}, None
 
     def _handle(self, number: int, frame: object) -> None:
-        signals.heard()
+        signals.record_handled()
         again = interruption.requested() is not None
         if again and number == signal.SIGINT:
             signals.at_once(lambda: self._pass_on(signal.SIGKILL))
         name = signal.Signals(number).name
         if not again:
             self._requeue = number == self._requeue_signal
-            tell_now(f"\n{name}: the run will stop at its next safe moment; Ctrl-C stops it at once")
+            tell_now(f"\n{name}: the run will stop as soon as it can without losing work; Ctrl-C stops it at once")
             self._pass_on(signal.SIGTERM)
         interruption.request(name, 128 + number)
 
@@ -128,14 +126,14 @@ class Interruptions(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if not isinstance(batch, Rollout):  # for rollouts, the datamodule has done this
-            with Ranks.of(trainer.strategy).together():
+            with Ranks.of(trainer.strategy).all_or_none():
                 pass
         self._boundary = None
 
     # The run's folder.
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and not rehearses(trainer):
+        if trainer.is_global_zero and not is_fast_dev_run(trainer):
             self._folder_id = _folder_id(run_folder(trainer))
 
     def on_train_batch_end(
@@ -144,8 +142,7 @@ class Interruptions(pl.Callback):
         self._stop_if_moved(trainer)
 
     def _stop_if_moved(self, trainer: pl.Trainer) -> None:
-        """Stop the run if its folder was moved or removed. The next write would create the folder anew, without the
-        settings and the curves."""
+        """Stop the run if its folder was moved or removed: the next write would recreate it without its settings."""
         folder = run_folder(trainer)
         if self._folder_id is not None and _folder_id(folder) != self._folder_id:
             self._folder_id = None
@@ -153,7 +150,7 @@ class Interruptions(pl.Callback):
             inside = [log_dir for log_dir in log_dirs if folder.absolute() in log_dir.parents]
             for path in (folder, *inside):  # loggers may still have something to write
                 path.mkdir(parents=True, exist_ok=True)
-            interruption.request(f"the loss of its folder {folder}, which somebody has moved or removed", GONE)
+            interruption.request(f"the loss of its folder {folder}, which was moved or removed", GONE)
 
     # The end.
 
@@ -161,28 +158,24 @@ class Interruptions(pl.Callback):
         if isinstance(exception, Interrupted):
             # Before setup and after teardown there is nothing to save.
             training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._trainer
-            saved = bool(training) and self._save_or_report(trainer)
-            exception.is_told = True
+            try:
+                saved = bool(training) and self._save(trainer)
+            except Exception as error:  # the other ranks would wait for this one's part
+                for rank_watch in callbacks_of(trainer, RankWatch):
+                    rank_watch.watch.report(error)
+                raise
+            exception.is_reported = True
             self._report_end(trainer, exception, saved)
-            for watch in _watches(trainer):
-                watch.stop()
+            for rank_watch in callbacks_of(trainer, RankWatch):
+                rank_watch.watch.stop()
             interruption.clear()
         self.teardown(trainer, pl_module, "")
-
-    def _save_or_report(self, trainer: pl.Trainer) -> bool:
-        """Save, and tell the other ranks if this one cannot write its part, as they would wait for it."""
-        try:
-            return self._save(trainer)
-        except Exception as error:
-            for watch in _watches(trainer):
-                watch.report(error)
-            raise
 
     def _save(self, trainer: pl.Trainer) -> bool:
         """Write the checkpoint if there is anything to resume from, and return whether it was written. Collective: all
         ranks must call it."""
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-        if progress.total.completed == 0 or rehearses(trainer):
+        if progress.total.completed == 0 or is_fast_dev_run(trainer):
             return False
         if self._boundary is not None:
             trainer.fit_loop.load_state_dict(self._boundary)
@@ -200,7 +193,7 @@ class Interruptions(pl.Callback):
     def _report_end(self, trainer: pl.Trainer, exception: Interrupted, saved: bool) -> None:
         done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         nothing = "nothing is saved" if done and not _writers(trainer) else "nothing had to be saved"
-        after = f"after {done} iterations: go on with --ckpt_path last" if saved else nothing
+        after = f"after {done} iterations: resume with --ckpt_path last" if saved else nothing
         tell(f"stopped by {exception}, {after}")
         if self._requeue:
             requeue()
@@ -208,17 +201,7 @@ class Interruptions(pl.Callback):
 
 def _writers(trainer: pl.Trainer) -> list[Any]:
     """The callbacks that write the checkpoint of a stopped run."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if hasattr(callback, "save_now")]
-
-
-def _watches(trainer: pl.Trainer) -> list[FailureWatch]:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback.watch for callback in callbacks if isinstance(callback, RankWatch)]
-
-
-def _no_handlers() -> None:
-    """Replaces Lightning's registration of signal handlers."""
+    return [callback for callback in callbacks_of(trainer, object) if hasattr(callback, "save_now")]
 
 
 def _state_before_validation(trainer: pl.Trainer) -> dict[str, Any]:
@@ -227,8 +210,8 @@ def _state_before_validation(trainer: pl.Trainer) -> dict[str, Any]:
     total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
     total.ready = total.started = total.completed = total.processed
     state = trainer.fit_loop.state_dict()
-    begun = state["epoch_loop.val_loop.batch_progress"]["total"]
-    begun["ready"] = begun["started"] = begun["processed"] + 1
+    started = state["epoch_loop.val_loop.batch_progress"]["total"]
+    started["ready"] = started["started"] = started["processed"] + 1
     return state
 
 

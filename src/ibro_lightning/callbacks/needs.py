@@ -37,17 +37,14 @@ class ExportedModule(Protocol):
 def warn_unless(callback: pl.Callback, module: pl.LightningModule, needed: type[Any], members: str) -> None:
     """Warn in one line if ``module`` does not implement ``needed``, one of the protocols above."""
     if not isinstance(module, needed):
-        rank_zero_warn(f"{_name(callback)} does nothing: it needs {members} of a module, and {_name(module)} has not")
+        rank_zero_warn(f"{_name(callback)} does nothing: it needs a module with {members}, which {_name(module)} lacks")
 
 
-def is_rollout(batch: Any, callback: pl.Callback, told: set[type]) -> TypeGuard[Rollout]:
-    """Whether a batch is a rollout; warns once per type if it is neither a rollout nor demonstrations.
-
-    Args:
-        told: the types of batches for which the callback has already warned.
-    """
-    if not isinstance(batch, Rollout | Sequences) and type(batch) not in told:
-        told.add(type(batch))
+def is_rollout(batch: Any, callback: pl.Callback, warned: set[type]) -> TypeGuard[Rollout]:
+    """Whether a batch is a rollout; warns once per type, recorded in ``warned``, if it is neither a rollout nor
+    demonstrations."""
+    if not isinstance(batch, Rollout | Sequences) and type(batch) not in warned:
+        warned.add(type(batch))
         rank_zero_warn(f"{_name(callback)} does nothing: it needs batches of type Rollout, and got {_name(batch)}")
     return isinstance(batch, Rollout)
 

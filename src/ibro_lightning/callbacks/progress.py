@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ibro_lightning.callbacks.metrics_log import MetricsLog
 from ibro_lightning.guards.printing import is_terminal
+from ibro_lightning.runs.folder import callbacks_of
 
 SHOWN = {
     "rollout/reward": "reward",
@@ -58,8 +59,7 @@ class IterationProgress(ProgressBar):
         self._done = trainer.current_epoch * batches
         self._started = time.perf_counter()
         # The two callbacks share one measurement, which the first of them makes.
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        self._metrics = next((callback for callback in callbacks if isinstance(callback, MetricsLog)), MetricsLog())
+        self._metrics = next(iter(callbacks_of(trainer, MetricsLog)), MetricsLog())
         self._metrics.on_train_start(trainer, pl_module)
         if self._enabled and is_terminal(sys.stderr):
             self._bar = tqdm(total=self._total or None, initial=self._done, desc="training", dynamic_ncols=True)

@@ -23,10 +23,6 @@ class RankWatch(pl.Callback):
         check_at_least("silence_s", silence_s, 10)
         self.watch = FailureWatch(grace_s, silence_s)
 
-    def start(self) -> None:
-        """Watch before the Trainer's first hook: data may be missing on only one machine."""
-        self.watch.start()
-
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.world_size > 1:
             self.watch.start()
@@ -35,9 +31,8 @@ class RankWatch(pl.Callback):
         self.watch.stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, Interrupted):  # all ranks agreed to stop; keep watching while they write a checkpoint
-            return
-        if trainer.world_size == 1:
+        # Interrupted: all ranks agreed to stop; keep watching while they write a checkpoint.
+        if isinstance(exception, Interrupted) or trainer.world_size == 1:
             return
         self.watch.start()  # in case this happened before setup
         self.watch.report(exception)

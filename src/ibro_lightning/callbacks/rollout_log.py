@@ -15,11 +15,10 @@ from ibro_lightning.callbacks.say import say
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.disk import write_json
 from ibro_lightning.ranks import Ranks
-from ibro_lightning.runs.authorship import leave_to_others, run_id
-from ibro_lightning.runs.folder import clear_way, lay_claim, rehearses, run_folder
+from ibro_lightning.runs.authorship import leave_to_others, own_in, run_id, set_aside
+from ibro_lightning.runs.folder import claim_for, clear_way, is_fast_dev_run, run_folder
 from ibro_lightning.runs.holding import RunLock
-from ibro_lightning.runs.model_folders import free_name, prune
-from ibro_lightning.runs.moving import own_in, remove, set_aside
+from ibro_lightning.runs.model_folders import free_name, prune, remove
 from ibro_lightning.runs.parquet import MANIFEST, read_manifest, write_parquet
 from ibro_lightning.version import __version__
 
@@ -44,7 +43,7 @@ class RolloutLog(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage in (TrainerFn.FITTING, TrainerFn.PREDICTING):
             RunLock.of(trainer).take(trainer)
-            lay_claim(trainer, "rollouts" if stage == TrainerFn.FITTING else "predictions")
+            claim_for(trainer, "rollouts" if stage == TrainerFn.FITTING else "predictions")
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         clear_way(trainer)
@@ -55,7 +54,7 @@ class RolloutLog(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if rehearses(trainer):
+        if is_fast_dev_run(trainer):
             return
         if (
             self.every_n_iterations
@@ -68,7 +67,7 @@ class RolloutLog(pl.Callback):
 
     @rank_zero_only
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not rehearses(trainer):
+        if not is_fast_dev_run(trainer):
             set_predictions_aside(run_folder(trainer) / "predictions")
 
     def on_predict_batch_end(
@@ -80,13 +79,13 @@ class RolloutLog(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if rehearses(trainer) or not is_rollout(batch, self, self._warned):
+        if is_fast_dev_run(trainer) or not is_rollout(batch, self, self._warned):
             return
         folder = run_folder(trainer) / "predictions" / batch.name
         _write(folder / f"batch_{batch_idx:04d}.parquet", batch, Ranks.of(trainer.strategy))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if rehearses(trainer):
+        if is_fast_dev_run(trainer):
             return
         if trainer.is_global_zero and (run_folder(trainer) / "predictions").is_dir():
             write_json(run_folder(trainer) / "predictions" / MANIFEST, {"version": __version__, "complete": True})
@@ -95,14 +94,14 @@ class RolloutLog(pl.Callback):
 
 def set_predictions_aside(folder: Path) -> None:
     """Move the batches of an earlier call to ``predictions.1``; remove those of a killed one."""
-    own, is_all = own_in(folder, folder.name)
+    own = own_in(folder, folder.name)
     if read_manifest(folder) is None:
         ours = leave_to_others(folder.parent, [f"{folder.name}/{name}" for name in own])
         remove(folder.parent, ours)
         prune(folder)
     else:
         aside = free_name(folder)
-        set_aside(folder, aside, own, is_all=is_all)
+        set_aside(folder, aside, own)
         rank_zero_info(f"earlier predictions were in {folder}: moved to {aside}")
 
 

@@ -53,7 +53,7 @@ class SamplesTable(pl.Callback):
             trainer.loggers, "samples", lambda: _table(batch, self.rows, self.max_characters), batch.iteration
         )
         for name in sorted(set(without) - self._without):
-            rank_zero_info(f"{name} shows no text: samples are in {run_folder(trainer) / 'rollouts'} alone")
+            rank_zero_info(f"{name} does not log tables: samples are only in {run_folder(trainer) / 'rollouts'}")
         self._without.update(without)
 
 

@@ -11,7 +11,7 @@ import transformers
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
-from ibro_lightning.guards.disk import written_whole
+from ibro_lightning.guards.disk import written_atomically
 from ibro_lightning.runs.folder import run_folder
 from ibro_lightning.runs.marks import HEADER
 from ibro_lightning.runs.settings import set_settings_aside
@@ -27,7 +27,7 @@ class SaveResolvedConfig(SaveConfigCallback):
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         name = "config.yaml" if stage == "fit" else f"{TrainerFn(stage).value}.yaml"
         path = run_folder(trainer) / name
-        with written_whole(path) as partial:
+        with written_atomically(path) as partial:
             self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=self.multifile)
             partial.write_text(header() + partial.read_text())
             if stage != "fit":

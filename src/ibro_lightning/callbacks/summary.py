@@ -14,7 +14,7 @@ from ibro_lightning.callbacks.export import ExportModel
 from ibro_lightning.callbacks.needs import EvaluatedModule, warn_unless
 from ibro_lightning.callbacks.say import say
 from ibro_lightning.guards.disk import write_json
-from ibro_lightning.runs.folder import evaluation_counts, lay_claim, rehearses, run_folder
+from ibro_lightning.runs.folder import callbacks_of, claim_for, evaluation_counts, is_fast_dev_run, run_folder
 from ibro_lightning.runs.loggers import places
 from ibro_lightning.version import __version__
 
@@ -45,7 +45,7 @@ class RunSummary(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == TrainerFn.FITTING:
             warn_unless(self, pl_module, EvaluatedModule, "evaluations, iteration and evaluation_is_current")
-            lay_claim(trainer, "summary.json")
+            claim_for(trainer, "summary.json")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
@@ -80,7 +80,7 @@ class RunSummary(pl.Callback):
 
     @rank_zero_only
     def _write(self, trainer: pl.Trainer, module: EvaluatedModule, *, complete: bool = True) -> None:
-        if rehearses(trainer):
+        if is_fast_dev_run(trainer):
             return
         folder, curves = run_folder(trainer), places(trainer.loggers)
         before, after = _accuracy(self.before), _accuracy(self.after)
@@ -115,8 +115,7 @@ class RunSummary(pl.Callback):
 
 def _model_folder(trainer: pl.Trainer) -> str | None:
     """The exported model's folder, which is not ``model/`` if foreign files have that name; None if there is none."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    written = next((c.written for c in callbacks if isinstance(c, ExportModel) and c.written), None)
+    written = next((export.written for export in callbacks_of(trainer, ExportModel) if export.written), None)
     usual = run_folder(trainer) / "model"
     return str(written or usual) if written or usual.is_dir() else None
 

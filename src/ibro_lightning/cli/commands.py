@@ -9,10 +9,10 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.version import __version__
 
 COMMANDS = {
-    "fit": "train a policy; --ckpt_path last goes on with a run",
+    "fit": "train a policy; --ckpt_path last resumes a run",
     "validate": "evaluate a policy, or a checkpoint (--ckpt_path), on data.eval_sets",
     "test": "the same, once, for the numbers to report",
-    "predict": "write responses to the questions of data.eval_sets, with their rewards",
+    "predict": "generate and judge responses to the questions of data.eval_sets",
     "compare": "compare two evaluations of the same questions",
     "export": "write a checkpoint's policy as a Hugging Face folder",
 }
@@ -28,11 +28,8 @@ A RECIPE is a path or the name of one that ships with the package, such as quick
 
 
 def answer(arguments: Sequence[str]) -> str | None:
-    """The text to print if the arguments ask only for the usage or the version; None otherwise.
-
-    Raises:
-        ConfigError: the command does not exist.
-    """
+    """The text to print if the arguments ask only for the usage or the version; None otherwise. Raises
+    :class:`ConfigError` for an unknown command."""
     first = next(iter(arguments), "--help")
     if first in ("-h", "--help"):
         return USAGE

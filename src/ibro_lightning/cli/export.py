@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from ibro_lightning.cli.parser import OneLineParser
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.modules import PolicyModule
-from ibro_lightning.runs.checkpoints import CheckpointFiles
+from ibro_lightning.runs.checkpoints.plugin import CheckpointFiles
 from ibro_lightning.runs.holding import FolderLock
 from ibro_lightning.runs.model_folders import free_name, is_in_the_way, is_ours
 from ibro_lightning.runs.resume import check_exists, find_checkpoint
@@ -44,23 +44,22 @@ def main(argv: Sequence[str]) -> None:
 
 
 def export_checkpoint(
-    wanted: str, output: Path, run: str | None = None, config: str | None = None, *, overwrite: bool = False
+    ckpt_path: str, output: Path, run: str | None = None, config: str | None = None, *, overwrite: bool = False
 ) -> Path:
-    """Write the policy of a checkpoint to ``output``; arguments as on the command line.
-
-    Raises:
-        ConfigError: the checkpoint or recipe does not exist, or ``output`` or a folder for the critic or the adapters
-            next to it is occupied.
-    """
-    check_exists(wanted)
+    """Write the policy of a checkpoint to ``output``; arguments as on the command line. Raises :class:`ConfigError` if
+    the checkpoint or recipe does not exist, or ``output`` or a folder beside it for the critic or adapters is
+    occupied."""
+    check_exists(ckpt_path)
     check_free(output, overwrite)
-    if run is None and not Path(wanted).exists():
-        raise ConfigError("ckpt_path", wanted, "of which run? Write --run runs/mine, or the path of a checkpoint")
+    if run is None and not Path(ckpt_path).exists():
+        raise ConfigError(
+            "ckpt_path", ckpt_path, "of an unknown run: write --run runs/mine, or the path of a checkpoint"
+        )
     # Not resolved: last.ckpt lies in the run's folder, but may be a link to elsewhere.
-    folder = Path(run) if run is not None else Path(wanted).absolute().parent.parent
-    path = find_checkpoint(wanted, folder)
+    folder = Path(run) if run is not None else Path(ckpt_path).absolute().parent.parent
+    path = find_checkpoint(ckpt_path, folder)
     if path is None:
-        raise ConfigError("ckpt_path", wanted, f"there is no checkpoint in {folder}")
+        raise ConfigError("ckpt_path", ckpt_path, f"there is no checkpoint in {folder}")
     recipe = Path(config) if config else folder / "config.yaml"
     if not recipe.is_file():
         raise ConfigError("config", str(recipe), "no such file: name the recipe of the checkpoint's run")
@@ -88,9 +87,8 @@ def check_free(folder: Path, overwrite: bool) -> None:
     if is_in_the_way(folder):
         raise ConfigError("output", str(folder), "exists, and no export has written it: write the name of a new folder")
     if is_ours(folder) and not overwrite:
-        raise ConfigError(
-            "output", str(folder), f"exists: --overwrite moves it to {free_name(folder)}, or write another folder"
-        )
+        remedy = f"exists: --overwrite moves it to {free_name(folder)}, or write another folder"
+        raise ConfigError("output", str(folder), remedy)
 
 
 def build_module(recipe: Path) -> pl.LightningModule:
@@ -98,7 +96,7 @@ def build_module(recipe: Path) -> pl.LightningModule:
     try:
         content: Any = OmegaConf.to_container(OmegaConf.load(recipe), resolve=False)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("config", str(recipe), f"this is no YAML: {error}") from error
+        raise ConfigError("config", str(recipe), f"this is not YAML: {error}") from error
     if not isinstance(content, dict) or "model" not in content:
         raise ConfigError("config", str(recipe), "it has no model: name the recipe of the checkpoint's run")
     model = OmegaConf.to_container(OmegaConf.create({"model": content["model"]}), resolve=True)

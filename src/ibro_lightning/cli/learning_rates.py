@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import re
@@ -18,12 +19,8 @@ RATES = {"optimizer": "learning_rate", "critic_optimizer": "critic_learning_rate
 
 
 def settle_learning_rates(config: Any) -> None:
-    """Move an optimizer's own ``lr`` to the module's learning rate, in place. :func:`one_rate` does so for recipe
-    files.
-
-    Raises:
-        ConfigError: both are on the command line and differ.
-    """
+    """Move an optimizer's own ``lr`` to the module's learning rate, in place, or raise :class:`ConfigError` if both are
+    on the command line and differ. :func:`one_rate` does so for recipe files."""
     model: Any = config.get("model") if config is not None and hasattr(config, "get") else None
     settings: Any = model.get("init_args") if hasattr(model, "get") else None
     if not hasattr(settings, "get"):
@@ -41,9 +38,8 @@ def settle_learning_rates(config: Any) -> None:
             continue  # the optimizer refuses it, under the name that the user wrote
         default = default_rate(getattr(importlib.import_module(package), kind), rate)
         if (not _written(name) or _written(rate)) and settings[rate] not in (default, holder["lr"]):
-            raise ConfigError(
-                f"model.{rate}", settings[rate], f"model.{name} has lr {holder['lr']:g}: write one of them"
-            )
+            remedy = f"model.{name} has lr {holder['lr']:g}: write one of them"
+            raise ConfigError(f"model.{rate}", settings[rate], remedy)
         settings[rate] = holder.pop("lr")
 
 
@@ -60,31 +56,22 @@ def _written(name: str) -> bool:
 
 def one_rate(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe with an optimizer's ``lr`` moved to its model's learning rate, so that later settings override it.
-
-    Raises:
-        ConfigError: it has both, and they differ.
-    """
-    model = recipe.get("model")
-    settings = model.get("init_args") if isinstance(model, dict) else None
-    if not isinstance(model, dict) or not isinstance(settings, dict):
-        return recipe
-    settings = dict(settings)
-    for name, rate in RATES.items():
+    Raises :class:`ConfigError` if it has both, and they differ."""
+    recipe = copy.deepcopy(recipe)
+    model: Any = recipe.get("model")
+    settings: Any = model.get("init_args") if isinstance(model, dict) else None
+    for name, rate in RATES.items() if isinstance(settings, dict) else ():
         holder = _holder_of_rate(settings.get(name))
         if holder is None or not _takes(model.get("class_path"), rate):
             continue
         lr = holder["lr"]
-        optimizer = {
-            part: {key: value for key, value in content.items() if key != "lr"} if content is holder else content
-            for part, content in settings[name].items()
-        }
         if lr is None:
-            settings[name] = optimizer
+            holder.pop("lr")
         elif isinstance(lr, int | float) and lr >= 0:
             if settings.get(rate, lr) != lr:
                 raise ConfigError(f"model.{rate}", settings[rate], f"model.{name} has lr {lr:g}: write one of them")
-            settings |= {name: optimizer, rate: lr}
-    return {**recipe, "model": {**model, "init_args": settings}}
+            settings[rate] = holder.pop("lr")
+    return recipe
 
 
 def _takes(class_path: Any, name: str) -> bool:
@@ -110,5 +97,5 @@ def refuse_no_rate(argv: Sequence[str]) -> None:
     for argument, value in pairwise([part for whole in argv for part in whole.split("=", 1)] + [""]):
         match = re.fullmatch(r"--(?:model\.(?:init_args\.)?)?(critic_)?optimizer\.(?:init_args\.)?lr", argument)
         if match and value.lower() in ("null", "none", "~"):
-            remedy = f"write a number, or leave it out: model.{match[1] or ''}learning_rate counts then"
+            remedy = f"write a number, or leave it out: model.{match[1] or ''}learning_rate is used then"
             raise ConfigError(argument[2:], None, remedy)

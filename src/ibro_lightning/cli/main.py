@@ -17,7 +17,6 @@ from ibro_lightning.cli.training import IbroCLI
 from ibro_lightning.evaluation import compare
 from ibro_lightning.guards import interruption, printing, signals
 from ibro_lightning.guards.endings import ended
-from ibro_lightning.guards.orphans import end_with_launcher
 from ibro_lightning.version import __version__
 
 # Warnings on which a user cannot act.
@@ -38,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if args is None else args)
     interruption.clear()
     with printing.protected(), ended(), signals.raised():
-        end_with_launcher()
+        signals.end_with_launcher()
         for message in NOISE:
             warnings.filterwarnings("ignore", message=message)
         if (text := answer(argv)) is not None:

@@ -18,11 +18,7 @@ class RecipePaths:
     """Completes a :class:`ConfigError` with the path of the object whose field it names, e.g. ``model.regularizer``.
 
     The parser calls it in place of each class that it instantiates (``instantiators`` of
-    ``ArgumentParser.instantiate``).
-
-    Args:
-        recipe: the configuration before instantiation.
-    """
+    ``ArgumentParser.instantiate``)."""
 
     def __init__(self, recipe: Namespace) -> None:
         self.recipe = recipe
@@ -40,11 +36,7 @@ class RecipePaths:
         return built
 
     def name(self, built: Mapping[str, Any]) -> None:
-        """Record the path of every object.
-
-        Args:
-            built: the configuration after instantiation.
-        """
+        """Record the path of every object in the configuration after instantiation."""
         settings_of = self._settings()
 
         def visit(value: Any, path: str) -> None:

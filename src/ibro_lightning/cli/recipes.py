@@ -19,11 +19,7 @@ def recipe_names() -> list[str]:
 
 
 def find_config(name: str) -> Path:
-    """The file that ``name`` means: a path, or else a shipped recipe (with or without ``.yaml``).
-
-    Raises:
-        ConfigError: neither exists; the message lists the shipped recipes.
-    """
+    """The file that ``name`` means: a path, or else a shipped recipe (with or without ``.yaml``)."""
     for candidate in (Path(name), recipe_folder() / name, recipe_folder() / f"{name}.yaml"):
         if candidate.is_file():
             return candidate

@@ -36,18 +36,12 @@ MISSING = "missing - "
 """In place of the value of a required setting that is not given."""
 MANY = 16
 """Above this number, classes are not listed."""
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
-_OTHERS = {Path: "a path", timedelta: "a time, such as 00:30:00", Any: "another value"}
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_WORDS |= {NoneType: "null", Path: "a path", timedelta: "a time, such as 00:30:00", Any: "another value"}
 
 
 class Refused(ArgumentError):
-    """A setting that the parser of one class refuses.
-
-    Args:
-        keys: path from that class to the setting.
-        value: as read; None for null.
-        remedy: what to write instead.
-    """
+    """A setting that the parser of one class refuses: the path from that class to it, and its value, None for null."""
 
     def __init__(self, keys: tuple[str, ...], value: str | None, remedy: str) -> None:
         super().__init__(None, remedy)
@@ -63,13 +57,7 @@ class Refused(ArgumentError):
 
 
 def explain(parser: Any, message: str, cause: BaseException | None) -> Refused:
-    """A parser's error as a :class:`Refused`.
-
-    Args:
-        parser: of the whole recipe, or of a class in it.
-        message: the parser's own message.
-        cause: what the parser caught; may wrap the :class:`Refused` of a nested class's parser.
-    """
+    """A parser's error as a :class:`Refused`. What the parser caught may wrap the one of a nested class's parser."""
     keys = _keys(found[1]) if (found := _KEY.search(message)) else ()
     while cause is not None and not isinstance(cause, Refused):
         if isinstance(cause, ConfigError):
@@ -93,10 +81,10 @@ def explain(parser: Any, message: str, cause: BaseException | None) -> Refused:
 def _unknown(parser: Any, name: str, value: str | None) -> Refused:
     names = sorted({action.dest for action in parser._actions if action.dest not in ("help", "print_shtab", SUPPRESS)})
     near = difflib.get_close_matches(name, names, n=1)
-    of = "the command line" if parser.exit_on_error else parser.of_class.__name__
-    others = ", ".join(name for name in names if "." not in name)
-    hint = f"did you mean {near[0]}?" if near else f"it has {others}" if others else "it has none"
-    return Refused(_keys(name), value, f"{of} has no such setting: {hint}")
+    owner = "the command line" if parser.exit_on_error else parser.of_class.__name__
+    others = ", ".join(name for name in names if "." not in name) or "none"
+    hint = f"did you mean {near[0]}?" if near else f"it has {others}"
+    return Refused(_keys(name), value, f"{owner} has no such setting: {hint}")
 
 
 def _wrong_value(parser: Any, keys: tuple[str, ...], value: str, message: str) -> Refused:
@@ -114,7 +102,7 @@ def _wrong_value(parser: Any, keys: tuple[str, ...], value: str, message: str) -
         if (moved := _moved(value, _bases(hint))) is not None:
             return Refused(keys, value, f"this class has moved: write {moved.__name__}, or {_path(moved)}")
     elif other := _NO_SUBCLASS.search(message):
-        reason = f"this is no {other[1]}: " if other[1] else "this is a base of such classes: "
+        reason = f"not a subclass of {other[1]}: " if other[1] else "this is an abstract base class: "
     elif (bases := list(_bases(hint))) and re.fullmatch(r"[A-Z]\w*", value) and value != "None":
         near = [] if all(map(is_dataclass, bases)) else difflib.get_close_matches(value, _names(bases), n=1)
         reason = f"there is no {bases[0].__name__} of that name: {f'did you mean {near[0]}? Or ' if near else ''}"
@@ -127,8 +115,10 @@ def _wrong_value(parser: Any, keys: tuple[str, ...], value: str, message: str) -
 def expected(hint: Any, settings: Sequence[str] = ()) -> str:
     """What may be written for a parameter with this type hint, or for a group of settings with these names."""
     origin, args = get_origin(hint), get_args(hint)
-    if hint in _KINDS or (hint in _OTHERS and not settings):
-        return _KINDS.get(hint) or _OTHERS[hint]
+    if hint is Any and settings:
+        return f"its settings ({', '.join(settings)})"
+    if hint in _WORDS:
+        return _WORDS[hint]
     if origin is Literal:
         return _either([str(value) for value in args])
     if origin in (Union, UnionType):
@@ -136,19 +126,15 @@ def expected(hint: Any, settings: Sequence[str] = ()) -> str:
         args = tuple(kind for kind in args if kind is not Tensor and (kind in own or not own & set(_bases(kind))))
         kinds = sorted(args, key=lambda kind: (kind is NoneType, bool(list(_bases(kind)))))
         return ", or ".join(dict.fromkeys(expected(kind) for kind in kinds))
-    if is_dataclass(hint):
-        return f"its settings ({', '.join(field.name for field in fields(hint))})"
-    if hint is Any and settings:
-        return f"its settings ({', '.join(settings)})"
-    container = isinstance(origin, type) and issubclass(origin, Iterable)
-    if container and not (bases := list(_bases(hint))):
-        return "a mapping" if issubclass(origin, Mapping) else "a list"
-    if bases := list(_bases(hint)):
-        of = "a mapping of names to" if container and issubclass(origin, Mapping) else "a list of" if container else ""
-        if all(is_dataclass(base) for base in bases):
-            return f"{of} settings ({', '.join(field.name for base in bases for field in fields(base))})"
-        return f"{of} {_classes(bases)}".strip()
-    return str(hint)
+    bases, container, of = list(_bases(hint)), "", ""
+    if isinstance(origin, type) and issubclass(origin, Iterable):
+        container, of = ("a mapping", " of names to ") if issubclass(origin, Mapping) else ("a list", " of ")
+    if not bases:
+        return container or str(hint)
+    if all(is_dataclass(base) for base in bases):
+        names = ", ".join(field.name for base in bases for field in fields(base))
+        return f"{container}{of or 'its '}settings ({names})"
+    return f"{container}{of}{_classes(bases)}"
 
 
 def _classes(bases: list[type]) -> str:
@@ -171,7 +157,7 @@ def _bases(hint: Any) -> Iterator[type]:
             yield from _bases(kind)
     elif origin is Callable or (isinstance(origin, type) and issubclass(origin, Iterable)):
         yield from _bases(args[0] if origin in (list, set, tuple) else args[-1])
-    elif origin is None and isinstance(hint, type) and hint not in (*_KINDS, *_OTHERS, Tensor):
+    elif origin is None and isinstance(hint, type) and hint not in (*_WORDS, Tensor):
         yield hint
 
 

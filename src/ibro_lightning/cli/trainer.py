@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ibro_lightning.callbacks import MetricsLog, RolloutLog, SamplesTable
 from ibro_lightning.guards.trainer_flags import as_refusal, refuse_trainer
-from ibro_lightning.runs.checkpoints import CheckpointFiles
+from ibro_lightning.runs.checkpoints.plugin import CheckpointFiles
 from ibro_lightning.runs.folder import refuse_loggers
 from ibro_lightning.runs.loggers import holds_a_run
 
@@ -45,7 +45,7 @@ def loggers_for(command: str, settings: Any, root: str) -> list[Logger] | Litera
     if command == "fit":
         return loggers
     for logger in filter(holds_a_run, loggers):
-        rank_zero_info(f"{type(logger).__name__} is left out of {command}: curves are in {logger.log_dir} already")
+        rank_zero_info(f"{type(logger).__name__} is left out of {command}: {logger.log_dir} already has curves")
     return [logger for logger in loggers if not holds_a_run(logger)]
 
 
@@ -54,32 +54,26 @@ def build_trainer(
     flags: dict[str, Any],
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:
-    """Build the Trainer without those of our callbacks that a flag switches off.
-
-    Args:
-        build: makes the Trainer from flags and callbacks.
-
-    Raises:
-        ConfigError: Lightning refuses a flag, or the flag cannot take effect here.
-    """
+    """Build the Trainer, with ``build(flags, callbacks)``, without those of our callbacks that a flag switches off.
+    Raises :class:`ConfigError` if Lightning refuses a flag, or the flag cannot take effect here."""
     user_flags = SimpleNamespace(**flags)
     if flags.get("barebones"):  # our own defaults are not the user's choice
         flags |= {flag: None for flag in BAREBONES if flags[flag] == DEFAULTS[flag]}
-    off: list[type[pl.Callback]] = []
-    bars = any(isinstance(callback, ProgressBar) for callback in _list(flags["callbacks"]))
-    if flags.get("enable_progress_bar") is False or bars:
-        off.append(ProgressBar)
-    if flags.get("enable_checkpointing") is False:
-        off.append(Checkpoint)
-    if flags.get("barebones"):
-        off += [ProgressBar, Checkpoint, MetricsLog, RolloutLog, SamplesTable]
+    has_bar = any(isinstance(callback, ProgressBar) for callback in _list(flags["callbacks"]))
+    barebones = bool(flags.get("barebones"))
+    off: dict[type[pl.Callback], bool] = {
+        ProgressBar: barebones or has_bar or flags.get("enable_progress_bar") is False,
+        Checkpoint: barebones or flags.get("enable_checkpointing") is False,
+        **dict.fromkeys((MetricsLog, RolloutLog, SamplesTable), barebones),
+    }
     for callback in callbacks:
         if isinstance(callback, MetricsLog) and callback.every_n_iterations is None:
             # An explicit 50, which is Lightning's default, counts as well.
             callback.every_n_iterations = flags["log_every_n_steps"]
     flags["plugins"] = [*_list(flags.get("plugins")), CheckpointFiles()]
+    kinds_off = tuple(kind for kind, is_off in off.items() if is_off)
     try:
-        trainer = build(flags, [callback for callback in callbacks if not isinstance(callback, tuple(off))])
+        trainer = build(flags, [callback for callback in callbacks if not isinstance(callback, kinds_off)])
     except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
         raise as_refusal(error, user_flags) from error
     refuse_trainer(trainer)
@@ -89,11 +83,7 @@ def build_trainer(
 
 @contextmanager
 def flags_refused(settings: Any) -> Iterator[None]:
-    """Turn the errors that Lightning raises about flags once it has data and metrics into one-line errors.
-
-    Raises:
-        ConfigError: names the flag.
-    """
+    """Turn the errors that Lightning raises about flags once it has data and metrics into a :class:`ConfigError`."""
     try:
         yield
     except (MisconfigurationException, RuntimeError) as error:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sized
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,7 @@ import ibro_lightning.rewards
 import ibro_lightning.sources.dataset
 import ibro_lightning.strategies
 import ibro_lightning.tasks  # noqa: F401  imported so that recipes may name classes without their module
-from ibro_lightning.callbacks import (
-    EvaluationReport,
-    ExportModel,
-    Heartbeat,
-    Interruptions,
-    IterationCheckpoint,
-    IterationProgress,
-    MetricsLog,
-    RankWatch,
-    RolloutLog,
-    RunSummary,
-    SamplesTable,
-)
+from ibro_lightning import callbacks as ours
 from ibro_lightning.callbacks.saved_config import header
 from ibro_lightning.cli.trainer import build_trainer, flags_refused, loggers_for
 from ibro_lightning.datamodules import RolloutDataModule
@@ -48,10 +36,12 @@ from ibro_lightning.guards.endings import explanation, one_line
 from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.guards.trainer_flags import refuse_batches, refuse_flags
 from ibro_lightning.modules import PolicyModule
-from ibro_lightning.runs.checkpoints import check_fits, check_limits, read_about, read_optimizers
-from ibro_lightning.runs.folder import enter, refuse_curves, rehearses, run_folder
+from ibro_lightning.runs.checkpoints.plugin import read_about, read_optimizers
+from ibro_lightning.runs.checkpoints.validity import check_fits, check_limits
+from ibro_lightning.runs.folder import callbacks_of, enter, is_fast_dev_run, refuse_curves, run_folder
 from ibro_lightning.runs.holding import RunLock
 from ibro_lightning.runs.loggers import resume_loggers
+from ibro_lightning.runs.moving import make_room, put_back, reopen
 from ibro_lightning.runs.resume import (
     check_continues,
     check_exists,
@@ -60,10 +50,9 @@ from ibro_lightning.runs.resume import (
     find_checkpoint,
     forget_beginning,
     logger_states_of,
-    note_end,
+    record_end,
     wind_back,
 )
-from ibro_lightning.runs.room import make_room, put_back, reopen
 from ibro_lightning.runs.settings import ResumeOptions, RunSettings, check_settings, keep_settings, put_settings_back
 
 
@@ -83,18 +72,22 @@ class IbroCLI(LightningCLI):
         add_arguments(parser)
         parser.add_class_arguments(ResumeOptions, "resume")
         # Order matters: first those that react to failures and interruptions, then metrics and those that show them.
-        parser.add_lightning_class_args(RankWatch, "rank_watch")
-        parser.add_lightning_class_args(Interruptions, "interruptions")
-        parser.add_lightning_class_args(RunLock, "run_lock")
-        parser.add_lightning_class_args(Heartbeat, "heartbeat")
-        parser.add_lightning_class_args(MetricsLog, "metrics_log")
-        parser.add_lightning_class_args(IterationProgress, "progress")
-        parser.add_lightning_class_args(RolloutLog, "rollout_log")
-        parser.add_lightning_class_args(SamplesTable, "samples")
-        parser.add_lightning_class_args(EvaluationReport, "evaluation_report")
-        parser.add_lightning_class_args(ExportModel, "export")
-        parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(RunSummary, "summary")
+        kinds = {
+            "rank_watch": ours.RankWatch,
+            "interruptions": ours.Interruptions,
+            "run_lock": RunLock,
+            "heartbeat": ours.Heartbeat,
+            "metrics_log": ours.MetricsLog,
+            "progress": ours.IterationProgress,
+            "rollout_log": ours.RolloutLog,
+            "samples": ours.SamplesTable,
+            "evaluation_report": ours.EvaluationReport,
+            "export": ours.ExportModel,
+            "checkpoint": ours.IterationCheckpoint,
+            "summary": ours.RunSummary,
+        }
+        for name, kind in kinds.items():
+            parser.add_lightning_class_args(kind, name)
 
     def _parse_ckpt_path(self) -> None:
         """Replaces LightningCLI's, which reads the whole checkpoint for hyperparameters that ours do not hold."""
@@ -126,7 +119,7 @@ class IbroCLI(LightningCLI):
         refuse_flags(settings)
         if self._get(self.config_init, "dry_run"):  # before a Trainer is built: its GPUs may be elsewhere
             if self.subcommand != "fit":
-                raise ConfigError("dry_run", True, f"only fit has one: leave it out of {self.subcommand}")
+                raise ConfigError("dry_run", True, f"only fit has a dry run: leave it out of {self.subcommand}")
             from ibro_lightning.dry_run.dry_run import dry_run  # its imports are heavy
 
             with self._named_settings():
@@ -140,9 +133,8 @@ class IbroCLI(LightningCLI):
         return build_trainer(super()._instantiate_trainer, config, callbacks)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RankWatch) and self.trainer.world_size > 1:
-                callback.start()
+        for rank_watch in callbacks_of(self.trainer, ours.RankWatch) if self.trainer.world_size > 1 else ():
+            rank_watch.watch.start()  # before the Trainer's first hook: data may be missing on only one machine
         with self._named_settings(), RunLock.of(self.trainer).held(self.trainer, subcommand):
             super()._run_subcommand(subcommand)
 
@@ -157,8 +149,10 @@ class IbroCLI(LightningCLI):
             raise
 
     def fit(self, **kwargs: Any) -> None:
-        if rehearses(self.trainer):
-            self._rehearse(kwargs)
+        if is_fast_dev_run(self.trainer):
+            rank_zero_info(f"fast_dev_run: nothing is written to or removed from {run_folder(self.trainer)}")
+            self._checkpoint(kwargs)
+            self._fit(kwargs)
             return
         folder, requested = run_folder(self.trainer), kwargs.get("ckpt_path")
         checkpoint = self._checkpoint(kwargs)
@@ -180,12 +174,9 @@ class IbroCLI(LightningCLI):
                 resume_loggers(self.trainer.loggers, states, folder)
         elif requested is not None:
             if (other := checkpoints_elsewhere(folder, self.trainer.loggers)) is not None:
-                raise ConfigError(
-                    "ckpt_path",
-                    requested,
-                    f"there is no checkpoint in {folder}, but there is {other}: write that, or leave it out",
-                )
-            rank_zero_info(f"there is no checkpoint in {folder} yet: starting anew")
+                remedy = f"there is no checkpoint in {folder}, but there is {other}: write that, or leave it out"
+                raise ConfigError("ckpt_path", requested, remedy)
+            rank_zero_info(f"there is no checkpoint in {folder} yet: starting from the beginning")
             if continues := forget_beginning(folder):
                 reopen(folder)
         kept = keep_settings(folder, self._settings()) if continues else None
@@ -213,31 +204,21 @@ class IbroCLI(LightningCLI):
         batches = self.datamodule.train_dataloader() if hasattr(self.datamodule, "train_dataloader") else None
         if isinstance(batches, Sized):
             refuse_batches(self.trainer, len(batches))
-        with self._refusals():
+        with flags_refused(self._get(self.config_init, "trainer")):
             self.trainer.fit(**settings)
-
-    def _refusals(self) -> AbstractContextManager[None]:
-        return flags_refused(self._get(self.config_init, "trainer"))
-
-    def _rehearse(self, settings: dict[str, Any]) -> None:
-        """``fast_dev_run``: run a few batches of everything and write nothing."""
-        rank_zero_info(f"fast_dev_run: nothing is written to {run_folder(self.trainer)}, and what is there stays")
-        self._checkpoint(settings)
-        self._fit(settings)
 
     def after_fit(self) -> None:
         """Evaluate once more if training did not end with an evaluation, for the summary."""
-        if isinstance(self.model, PolicyModule) and not rehearses(self.trainer):
+        if isinstance(self.model, PolicyModule) and not is_fast_dev_run(self.trainer):
             evaluation = None
             if not self.model.evaluation_is_current:
                 evaluation = evaluation_of(run_folder(self.trainer), self.resumed, self.model.iteration)
                 if evaluation is None:  # it makes all ranks agree on a stop requested meanwhile
                     self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, RunSummary):
-                    callback.after = evaluation or callback.after
-                    callback.finish(self.trainer, self.model)
-            note_end(run_folder(self.trainer), self.model.iteration, self.trainer.loggers)
+            for summary in callbacks_of(self.trainer, ours.RunSummary):
+                summary.after = evaluation or summary.after
+                summary.finish(self.trainer, self.model)
+            record_end(run_folder(self.trainer), self.model.iteration, self.trainer.loggers)
 
     def _checkpoint(self, settings: dict[str, Any]) -> Path | None:
         """Resolve ``ckpt_path`` in ``settings`` to the path of the checkpoint that it means, and return that."""
@@ -253,19 +234,19 @@ class IbroCLI(LightningCLI):
         return path
 
     def validate(self, **kwargs: Any) -> None:
-        self._checkpoint(kwargs)
-        with self._refusals():
-            self.trainer.validate(**{**kwargs, "verbose": False})  # EvaluationReport prints a better table
+        self._evaluate(self.trainer.validate, {**kwargs, "verbose": False})  # EvaluationReport prints a better table
 
     def test(self, **kwargs: Any) -> None:
-        self._checkpoint(kwargs)
-        with self._refusals():
-            self.trainer.test(**{**kwargs, "verbose": False})
+        self._evaluate(self.trainer.test, {**kwargs, "verbose": False})
 
     def predict(self, **kwargs: Any) -> None:
-        self._checkpoint(kwargs)
-        with self._refusals():
-            self.trainer.predict(**{**kwargs, "return_predictions": False})  # they are in the parquet files
+        # Responses are in the parquet files.
+        self._evaluate(self.trainer.predict, {**kwargs, "return_predictions": False})
+
+    def _evaluate(self, command: Callable[..., Any], settings: dict[str, Any]) -> None:
+        self._checkpoint(settings)
+        with flags_refused(self._get(self.config_init, "trainer")):
+            command(**settings)
 
 
 def _check_weights(path: Path, module: pl.LightningModule, state_dict: Mapping[str, Any], *_: Any) -> None:

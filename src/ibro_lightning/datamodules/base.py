@@ -18,7 +18,7 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.evaluation.record import EvaluationRecord, fingerprint
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.rewards import Reward
-from ibro_lightning.runs.folder import evaluation_counts, evaluation_name, lay_claim, rehearses, run_folder
+from ibro_lightning.runs.folder import claim_for, evaluation_counts, evaluation_name, is_fast_dev_run, run_folder
 from ibro_lightning.runs.holding import RunLock
 from ibro_lightning.seeding import run_seed
 from ibro_lightning.sources.base import PromptSource
@@ -102,7 +102,7 @@ class CollectingDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         sets = self.sets_of(stage)
         if self.trainer is not None and sets and stage != TrainerFn.PREDICTING:
-            lay_claim(self.trainer, "evaluations")
+            claim_for(self.trainer, "evaluations")
         self.prepare(stage)
         self.engine.setup(self.provider.model_spec())
         self.check_lengths(stage, self.engine.max_model_len)
@@ -239,7 +239,7 @@ class CollectingDataModule(pl.LightningDataModule):
         if self.trainer.predicting:
             return None, ()
         name = evaluation_name(self.trainer)
-        if rehearses(self.trainer) or not evaluation_counts(self.trainer):
+        if is_fast_dev_run(self.trainer) or not evaluation_counts(self.trainer):
             return None, (name,)
         folder = run_folder(self.trainer) / "evaluations" / name
         if self._recorded != folder:

@@ -91,7 +91,7 @@ class Collector:
 
     def try_reward(self, reward: Reward, prompts: Sequence[Prompt], sampling: SamplingParams) -> set[str]:
         """Check before training that a reward works and its verdicts arrive; returns the names of its parts."""
-        with self.ranks.together():
+        with self.ranks.all_or_none():
             parts = check_reward(reward, prompts, sampling, self.judge)
             check_verdicts(self.pool, reward, prompts, sampling, self.provider.tokenizer)
         return parts

@@ -59,7 +59,7 @@ class EvalStream:
                 if not synced:
                     measured, synced = collector.sync(timer, *evaluation, self.name), True
                 collector.take_verdicts()  # discard earlier counts
-                with ranks.together():
+                with ranks.all_or_none():
                     groups = self._generate(ranks.share(chunk), ranks.share(seeds), timer)
                 moment = f"{self.name}, batch {batch + 1} of {len(self)}"
                 stopped += len(chunk) * lost.note(groups, collector.take_verdicts(), moment, ranks)

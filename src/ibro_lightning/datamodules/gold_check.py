@@ -61,7 +61,7 @@ def usable_golds(
     deadline = time.monotonic() + budget_s if on_bad_gold == "refuse" else None
     if not order:
         return list(prompts)
-    with ranks.together():
+    with ranks.all_or_none():
         own = _run_trials(ranks.share([trials[key] for key in order]), judge, setting, deadline)
     reasons = {key: reason for key, reason in zip(order, _gathered(own, ranks, len(order)), strict=True) if reason}
     bad = [prompt for prompt in prompts if any(key in reasons for key in keys[prompt.id])]

@@ -212,7 +212,7 @@ class RolloutDataModule(CollectingDataModule):
         max_rounds = self.dynamic_sampling.max_rounds if self.dynamic_sampling else 1
         while len(sampled.kept) < self.prompts_per_rollout and sampled.rounds < max_rounds:
             draws = self._draw(self._round_size(len(sampled.kept), len(sampled.uninformative)))
-            with self.ranks.together():
+            with self.ranks.all_or_none():
                 groups = self._generate(self.ranks.share(draws), timer)
             sampled.add(groups, self.ranks, filtered=self.dynamic_sampling is not None)
         return sampled
@@ -272,7 +272,7 @@ class RolloutDataModule(CollectingDataModule):
         for position, group in sampled.mine.items():
             if position in owners:
                 parcels[owners[position]][numbers[position]] = group
-        received = self.ranks.trade(parcels)
+        received = self.ranks.all_to_all(parcels)
         return dict(sorted(pair for parcel in received for pair in parcel.items()))
 
     def _placeholder_group(self) -> Group:

@@ -125,7 +125,7 @@ class Questions:
         self, questions: Sequence[Question], length: int, stop: tuple[int, ...] = ()
     ) -> list[list[Generation]]:
         sampling = SamplingParams(temperature=1.0, max_tokens=length, stop_token_ids=stop)
-        with self.ranks.together():
+        with self.ranks.all_or_none():
             generated = self.engine.generate(
                 [question.prompt for question in questions], sampling, [question.seeds for question in questions]
             )

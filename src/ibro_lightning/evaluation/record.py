@@ -19,8 +19,8 @@ from torch import Tensor
 from ibro_lightning.batches import Rollout
 from ibro_lightning.guards.disk import write_json
 from ibro_lightning.rewards import Reward
-from ibro_lightning.runs.model_folders import free_name
-from ibro_lightning.runs.moving import own_in, remove, set_aside
+from ibro_lightning.runs.authorship import own_in, set_aside
+from ibro_lightning.runs.model_folders import free_name, remove
 from ibro_lightning.runs.parquet import MANIFEST, read_groups, read_manifest, write_parquet
 from ibro_lightning.types import Group, Prompt
 from ibro_lightning.version import __version__
@@ -50,7 +50,7 @@ class EvaluationRecord:
         if self.continues:
             return
         if fingerprint is None:
-            remove(folder, own_in(folder, _NAME)[0])
+            remove(folder, own_in(folder, _NAME))
         else:
             _set_aside(folder)
         self._manifest = new
@@ -158,12 +158,12 @@ def _digest(path: Path) -> str:
 def _set_aside(folder: Path) -> None:
     """Move an earlier evaluation aside: its samples, and the results in ``FOLDER.json``."""
     results = folder.with_name(folder.name + ".json")
-    own, is_all = own_in(folder, _NAME)
+    own = own_in(folder, _NAME)
     if not own and not os.path.lexists(results):
         return
     aside = free_name(folder, ".json")
     if os.path.lexists(results):  # first, so that a crash in between leaves no results without their samples
         results.rename(aside.with_name(aside.name + ".json"))
     if own:
-        set_aside(folder, aside, own, is_all=is_all)
+        set_aside(folder, aside, own)
     rank_zero_info(f"an earlier evaluation was in {folder}: moved to {aside}")

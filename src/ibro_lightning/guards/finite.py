@@ -17,12 +17,8 @@ def why_not_finite(
     weights: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]] = (), share: int = 0, shares: int = 1
 ) -> str | None:
     """The first weight with NaN or infinity, or the first optimizer state with NaN, in a few words; None if there is
-    none. (Some optimizers initialise their states with infinity.) Checks this rank's part of sharded tensors.
-
-    Args:
-        optimizers: optimizer states, as in a checkpoint.
-        share: check only every ``shares``-th tensor, beginning with this one.
-    """
+    none. (Some optimizers initialise their states with infinity.) Checks every ``shares``-th tensor, beginning with
+    number ``share``, and this rank's part of sharded ones."""
     for name, tensor in list(weights.items())[share::shares]:
         low, high = _range(tensor)
         if not (math.isfinite(low) and math.isfinite(high)):

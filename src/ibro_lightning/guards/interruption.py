@@ -26,7 +26,7 @@ class Interrupted(BaseException):
     def __init__(self, reason: str, exit_code: int = EXIT_CODE) -> None:
         super().__init__(reason)
         self.exit_code = exit_code
-        self.is_told = False
+        self.is_reported = False
         """Whether the end of the run has been reported."""
 
 

@@ -6,7 +6,6 @@ import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -22,22 +21,6 @@ class OutOfMemory(ConfigError):
     """Out of memory; names the setting that determines the memory use, its value, and a smaller one."""
 
 
-@dataclass(frozen=True)
-class Load:
-    """The size of a micro-batch: rows and tokens."""
-
-    rows: int
-    tokens: int
-    """Tokens in memory: with padding, unless sequences are packed."""
-    longest: int
-
-    @classmethod
-    def of(cls, sequences: Sequences, *, packing: bool = False) -> Load:
-        lengths = sequences.lengths
-        longest = int(lengths.max()) if len(sequences) else 0
-        return cls(len(sequences), int(lengths.sum()) if packing else len(sequences) * longest, longest)
-
-
 @contextmanager
 def memory_advice(
     phase: str,
@@ -48,16 +31,14 @@ def memory_advice(
     checkpointing: bool = False,
     device: torch.device | str = "cpu",
 ) -> Iterator[None]:
-    """Context of a micro-batch's forward and backward pass that says what to change if memory runs out.
+    """Context of a micro-batch's forward and backward pass that raises :class:`OutOfMemory`, with what to change, in
+    place of torch's error.
 
     Args:
         phase: what is being computed, for the message.
         sequences: the micro-batch.
         micro_batch_tokens: the setting's present value.
         checkpointing: whether gradient checkpointing is already on.
-
-    Raises:
-        OutOfMemory: in place of torch's error.
     """
     before = _in_use(device)
     try:
@@ -65,12 +46,22 @@ def memory_advice(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        asked, load = requested_bytes(error), Load.of(sequences, packing=packing)
-        text = _situation(phase, load, device, asked)
-        factor = lower_by(before, _in_use(device), asked, _capacity(device))
+        asked, rows = requested_bytes(error), len(sequences)
+        longest = int(sequences.lengths.max()) if rows else 0
+        in_memory = int(sequences.lengths.sum()) if packing else rows * longest  # tokens, with padding unless packed
+        used, capacity = _in_use(device), _capacity(device)
+        limits = (
+            "" if used is None or capacity is None else f" with {_size(used)} of {_size(capacity)} in use on {device}"
+        )
+        text = (
+            f"out of memory in {phase}: a micro-batch of {rows} rows of up to {longest} tokens "
+            f"({in_memory} in memory){_request(asked)}{limits}"
+        )
+        factor = lower_by(before, used, asked, capacity)
         other = "" if checkpointing else "; or model.policy_options.gradient_checkpointing: true, which is slower"
-        smaller = _round_down(min(load.tokens, micro_batch_tokens) / factor)
-        if load.rows > 1:
+        tokens = int(min(in_memory, micro_batch_tokens) / factor)
+        smaller = max(1, tokens // 256 * 256 if tokens >= 1024 else tokens)
+        if rows > 1:
             remedy = f"write {smaller} (÷ {_number(micro_batch_tokens / smaller)}){other}"
         else:  # already a micro-batch of one row, which no token budget makes shorter
             remedy = (
@@ -82,14 +73,9 @@ def memory_advice(
 
 @contextmanager
 def engine_memory_advice(setting: str, value: float, responses: int, tokens: int) -> Iterator[None]:
-    """:func:`memory_advice` for generation.
-
-    Args:
-        setting: the engine's setting for the number of concurrent responses, such as ``max_batch_size``.
-        value: its present value.
-        responses: number of responses to generate in this call.
-        tokens: maximum length of each sequence (prompt + response) in tokens.
-    """
+    """:func:`memory_advice` for generation: the engine's ``setting`` for the number of concurrent responses, such as
+    ``max_batch_size``, its value, and the number and maximum length (prompt + response, in tokens) of the responses
+    of this call."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -97,13 +83,12 @@ def engine_memory_advice(setting: str, value: float, responses: int, tokens: int
             raise
         at_once = min(value, responses)
         smaller = max(1, int(at_once) // 2)
-        asked = requested_bytes(error)
-        request = "" if asked is None else f" asked for {_size(asked)} more"
         raise OutOfMemory(
             setting,
             value,
-            f"out of memory in generate: {at_once:g} responses of up to {tokens} tokens{request}: write {smaller} "
-            f"(÷ {_number(value / smaller)}), or lower data.sampling.max_tokens",
+            f"out of memory in generate: {at_once:g} responses of up to {tokens} tokens"
+            f"{_request(requested_bytes(error))}: write {smaller} (÷ {_number(value / smaller)}), or lower "
+            "data.sampling.max_tokens",
         ) from error
 
 
@@ -122,14 +107,8 @@ def requested_bytes(error: BaseException) -> int | None:
 
 def lower_by(before: int | None, at_failure: int | None, asked: int | None, capacity: int | None) -> float:
     """The factor by which a micro-batch has to shrink: 2, or more if the memory that it had and requested is more than
-    twice what is available to it.
-
-    Args:
-        before: bytes in use before the micro-batch: weights, gradients, optimizer.
-        at_failure: bytes in use when memory ran out.
-        asked: bytes of the failed allocation.
-        capacity: bytes in total.
-    """
+    twice what is available to it. All in bytes: in use ``before`` the micro-batch (weights, gradients, optimizer) and
+    when memory ran out, ``asked`` for by the failed allocation, and in total."""
     if before is None or at_failure is None or asked is None or capacity is None or capacity <= before:
         return 2.0
     return max(2.0, (at_failure - before + asked) / (capacity - before))
@@ -139,19 +118,8 @@ def _number(factor: float) -> str:
     return f"{factor:.2f}" if factor < 10 else f"{factor:.0f}"
 
 
-def _round_down(tokens: float) -> int:
-    step = 256 if tokens >= 1024 else 1
-    return max(1, int(tokens) // step * step)
-
-
-def _situation(phase: str, load: Load, device: torch.device | str, asked: int | None) -> str:
-    used, capacity = _in_use(device), _capacity(device)
-    request = "" if asked is None else f" asked for {_size(asked)} more"
-    usage = "" if used is None or capacity is None else f" with {_size(used)} of {_size(capacity)} in use on {device}"
-    return (
-        f"out of memory in {phase}: a micro-batch of {load.rows} rows of up to {load.longest} tokens "
-        f"({load.tokens} in memory){request}{usage}"
-    )
+def _request(asked: int | None) -> str:
+    return "" if asked is None else f" asked for {_size(asked)} more"
 
 
 def _in_use(device: torch.device | str) -> int | None:

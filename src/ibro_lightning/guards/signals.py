@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _thread
 import atexit
+import ctypes
 import math
 import os
 import signal
@@ -21,7 +22,6 @@ from typing import Any, NoReturn
 
 from ibro_lightning.guards import interruption
 from ibro_lightning.guards.interruption import Interrupted
-from ibro_lightning.guards.orphans import started_by_lightning
 from ibro_lightning.guards.printing import tell_now
 
 AT_ONCE_S = 5.0
@@ -29,14 +29,16 @@ AT_ONCE_S = 5.0
 CTRL_C = 128 + signal.SIGINT
 """Exit code after Ctrl-C."""
 
+_LAUNCHER = "IBRO_LAUNCHER_PID"
+_SET_PARENT_DEATH_SIGNAL = 1
 _owns_process = False
-_heard = -math.inf
+_handled_at = -math.inf
 """When a handler last ran: Python runs none while the main thread waits in C code."""
 _LAG_S = 1.0
 """How many seconds a handler may run before the watching thread learns of the same signal."""
 
 
-def heeded() -> list[signal.Signals]:
+def stop_signals() -> list[signal.Signals]:
     """The signals that ask a run to stop; SIGHUP only if it is not ignored, as under ``nohup``."""
     found = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -57,15 +59,15 @@ def begin() -> None:
     global _owns_process
     _owns_process = True
     # Registered first, so called last: after it Python restores the default handlers, which kill.
-    atexit.register(_ignore_all)
+    atexit.register(lambda: _set(dict.fromkeys(stop_signals(), signal.SIG_IGN)))
     sys.unraisablehook = _quiet(sys.unraisablehook)
 
     def handle(number: int, frame: object) -> None:
-        tell_now(f"\n{signal.Signals(number).name}: stopped before anything had begun")
+        tell_now(f"\n{signal.Signals(number).name}: stopped before the command started")
         leave(exit_code(128 + number))
 
     handle.ends_at_once = True  # type: ignore[attr-defined]
-    _set(dict.fromkeys(heeded(), handle))
+    _set(dict.fromkeys(stop_signals(), handle))
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -76,17 +78,17 @@ def begin() -> None:
 def end(code: int) -> None:
     """Keep signals from changing the exit code of a finished command. Ctrl-C ends a slow interpreter shutdown at once:
     the second one, as the first may have been meant for the run."""
-    impatient = code >= 128
+    again = code >= 128
 
-    def hasten(number: int, frame: object) -> None:
-        nonlocal impatient
-        heard()
-        if impatient:
+    def handle(number: int, frame: object) -> None:
+        nonlocal again
+        record_handled()
+        if again:
             leave(code)
-        impatient = True
-        tell_now(f"\n{signal.Signals(number).name}: all is done, this process is about to end; Ctrl-C ends it at once")
+        again = True
+        tell_now(f"\n{signal.Signals(number).name}: the command is done and about to exit; Ctrl-C exits at once")
 
-    _set(dict.fromkeys(heeded(), hasten))
+    _set(dict.fromkeys(stop_signals(), handle))
 
 
 @contextmanager
@@ -96,7 +98,7 @@ def raised() -> Iterator[None]:
 
     def handle(number: int, frame: object) -> None:
         nonlocal asked
-        heard()
+        record_handled()
         again, asked = asked, True
         if not again:
             raise Interrupted(signal.Signals(number).name, 128 + number)
@@ -104,7 +106,7 @@ def raised() -> Iterator[None]:
             at_once()
 
     handle.ends_at_once = True  # type: ignore[attr-defined]
-    before = _set(dict.fromkeys(heeded(), handle))
+    before = _set(dict.fromkeys(stop_signals(), handle))
     try:
         yield
     finally:
@@ -112,22 +114,18 @@ def raised() -> Iterator[None]:
 
 
 def at_once(before: Callable[[], None] = lambda: None) -> NoReturn:
-    """React to a second Ctrl-C: raise ``KeyboardInterrupt``, and end the process after :data:`AT_ONCE_S` seconds even
-    if that is swallowed or a clean-up hangs.
-
-    Args:
-        before: called first, to end other processes.
-    """
+    """React to a second Ctrl-C: call ``before``, which ends other processes, raise ``KeyboardInterrupt``, and end the
+    process after :data:`AT_ONCE_S` seconds even if that is swallowed or a clean-up hangs."""
     before()
     if _owns_process:  # _thread, as the signal may have come while threading held its locks
         _thread.start_new_thread(_leave_soon, ())
     raise KeyboardInterrupt
 
 
-def heard() -> None:
+def record_handled() -> None:
     """Record, in a handler, that the signal is being handled."""
-    global _heard
-    _heard = time.monotonic()
+    global _handled_at
+    _handled_at = time.monotonic()
 
 
 def exit_code(code: int) -> int:
@@ -136,12 +134,31 @@ def exit_code(code: int) -> int:
     return 0 if started_by_lightning() else code
 
 
+def started_by_lightning() -> bool:
+    """Whether Lightning launched this process as a further rank of the command; False for torchrun's ranks."""
+    launched = os.environ.get(_LAUNCHER, str(os.getpid())) != str(os.getpid())
+    return launched and "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def end_with_launcher() -> None:
+    """Have the kernel send SIGTERM to this process when its launcher dies (only on Linux); in the launcher itself,
+    record its pid for the others. Without this, processes whose launcher is killed before the ranks have met would try
+    to reach it for the half hour after which a process group times out."""
+    if not started_by_lightning():
+        os.environ[_LAUNCHER] = str(os.getpid())
+        return
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
+    if str(os.getppid()) != os.environ[_LAUNCHER]:  # it died before the request
+        raise SystemExit(1)
+
+
 def _watch(reader: int) -> None:
     """Thread that receives signals at once, and ends the process if the main thread waits in C code, for example for
     other ranks or a file server."""
     count = 0
     while numbers := os.read(reader, 64):
-        for number in filter(heeded().__contains__, numbers):
+        for number in filter(stop_signals().__contains__, numbers):
             count += 1
             # What Interruptions requested may take its time, but a second Ctrl-C may not.
             if getattr(signal.getsignal(number), "ends_at_once", False) or (number == signal.SIGINT and count > 1):
@@ -150,7 +167,7 @@ def _watch(reader: int) -> None:
 
 def _insist(number: int, since: float) -> None:
     time.sleep(AT_ONCE_S)
-    if _heard < since - _LAG_S:
+    if _handled_at < since - _LAG_S:
         tell_now(f"\n{signal.Signals(number).name}: stopped")
         leave(exit_code(128 + number))
 
@@ -158,7 +175,7 @@ def _insist(number: int, since: float) -> None:
 def _forget() -> None:
     """Restore the default handlers in a forked process."""
     signal.set_wakeup_fd(-1)
-    _set(dict.fromkeys(heeded(), signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler})
+    _set(dict.fromkeys(stop_signals(), signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler})
 
 
 def _leave_soon() -> None:
@@ -175,10 +192,6 @@ def _set(handlers: dict[int, Any]) -> dict[int, Any]:
         for number, handler in handlers.items()
         if handler is not None  # None: it was not installed by Python
     }
-
-
-def _ignore_all() -> None:
-    _set(dict.fromkeys(heeded(), signal.SIG_IGN))
 
 
 def _quiet(hook: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +17,7 @@ from ibro_lightning.errors import ConfigError
 FLAGS = tuple(inspect.signature(pl.Trainer).parameters)
 PRECISIONS = (None, 32, "32", "32-true", "bf16", "bf16-mixed")
 SUPPORTED = "not supported: write auto, ddp or fsdp2"
+_CLIPPING = "write model.max_grad_norm, which clips by the norm"
 _STRATEGIES = re.compile(
     r"(?!fsdp2$)(fsdp|deepspeed|model_parallel|xla|single_xla|single_tpu|hpu|ddp_(spawn|fork|notebook))"
 )
@@ -38,38 +38,33 @@ _CALLBACKS: dict[type[pl.Callback], str] = {
 
 
 def refuse_flags(settings: Any) -> None:
-    """Refuse unsupported flags that the settings alone reveal.
-
-    Args:
-        settings: anything with the Trainer's flags as attributes.
-
-    Raises:
-        ConfigError: names the flag, its value and what to write instead.
-    """
-    if settings.accumulate_grad_batches not in (None, 1):
-        raise _refused(
-            "accumulate_grad_batches",
-            settings,
+    """Raise :class:`ConfigError` for unsupported flags; ``settings`` has the Trainer's flags as attributes."""
+    refused = {
+        "accumulate_grad_batches": (
+            settings.accumulate_grad_batches not in (None, 1),
             "write model.mini_batch_prompts (an optimizer step's) and model.micro_batch_tokens (what memory holds)",
-        )
-    for flag in ("gradient_clip_val", "gradient_clip_algorithm"):
-        if getattr(settings, flag) is not None:
-            raise _refused(flag, settings, "write model.max_grad_norm, which clips by the norm")
-    if settings.overfit_batches:
-        raise _refused(
-            "overfit_batches",
-            settings,
-            "every batch is made anew, so none comes twice: write a data.source of few problems (of files: its limit), "
-            "and data.allow_overlap to evaluate on the same ones",
-        )
-    if settings.model_registry is not None:
-        raise _refused("model_registry", settings, "nothing is uploaded: leave it out, and upload the run's model/")
-    if settings.precision not in PRECISIONS:
-        raise _refused("precision", settings, "not supported: write 32-true or bf16-mixed")
-    if isinstance(settings.strategy, str) and _STRATEGIES.match(settings.strategy):
-        raise _refused("strategy", settings, SUPPORTED)
-    if settings.default_root_dir is not None and "://" in str(settings.default_root_dir):
-        raise _refused("default_root_dir", settings, "a run needs a folder on this machine: write its path")
+        ),
+        "gradient_clip_val": (settings.gradient_clip_val is not None, _CLIPPING),
+        "gradient_clip_algorithm": (settings.gradient_clip_algorithm is not None, _CLIPPING),
+        "overfit_batches": (
+            bool(settings.overfit_batches),
+            "every batch is new, so none comes twice: write a data.source of few problems (of files: its limit), and "
+            "data.allow_overlap to evaluate on the same ones",
+        ),
+        "model_registry": (
+            settings.model_registry is not None,
+            "nothing is uploaded: leave it out, and upload the run's model/",
+        ),
+        "precision": (settings.precision not in PRECISIONS, "not supported: write 32-true or bf16-mixed"),
+        "strategy": (isinstance(settings.strategy, str) and _STRATEGIES.match(settings.strategy), SUPPORTED),
+        "default_root_dir": (
+            "://" in str(settings.default_root_dir),
+            "a run needs a folder on this machine: write its path",
+        ),
+    }
+    for flag, (is_refused, remedy) in refused.items():
+        if is_refused:
+            raise ConfigError(f"trainer.{flag}", getattr(settings, flag), remedy)
     callbacks = settings.callbacks or ()
     for callback in callbacks if isinstance(callbacks, list | tuple) else (callbacks,):
         for kind, remedy in _CALLBACKS.items():
@@ -78,18 +73,15 @@ def refuse_flags(settings: Any) -> None:
 
 
 def refuse_trainer(trainer: pl.Trainer) -> None:
-    """:func:`refuse_flags` for a Trainer, and what only a constructed Trainer reveals.
-
-    Raises:
-        ConfigError: names the flag, its value and what to write instead.
-    """
-    refuse_flags(_settings_of(trainer))
+    """:func:`refuse_flags` for a Trainer, and what only a constructed Trainer reveals."""
+    flags = {flag: getattr(trainer, flag, None) for flag in FLAGS}
+    refuse_flags(SimpleNamespace(**flags | {"model_registry": trainer._model_registry}))
     strategy: Any = trainer.strategy
     sharded = hasattr(strategy, "sharding")
     if not sharded and not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise ConfigError("trainer.strategy", type(strategy).__name__, SUPPORTED)
     if (start := getattr(strategy, "_start_method", "popen")) != "popen":
-        raise ConfigError("trainer.strategy", start, "a run does not go from process to process: write ddp")
+        raise ConfigError("trainer.strategy", start, "a run cannot move to another process: write ddp")
     loops: dict[Any, Any] = {
         TrainerFn.VALIDATING: trainer.validate_loop,
         TrainerFn.TESTING: trainer.test_loop,
@@ -101,19 +93,12 @@ def refuse_trainer(trainer: pl.Trainer) -> None:
 
 
 def refuse_batches(trainer: pl.Trainer, batches: int) -> None:
-    """Refuse limits and intervals that do not fit an epoch; Lightning notices only after the first evaluation.
-
-    Args:
-        batches: the number of batches per epoch.
-
-    Raises:
-        ConfigError: names the flag and the number of batches.
-    """
+    """Raise :class:`ConfigError` for limits and intervals that do not fit an epoch of this number of batches; Lightning
+    notices only after the first evaluation."""
     limit = trainer.limit_train_batches
     if isinstance(limit, float) and 0 < limit * batches < 1:
-        raise ConfigError(
-            "trainer.limit_train_batches", limit, f"an epoch has {batches} batches: write {1 / batches:g} or more, or 0"
-        )
+        remedy = f"an epoch has {batches} batches: write {1 / batches:g} or more, or 0"
+        raise ConfigError("trainer.limit_train_batches", limit, remedy)
     interval = getattr(trainer, "val_check_interval", 1.0)
     if isinstance(interval, int) and trainer.check_val_every_n_epoch is not None and interval > batches:
         raise ConfigError(
@@ -136,22 +121,3 @@ def as_refusal(error: Exception, settings: Any = None) -> ConfigError:
     if "invalid strategy name" in text:
         text = SUPPORTED
     return ConfigError(f"trainer.{flag}", getattr(settings, flag, None), text)
-
-
-def _refused(flag: str, settings: Any, remedy: str) -> ConfigError:
-    return ConfigError(f"trainer.{flag}", getattr(settings, flag), remedy)
-
-
-def _settings_of(trainer: pl.Trainer) -> SimpleNamespace:
-    callbacks: Iterable[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return SimpleNamespace(
-        accumulate_grad_batches=trainer.accumulate_grad_batches,
-        gradient_clip_val=trainer.gradient_clip_val,
-        gradient_clip_algorithm=trainer.gradient_clip_algorithm,
-        overfit_batches=trainer.overfit_batches,  # type: ignore[attr-defined]
-        model_registry=trainer._model_registry,
-        precision=trainer.precision,
-        strategy=trainer.strategy,
-        default_root_dir=trainer.default_root_dir,
-        callbacks=callbacks,
-    )

@@ -22,7 +22,7 @@ from ibro_lightning.models.policy import Policy
 from ibro_lightning.models.pretrained import PretrainedPolicy
 from ibro_lightning.models.sharding import Sharding, materialize, named_parameters, shard
 from ibro_lightning.models.tensor_parallel import SETTING as TENSOR_PARALLEL
-from ibro_lightning.models.weight_files import RankZero, WeightFiles, WeightSource, agree, local_part
+from ibro_lightning.models.weight_files import RankZero, WeightFiles, WeightSource, all_or_none, local_part
 
 
 def build_policy(
@@ -85,7 +85,7 @@ def _check_finite(model: nn.Module, setting: str, source: PolicySource, sharding
         if reason := why_not_finite(dict(model.named_parameters())):
             raise ConfigError(setting, str(source), f"{reason}: name a model whose weights are all numbers")
 
-    check() if sharding is None else agree(check)
+    check() if sharding is None else all_or_none(check)
 
 
 def _shard_and_fill(network: Any, sharding: Sharding, weights: WeightSource, options: PolicyOptions) -> None:
@@ -122,12 +122,12 @@ def _empty(
     custom source) rank 0 builds the model as a single process would.
     """
     if isinstance(source, PretrainedPolicy) and _reads_files(source):
-        model, files = agree(lambda: _from_files(source, options, critic))
+        model, files = all_or_none(lambda: _from_files(source, options, critic))
         fits = torch.tensor(int(files is not None), device=sharding.device)
         distributed.all_reduce(fits, distributed.ReduceOp.MIN)
         if files is not None and bool(fits):
             return model, files
-    built = agree(lambda: _on_rank_zero(source.build_critic if critic else source.build, options))
+    built = all_or_none(lambda: _on_rank_zero(source.build_critic if critic else source.build, options))
     model = _copy_of(built, options)
     return model, RankZero(built, sharding.device)
 

@@ -16,7 +16,7 @@ from ibro_lightning.models.loading import PolicySource
 from ibro_lightning.models.lora import BASE, adapter_layers, adapter_weights, merged_weights, save_adapter
 from ibro_lightning.models.sharding import is_sharded, named_parameters, whole
 from ibro_lightning.models.ties import is_tied, says_tied, set_tied
-from ibro_lightning.models.weight_files import agree
+from ibro_lightning.models.weight_files import all_or_none
 from ibro_lightning.runs.model_folders import begin, finish
 
 
@@ -59,7 +59,7 @@ def export_folder(
         return folder
     weights, adapters = _collect(model), _adapters(model)
     if distributed.get_rank() != 0:
-        agree(lambda: None)
+        all_or_none(lambda: None)
         return folder
     places: list[Path] = []
 
@@ -67,7 +67,7 @@ def export_folder(
         written = _write(model, tokenizer, folder, weights, source)
         places.append(_finish(model, written, folder, adapters, keep_earlier))
 
-    agree(write)
+    all_or_none(write)
     return places[0]
 
 

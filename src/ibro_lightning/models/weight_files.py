@@ -156,7 +156,7 @@ class RankZero:
         return tensor
 
 
-def agree(attempt: Any) -> Any:
+def all_or_none(attempt: Any) -> Any:
     """The result of ``attempt()``; if it raises on any rank, every rank raises the first rank's error.
 
     Without this, ranks would wait forever for one that has failed.

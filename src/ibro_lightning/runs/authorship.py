@@ -15,15 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
 
-from ibro_lightning.runs.contents import is_unfinished
+from ibro_lightning.runs.contents import entry_of, is_unfinished
 from ibro_lightning.runs.marks import read_mark
-from ibro_lightning.runs.model_folders import free_name
+from ibro_lightning.runs.model_folders import free_name, leaves, move_files
 
 RUN_KEY = b"ibro_lightning.run"
 """The key of the run's id in a parquet file's metadata."""
 _COLUMNS = {"iteration", "prompt_id", "response", "reward", "seed", "trained_on"}
 _RESULTS = {"questions", "samples", "avg_at_k", "pass_at_k", "mean_length", "truncated"}
-_MANIFEST = {"version", "fingerprint", "files"}
+_STARTS = {".parquet.partial": b"PAR1", ".ckpt.partial": b"PK"}
 
 
 def run_id(folder: Path) -> str:
@@ -33,25 +33,18 @@ def run_id(folder: Path) -> str:
 
 def leave_to_others(folder: Path, paths: Iterable[str]) -> list[str]:
     """Of the files that a resumed run would remove, return the run's own, and move the others to ``foreign.1`` in the
-    folder.
-
-    Args:
-        folder: the run's folder.
-        paths: relative to it, with slashes.
-    """
+    folder. Paths are relative to the folder, with slashes."""
     run = run_id(folder)
     own: list[str] = []
     others: list[str] = []
     for path in paths:
-        is_ours = _is_begun(folder / path) if is_unfinished(path) else _is_ours(folder / path, run)
+        is_ours = _may_be_ours(folder / path) if is_unfinished(path) else _is_ours(folder / path, run)
         (own if is_ours else others).append(path)
     if others:
         aside = free_name(folder / "foreign")
-        for path in others:
-            (aside / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).rename(aside / path)
+        move_files(folder, others, aside)
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        rank_zero_info(f"{folder / others[0]}{more} is not of this run, which will write such files: now in {aside}")
+        rank_zero_info(f"{folder / others[0]}{more} is not of this run, which will write such files: moved to {aside}")
     return own
 
 
@@ -60,34 +53,55 @@ def _is_ours(path: Path, run: str) -> bool:
         return False
     if path.is_dir() or "_curves" in path.parts:
         return True
+    if path.name == "_manifest.json":
+        return is_evaluation_manifest(path)
     try:
         if path.suffix == ".parquet":
             schema = pq.read_schema(path)
             return set(schema.names) >= _COLUMNS and (schema.metadata or {}).get(RUN_KEY, b"").decode() in ("", run)
         content = json.loads(path.read_bytes())
-        if path.name == "_manifest.json":
-            return content.keys() >= _MANIFEST
         return bool(content) and all(part.keys() >= _RESULTS for part in content.values())
     except (OSError, ValueError, AttributeError, pa.ArrowException):
         return False
 
 
-_BEGINNINGS = {".parquet.partial": b"PAR1", ".ckpt.partial": b"PK"}
+def is_evaluation_manifest(path: Path) -> bool:
+    try:
+        return {"version", "fingerprint", "files"} <= json.loads(path.read_bytes()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
-def _is_begun(path: Path) -> bool:
+def _may_be_ours(path: Path) -> bool:
     """Whether an unfinished file may be ours, judging large files by their first bytes."""
     if path.is_symlink():
         return path.name == "last.ckpt.partial"
-    begins = next((begins for end, begins in _BEGINNINGS.items() if path.name.endswith(end)), b"")
-    if not begins or path.is_dir():
+    start = next((start for suffix, start in _STARTS.items() if path.name.endswith(suffix)), b"")
+    if not start or path.is_dir():
         return True
     try:
         with path.open("rb") as file:
-            head = file.read(len(begins))
+            return start.startswith(file.read(len(start)))
     except OSError:
         return False
-    return begins.startswith(head)
+
+
+def own_in(folder: Path, name: str) -> list[str]:
+    """Our files in a folder of samples whose path in the run's folder is ``name`` (``evaluations/validate``), the
+    manifest last."""
+    found = [] if folder.is_symlink() else leaves(folder)
+    return sorted(
+        (file for file in found if entry_of(f"{name}/{file}") is not None),
+        key=lambda file: (file.startswith("_"), file),
+    )
+
+
+def set_aside(folder: Path, aside: Path, own: list[str]) -> None:
+    """Move our files in a folder of samples to ``aside``; files of others stay."""
+    if set(own) == set(leaves(folder)):
+        folder.rename(aside)
+    else:
+        move_files(folder, own, aside)
 
 
 def signed(table: pa.Table, run: str) -> pa.Table:

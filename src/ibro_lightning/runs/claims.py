@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Collection, Sequence
@@ -11,9 +10,15 @@ from pathlib import Path
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.disk import PARTIAL
+from ibro_lightning.runs.authorship import is_evaluation_manifest
 from ibro_lightning.runs.contents import CATALOG, MARK, MODELS, entry_of
 from ibro_lightning.runs.marks import Mark, has_other_mark, read_mark, write_mark
 from ibro_lightning.runs.model_folders import OLD, adopt, leaves
+
+_NUMBERED = re.compile(r"\.\d+(?:\.partial)?$")
+_WEIGHTS = ("config.json", "adapter_config.json", "model.safetensors", "model.safetensors.index.json",
+            "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json")  # fmt: skip
+"""Files of which any one makes a folder a model."""
 
 
 @dataclass(frozen=True)
@@ -25,31 +30,23 @@ class Survey:
 
 
 def survey(folder: Path, mark: Mark | None = None) -> Survey:
-    """Tell the run's files from others. Links are not followed.
-
-    Args:
-        mark: the run's mark; None reads the folder's.
-    """
+    """Tell the run's files from others, judging by ``mark`` or, if that is None, by the folder's. Links are not
+    followed."""
     mark = mark or read_mark(folder)
     own: list[str] = []
     foreign: list[str] = []
-    for where, folders, files in os.walk(folder):
-        inside = Path(where).relative_to(folder)
-        links = [name for name in folders if Path(where, name).is_symlink()]
-        for name in sorted([*files, *links]):
-            path = (inside / name).as_posix()
-            is_own = mark is not None and (mark.owns(folder, path) or (name in links and _owns_link(mark, path)))
-            (own if is_own else foreign).append(path)
-        if not folders and not files and Path(where) != folder:
-            path = inside.as_posix()
-            (own if mark is not None and mark.owns_folder(path) else foreign).append(path)
+    for path in leaves(folder, empty_folders=True):
+        (own if mark is not None and _owns(mark, folder, path) else foreign).append(path)
     return Survey(tuple(own), tuple(foreign))
 
 
-def _owns_link(mark: Mark, path: str) -> bool:
-    """Whether a link takes the place of one of the run's folders, which the user keeps elsewhere. A link to a model is
-    not ours."""
-    return mark.owns_folder(path) and path not in MODELS
+def _owns(mark: Mark, folder: Path, path: str) -> bool:
+    if not (folder / path).is_dir():
+        return mark.owns(folder, path)
+    if not (folder / path).is_symlink():
+        return mark.owns_folder(path)
+    # A link may take the place of one of the run's folders, which the user keeps elsewhere; one to a model is not ours.
+    return mark.owns(folder, path) or (mark.owns_folder(path) and path not in MODELS)
 
 
 def claim(folder: Path, parts: Collection[str], *, files: Collection[str] = (), writes: bool = True) -> None:
@@ -111,12 +108,9 @@ def _with_numbers(folder: Path, parts: Collection[str]) -> list[str]:
         is_folder = path.is_dir() and not path.is_symlink()
         inside = [f"{path.name}/{leaf}" for leaf in leaves(path)] if is_folder and _NUMBERED.search(path.name) else []
         entries = (entry_of(name) for name in (inside if is_folder else [path.name]))
-        if path.name not in parts and any(e and e.part in parts and not e.holds_a_model for e in entries):
+        if path.name not in parts and any(e and e.part in parts and e.part not in MODELS for e in entries):
             found.append(path.name + "/" * is_folder)
     return found
-
-
-_NUMBERED = re.compile(r"\.\d+(?:\.partial)?$")
 
 
 def _is_taken(path: Path) -> bool:
@@ -125,25 +119,14 @@ def _is_taken(path: Path) -> bool:
 
 def _are_all_ours(evaluations: Path) -> bool:
     """Whether a folder that was copied here without its run holds only evaluations, judging by their manifests."""
-    names = {path.parent.name for path in evaluations.glob("*/_manifest.json") if _is_record(path)}
+    names = {path.parent.name for path in evaluations.glob("*/_manifest.json") if is_evaluation_manifest(path)}
     found = list(leaves(evaluations)) if not evaluations.is_symlink() else []
     ours = (entry_of(f"evaluations/{path}") and path.split("/")[0].removesuffix(".json") in names for path in found)
     return bool(found) and all(ours)
 
 
-def _is_record(path: Path) -> bool:
-    try:
-        return {"version", "fingerprint", "files"} <= json.loads(path.read_text()).keys()
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def _blocks(folder: Path, path: str, parts: Collection[str], ours: Collection[str]) -> bool:
-    """Whether a foreign file in a run's folder has the place of one of ours.
-
-    Args:
-        ours: first components of the paths of the run's files.
-    """
+    """Whether a foreign file in a run's folder has the place of one of the run's, whose paths start with ``ours``."""
     if path.startswith("earlier."):
         return False
     names = path.split("/")
@@ -153,21 +136,12 @@ def _blocks(folder: Path, path: str, parts: Collection[str], ours: Collection[st
         return names[0] in parts and (len(names) == 1 or (is_model and names[0] not in ours))
     if names[0] == "checkpoints" and len(names) > 2 and names[1].startswith("iteration_"):
         return False  # allowed among shards; what is in a checkpoint's way is set aside
-    entries = [entry for entry in CATALOG if entry.part in parts and not entry.holds_a_model]
     # A file in the place of a folder, or a folder in the place of a file.
-    is_folder = _is_empty_folder(folder / path)
+    is_folder = (folder / path).is_dir() and not (folder / path).is_symlink()
     starts = ["/".join(names[:depth]) for depth in range(1, len(names) + 1)]
     return any(
         (entry.fixed_folders.fullmatch(path) and not is_folder)
         or any(entry.pattern.fullmatch(start) for start in starts)
-        for entry in entries
+        for entry in CATALOG
+        if entry.part in parts and entry.part not in MODELS
     )
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
-
-
-_WEIGHTS = ("config.json", "adapter_config.json", "model.safetensors", "model.safetensors.index.json",
-            "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json")  # fmt: skip
-"""Files of which any one makes a folder a model."""

@@ -13,8 +13,6 @@ MARK = ".ibro_lightning"
 MOVING = MARK + ".moving"
 """Marks a folder into which a run's files are being moved."""
 _UNFINISHED = re.compile(r"(?:model|critic|adapter)[.\d]*(?:\.old)?\.partial/|checkpoints/[^/]+\.partial/")
-EARLIER = re.compile(r"earlier\.\d+(?:\.partial)?/")
-
 _TOKENS = {
     "<iteration>": r"\d{6,}",
     "<batch>": r"\d{4,}",
@@ -25,8 +23,6 @@ _TOKENS = {
     "<shard>": r"(?:\.metadata(?:\.tmp)?|__\d+_\d+\.distcp|meta\.pt|manifest\.json)",
     "<file>": r".+",
 }
-
-
 _SHARD = re.compile(_TOKENS["<shard>"] + r"(?:\.partial)?")
 
 
@@ -75,26 +71,21 @@ class Entry:
         """Matches those folders whose names do not depend on the settings."""
         return _folders_of(self.name.split("<set>")[0])
 
-    @property
-    def holds_a_model(self) -> bool:
-        """Whether a manifest (:mod:`.model_folders`) lists the files in it, as they may have any name."""
-        return self.part in MODELS
-
 
 MODELS = ("model", "critic", "adapter")
-_AGAIN = "a run that goes on makes those after its checkpoint again"
-_MODEL_END = "a run that goes on replaces it; one that was changed, or an export's, is moved to `{}.1`"
+"""Parts whose files may have any name: a manifest (:mod:`.model_folders`) lists them."""
+_REPEATED = "a resumed run rewrites those after its checkpoint"
 
 CATALOG = (
-    Entry(MARK + "[.<n>.partial]", MARK, "every command", "every command brings it up to date",
-          "that the folder is a run's, and what of the names below is the run's"),
-    Entry(MOVING, MARK, "fit", "the next command", "that a run's files are being moved here"),
-    Entry("config[.<n>].yaml", "config.yaml", "fit", "a run that goes on writes it anew", "every setting"),
-    Entry("rollouts/iteration_<iteration>[_rank_<n>].parquet", "rollouts", "fit", _AGAIN, "all sampled responses"),
+    Entry(MARK + "[.<n>.partial]", MARK, "every command", "every command updates it",
+          "marks the folder as a run's, and lists which of the names below are the run's"),
+    Entry(MOVING, MARK, "fit", "the next command", "shows that a run's files are being moved here"),
+    Entry("config[.<n>].yaml", "config.yaml", "fit", "a resumed run rewrites it", "every setting"),
+    Entry("rollouts/iteration_<iteration>[_rank_<n>].parquet", "rollouts", "fit", _REPEATED, "all sampled responses"),
     Entry("evaluations/<evaluation>[.<n>].json", "evaluations", "fit, validate, test", "another evaluation moves it to "
-          "`validate.1.json`; " + _AGAIN, "results"),
+          "`validate.1.json`; " + _REPEATED, "results"),
     Entry("evaluations/<evaluation>[.<n>]/_manifest.json", "evaluations", "fit, validate, test", "as the results",
-          "what policy, prompts and settings the samples are of"),
+          "the policy, prompts and settings that the samples come from"),
     Entry("evaluations/<evaluation>[.<n>]/<set>/batch_<batch>.parquet", "evaluations", "fit, validate, test",
           "as the results", "samples"),
     Entry("evaluations/<evaluation>[.<n>]/_curves/<events>", "evaluations", "validate, test", "as the results",
@@ -104,27 +95,24 @@ CATALOG = (
     Entry("checkpoints/iteration_<iteration>.ckpt[.old][.partial]/<shard>", "checkpoints", "fit",
           "`checkpoint.keep_last` and `keep_best`", "the same as a folder of shards"),
     Entry("checkpoints/iteration_<iteration>.ckpt.damaged[.<n>]", "checkpoints", "fit", "nothing",
-          "a checkpoint that a run passed over when it went on from an older one"),
+          "a damaged checkpoint, which a run skipped when it resumed from an older one"),
     Entry("checkpoints/iteration_<iteration>.ckpt.damaged[.<n>]/<shard>", "checkpoints", "fit", "nothing",
           "the same as a folder of shards"),
-    Entry("checkpoints/written.txt", "checkpoints", "fit", "every checkpoint brings it up to date",
+    Entry("checkpoints/written.txt", "checkpoints", "fit", "every checkpoint updates it",
           "which checkpoints the run wrote"),
     Entry("checkpoints/last.ckpt", "checkpoints", "fit", "the next checkpoint", "a link to the newest checkpoint"),
-    Entry("checkpoints/end.json", "checkpoints", "fit", "a run that goes on, at its end", "how training ended"),
-    Entry("model[.<n>][.old][.partial]/<file>", "model", "fit", _MODEL_END.format("model"), "the policy"),
-    Entry("critic[.<n>][.old][.partial]/<file>", "critic", "fit with PPO", _MODEL_END.format("critic"), "the critic"),
-    Entry("adapter[.<n>][.old][.partial]/<file>", "adapter", "fit with LoRA", _MODEL_END.format("adapter"),
-          "the adapters, as peft keeps them"),
+    Entry("checkpoints/end.json", "checkpoints", "fit", "a resumed run, at its end", "how training ended"),
+    *(Entry(f"{part}[.<n>][.old][.partial]/<file>", part, by, "a resumed run replaces it; one that was changed, or an "
+            f"export's, is moved to `{part}.1`", meaning)
+      for part, by, meaning in (("model", "fit", "the policy"), ("critic", "fit with PPO", "the critic"),
+                                ("adapter", "fit with LoRA", "the adapters, as peft keeps them"))),
     Entry("nonfinite/iteration_<iteration>_rank_<n>[.<n>].pt", "nonfinite", "fit", "nothing",
           "tensors of the step that was not finite"),
     Entry("nonfinite/iteration_<iteration>_rank_<n>[.<n>].parquet", "nonfinite", "fit", "nothing",
           "its responses"),
-    Entry("summary.json", "summary.json", "fit", "a run that goes on, at its end", "what the run achieved"),
-    Entry("validate[.<n>].yaml", "validate.yaml", "validate", "another validate moves it to `validate.1.yaml`",
-          "every setting"),
-    Entry("test[.<n>].yaml", "test.yaml", "test", "another test moves it to `test.1.yaml`", "every setting"),
-    Entry("predict[.<n>].yaml", "predict.yaml", "predict", "another predict moves it to `predict.1.yaml`",
-          "every setting"),
+    Entry("summary.json", "summary.json", "fit", "a resumed run, at its end", "what the run achieved"),
+    *(Entry(f"{by}[.<n>].yaml", f"{by}.yaml", by, f"another {by} moves it to `{by}.1.yaml`", "every setting")
+      for by in ("validate", "test", "predict")),
     Entry("predictions[.<n>]/<set>/batch_<batch>[_rank_<n>].parquet", "predictions", "predict", "another predict moves "
           "them to `predictions.1`; those of one that was killed are removed", "sampled responses"),
     Entry("predictions[.<n>]/_manifest.json", "predictions", "predict", "as the responses", "whether all are there"),
@@ -141,12 +129,8 @@ PARTS = {
 
 
 def entry_of(path: str) -> Entry | None:
-    """The catalogue's entry for a file's name, if any.
-
-    Args:
-        path: relative to the run's folder, with slashes.
-    """
-    path = EARLIER.sub("", path, count=1) if EARLIER.match(path) else path
+    """The catalogue's entry for a file's path in the run's folder, with slashes, if any."""
+    path = _without_earlier(path)
     return next((entry for entry in CATALOG if entry.pattern.fullmatch(path)), None)
 
 
@@ -162,8 +146,12 @@ def is_unfinished(path: str) -> bool:
 
 def part_of_folder(path: str) -> str | None:
     """The part to which a folder of this name belongs, if any; see :func:`entry_of`."""
-    path = EARLIER.sub("", path, count=1) if EARLIER.match(path) else path
+    path = _without_earlier(path)
     return next((entry.part for entry in CATALOG if entry.folders.fullmatch(path)), None)
+
+
+def _without_earlier(path: str) -> str:
+    return re.sub(r"^earlier\.\d+(?:\.partial)?/", "", path)
 
 
 def table() -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from ibro_lightning.guards.disk import PARTIAL
+from ibro_lightning.guards.disk import written_atomically
 
 EVENTS = "events.out.tfevents.*"
 METRICS = "metrics.csv"
@@ -31,19 +31,14 @@ def cut_back(
     states: Sequence[Mapping[str, Any]], run: Path, is_own: Callable[[Path], bool] = lambda path: True
 ) -> None:
     """Truncate the files of TensorBoard and CSV loggers to what they held when the checkpoint recorded their
-    ``states``.
-
-    Args:
-        is_own: whether an event file that the checkpoint does not list is the run's: it is then newer, and removed.
-    """
+    ``states``. Event files of the run (``is_own``) that the checkpoint does not list are newer, and removed."""
     for state in states:
-        folder = run / state.get("folder", "")
         if "events" in state:
             # A folder outside the run's, without a version of its own, may be shared with other runs.
             alone = bool(state["version"]) or not Path(state["folder"]).is_absolute()
-            cut_events(folder, state["events"], alone=alone, is_own=is_own)
+            cut_events(run / state["folder"], state["events"], alone=alone, is_own=is_own)
         elif "rows" in state:
-            cut_rows(folder / METRICS, state["rows"])
+            cut_rows(run / state["folder"] / METRICS, state["rows"])
 
 
 def cut_events(
@@ -71,13 +66,9 @@ def cut_rows(path: Path, rows: int) -> None:
     if not path.exists():
         return
     header, lines = read_rows(path)
-    if len(lines) <= rows:
-        return
-    partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([header, *lines[:rows]])
-    os.replace(partial, path)
+    if len(lines) > rows:
+        with written_atomically(path) as partial, partial.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *lines[:rows]])
 
 
 def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -17,9 +18,9 @@ from ibro_lightning.runs import contents
 from ibro_lightning.runs.claims import claim, survey
 from ibro_lightning.runs.marks import read_mark
 from ibro_lightning.runs.model_folders import free_name
-from ibro_lightning.runs.moving import move, moving_alone, recover, recover_alone
-from ibro_lightning.runs.room import holds_training, recognize
+from ibro_lightning.runs.moving import holds_training, move, moving_alone, recognize, recover, recover_alone
 
+T = TypeVar("T")
 PARTS = tuple(part for part in contents.PARTS["fit"] if part != "config.yaml")
 """The parts that training writes, except its settings."""
 
@@ -30,7 +31,12 @@ def run_folder(trainer: pl.Trainer) -> Path:
     return Path(trainer.default_root_dir)
 
 
-def rehearses(trainer: pl.Trainer) -> bool:
+def callbacks_of(trainer: pl.Trainer, kind: type[T]) -> list[T]:
+    """The Trainer's callbacks of this class."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+
+
+def is_fast_dev_run(trainer: pl.Trainer) -> bool:
     """Whether this is a ``fast_dev_run``, which must leave no trace."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
@@ -48,12 +54,9 @@ def refuse_loggers(trainer: pl.Trainer) -> None:
         if not isinstance(place, str | Path) or not place or "://" in str(place):
             continue
         inside = Path(place).resolve()
-        if part := next((part for part in PARTS if (root / part) in (inside, *inside.parents)), None):
-            raise ConfigError(
-                "trainer.logger",
-                type(logger).__name__,
-                f"its curves would be in {place}, and the run keeps {part} there: write another name or save_dir",
-            )
+        if part := next((part for part in PARTS if inside.is_relative_to(root / part)), None):
+            remedy = f"its curves would be in {place}, and the run keeps {part} there: write another name or save_dir"
+            raise ConfigError("trainer.logger", type(logger).__name__, remedy)
 
 
 def evaluation_counts(trainer: pl.Trainer) -> bool:
@@ -76,12 +79,8 @@ def evaluation_name(trainer: pl.Trainer) -> str:
 @rank_zero_only
 def enter(trainer: pl.Trainer, command: str) -> None:
     """Undo the unfinished move of a process that died, and claim what the command writes (for ``fit``,
-    :func:`.make_room` and :func:`.reopen` do that). Call it before a command reads its run's folder.
-
-    Raises:
-        ConfigError: one of the names is taken by something that is not the run's.
-    """
-    if rehearses(trainer):
+    :func:`.make_room` and :func:`.reopen` do that). Call it before a command reads its run's folder."""
+    if is_fast_dev_run(trainer):
         return
     if command == "fit":
         recover(run_folder(trainer))
@@ -90,18 +89,15 @@ def enter(trainer: pl.Trainer, command: str) -> None:
         claim(run_folder(trainer), contents.PARTS[command])
 
 
-def lay_claim(trainer: pl.Trainer, *parts: str) -> None:
-    """Claim names in the Trainer's run folder; call it on all ranks in the ``setup`` of what writes them.
-
-    Raises:
-        ConfigError: one of the names is taken by something that is not the run's.
-    """
-    if rehearses(trainer):
+def claim_for(trainer: pl.Trainer, *parts: str) -> None:
+    """Claim names in the Trainer's run folder; call it on all ranks in the ``setup`` of what writes them."""
+    if is_fast_dev_run(trainer):
         return
-    folder = run_folder(trainer)
-    if trainer.state.fn == TrainerFn.FITTING and trainer.ckpt_path and trainer.is_global_zero:
-        recognize(folder, Path(trainer.ckpt_path))
-    files = _curve_files(trainer, folder) if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING else ()
+    folder, files = run_folder(trainer), list[str]()
+    if trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero:
+        if trainer.ckpt_path:
+            recognize(folder, Path(trainer.ckpt_path))
+        files = _curve_files(trainer, folder)
     claim(folder, parts, files=files, writes=trainer.is_global_zero)
 
 
@@ -112,10 +108,10 @@ def _curve_files(trainer: pl.Trainer, folder: Path) -> list[str]:
     found = []
     for logger in trainer.loggers:
         names = ("hparams.yaml", "metrics.csv") if isinstance(logger, CSVLogger) else ("hparams.yaml",)
-        place = Path(logger.log_dir).resolve() if isinstance(logger, CSVLogger | TensorBoardLogger) else None
-        if place is not None and place.is_relative_to(folder.resolve()):
-            inside = place.relative_to(folder.resolve())
-            found += [(inside / name).as_posix() for name in names if not (place / name).exists()]
+        if isinstance(logger, CSVLogger | TensorBoardLogger):
+            paths = [Path(logger.log_dir).resolve() / name for name in names]
+            inside = [path for path in paths if path.is_relative_to(folder.resolve()) and not path.exists()]
+            found += [path.relative_to(folder.resolve()).as_posix() for path in inside]
     return [name for name in found if name not in recorded]
 
 
@@ -123,14 +119,11 @@ def _curve_files(trainer: pl.Trainer, folder: Path) -> list[str]:
 def refuse_curves(loggers: Iterable[Logger]) -> None:
     """Raise :class:`ConfigError` if a new run's CSV logger would, when it opens, remove the curves of another run."""
     for logger in loggers:
-        if isinstance(logger, CSVLogger) and isinstance(logger._version, str | int):
-            path = Path(logger.log_dir, "metrics.csv")
-            if path.exists():
-                raise ConfigError(
-                    "trainer.logger.version",
-                    logger._version,
-                    f"{path} holds the curves of another run: move it, or write another version, or null",
-                )
+        if not isinstance(logger, CSVLogger) or not isinstance(logger._version, str | int):
+            continue
+        if (path := Path(logger.log_dir, "metrics.csv")).exists():
+            remedy = f"{path} holds the curves of another run: move it, or write another version, or null"
+            raise ConfigError("trainer.logger.version", logger._version, remedy)
 
 
 @rank_zero_only
@@ -138,13 +131,11 @@ def clear_way(trainer: pl.Trainer) -> None:
     """Move an earlier run's files to ``earlier.1`` within the folder, for a run from Python, whose loggers have opened
     their files too early for :func:`.make_room`. Call it before the first evaluation."""
     folder = run_folder(trainer)
-    if trainer.fit_loop.epoch_loop.total_batch_idx >= 0 or rehearses(trainer):
+    if trainer.fit_loop.epoch_loop.total_batch_idx >= 0 or is_fast_dev_run(trainer):
         return
     recover(folder)
-    if not holds_training(folder):
-        return
-    if not (own := [path for path in survey(folder).own if path.split("/")[0] in PARTS]):
-        return
-    with moving_alone(folder):
-        aside = move(folder, free_name(folder / "earlier"), own)
-    rank_zero_info(f"an earlier run was in {folder}: moved to {aside}")
+    own = [path for path in survey(folder).own if path.split("/")[0] in PARTS] if holds_training(folder) else []
+    if own:
+        with moving_alone(folder):
+            aside = move(folder, free_name(folder / "earlier"), own)
+        rank_zero_info(f"an earlier run was in {folder}: moved to {aside}")

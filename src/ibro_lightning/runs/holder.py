@@ -9,14 +9,16 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
+from ibro_lightning.errors import ConfigError
+
 _KIND = "a lock of ibro_lightning"
-_BEGINS = json.dumps({"file": _KIND})[:-1].encode()
-"""How a lock file's content begins, in every version."""
+START = json.dumps({"file": _KIND})[:-1].encode()
+"""How a lock file's content starts, in every version."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock."""
+    """The process that holds a lock, as recorded in the lock file."""
 
     pid: int
     host: str
@@ -33,22 +35,23 @@ class Holder:
         return cls(os.getpid(), socket.gethostname(), _started(os.getpid()), now, command, run_name())
 
     @classmethod
-    def parse(cls, content: bytes) -> Holder | None:
-        """The holder in a lock file's content; None if it is empty or incomplete, as its writer died while writing.
+    def read(cls, file: int, path: Path) -> tuple[bytes, Holder | None]:
+        """``(the file's content, the holder in it)``; no holder if its writer died before or while it wrote.
 
         Raises:
-            ValueError: the file is not a lock file of this package.
+            ConfigError: the file is not a lock file of this package.
         """
-        content = content.strip(b"\0")
-        if not content.startswith(_BEGINS):
-            if not _BEGINS.startswith(content):
-                raise ValueError("not a lock's content")
-            return None
+        content = os.pread(file, 4096, 0)
+        text = content.strip(b"\0")
+        if not text.startswith(START) and not START.startswith(text):
+            remedy = "the lock needs this name, and the file is not a lock: move it away, or write another folder"
+            raise ConfigError("trainer.default_root_dir", str(path), remedy)
         try:
-            fields = json.loads(content)
-            return cls(int(fields["pid"]), *(str(fields.get(name, "")) for name in list(cls.__annotations__)[1:]))
+            fields = json.loads(text)
+            names = list(cls.__annotations__)[1:]
+            return content, cls(int(fields["pid"]), *(str(fields.get(name, "")) for name in names))
         except (ValueError, TypeError, KeyError):
-            return None
+            return content, None
 
     def __str__(self) -> str:
         if not self.pid:
@@ -69,13 +72,7 @@ class Holder:
         return _started(self.pid) in ("", self.started)
 
     def to_json(self) -> str:
-        """The lock file's content; see :meth:`parse`."""
         return json.dumps({"file": _KIND, **asdict(self)}) + "\n"
-
-
-def is_locks_content(content: bytes) -> bool:
-    """Whether this is certainly the content of a lock file, complete or not."""
-    return content.strip(b"\0").startswith(_BEGINS)
 
 
 def run_name() -> str:

@@ -4,7 +4,7 @@ The kernel keeps the lock (``fcntl.lockf``): SIGKILL or a power failure frees it
 it across machines. ``flock``, which the package ``filelock`` uses, would outlive the process in any child that it has
 forked: an orphaned worker would keep a dead run's folder locked. In return, ``lockf`` requires that a process opens the
 file only once, as closing any descriptor of it drops the lock. The file therefore lies beside the folder it protects,
-where nothing reads or copies it, and :mod:`.holding` keeps track of what this process holds.
+where nothing reads or copies it, and this process's own locks are registered here.
 
 On file systems without locks, or whose locks do not reach other machines, the file's content names the holder, and a
 thread touches the file every few seconds as a heartbeat: a holder on this machine is looked up by its pid, one on
@@ -21,12 +21,12 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from ibro_lightning.errors import ConfigError
-from ibro_lightning.runs.holder import Holder, is_locks_content
+from ibro_lightning.runs.holder import START, Holder
 from ibro_lightning.runs.model_folders import free_name
 
 BEAT_S = 4.0
@@ -36,49 +36,72 @@ SILENCE_S = 12.0
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
 
+_own: dict[Path, LockFile] = {}
+"""This process's locks, which the kernel would let it take again."""
+_guard = threading.RLock()
+
+
 class LockFile:
     """One lock.
 
     Args:
         path: the lock file. It is created, and removed on release; one left by a killed process is taken over.
         command: the command that holds the lock.
+        in_use: whether this process still needs the lock, should it take it again while it holds it.
     """
 
-    def __init__(self, path: Path, command: str) -> None:
-        self.path, self.command = path, command
+    def __init__(self, path: Path, command: str, in_use: Callable[[], bool] = lambda: True) -> None:
+        self.path, self.command, self.in_use = path, command, in_use
+        self.me = Holder.this_process(command)
         self._file: int | None = None
-        self._pid = 0
-        self._made: list[Path] = []
+        self._joined = False
+        self._created_folders: list[Path] = []
         self._silent: bytes | None = None
         self._ambiguous: int | None = None
-        self._own: Holder | None = None
         self._stopped = threading.Event()
 
     def take(self) -> Holder | None:
-        """Acquire the lock. Returns the holder if another process has it, otherwise None.
+        """Acquire the lock. Returns the holder if it is taken, otherwise None.
 
         Raises:
             ConfigError: the file is not a lock file of this package.
             OSError: the file cannot be created.
         """
+        with _guard:
+            own = _own.get(self.path)
+            if own is not None and own.me.pid == os.getpid():
+                if own.in_use():
+                    return own.me
+                own.release()
+            self.me = Holder.this_process(self.command)
+            _own[self.path] = self
+        holder: Holder | None = self.me
+        try:
+            holder = self._take()
+        finally:
+            if holder is not None:
+                self._unregister()
+        return holder
+
+    def _take(self) -> Holder | None:
         while True:
             try:
                 self._make_folder()
-                file, made = self._open()
+                file, created = self._open()
             except FileNotFoundError:  # the file or its (empty) folder was removed in between
                 continue
+            taken = False
             try:
-                holder, taken = self._try(file, made)
-            except BaseException:
-                os.close(file)
-                raise
+                holder, taken = self._try(file, created)
+            finally:
+                if not taken:
+                    os.close(file)
             if taken:
-                self._file, self._pid = file, os.getpid()
+                self._file = file
                 self._start_heartbeat()
                 return None
-            os.close(file)
             if holder is not None:
-                self._remove_folder()
+                self._remove_folders()
                 return holder
 
     def _open(self) -> tuple[int, bool]:
@@ -92,27 +115,27 @@ class LockFile:
         for folder in reversed([self.path.parent, *self.path.parent.parents]):
             if not folder.is_dir():
                 folder.mkdir(exist_ok=True)
-                self._made.append(folder)
+                self._created_folders.append(folder)
 
-    def _remove_folder(self) -> None:
+    def _remove_folders(self) -> None:
         """Remove the folders that were created only for the lock."""
-        for folder in reversed(self._made):
+        for folder in reversed(self._created_folders):
             try:
                 folder.rmdir()
             except OSError:  # in use
                 break
-        self._made = []
+        self._created_folders = []
 
-    def _try(self, file: int, made: bool) -> tuple[Holder | None, bool]:
+    def _try(self, file: int, created: bool) -> tuple[Holder | None, bool]:
         """``(holder, whether this process has the lock now)``. ``(None, False)`` means: try again, as the file was
         removed in between, or the wait for the holder's heartbeat dropped the lock."""
-        text, holder = self._read(file)
+        text, holder = Holder.read(file, self.path)
         locks = _lock(file)
         if locks is False:
             return holder or self._read_later(file), False
         if not _is_at(file, self.path):
             return None, False
-        if not made and not is_locks_content(os.pread(file, 4096, 0)):
+        if not created and not os.pread(file, 4096, 0).strip(b"\0").startswith(START):
             self._release_ambiguous(file)
             return None, False
         if holder is not None and self._silent != text and (not holder.is_here() or locks is None):
@@ -122,16 +145,13 @@ class LockFile:
             self._silent = text
             return None, False
         os.ftruncate(file, 0)
-        os.pwrite(file, self._content().encode(), 0)
+        os.pwrite(file, self.me.to_json().encode(), 0)
         if locks is None:
-            rank_zero_info(
-                f"the file system of {self.path} knows no locks: other processes look for signs of life in that file"
-            )
+            rank_zero_info(f"the file system of {self.path} has no locks: other processes check that file's heartbeat")
             time.sleep(0.5)  # if two processes found it free, the last to write has it
-            if self._read(file)[1] != self._own:
-                return self._read(file)[1], False
-        else:
-            fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)  # keep the first byte; the others are for the run's ranks
+            holder = Holder.read(file, self.path)[1]
+            return (None, True) if holder == self.me else (holder, False)
+        fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)  # keep the first byte; the others are for the run's ranks
         return None, True
 
     def _release_ambiguous(self, file: int) -> None:
@@ -145,25 +165,12 @@ class LockFile:
             return
         aside = free_name(self.path)
         self.path.rename(aside)
-        rank_zero_info(f"{self.path} does not say that it is a lock: it is now {aside.name}")
-
-    def _content(self) -> str:
-        self._own = Holder.this_process(self.command)
-        return self._own.to_json()
-
-    def _read(self, file: int) -> tuple[bytes, Holder | None]:
-        """The file's content and the holder that it names."""
-        content = os.pread(file, 4096, 0)
-        try:
-            return content, Holder.parse(content)
-        except ValueError:
-            remedy = "a lock would be there, and this file is none of ours: move it away, or write another folder"
-            raise ConfigError("trainer.default_root_dir", str(self.path), remedy) from None
+        rank_zero_info(f"{self.path} is not recognisable as a lock: renamed to {aside.name}")
 
     def _read_later(self, file: int) -> Holder:
         """The holder, once a process that has just taken the lock has written its name (waits up to a second)."""
         for _ in range(20):
-            if (holder := self._read(file)[1]) is not None:
+            if (holder := Holder.read(file, self.path)[1]) is not None:
                 return holder
             time.sleep(0.05)
         return Holder(0, "", "", "", self.command, "")
@@ -182,31 +189,41 @@ class LockFile:
         except OSError:
             os.close(file)
             return False
-        self._file, self._pid, self._stopped = file, -1, threading.Event()
+        self._file, self._joined = file, True
         return True
 
     def holder(self) -> Holder | None:
-        """The other process that holds the lock, if any; changes nothing. Not for the process that holds it, as closing
-        the file would drop the lock."""
+        """The other process that holds the lock, if any; changes nothing. None for a lock of this process, as closing
+        the file would drop it."""
+        if self.path in _own and _own[self.path].me.pid == os.getpid():
+            return None
         try:
             file = os.open(self.path, os.O_RDONLY)
         except OSError:
             return None
         try:
-            _, holder = self._read(file)
+            _, holder = Holder.read(file, self.path)
             return holder if holder is not None and _is_locked(file, holder) else None
         finally:
             os.close(file)
 
     def release(self) -> None:
         self._stopped.set()
-        if self._file is None:
-            return
-        file, self._file = self._file, None
-        if self._pid == os.getpid() and _is_at(file, self.path):  # a rank or a forked child must not remove it
-            self.path.unlink(missing_ok=True)
-        os.close(file)
-        self._remove_folder()
+        try:
+            if self._file is not None:
+                file, self._file = self._file, None
+                # Ranks and forked children must not remove it.
+                if not self._joined and self.me.pid == os.getpid() and _is_at(file, self.path):
+                    self.path.unlink(missing_ok=True)
+                os.close(file)
+                self._remove_folders()
+        finally:
+            self._unregister()
+
+    def _unregister(self) -> None:
+        with _guard:
+            if _own.get(self.path) is self:
+                del _own[self.path]
 
     def _start_heartbeat(self) -> None:
         """Touch the file every :data:`BEAT_S` seconds until the lock is released."""
@@ -214,10 +231,8 @@ class LockFile:
 
         def beat() -> None:
             while not stopped.wait(BEAT_S):
-                try:
+                with contextlib.suppress(OSError):  # disk full, or file removed: the kernel's lock still holds
                     os.utime(self.path)  # not the descriptor, whose number another file may have by now
-                except OSError:  # disk full, or file removed: the kernel's lock still holds
-                    continue
 
         threading.Thread(target=beat, name="run-lock", daemon=True).start()
 
@@ -238,11 +253,9 @@ def _lock(file: int) -> bool | None:
 def _is_at(file: int, path: Path) -> bool:
     """Whether ``path`` still names the open file: a holder removes it on release."""
     try:
-        named = os.stat(path)
+        return os.path.samestat(os.stat(path), os.fstat(file))
     except FileNotFoundError:
         return False
-    opened = os.fstat(file)
-    return (named.st_ino, named.st_dev) == (opened.st_ino, opened.st_dev)
 
 
 def _is_locked(file: int, holder: Holder) -> bool:
@@ -255,8 +268,7 @@ def _is_locked(file: int, holder: Holder) -> bool:
         answer = struct.unpack(layout, fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(layout, *fields)))
         return bool(answer[0 if linux else 3] != fcntl.F_UNLCK)
     except OSError:  # no locks on this file system
-        pass
-    return holder.is_here() and holder.is_alive()
+        return holder.is_here() and holder.is_alive()
 
 
 def _has_heartbeat(path: Path, file: int, holder: Holder) -> bool:
@@ -264,7 +276,7 @@ def _has_heartbeat(path: Path, file: int, holder: Holder) -> bool:
     so clocks need not agree."""
     if holder.is_here():
         return holder.is_alive()
-    rank_zero_info(f"{path} was left by {holder}: listening for {SILENCE_S:g} s whether that still runs")
+    rank_zero_info(f"{path} was left by {holder}: waiting up to {SILENCE_S:g} s for its heartbeat")
     before, until = os.fstat(file).st_mtime_ns, time.monotonic() + SILENCE_S
     while time.monotonic() < until:
         time.sleep(min(0.5, SILENCE_S / 4))

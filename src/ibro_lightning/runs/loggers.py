@@ -1,7 +1,7 @@
 """What a run needs of its loggers beyond Lightning's interface: where the curves are, how they resume, text tables.
 
-A logger chooses where it keeps its files, independently of :func:`.run_folder`. Each class here supports one of
-Lightning's loggers. Any other logger gets metrics, and tables if it has W&B's ``log_text``.
+A logger chooses where it keeps its files, independently of :func:`.run_folder`. Loggers other than Lightning's get
+metrics, and tables if they have W&B's ``log_text``.
 """
 
 from __future__ import annotations
@@ -10,16 +10,9 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any
 
-from lightning.pytorch.loggers import (
-    CometLogger,
-    CSVLogger,
-    Logger,
-    MLFlowLogger,
-    TensorBoardLogger,
-    WandbLogger,
-)
+from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -36,182 +29,96 @@ class Table:
     """The same table, for loggers that render Markdown."""
 
 
-class Curves:
-    """The curves of a logger that is only known by Lightning's interface."""
-
-    kind: ClassVar[type[Any]] = Logger
-
-    def __init__(self, logger: Logger) -> None:
-        self.logger = logger
-
-    def state(self, run: Path) -> dict[str, Any]:
-        """Flush the logger and return what a checkpoint records: where the curves currently end."""
-        return {}
-
-    def resume(self, state: Mapping[str, Any], run: Path) -> None:
-        """Continue the curves that ``state`` describes; the logger must not have been opened yet."""
-        rank_zero_info(
-            f"{type(self.logger).__name__} goes on as its own settings say, and may show iterations after the "
-            "checkpoint twice"
-        )
-
-    def place(self) -> str | None:
-        """How to view the curves; None if there are none."""
-        where = getattr(self.logger, "log_dir", None) or self.logger.save_dir
-        return type(self.logger).__name__ + (f" in {where}" if where else "")
-
-    def log_table(self, name: str, table: Table, iteration: int) -> bool:
-        """Log the table, and return whether the logger supports tables."""
-        log_text, args = getattr(self.logger, "log_text", None), (name, table.columns, table.rows)
-        if not callable(log_text) or not _accepts(log_text, *args, step=iteration):
-            return False
-        log_text(*args, step=iteration)
-        return True
+def state_of(logger: Any, run: Path) -> dict[str, Any]:
+    """Flush a logger and return what a checkpoint records: where its curves currently end."""
+    match logger:
+        case TensorBoardLogger():  # event files only grow, so their sizes tell what belongs to a checkpoint
+            logger.experiment.flush()
+            folder = Path(logger.log_dir)
+            sizes = {path.name: path.stat().st_size for path in folder.glob(EVENTS)}
+            return {"version": logger.version, "folder": _relative(folder, run), "events": sizes}
+        case CSVLogger():  # metrics.csv is rewritten when a new metric appears, but its rows keep their order
+            logger.save()
+            path = Path(logger.log_dir, METRICS)
+            rows = len(read_rows(path)[1]) if path.exists() else 0
+            return {"version": logger.version, "folder": _relative(path.parent, run), "rows": rows}
+        case MLFlowLogger():
+            return {"run": logger.run_id}
+        case WandbLogger() | CometLogger():
+            return {"run": logger.version}
+    return {}
 
 
-class TensorBoardCurves(Curves):
-    """Event files only grow, so their sizes tell what belongs to a checkpoint."""
-
-    kind = TensorBoardLogger
-
-    def state(self, run: Path) -> dict[str, Any]:
-        logger = cast(TensorBoardLogger, self.logger)
-        logger.experiment.flush()
-        folder = Path(logger.log_dir)
-        sizes = {path.name: path.stat().st_size for path in folder.glob(EVENTS)}
-        return {"version": logger.version, "folder": _relative(folder, run), "events": sizes}
-
-    def resume(self, state: Mapping[str, Any], run: Path) -> None:
-        _set_version(self.logger, state)
-
-    def place(self) -> str | None:
-        return f"tensorboard --logdir {cast(TensorBoardLogger, self.logger).log_dir}"
-
-    def log_table(self, name: str, table: Table, iteration: int) -> bool:
-        cast(TensorBoardLogger, self.logger).experiment.add_text(name, table.markdown, global_step=iteration)
-        return True
-
-
-class CSVCurves(Curves):
-    """``metrics.csv`` is rewritten when a new metric appears, but its rows keep their order."""
-
-    kind = CSVLogger
-
-    def state(self, run: Path) -> dict[str, Any]:
-        logger = cast(CSVLogger, self.logger)
-        logger.save()
-        path = Path(logger.log_dir, METRICS)
-        rows = len(read_rows(path)[1]) if path.exists() else 0
-        return {"version": logger.version, "folder": _relative(path.parent, run), "rows": rows}
-
-    def resume(self, state: Mapping[str, Any], run: Path) -> None:
-        logger = cast(CSVLogger, self.logger)
-        _set_version(logger, state)
-        if Path(logger.log_dir).resolve() == (run / state["folder"]).resolve():
-            open_csv(logger)
-
-    def place(self) -> str | None:
-        return str(Path(cast(CSVLogger, self.logger).log_dir, METRICS))
+def resume_logger(logger: Any, state: Mapping[str, Any], run: Path) -> None:
+    """Continue the curves that ``state`` describes; the logger must not have been opened yet. W&B, MLflow and Comet
+    cannot delete the points after the checkpoint."""
+    match logger:
+        case TensorBoardLogger() | CSVLogger():
+            if logger._version is None:  # the settings name none: the logger would take the next free one
+                logger._version = state["version"]
+            if isinstance(logger, CSVLogger) and Path(logger.log_dir).resolve() == (run / state["folder"]).resolve():
+                open_csv(logger)
+        case WandbLogger():
+            if logger.version is None:  # the user set no id; W&B's "resume" is "allow" by default
+                logger._id = logger._wandb_init["id"] = state["run"]
+        case MLFlowLogger():
+            if logger._run_id is None:
+                logger._run_id = state["run"]
+        case CometLogger():
+            if logger.version != state["run"]:  # the constructor starts an experiment, before the checkpoint is known
+                remedy = f"to continue the run's own, write its experiment_key: {state['run']}"
+                rank_zero_info(f"CometLogger has started a new experiment; {remedy}")
+        case DummyLogger():  # of fast_dev_run
+            pass
+        case _:
+            name = type(logger).__name__
+            rank_zero_info(f"{name} resumes by its own settings, and may show iterations after the checkpoint twice")
 
 
-class WandbCurves(Curves):
-    """Resumes by the W&B run's id; W&B cannot delete points."""
-
-    kind = WandbLogger
-
-    def state(self, run: Path) -> dict[str, Any]:
-        return {"run": self.logger.version}
-
-    def resume(self, state: Mapping[str, Any], run: Path) -> None:
-        logger: Any = self.logger
-        if logger.version is None:  # the user set no id; W&B's "resume" is "allow" by default
-            logger._id = logger._wandb_init["id"] = state["run"]
-
-    def place(self) -> str | None:
-        experiment = cast(Any, self.logger).experiment
-        if url := getattr(experiment, "url", None):
-            return str(url)
-        folder = getattr(experiment, "dir", None)
-        return f"wandb sync {Path(folder).parent}" if folder else None
-
-    def log_table(self, name: str, table: Table, iteration: int) -> bool:
-        cast(WandbLogger, self.logger).log_text(name, columns=table.columns, data=table.rows, step=iteration)
-        return True
+def place_of(logger: Any) -> str | None:
+    """How to view a logger's curves; None if there are none."""
+    match logger:
+        case TensorBoardLogger():
+            return f"tensorboard --logdir {logger.log_dir}"
+        case CSVLogger():
+            return str(Path(logger.log_dir, METRICS))
+        case WandbLogger() if not getattr(logger.experiment, "url", None):
+            folder = getattr(logger.experiment, "dir", None)
+            return f"wandb sync {Path(folder).parent}" if folder else None
+        case WandbLogger() | CometLogger():
+            return getattr(logger.experiment, "url", None) or None
+        case MLFlowLogger():
+            return f"mlflow ui --backend-store-uri {logger._tracking_uri}  (run {logger.run_id})"
+        case DummyLogger():
+            return None
+    where = getattr(logger, "log_dir", None) or logger.save_dir
+    return type(logger).__name__ + (f" in {where}" if where else "")
 
 
-class MLFlowCurves(Curves):
-    """Resumes by the MLflow run's id; MLflow cannot delete points."""
-
-    kind = MLFlowLogger
-
-    def state(self, run: Path) -> dict[str, Any]:
-        return {"run": cast(MLFlowLogger, self.logger).run_id}
-
-    def resume(self, state: Mapping[str, Any], run: Path) -> None:
-        logger: Any = self.logger
-        if logger._run_id is None:
-            logger._run_id = state["run"]
-
-    def place(self) -> str | None:
-        logger: Any = self.logger
-        return f"mlflow ui --backend-store-uri {logger._tracking_uri}  (run {logger.run_id})"
-
-    def log_table(self, name: str, table: Table, iteration: int) -> bool:
-        logger = cast(MLFlowLogger, self.logger)
-        logger.experiment.log_text(logger.run_id, table.markdown, f"{name}/iteration_{iteration:06d}.md")
-        return True
-
-
-class CometCurves(Curves):
-    """Cannot resume: the logger's constructor starts an experiment, before the checkpoint is known."""
-
-    kind = CometLogger
-
-    def state(self, run: Path) -> dict[str, Any]:
-        return {"run": self.logger.version}
-
-    def resume(self, state: Mapping[str, Any], run: Path) -> None:
-        if self.logger.version != state["run"]:
-            rank_zero_info(
-                f"CometLogger has begun a new experiment; to go on with the run's own, write its experiment_key: "
-                f"{state['run']}"
-            )
-
-    def place(self) -> str | None:
-        url = getattr(cast(Any, self.logger).experiment, "url", None)
-        return str(url) if url else None
-
-    def log_table(self, name: str, table: Table, iteration: int) -> bool:
-        cast(Any, self.logger).experiment.log_text(table.markdown, step=iteration, metadata={"name": name})
-        return True
-
-
-class NoCurves(Curves):
-    """Lightning's substitute for a logger in ``fast_dev_run``."""
-
-    kind = DummyLogger
-
-    def resume(self, state: Mapping[str, Any], run: Path) -> None:
-        pass
-
-    def place(self) -> str | None:
-        return None
-
-    def log_table(self, name: str, table: Table, iteration: int) -> bool:
-        return True
-
-
-_KINDS: tuple[type[Curves], ...] = (TensorBoardCurves, CSVCurves, WandbCurves, MLFlowCurves, CometCurves, NoCurves)
-
-
-def curves_of(logger: Logger) -> Curves:
-    """The :class:`Curves` for the class of ``logger``."""
-    return next((kind for kind in _KINDS if isinstance(logger, kind.kind)), Curves)(logger)
+def _log_table(logger: Any, name: str, table: Table, iteration: int) -> bool:
+    """Log a table, and return whether the logger supports tables."""
+    match logger:
+        case TensorBoardLogger():
+            logger.experiment.add_text(name, table.markdown, global_step=iteration)
+        case MLFlowLogger():
+            logger.experiment.log_text(logger.run_id, table.markdown, f"{name}/iteration_{iteration:06d}.md")
+        case CometLogger():
+            logger.experiment.log_text(table.markdown, step=iteration, metadata={"name": name})
+        case DummyLogger():
+            pass
+        case _:
+            log_text, args = getattr(logger, "log_text", None), (name, table.columns, table.rows)
+            try:
+                inspect.signature(log_text).bind(*args, step=iteration)  # type: ignore[arg-type]
+            except (TypeError, ValueError):  # there is no such method, or it takes other arguments
+                return False
+            log_text(*args, step=iteration)  # type: ignore[misc]
+    return True
 
 
 def logger_states(loggers: Sequence[Logger], run: Path) -> list[dict[str, Any]]:
     """What a checkpoint records about each logger; call it on the first rank, where they are open."""
-    return [{"class": type(logger).__name__, **curves_of(logger).state(run)} for logger in loggers]
+    return [{"class": type(logger).__name__, **state_of(logger, run)} for logger in loggers]
 
 
 def resume_loggers(loggers: Sequence[Logger], states: Sequence[Mapping[str, Any]], run: Path) -> None:
@@ -222,20 +129,18 @@ def resume_loggers(loggers: Sequence[Logger], states: Sequence[Mapping[str, Any]
         state = next((state for state in remaining if state["class"] == type(logger).__name__), None)
         if state is not None:
             remaining.remove(state)
-            curves_of(logger).resume(state, run)
+            resume_logger(logger, state, run)
 
 
 def log_table(loggers: Sequence[Logger], name: str, make: Callable[[], Table], iteration: int) -> list[str]:
     """Log a table to every logger, and return the class names of those that do not support tables."""
-    if not loggers:
-        return []
-    table = make()
-    return [type(logger).__name__ for logger in loggers if not curves_of(logger).log_table(name, table, iteration)]
+    table = make() if loggers else Table([], [], "")
+    return [type(logger).__name__ for logger in loggers if not _log_table(logger, name, table, iteration)]
 
 
 def places(loggers: Sequence[Logger]) -> list[str]:
     """How to view the curves, one line per logger."""
-    return [place for logger in loggers if (place := curves_of(logger).place())]
+    return [place for logger in loggers if (place := place_of(logger))]
 
 
 def holds_a_run(logger: Logger) -> bool:
@@ -243,20 +148,6 @@ def holds_a_run(logger: Logger) -> bool:
     if isinstance(logger, CSVLogger):
         return Path(logger.log_dir, METRICS).exists()
     return isinstance(logger, TensorBoardLogger) and any(Path(logger.log_dir).glob(EVENTS))
-
-
-def _accepts(function: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
-    try:
-        inspect.signature(function).bind(*arguments, **named)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def _set_version(logger: Any, state: Mapping[str, Any]) -> None:
-    """Reuse the recorded version, unless the settings name one: by default the logger takes the next free one."""
-    if logger._version is None:
-        logger._version = state["version"]
 
 
 def _relative(folder: Path, run: Path) -> str:

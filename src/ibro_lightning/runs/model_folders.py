@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ibro_lightning.guards.disk import PARTIAL, written_whole
+from ibro_lightning.guards.disk import PARTIAL, write_json
 from ibro_lightning.ranks import rank_zero_info, rank_zero_warn
 from ibro_lightning.version import __version__
 
@@ -61,11 +62,13 @@ def _is_own(manifest: dict[str, Any], name: str) -> bool:
     )  # fmt: skip
 
 
-def leaves(folder: Path) -> Iterator[str]:
-    """All files and links below a folder, relative to it; a link to a folder is not followed."""
+def leaves(folder: Path, *, empty_folders: bool = False) -> Iterator[str]:
+    """All files and links (and empty folders) below a folder, relative to it; a link to a folder is not followed."""
     for where, folders, files in os.walk(folder):
         for name in sorted([*files, *(name for name in folders if Path(where, name).is_symlink())]):
             yield Path(where, name).relative_to(folder).as_posix()
+        if empty_folders and not folders and not files and Path(where) != folder:
+            yield Path(where).relative_to(folder).as_posix()
 
 
 def _is_without_files(folder: Path) -> bool:
@@ -103,11 +106,31 @@ def free_name(path: Path, *suffixes: str) -> Path:
     return path.with_name(f"{path.name}.{number}")
 
 
-def remove_own(folder: Path) -> None:
-    """Remove our files from a model folder, and the folder if nothing else is in it."""
-    for name in own_files(folder):
-        (folder / name).unlink(missing_ok=True)
-    prune(folder)
+def remove(folder: Path, files: Iterable[str]) -> None:
+    """Remove ``files`` (relative to ``folder``), and the folders that this leaves empty."""
+    for name in files:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            prune(path)
+        else:
+            path.unlink(missing_ok=True)
+        _prune_upwards(path.parent, folder)
+
+
+def move_files(folder: Path, files: Iterable[str], target: Path) -> None:
+    """Move ``files`` (relative to ``folder``) to the same paths in ``target``, and remove the folders that this leaves
+    empty."""
+    for name in files:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).rename(target / name)
+        _prune_upwards((folder / name).parent, folder)
+
+
+def _prune_upwards(path: Path, top: Path) -> None:
+    with suppress(OSError):  # not empty
+        while path not in (top, top.parent):
+            path.rmdir()
+            path = path.parent
 
 
 def prune(folder: Path) -> None:
@@ -115,38 +138,37 @@ def prune(folder: Path) -> None:
     if folder.is_symlink() or not folder.is_dir():
         return
     for where, _, _ in os.walk(folder, topdown=False):
-        try:
+        with suppress(OSError):  # not empty
             os.rmdir(where)
-        except OSError:  # not empty
-            continue
+
+
+def remove_model(folder: Path) -> None:
+    """Remove our files from a model folder, and the folder if nothing else is in it."""
+    remove(folder, own_files(folder))
+    prune(folder)
 
 
 def begin(folder: Path) -> Path:
     """Create an empty folder, to be filled and passed to :func:`finish`."""
     partial = folder.with_name(folder.name + PARTIAL)
-    remove_own(partial)
+    remove_model(partial)
     while os.path.lexists(partial):
         partial = free_name(partial.with_name(partial.name.removesuffix(PARTIAL)))
         partial = partial.with_name(partial.name + PARTIAL)
     partial.mkdir(parents=True)
-    _write_manifest(partial, {"ibro_lightning": __version__, "by": None, "files": {}})
+    _write_manifest(partial, None, {})
     return partial
 
 
 def finish(partial: Path, folder: Path, *, keep_earlier: bool) -> Path:
-    """Give a complete model folder its final name.
+    """Give a complete model folder its final name, and return where it is: beside ``folder`` if that holds files that
+    are not ours.
 
-    Args:
-        keep_earlier: always move an earlier model aside. Otherwise one that a call with False wrote is removed if it is
-            unchanged.
-
-    Returns:
-        where the model is: ``folder``, or a free name beside it if ``folder`` holds files that are not ours.
-    """
-    set_modes(partial)
+    An earlier model is moved aside, unless a call with ``keep_earlier=False`` wrote it, it is unchanged, and this is
+    such a call, too: then it is removed."""
+    _set_modes(partial)
     files = {name: _about(partial / name) for name in leaves(partial) if name != MANIFEST}
-    by = "export" if keep_earlier else "fit"
-    _write_manifest(partial, {"ibro_lightning": __version__, "by": by, "files": files})
+    _write_manifest(partial, "export" if keep_earlier else "fit", files)
     foreign = set(leaves(folder)) - set(own_files(folder)) if is_ours(folder) else set[str]()
     if is_in_the_way(folder) or foreign & files.keys():
         free = free_name(folder)
@@ -157,32 +179,23 @@ def finish(partial: Path, folder: Path, *, keep_earlier: bool) -> Path:
         partial.rename(folder)  # replaces an empty folder
         return folder
     aside = None if not keep_earlier and _is_untouched(folder) else free_name(folder)
-    if foreign:
-        _exchange(partial, folder, aside)
+    if foreign:  # leave those in place
+        if aside is None:
+            remove(folder, own_files(folder))
+        else:
+            move_files(folder, own_files(folder), aside)
+        move_files(partial, own_files(partial), folder)
+        prune(partial)
     else:
         old = aside or folder.with_name(folder.name + OLD)  # a resumed run removes it, should this one die right here
-        remove_own(old)
+        remove_model(old)
         folder.rename(old)
         partial.rename(folder)
         if aside is None:
-            remove_own(old)
+            remove_model(old)
     if aside is not None:
         rank_zero_info(f"an earlier model was in {folder}: moved to {aside}")
     return folder
-
-
-def _exchange(partial: Path, folder: Path, aside: Path | None) -> None:
-    """Replace our files one by one, leaving those of others in place."""
-    for name in own_files(folder):
-        if aside is None:
-            (folder / name).unlink()
-        else:
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).rename(aside / name)
-    for name in own_files(partial):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (partial / name).rename(folder / name)
-    prune(partial)
 
 
 def _about(file: Path) -> dict[str, Any]:
@@ -207,10 +220,10 @@ def adopt(folder: Path) -> None:
     if folder.is_dir() and not folder.is_symlink() and not (folder / MANIFEST).exists() and any(folder.iterdir()):
         names = [name for name in leaves(folder) if _USUAL.fullmatch(name)]
         files = {name: _about(folder / name) for name in names if (folder / name).is_file()}
-        _write_manifest(folder, {"ibro_lightning": __version__, "by": "earlier version", "files": files})
+        _write_manifest(folder, "earlier version", files)
 
 
-def set_modes(folder: Path) -> None:
+def _set_modes(folder: Path) -> None:
     """Give all files the modes of the user's umask: safetensors makes its files readable by their owner alone."""
     # Taken from a file that Python created: reading the umask would change it for a moment, for all threads.
     mode = (folder / MANIFEST).stat().st_mode & 0o666
@@ -220,6 +233,5 @@ def set_modes(folder: Path) -> None:
             path.chmod(mode)
 
 
-def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    with written_whole(folder / MANIFEST) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+def _write_manifest(folder: Path, by: str | None, files: dict[str, Any]) -> None:
+    write_json(folder / MANIFEST, {"ibro_lightning": __version__, "by": by, "files": files})

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ibro_lightning.batches import Rollout
-from ibro_lightning.guards.disk import write_json, written_whole
+from ibro_lightning.guards.disk import write_json, written_atomically
 from ibro_lightning.runs.authorship import signed
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult
 
@@ -25,15 +25,8 @@ _TYPES = {"answer_read": pa.string(), "token_ids": pa.list_(pa.int32()), "logp":
 
 
 def write_parquet(path: Path, rollout: Rollout, *, tokens: bool = False, run: str = "") -> Path:
-    """Write one row per sampled response; ``trained_on`` is True for those in the update's batch.
-
-    Args:
-        tokens: also write token ids and their log-probs, which :func:`read_groups` needs.
-        run: the id of the rollout's run.
-
-    Raises:
-        DiskFullError: the disk is full.
-    """
+    """Write one row per sampled response; ``trained_on`` is True for those in the update's batch. With ``tokens``,
+    token ids and their log-probs, which :func:`read_groups` needs, are included."""
     updates = rollout.name == "train" and not rollout.skip_update
     own = zip(rollout.prompts, rollout.completions, rollout.results, strict=True)
     kept = [] if rollout.placeholder else [(prompt, completion, result, updates) for prompt, completion, result in own]
@@ -53,12 +46,13 @@ def write_parquet(path: Path, rollout: Rollout, *, tokens: bool = False, run: st
     ]
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: pa.array([row.get(name) for row in rows], _TYPES.get(name)) for name in names}
-    with written_whole(path) as partial:
+    with written_atomically(path) as partial:
         pq.write_table(signed(pa.table(columns), run), partial)
     return path
 
 
 def _row(prompt: Prompt, completion: Completion, result: RewardResult) -> dict[str, Any]:
+    logps = [logp for logp in completion.logp or () if logp is not None and math.isfinite(logp)]
     return {
         "prompt_id": prompt.id,
         "part": prompt.part,
@@ -75,14 +69,8 @@ def _row(prompt: Prompt, completion: Completion, result: RewardResult) -> dict[s
         **{f"{_PART}{name}": float(value) for name, value in result.parts.items()},
         "answer_read": result.answer,
         "timed_out": result.timed_out,
-        "mean_logp": _mean_logp(completion),
+        "mean_logp": sum(logps) / max(1, len(logps)),  # in nats, over the tokens that have one; 0 if none has
     }
-
-
-def _mean_logp(completion: Completion) -> float:
-    """The mean log-prob in nats over the tokens that have one; 0 if none has."""
-    logps = [logp for logp in completion.logp or () if logp is not None and math.isfinite(logp)]
-    return sum(logps) / max(1, len(logps))
 
 
 def read_groups(path: Path, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> list[Group] | None:
@@ -93,7 +81,7 @@ def read_groups(path: Path, prompts: Sequence[Prompt], seeds: Sequence[Sequence[
         rows = pq.ParquetFile(path).read().to_pylist()
         if [(row["prompt_id"], row["seed"]) for row in rows] != expected:
             return None
-        judged = iter([(_completion(row), _result(row)) for row in rows])
+        judged = iter([_read_row(row) for row in rows])
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
     groups = []
@@ -103,8 +91,8 @@ def read_groups(path: Path, prompts: Sequence[Prompt], seeds: Sequence[Sequence[
     return groups
 
 
-def _completion(row: dict[str, Any]) -> Completion:
-    return Completion(
+def _read_row(row: dict[str, Any]) -> tuple[Completion, RewardResult]:
+    completion = Completion(
         token_ids=tuple(row["token_ids"]),
         logp=tuple(row["logp"]),
         finish_reason=row["finish_reason"],
@@ -112,14 +100,10 @@ def _completion(row: dict[str, Any]) -> Completion:
         max_tokens=row["max_tokens"],
         seed=row["seed"],
     )
-
-
-def _result(row: dict[str, Any]) -> RewardResult:
     # Null: in a mixture, a part that only other responses' rewards have.
-    parts = {
-        name.removeprefix(_PART): value for name, value in row.items() if name.startswith(_PART) and value is not None
-    }
-    return RewardResult(row["reward"], parts, row["answer_read"], row["timed_out"])
+    given = {name: value for name, value in row.items() if name.startswith(_PART) and value is not None}
+    parts = {name.removeprefix(_PART): value for name, value in given.items()}
+    return completion, RewardResult(row["reward"], parts, row["answer_read"], row["timed_out"])
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -132,6 +116,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def mark_complete(folder: Path) -> None:
-    """Record that the results are written, so that the next evaluation in this folder starts anew."""
+    """Record that the results are written, so that the next evaluation in this folder starts over."""
     if (manifest := read_manifest(folder)) is not None:
         write_json(folder / MANIFEST, {**manifest, "complete": True})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -15,22 +16,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.disk import write_json
 from ibro_lightning.runs.authorship import leave_to_others
-from ibro_lightning.runs.checkpoints import (
-    ABOUT,
-    Written,
-    checkpoints_in,
-    iteration_of,
-    newer_whole,
-    newest_valid,
-    read_about,
-    why_invalid,
-)
+from ibro_lightning.runs.checkpoints.catalog import Written, checkpoint_name, checkpoints_in, newer_valid, newest_valid
+from ibro_lightning.runs.checkpoints.index import ABOUT
+from ibro_lightning.runs.checkpoints.plugin import read_about
+from ibro_lightning.runs.checkpoints.validity import why_invalid
 from ibro_lightning.runs.claims import survey
 from ibro_lightning.runs.contents import MARK, is_unfinished
 from ibro_lightning.runs.curve_files import cut_back
 from ibro_lightning.runs.loggers import logger_states
-from ibro_lightning.runs.marks import Mark, read_mark
-from ibro_lightning.runs.moving import remove
+from ibro_lightning.runs.marks import read_mark
+from ibro_lightning.runs.model_folders import remove
 from ibro_lightning.seeding import run_seed
 from ibro_lightning.version import __version__
 
@@ -41,84 +36,73 @@ KEPT = ("rollouts", "checkpoints", "model")
 _ITERATION = re.compile(r"(rollouts|evaluations)/iteration_(\d{6,})(?!\d).*")
 
 
-def find_checkpoint(wanted: str, run: Path) -> Path | None:
+def find_checkpoint(ckpt_path: str, run: Path) -> Path | None:
     """The checkpoint for a value of ``--ckpt_path``; None for ``last`` if the run has none.
 
     Args:
-        wanted: a path, ``last`` (the newest valid one) or ``best`` (by ``checkpoint.best``).
+        ckpt_path: a path, ``last`` (the newest valid one) or ``best`` (by ``checkpoint.best``).
         run: the run's folder.
 
     Raises:
         ConfigError: the checkpoint does not exist or is damaged.
     """
-    if wanted in BY_NAME:
-        found = _newest(run, wanted) if wanted == "last" else _best(run)
+    if ckpt_path in BY_NAME:
+        found = _newest(run, ckpt_path)
+        if ckpt_path == "best":
+            found = _best(run, found)
+        elif found is not None:
+            rank_zero_info(f"the newest valid checkpoint is {found}")
         return found and found.resolve()
-    check_exists(wanted)
-    path = Path(wanted).resolve()
+    check_exists(ckpt_path)
+    path = Path(ckpt_path).resolve()
     if (reason := why_invalid(path)) is not None:
-        whole, _ = newest_valid(path.parent)
-        remedy = f": the newest whole one beside it is {Path(wanted).parent / whole.name}" if whole else ""
-        raise ConfigError("ckpt_path", wanted, f"{reason}{remedy}")
+        valid, _ = newest_valid(path.parent)
+        remedy = f": the newest valid one beside it is {Path(ckpt_path).parent / valid.name}" if valid else ""
+        raise ConfigError("ckpt_path", ckpt_path, f"{reason}{remedy}")
     return path
 
 
-def check_exists(wanted: str) -> None:
+def check_exists(ckpt_path: str) -> None:
     """Raise :class:`ConfigError` for a path that does not exist."""
-    if wanted not in BY_NAME and not Path(wanted).exists():
-        raise ConfigError("ckpt_path", wanted, "no such checkpoint: look in checkpoints/ of the run's folder")
+    if ckpt_path not in BY_NAME and not Path(ckpt_path).exists():
+        raise ConfigError("ckpt_path", ckpt_path, "no such checkpoint: look in checkpoints/ of the run's folder")
 
 
-def _newest(run: Path, wanted: str) -> Path | None:
-    found, passed_over = newest_valid(run / "checkpoints")
-    for path, reason in passed_over.items():
-        rank_zero_info(f"passed over {path}: {reason}")
-    if found is None and passed_over:
-        raise ConfigError(
-            "ckpt_path",
-            wanted,
-            f"none of the {len(passed_over)} checkpoints in {run} is whole and of this run: leave it out to start anew",
-        )
-    if found is not None and wanted == "last":
-        rank_zero_info(f"the newest whole checkpoint is {found}")
+def _newest(run: Path, ckpt_path: str) -> Path | None:
+    found, skipped = newest_valid(run / "checkpoints")
+    for path, reason in skipped.items():
+        rank_zero_info(f"skipped {path}: {reason}")
+    if found is None and skipped:
+        remedy = f"none of the {len(skipped)} checkpoints in {run} is valid and of this run: leave it out to start over"
+        raise ConfigError("ckpt_path", ckpt_path, remedy)
     return found
 
 
-def _best(run: Path) -> Path:
-    newest = _newest(run, "best")
+def _best(run: Path, newest: Path | None) -> Path:
     state: dict[str, Any] = {} if newest is None else read_about(newest)["callbacks"].get("IterationCheckpoint", {})
     values: dict[int, float] = state.get("values", {})
     if newest is None or not values:
-        raise ConfigError(
-            "ckpt_path",
-            "best",
-            f"no checkpoint in {run} counts as the best: train with checkpoint.best, or name a file",
-        )
+        remedy = f"no checkpoint in {run} is marked as the best: train with checkpoint.best, or write a path"
+        raise ConfigError("ckpt_path", "best", remedy)
     sign = 1 if state["mode"] == "max" else -1
     best = max(values, key=lambda iteration: (sign * values[iteration], -iteration))
-    found = [path for path in checkpoints_in(newest.parent) if iteration_of(path) == best]
-    if not found or (reason := why_invalid(found[0]) or Written(newest.parent).why_foreign(found[0])):
-        raise ConfigError(
-            "ckpt_path",
-            "best",
-            f"the best checkpoint was that of iteration {best}: {reason if found else 'it is gone'}",
-        )
-    rank_zero_info(f"the best checkpoint by {state['best']} ({values[best]:.4g}) is {found[0]}")
-    return found[0]
+    path = newest.parent / checkpoint_name(best)
+    reason = why_invalid(path) or Written(newest.parent).why_foreign(path) if os.path.lexists(path) else "it is missing"
+    if reason:
+        raise ConfigError("ckpt_path", "best", f"the best checkpoint is that of iteration {best}: {reason}")
+    rank_zero_info(f"the best checkpoint by {state['best']} ({values[best]:.4g}) is {path}")
+    return path
 
 
 def check_continues(checkpoint: Path, run: Path, algorithm: str) -> dict[str, Any]:
-    """Check that training can resume from a checkpoint in the folder ``run``, and return the checkpoint's description.
-
-    Raises:
-        ConfigError: it is of another seed or algorithm, or there are newer ones beside it.
-    """
+    """Return the description of a checkpoint, or raise :class:`ConfigError` if training cannot resume from it in the
+    folder ``run``: it is of another seed or algorithm, or there are newer ones beside it."""
     checkpoint = checkpoint.resolve()
     about: dict[str, Any] = read_about(checkpoint).get(ABOUT, {})
     if not about:
         return about
     if about["version"] != __version__:
-        rank_zero_info(f"{checkpoint} is of ibro_lightning {about['version']}, this is {__version__}")
+        rank_zero_info(f"{checkpoint} was written by ibro_lightning {about['version']}, this is {__version__}")
     if about["algorithm"] != algorithm:
         raise ConfigError(
             "ckpt_path",
@@ -127,12 +111,9 @@ def check_continues(checkpoint: Path, run: Path, algorithm: str) -> dict[str, An
             "folder that `export` makes of it as model.policy",
         )
     if about["seed"] != run_seed():
-        raise ConfigError(
-            "seed_everything",
-            run_seed(),
-            f"the run that {checkpoint} is of has {about['seed']}: write that, as prompts and samples depend on it",
-        )
-    if run.resolve() in checkpoint.parents and (newer := newer_whole(checkpoint)) is not None:
+        remedy = f"the run of {checkpoint} has {about['seed']}: write that, as prompts and samples depend on it"
+        raise ConfigError("seed_everything", run_seed(), remedy)
+    if run.resolve() in checkpoint.parents and (newer := newer_valid(checkpoint)) is not None:
         raise ConfigError(
             "ckpt_path",
             str(checkpoint),
@@ -154,23 +135,23 @@ def wind_back(run: Path, about: Mapping[str, Any]) -> None:
     remove(run, [path for path in own if path == "hparams.yaml"])  # Lightning writes it only if it is missing
     if not about:
         return
+
+    def is_own(path: Path) -> bool:
+        """Whether an event file is the run's. Outside the run's folder, all of a logger's folder is."""
+        path, inside = path.resolve(), run.resolve()
+        return mark is None or not path.is_relative_to(inside) or mark.owns(run, path.relative_to(inside).as_posix())
+
     about = _with_end(run, about)
-    cut_back(about.get("loggers", ()), run, lambda path: mark is None or _is_runs(mark, run, path))
-    # An unfinished evaluation after training goes, too: it starts anew, with the same curves as any other.
+    cut_back(about.get("loggers", ()), run, is_own)
+    # An unfinished evaluation after training is removed, too: it is repeated, with the same curves as any other.
     done = {"rollouts": about["iteration"], "evaluations": about["iteration"] - (not about["evaluated"])}
     later = ((path, _ITERATION.fullmatch(path)) for path in own)
-    again = [path for path, match in later if match is not None and int(match[2]) > done[match[1]]]
-    remove(run, leave_to_others(run, again))
-
-
-def _is_runs(mark: Mark, run: Path, path: Path) -> bool:
-    """Whether an event file is the run's. Outside the run's folder, all of a logger's folder is."""
-    inside = path.resolve().is_relative_to(run.resolve())
-    return not inside or mark.owns(run, path.resolve().relative_to(run.resolve()).as_posix())
+    repeated = [path for path, match in later if match is not None and int(match[2]) > done[match[1]]]
+    remove(run, leave_to_others(run, repeated))
 
 
 @rank_zero_only
-def note_end(run: Path, iteration: int, loggers: Sequence[Logger]) -> None:
+def record_end(run: Path, iteration: int, loggers: Sequence[Logger]) -> None:
     """Record that a run has ended, including its last evaluation, so that a resumed run keeps that. No checkpoint
     follows it."""
     if (run / "checkpoints").is_dir():
@@ -185,58 +166,43 @@ def logger_states_of(run: Path, about: Mapping[str, Any]) -> list[dict[str, Any]
 
 def checkpoints_elsewhere(run: Path, loggers: Sequence[Logger]) -> Path | None:
     """A checkpoint in a logger's folder, where older versions wrote them and none is searched for, if there is one."""
-    for logger in loggers:
-        for folder in (getattr(logger, "log_dir", None), logger.save_dir):
-            if (
-                folder
-                and Path(folder).resolve() != run.resolve()
-                and (found := checkpoints_in(Path(folder, "checkpoints")))
-            ):
-                return found[0]
-    return None
+    named = (folder for logger in loggers for folder in (getattr(logger, "log_dir", None), logger.save_dir) if folder)
+    folders = [Path(folder) for folder in named if Path(folder).resolve() != run.resolve()]
+    return next((path for folder in folders for path in checkpoints_in(folder / "checkpoints")), None)
 
 
 def _with_end(run: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """``about``, updated by :func:`note_end` if the run ended at that checkpoint."""
-    end = _end_of(run)
-    return {**about, **(end if end.get("iteration") == about["iteration"] else {})}
-
-
-def _end_of(run: Path) -> dict[str, Any]:
-    """What :func:`note_end` recorded; empty if that is missing or damaged, as a resumed run can repeat its last
-    evaluation."""
+    """``about``, updated by :func:`record_end` if the run ended at that checkpoint. A record that is missing or damaged
+    does not matter, as a resumed run can repeat its last evaluation."""
     try:
         end = json.loads((run / END).read_text())
         states = [state["class"] for state in end["loggers"]]
         if end["evaluated"] is not True or not all(isinstance(part, str) for part in states):
             raise ValueError("it holds something else")
+        end = {name: end[name] for name in ("iteration", "evaluated", "loggers")}
     except FileNotFoundError:
-        return {}
+        return {**about}
     except (OSError, ValueError, LookupError, TypeError):
         _report_damaged(run / END)
-        return {}
-    return {name: end[name] for name in ("iteration", "evaluated", "loggers")}
+        return {**about}
+    return {**about, **(end if end["iteration"] == about["iteration"] else {})}
 
 
 @cache  # report it once
 def _report_damaged(path: Path) -> None:
-    rank_zero_info(f"{path} is damaged and does not count")
+    rank_zero_info(f"{path} is damaged and is ignored")
 
 
 def evaluation_of(run: Path, about: Mapping[str, Any], iteration: int) -> Any:
     """The results of the evaluation at the checkpoint's iteration, if that is done; otherwise None."""
     if not about or about["iteration"] != iteration or not _with_end(run, about)["evaluated"]:
         return None
-    path = _evaluation(run, iteration)
+    path = run / "evaluations" / f"iteration_{iteration:06d}.json"
     try:
         return json.loads(path.read_text()) if path.exists() else None
     except (OSError, ValueError):
-        rank_zero_info(f"{path} is damaged: evaluated again")
+        rank_zero_info(f"{path} is damaged: the evaluation is repeated")
         return None
-
-
-def _evaluation(run: Path, iteration: int) -> Path:
-    return run / "evaluations" / f"iteration_{iteration:06d}.json"
 
 
 def forget_beginning(run: Path) -> bool:
@@ -248,14 +214,10 @@ def forget_beginning(run: Path) -> bool:
     if any(path.split("/")[0] in KEPT and not is_unfinished(path) for path in survey(run, mark).own):
         return False
     remove_partial(run)
-    _remove_logs(run)
-    leave_to_others(run, [path for path in survey(run, mark).own if _ITERATION.fullmatch(path)])
+    own = survey(run, mark).own
+    rank_zero_only(remove)(run, [path for path in own if path == "hparams.yaml" or path.startswith("events.")])
+    leave_to_others(run, [path for path in own if _ITERATION.fullmatch(path)])
     return True
-
-
-@rank_zero_only
-def _remove_logs(run: Path) -> None:
-    remove(run, [path for path in survey(run).own if path == "hparams.yaml" or path.startswith("events.")])
 
 
 @rank_zero_only

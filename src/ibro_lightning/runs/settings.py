@@ -20,7 +20,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.guards.disk import written_whole
+from ibro_lightning.guards.disk import written_atomically
 from ibro_lightning.runs.marks import HEADER
 from ibro_lightning.runs.model_folders import free_name
 
@@ -52,7 +52,6 @@ FIXED_CLASSES = {
 """Settings whose class may not change, while its arguments may."""
 WITH_PARTS = ("model.regularizer", "data.reward")
 """Those for which the same holds for nested objects."""
-ALLOW = "resume.allow_changes"
 _OURS = re.compile(r"ibro_lightning(\.\w+)+$")
 """The path of a class of this package, which may differ in another version."""
 
@@ -62,8 +61,8 @@ class ResumeOptions:
     """How a run resumes from a checkpoint.
 
     Args:
-        allow_changes: resume with other prompts, or another base policy, iteration size, regularizer or task than the
-            checkpoint's run, which is refused otherwise (docs/lightning.md).
+        allow_changes: resume even with other prompts, or another base policy, iteration size, regularizer or task than
+            the checkpoint's run (docs/lightning.md).
     """
 
     allow_changes: bool = False
@@ -71,7 +70,7 @@ class ResumeOptions:
 
 class _Absent:
     def __repr__(self) -> str:
-        return "(not there)"
+        return "(absent)"
 
 
 ABSENT = _Absent()
@@ -90,17 +89,12 @@ class Change:
 
     def why_refused(self) -> str | None:
         """Why a run cannot resume with this change; None if it can."""
-        for setting, reason in FIXED.items():
-            if self._is_at(setting):
-                return reason
+        parents = [self.setting[: dot.start()] for dot in re.finditer(r"\.|$", self.setting)]
+        reasons = [FIXED[setting] for setting in parents if setting in FIXED]
         if isinstance(self.then, Mapping) or isinstance(self.now, Mapping):  # another object
-            for setting, reason in FIXED_CLASSES.items():
-                if self.setting == setting or (setting in WITH_PARTS and self._is_at(setting)):
-                    return reason
-        return None
-
-    def _is_at(self, setting: str) -> bool:
-        return self.setting == setting or self.setting.startswith(f"{setting}.")
+            classes = [setting for setting in parents if setting == self.setting or setting in WITH_PARTS]
+            reasons += [FIXED_CLASSES[setting] for setting in classes if setting in FIXED_CLASSES]
+        return next(iter(reasons), None)
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,7 @@ class RunSettings:
 
     @classmethod
     def parse(cls, text: str) -> RunSettings:
-        """Parse the file's text; raises ``ValueError`` if it is not a mapping."""
+        """Parse the file's text. Raises ``ValueError`` if it is not a mapping."""
         values = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if not isinstance(values, dict):
             raise ValueError("it is not a mapping")
@@ -121,21 +115,10 @@ class RunSettings:
         return cls({key: value for key, value in values.items() if key not in IGNORED}, first)
 
     @classmethod
-    def of_folder(cls, folder: Path) -> RunSettings | None:
-        """The settings of the run in ``folder``; None if it has none (a run from Python) or they are unreadable."""
-        found = cls._read(folder / FILE)
-        return None if isinstance(found, str) else found
-
-    @classmethod
-    def why_unknown(cls, folder: Path) -> str | None:
-        """Why :meth:`of_folder` returns None, in a few words."""
-        found = cls._read(folder / FILE)
-        return found if isinstance(found, str) else None
-
-    @classmethod
-    def _read(cls, path: Path) -> RunSettings | str:
+    def of_folder(cls, folder: Path) -> RunSettings | str:
+        """The settings of the run in ``folder``, or why there are none (as for a run from Python), in a few words."""
         try:
-            text = path.read_text()
+            text = (folder / FILE).read_text()
             return cls.parse(text) if text.startswith(HEADER) else f"its first line does not begin with {HEADER!r}"
         except FileNotFoundError:
             return "no such file"
@@ -153,24 +136,21 @@ class RunSettings:
 
 
 def check_settings(checkpoint: Path, now: RunSettings, options: ResumeOptions) -> None:
-    """Report how the settings differ from those of a checkpoint's run.
-
-    Raises:
-        ConfigError: a change makes the checkpoint's state meaningless, and ``options`` do not allow it.
-    """
+    """Report how the settings differ from those of a checkpoint's run. Raises :class:`ConfigError` for a change that
+    makes the checkpoint's state meaningless, unless ``options`` allow it."""
     folder = checkpoint.resolve().parent.parent
     then = RunSettings.of_folder(folder)
-    if then is None:
+    if isinstance(then, str):
         rank_zero_info(
-            f"{folder / FILE}: {RunSettings.why_unknown(folder)}: in what the settings of now differ from those that "
-            f"{checkpoint.name} was trained with is not known, and not refused"
+            f"{folder / FILE}: {then}: the settings cannot be compared with those that {checkpoint.name} was trained "
+            "with, so no change is reported or refused"
         )
         return
     cwd = _working_directory(folder, then)
     if not (changes := [change for change in then.changes(now) if not _is_same(change.then, change.now, cwd)]):
         return
     lines = "\n".join(f"  {change}" for change in changes)
-    rank_zero_info(f"other settings than in {folder / FILE}:\n{lines}")
+    rank_zero_info(f"settings that differ from {folder / FILE}:\n{lines}")
     same_version = then.version() == now.version()
     refused = [
         (change, reason)
@@ -184,8 +164,8 @@ def check_settings(checkpoint: Path, now: RunSettings, options: ResumeOptions) -
         raise ConfigError(
             first.setting,
             _short(first.now) if isinstance(first.now, Mapping) else first.now,
-            f"{checkpoint} is of a run with {_short(first.then)}, and {reason}{others}: write what it was, begin a new "
-            f"run, or --{ALLOW} true to go on all the same",
+            f"{checkpoint} is of a run with {_short(first.then)}, and {reason}{others}: write what it was, start a new "
+            "run, or write --resume.allow_changes true to resume anyway",
         )
 
 
@@ -197,14 +177,14 @@ def keep_settings(folder: Path, now: RunSettings) -> Path | None:
     if not path.exists():
         return None
     then = RunSettings.of_folder(folder)
-    if then is not None and then.versions == now.versions and not then.changes(now):
+    if not isinstance(then, str) and then.versions == now.versions and not then.changes(now):
         return None
     content, number = path.read_bytes(), 1
     while os.path.lexists(kept := folder / f"config.{number}.yaml"):
         if kept.is_file() and kept.read_bytes() == content:
             return kept
         number += 1
-    with written_whole(kept) as partial:
+    with written_atomically(kept) as partial:
         partial.write_bytes(content)
     rank_zero_info(f"the earlier settings are kept in {kept}")
     return kept
@@ -234,7 +214,8 @@ def put_settings_back(folder: Path, kept: Path | None) -> None:
 def _changes(then: Any, now: Any, name: str) -> Iterator[Change]:
     if then == now and type(then) is type(now):
         return
-    if not (isinstance(then, Mapping) and isinstance(now, Mapping)) or not _is_same_class(then, now):
+    both = isinstance(then, Mapping) and isinstance(now, Mapping)
+    if not both or not _is_same(then.get("class_path"), now.get("class_path"), cwd=""):
         if _plain(then) != _plain(now):
             yield Change(name, then, now)
         return
@@ -249,31 +230,18 @@ def _plain(value: Any) -> Any:
 
 
 def _is_same(then: Any, now: Any, cwd: str) -> bool:
-    """Whether two settings are the same, including two spellings of a path, and a class of ours that has moved.
-
-    Args:
-        cwd: the folder to which the earlier run's relative paths refer.
-    """
+    """Whether two settings are the same, including two spellings of a path (earlier ones are relative to ``cwd``), and
+    a class of ours that has moved."""
     if isinstance(then, str) and isinstance(now, str):
         path = os.path.realpath(os.path.expanduser(now))
         same = os.path.realpath(os.path.join(cwd, os.path.expanduser(then))) == path
-        return then == now or _has_moved(then, now) or (same and os.path.exists(path))
+        moved = _OURS.match(then) and _OURS.match(now) and then.rpartition(".")[2] == now.rpartition(".")[2]
+        return bool(then == now or moved or (same and os.path.exists(path)))
     if isinstance(then, list) and isinstance(now, list):
         return len(then) == len(now) and all(_is_same(*pair, cwd) for pair in zip(then, now, strict=True))
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         return then.keys() == now.keys() and all(_is_same(then[key], now[key], cwd) for key in then)
     return bool(then == now) and type(then) is type(now)
-
-
-def _is_same_class(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    one, other = then.get("class_path"), now.get("class_path")
-    return one == other or (isinstance(one, str) and isinstance(other, str) and _has_moved(one, other))
-
-
-def _has_moved(then: str, now: str) -> bool:
-    """Whether these are two paths of the same class of this package."""
-    ours = _OURS.match(then) and _OURS.match(now)
-    return bool(ours) and then.rpartition(".")[2] == now.rpartition(".")[2]
 
 
 def _working_directory(folder: Path, then: RunSettings) -> str:

@@ -15,17 +15,10 @@ from torch.optim import Optimizer
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import Sharding
-from ibro_lightning.models.weight_files import agree
-from ibro_lightning.runs.checkpoints import (
-    check_shards_fit,
-    load_shards,
-    read_checkpoint,
-    refuse_non_finite,
-    refusing,
-    save_shards,
-    why_known_invalid,
-    why_not_finite,
-)
+from ibro_lightning.models.weight_files import all_or_none
+from ibro_lightning.runs.checkpoints.plugin import read_checkpoint, refuse_non_finite, refusing
+from ibro_lightning.runs.checkpoints.shards import check_shards_fit, load_shards, save_shards
+from ibro_lightning.runs.checkpoints.validity import why_known_invalid
 from ibro_lightning.strategies.states import (
     full_model_state,
     full_optimizer_state,
@@ -152,8 +145,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         one of them refuses it, all do.
         """
         path = Path(self.broadcast(checkpoint_path))
-        agree(lambda: self._check(path))
-        loaded: dict[str, Any] = agree(lambda: self._load_folder(path) if path.is_dir() else self._map_file(path))
+        all_or_none(lambda: self._check(path))
+        loaded: dict[str, Any] = all_or_none(lambda: self._load_folder(path) if path.is_dir() else self._map_file(path))
         return loaded
 
     def _check(self, path: Path) -> None:
@@ -170,13 +163,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         with refusing(path):
             rest = load_shards(path, self.lightning_module, optimizers)
         states = [optimizer.state_dict() for optimizer in optimizers]
-        refuse_non_finite(path, why_not_finite(self.lightning_module.state_dict(), states))  # this rank's shards
+        refuse_non_finite(path, self.lightning_module.state_dict(), states)  # this rank's shards
         return {**rest, "optimizer_states": []}
 
     def _map_file(self, path: Path) -> dict[str, Any]:
         whole = read_checkpoint(path, mmap=True)
         states = whole.get("optimizer_states", ())
-        refuse_non_finite(path, why_not_finite(whole["state_dict"], states, self.global_rank, self.world_size))
+        refuse_non_finite(path, whole["state_dict"], states, self.global_rank, self.world_size)
         return whole
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

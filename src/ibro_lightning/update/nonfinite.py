@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience
 from ibro_lightning.errors import UserError, check_at_least
-from ibro_lightning.guards.disk import written_whole
+from ibro_lightning.guards.disk import written_atomically
 from ibro_lightning.ranks import Ranks, rank_zero_warn
 from ibro_lightning.runs.model_folders import free_name
 
@@ -51,7 +51,7 @@ class NonFiniteGuard:
         """Begin an iteration."""
         self.steps, self.causes, self._offender = 0, [], None
 
-    def saw(self, network: str, cause: str | None, batch: Any = None) -> None:
+    def record(self, network: str, cause: str | None, batch: Any = None) -> None:
         """Record an optimizer step of a network as taken (``cause`` is None) or skipped.
 
         Args:
@@ -122,7 +122,7 @@ def save_tensors(path: Path, about: Mapping[str, Any], batch: Any) -> Path:
     Raises:
         DiskFullError: there is no room for it.
     """
-    with written_whole(path) as partial:
+    with written_atomically(path) as partial:
         torch.save({**about, **dict(_tensors("", batch))}, partial)
     return path
 

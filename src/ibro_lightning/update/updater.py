@@ -108,7 +108,7 @@ class Updater:
         """
         ranks = self.loop.ranks
         if not advantages_are_finite(step, ranks):
-            self.nonfinite.saw(network, "advantage", step)
+            self.nonfinite.record(network, "advantage", step)
             return step, {f"{_prefix(network)}{SKIPPED}": 1.0}
         totals: dict[str, float] = defaultdict(float)
         scores: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -142,7 +142,7 @@ class Updater:
         learning_rate = float(optimizers[0].param_groups[0]["lr"])  # read first: a schedule changes a tensor in place
         norm = clip_gradients(self.loop.networks[network].parameters(), self.max_grad_norm)
         cause = nonfinite_cause(norm, losses)
-        self.nonfinite.saw(network, cause, batch)
+        self.nonfinite.record(network, cause, batch)
         if cause is None:
             for number, optimizer in enumerate(optimizers):
                 self.loop.step(optimizer, counts=network == "policy" and not number)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ibro_lightning.guards.disk import written_whole
+from ibro_lightning.guards.disk import written_atomically
 from ibro_lightning.runs.checkpoints.index import ABOUT, read_all_but_tensors
 from ibro_lightning.runs.checkpoints.manifest import MANIFEST
 from ibro_lightning.runs.checkpoints.validity import why_invalid, why_known_invalid
@@ -32,11 +32,7 @@ _Entry = tuple[str, str, str]
 
 
 class Written:
-    """The list of a run's checkpoints, as it was when this object was constructed.
-
-    Args:
-        folder: the run's ``checkpoints/``.
-    """
+    """The list of the checkpoints in a run's ``checkpoints/``, as it was when this object was constructed."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / WRITTEN
@@ -71,7 +67,7 @@ class Written:
         run_id = self._recorded_id()
         if run_id is not None and isinstance(about, dict) and about.get("run_id") == run_id:
             return None
-        return f"it is not of this run ({WRITTEN} beside it does not list it): to go on from it, write its path"
+        return f"it is not of this run ({WRITTEN} beside it does not list it): to resume from it, write its path"
 
     def add(self, content: Path, name: str, kind: str = WROTE) -> None:
         """List ``content`` as the present or future checkpoint ``name``. An earlier checkpoint of that name stays
@@ -92,7 +88,7 @@ class Written:
 
     def _write(self, entries: Iterable[_Entry]) -> None:
         self._entries = sorted(entries, key=lambda entry: (entry[2], entry))
-        with written_whole(self.path) as partial:
+        with written_atomically(self.path) as partial:
             partial.write_text(_text(self._entries))
 
 
@@ -125,7 +121,7 @@ def newest_valid(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     return None, passed_over
 
 
-def newer_whole(checkpoint: Path) -> Path | None:
+def newer_valid(checkpoint: Path) -> Path | None:
     """The newest valid checkpoint in the same folder that follows this one in the run's history, if any."""
     written, after = Written(checkpoint.parent), iteration_of(checkpoint)
     for path in checkpoints_in(checkpoint.parent):
@@ -159,7 +155,7 @@ def _read(path: Path) -> list[_Entry]:
     except (OSError, ValueError):
         text, entries = "", []
     if not text or text != _text(entries):
-        rank_zero_warn(f"{path} is damaged: which of the checkpoints there are of this run is not known, all may be")
+        rank_zero_warn(f"{path} is damaged: any of the checkpoints there may be of this run")
         return []
     return entries
 

@@ -20,25 +20,15 @@ ABOUT = "ibro_lightning"
 REST = "meta.pt"
 """The file (named as in Lightning) with everything but the tensors of the model and the optimizers."""
 
+_METADATA = (
+    *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties"),
+    *("TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+)
 _INDEX_PARTS = {
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
+    *(("pathlib", name) for name in ("PosixPath", "WindowsPath")),
+    *(("torch", "Size"), ("torch.serialization", "_get_layout")),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
+    *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA),
 }
 
 
@@ -46,7 +36,7 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in _INDEX_PARTS:
-            raise pickle.UnpicklingError(f"a checkpoint's index has no business with {module}.{name}")
+            raise pickle.UnpicklingError(f"a checkpoint's index may not contain {module}.{name}")
         return super().find_class(module, name)
 
 
@@ -56,7 +46,7 @@ class ShardReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata = _IndexUnpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
         if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError("a checkpoint's index is something else")
+            raise pickle.UnpicklingError("this is not a checkpoint's index")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

@@ -1,7 +1,10 @@
-"""How checkpoints get their names, and which are kept. Nothing that this run did not write is removed or replaced."""
+"""How checkpoints get their names, which are kept, and how others are removed: file by file. Nothing that this run did
+not write is removed or replaced."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -12,10 +15,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from ibro_lightning.guards.disk import PARTIAL, to_disk
 from ibro_lightning.runs.checkpoints.catalog import FROM, Written, checkpoints_in, iteration_of
 from ibro_lightning.runs.checkpoints.index import REST, read_rest, write_rest
-from ibro_lightning.runs.checkpoints.manifest import MANIFEST, renewed_manifest
-from ibro_lightning.runs.checkpoints.removing import is_begun, remove_checkpoint, remove_own
-from ibro_lightning.runs.checkpoints.validity import note_whole, why_known_invalid
-from ibro_lightning.runs.model_folders import free_name
+from ibro_lightning.runs.checkpoints.manifest import MANIFEST, updated_manifest
+from ibro_lightning.runs.checkpoints.validity import record_valid, why_known_invalid
+from ibro_lightning.runs.contents import is_shard
+from ibro_lightning.runs.model_folders import free_name, prune
 
 LAST = "last.ckpt"
 
@@ -35,16 +38,17 @@ class Keeper:
     def run_id(self) -> str:
         return Written(self.folder).run_id
 
-    def go_on_from(self, checkpoint: Path) -> None:
+    def resume_from(self, checkpoint: Path) -> None:
         """Make ``checkpoint``, from which the run resumes, the newest, and set aside this run's damaged ones after it.
         Call it before anything is written."""
-        if not Written(self.folder).wrote(checkpoint):
-            Written(self.folder).add(checkpoint, checkpoint.name, FROM)
+        written = Written(self.folder)
+        if not written.wrote(checkpoint):
+            written.add(checkpoint, checkpoint.name, FROM)
         self._link(checkpoint)
         for path in checkpoints_in(self.folder):
             if path.name == checkpoint.name:
                 break
-            if Written(self.folder).has_name(path) and (reason := why_known_invalid(path)) is not None:
+            if written.has_name(path) and (reason := why_known_invalid(path)) is not None:
                 self._set_aside(path, "damaged", reason)
 
     def has(self, path: Path) -> bool:
@@ -54,7 +58,7 @@ class Keeper:
     def make_way(self, partial: Path) -> None:
         """Free a name for a checkpoint to be written: remove the remains of a run that died, set anything else
         aside."""
-        if not partial.is_symlink() and (partial.is_dir() or (partial.is_file() and is_begun(partial))):
+        if not partial.is_symlink() and (partial.is_dir() or (partial.is_file() and may_be_unfinished(partial))):
             remove_own(partial)
         if os.path.lexists(partial):
             self._set_aside(partial, "foreign", "this run did not write it, or not all of it")
@@ -71,23 +75,23 @@ class Keeper:
         written.add(partial, path.name)
         to_disk(self.folder)  # even after a power failure, the list must precede the name
         os.replace(partial, path)
-        note_whole(path)
+        record_valid(path)
         to_disk(self.folder)
 
-    def renew(self, path: Path, checkpoint: dict[str, Any]) -> None:
+    def update(self, path: Path, checkpoint: dict[str, Any]) -> None:
         """Replace everything but the tensors in a folder that this run wrote. The folder stays valid, and recognisably
         the run's, at every moment: while ``meta.pt`` is replaced, the manifest does not list it."""
-        if not Written(self.folder).wrote(path):
+        written = Written(self.folder)
+        if not written.wrote(path):
             return
         partial = path.with_name(path.name + PARTIAL)
         partial.mkdir()
-        tensors = ("state_dict", "optimizer_states")
-        rest = {name: value for name, value in checkpoint.items() if name not in tensors}
+        rest = {name: value for name, value in checkpoint.items() if name != "state_dict"}
         write_rest(partial, rest | {"optimizer_states": read_rest(path)["optimizer_states"]})
         for listed in (False, True):
-            (partial / MANIFEST).write_text(renewed_manifest(path, REST, listed=listed))
+            (partial / MANIFEST).write_text(updated_manifest(path, REST, listed=listed))
             to_disk(partial / MANIFEST)
-            Written(self.folder).add(partial, path.name)
+            written.add(partial, path.name)
             to_disk(self.folder)
             os.replace(partial / MANIFEST, path / MANIFEST)
             if not listed:
@@ -95,14 +99,11 @@ class Keeper:
                 os.replace(partial / REST, path / REST)
             to_disk(path)
         partial.rmdir()
-        note_whole(path)
+        record_valid(path)
 
     def keep(self, newest: Path, best: Collection[int]) -> None:
-        """Link to the newest checkpoint and remove superseded ones, but nothing that this run did not write.
-
-        Args:
-            best: iterations whose checkpoints are kept as well.
-        """
+        """Link to the newest checkpoint and remove superseded ones, except those of the ``best`` iterations and any
+        that this run did not write."""
         self._link(newest)
         written = Written(self.folder)
         kept = 1
@@ -135,7 +136,50 @@ class Keeper:
 
 
 def _is_own_link(path: Path) -> bool:
-    if not path.is_symlink():
-        return False
-    target = Path(os.readlink(path))
-    return target == Path(target.name) and iteration_of(target) is not None
+    return path.is_symlink() and "/" not in (target := os.readlink(path)) and iteration_of(Path(target)) is not None
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, valid or not, if it exists; report a folder that is left. See :func:`remove_own`."""
+    if (other := remove_own(path)) is not None:
+        rank_zero_info(f"{path} stays, without the checkpoint's files: {other} in it does not belong to the checkpoint")
+
+
+def remove_own(path: Path) -> str | None:
+    """Remove a checkpoint's files: those in a folder's manifest or, if the folder is incomplete, those with names that
+    DCP and this package use. Returns the name of a foreign file for which the folder has to stay, if any.
+
+    The manifest goes last: if the process dies meanwhile, the remains are not a valid checkpoint but still recognisably
+    the run's, so that the next removal deletes them."""
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return None
+    for file in sorted(_own_files(path), key=lambda file: (file.name == MANIFEST, file.name)):
+        file.unlink()
+    for inside in [found for found in path.iterdir() if found.is_dir() and not found.is_symlink()]:
+        prune(inside)  # empty folders hold nothing to keep
+    try:
+        path.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return min(file.name for file in path.iterdir())
+    return None
+
+
+def may_be_unfinished(path: Path) -> bool:
+    """Whether a file may be a checkpoint whose writer died: it is empty or starts like a zip archive."""
+    with path.open("rb") as file:
+        return file.read(4) in (b"", b"PK\3\4")
+
+
+def _own_files(folder: Path) -> list[Path]:
+    try:
+        listed = {MANIFEST, REST, *json.loads((folder / MANIFEST).read_text())["files"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        listed = None
+    return [
+        file
+        for file in folder.iterdir()
+        if is_shard(file.name) and file.is_file() and not file.is_symlink() and (listed is None or file.name in listed)
+    ]

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ibro_lightning.guards.disk import written_whole
+from ibro_lightning.guards.disk import written_atomically
 from ibro_lightning.runs.contents import is_shard
 
 MANIFEST = "manifest.json"
@@ -21,27 +21,19 @@ THREADS = 4
 """How many files one process reads at a time."""
 
 
-def digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, DIGEST).hexdigest()
-
-
 def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
-    """Write the manifest, without which ``folder`` is not a checkpoint. Call it when everything else is there.
-
-    Args:
-        digests: digests that are already computed, by file name; the other files are read.
-    """
+    """Write the manifest, without which ``folder`` is not a checkpoint, when everything else is there. Files without a
+    digest in ``digests`` are read."""
     files = {
         path.name: _described(path, digests.get(path.name))
         for path in sorted(folder.iterdir())
         if is_shard(path.name) and path.name != MANIFEST  # other files are not the checkpoint's
     }
-    with written_whole(folder / MANIFEST) as partial:
+    with written_atomically(folder / MANIFEST) as partial:
         partial.write_text(_text(files))
 
 
-def renewed_manifest(folder: Path, name: str, *, listed: bool) -> str:
+def updated_manifest(folder: Path, name: str, *, listed: bool) -> str:
     """The manifest of ``folder`` with a new entry for its file ``name`` or, while that is replaced, without one."""
     files: dict[str, Any] = json.loads((folder / MANIFEST).read_text())["files"]
     files.pop(name, None)
@@ -49,17 +41,14 @@ def renewed_manifest(folder: Path, name: str, *, listed: bool) -> str:
 
 
 def why_differs(folder: Path, share: int = 0, shares: int = 1) -> str | None:
-    """How a checkpoint's files differ from its manifest, in a few words, or None.
-
-    Args:
-        share: read only every ``shares``-th file, beginning with this one. All sizes are compared.
-    """
+    """How a checkpoint's files differ from its manifest, in a few words, or None. Compares all sizes, but reads only
+    every ``shares``-th file, beginning with number ``share``."""
     try:
         text = (folder / MANIFEST).read_text()
         entries: dict[str, Any] = json.loads(text)["files"]
         files = {name: _entry(entry) for name, entry in entries.items()}
     except FileNotFoundError:
-        return "this folder is no checkpoint, or only a part of one"
+        return "this folder is not a checkpoint, or only a part of one"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} is damaged"
     if any(digest is not None for _, digest in files.values()) and text != _text(entries):
@@ -79,6 +68,11 @@ def why_differs(folder: Path, share: int = 0, shares: int = 1) -> str | None:
 
 def _described(path: Path, digest: str | None = None) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, DIGEST: digest or digest_of(path)}
+
+
+def digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, DIGEST).hexdigest()
 
 
 def _entry(entry: Any) -> tuple[int, str | None]:

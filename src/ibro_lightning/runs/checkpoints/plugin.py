@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.finite import why_not_finite
 from ibro_lightning.runs.checkpoints.index import read_all_but_tensors
-from ibro_lightning.runs.checkpoints.removing import remove_checkpoint
+from ibro_lightning.runs.checkpoints.keeping import remove_checkpoint
 from ibro_lightning.runs.checkpoints.shards import read_optimizer_states, read_shards
 from ibro_lightning.runs.checkpoints.validity import REFUSED, why_invalid, why_known_invalid
 
@@ -49,12 +51,12 @@ class CheckpointFiles(CheckpointIO):
         path = Path(path)
         if (reason := why_known_invalid(path)) is not None:
             raise ConfigError("ckpt_path", str(path), reason)
-        whole = read_checkpoint(path, with_optimizers=not self.weights_alone)
-        optimizers = () if self.weights_alone else whole.get("optimizer_states", ())
-        refuse_non_finite(path, why_not_finite(whole["state_dict"], optimizers))
+        checkpoint = read_checkpoint(path, with_optimizers=not self.weights_alone)
+        optimizers = () if self.weights_alone else checkpoint.get("optimizer_states", ())
+        refuse_non_finite(path, checkpoint["state_dict"], optimizers)
         if not self.weights_alone:
-            return whole
-        return {name: whole[name] for name in ("state_dict", "pytorch-lightning_version") if name in whole}
+            return checkpoint
+        return {name: checkpoint[name] for name in ("state_dict", "pytorch-lightning_version") if name in checkpoint}
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """For a user's own ``ModelCheckpoint``; :class:`.IterationCheckpoint` does not call this."""
@@ -62,11 +64,7 @@ class CheckpointFiles(CheckpointIO):
 
 
 def read_checkpoint(path: Path, *, with_optimizers: bool = True, mmap: bool = False) -> dict[str, Any]:
-    """Read a whole checkpoint, file or folder, on this process.
-
-    Raises:
-        ConfigError: see :meth:`CheckpointFiles.load_checkpoint`.
-    """
+    """Read a whole checkpoint, file or folder, on this process."""
     with refusing(path):
         if path.is_dir():
             return read_shards(path, with_optimizers=with_optimizers)
@@ -75,21 +73,13 @@ def read_checkpoint(path: Path, *, with_optimizers: bool = True, mmap: bool = Fa
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Read everything but the tensors, cheaply: a file's tensors are only memory-mapped.
-
-    Raises:
-        ConfigError: see :meth:`CheckpointFiles.load_checkpoint`.
-    """
+    """Read everything but the tensors, cheaply: a file's tensors are only memory-mapped."""
     with refusing(path):
         return read_all_but_tensors(path)
 
 
 def read_optimizers(path: Path) -> list[dict[str, Any]]:
-    """Read the states of all optimizers, cheaply: a file's tensors are memory-mapped, a folder's are on ``meta``.
-
-    Raises:
-        ConfigError: see :meth:`CheckpointFiles.load_checkpoint`.
-    """
+    """Read the states of all optimizers, cheaply: a file's tensors are memory-mapped, a folder's are on ``meta``."""
     with refusing(path):
         if path.is_dir():
             return read_optimizer_states(path)
@@ -99,33 +89,28 @@ def read_optimizers(path: Path) -> list[dict[str, Any]]:
         return states
 
 
-def refuse_non_finite(path: Path, reason: str | None) -> None:
-    """Raise :class:`ConfigError` if :func:`.why_not_finite` gave a reason."""
-    if reason is not None:
+def refuse_non_finite(
+    path: Path, weights: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]], share: int = 0, shares: int = 1
+) -> None:
+    """Raise :class:`ConfigError` for what :func:`.why_not_finite` finds."""
+    if (reason := why_not_finite(weights, optimizers, share, shares)) is not None:
         raise ConfigError(
             "ckpt_path",
             str(path),
-            f"{reason}: nothing can be made of it. Move it out of the folder, then --ckpt_path last takes the "
-            "checkpoint before it; a lower model.learning_rate may keep that from happening again",
+            f"{reason}, so it is unusable. Move it out of the folder, then --ckpt_path last takes the one before it; a "
+            "lower model.learning_rate may prevent this",
         )
 
 
-class refusing:
-    """Context manager that turns errors while reading a checkpoint into a :class:`ConfigError` of one line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, ConfigError | torch.OutOfMemoryError):
-            return  # already one line, or not the checkpoint's fault
-        if isinstance(error, pickle.UnpicklingError):
-            reason = REFUSED
-        elif isinstance(error, OSError | EOFError | RuntimeError | ValueError | LookupError):
-            reason = why_invalid(self.path) or f"it cannot be read: {' '.join(str(error).split())[:200]}"
-        else:
-            return
-        raise ConfigError("ckpt_path", str(self.path), reason) from error
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Turn errors while reading a checkpoint into a :class:`ConfigError` of one line."""
+    try:
+        yield
+    except (ConfigError, torch.OutOfMemoryError):  # already one line, or not the checkpoint's fault
+        raise
+    except pickle.UnpicklingError as error:
+        raise ConfigError("ckpt_path", str(path), REFUSED) from error
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError) as error:
+        reason = why_invalid(path) or f"it cannot be read: {' '.join(str(error).split())[:200]}"
+        raise ConfigError("ckpt_path", str(path), reason) from error

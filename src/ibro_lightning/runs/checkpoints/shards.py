@@ -6,6 +6,7 @@ DCP reads other values than tensors with unrestricted pickle. Only tensors are r
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,35 +29,27 @@ from ibro_lightning.runs.checkpoints.validity import check_fits
 WEIGHT, OPTIMIZER = "weight", "optimizer"
 
 
-class _DigestingFile:
+class _DigestingFile(io.BufferedWriter):
     """A sequentially written file that computes its digest on the way, and is synced to disk when closed."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
+    def __init__(self, raw: io.FileIO) -> None:
+        super().__init__(raw)
         self.digest = hashlib.new(DIGEST)
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def flush(self) -> None:
-        self._file.flush()
+        return super().write(data)
 
     def fileno(self) -> int:
-        self._file.flush()  # DCP calls this in order to sync, while the last bytes are still buffered
-        return self._file.fileno()
+        self.flush()  # DCP calls this in order to sync, while the last bytes are still buffered
+        return super().fileno()
 
     def close(self) -> None:
-        if self._file.closed:
-            return
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            if not self.closed:
+                os.fsync(self.fileno())
         finally:
-            self._file.close()
+            super().close()
 
 
 class _DigestingFileSystem(FileSystem):
@@ -69,11 +62,8 @@ class _DigestingFileSystem(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
-        file = _DigestingFile(Path(path))
-        try:
+        with _DigestingFile(io.FileIO(path, "wb")) as file:
             yield file
-        finally:
-            file.close()
         self.digests[Path(path).name] = file.digest.hexdigest()
 
 
@@ -94,11 +84,8 @@ class ShardWriter(FileSystemWriter):
 
 
 def save_shards(folder: Path, checkpoint: dict[str, Any], *, is_first: bool) -> None:
-    """Write Lightning's ``checkpoint``, whose tensors are this rank's shards. Collective: all ranks must call it.
-
-    Args:
-        is_first: this rank writes what is the same on all of them.
-    """
+    """Write Lightning's ``checkpoint``, whose tensors are this rank's shards; the first rank writes what is the same on
+    all of them. Collective: all ranks must call it."""
     folder.mkdir(parents=True, exist_ok=True)
     rest = {name: value for name, value in checkpoint.items() if name != "state_dict"}
     tensors, rest["optimizer_states"] = _split(checkpoint.get("optimizer_states", []))
@@ -120,14 +107,8 @@ def check_shards_fit(folder: Path, module: nn.Module) -> None:
 
 
 def load_shards(folder: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """Load a module and its optimizers, however they are sharded; each rank reads its own part.
-
-    Returns:
-        the rest of the checkpoint.
-
-    Raises:
-        ConfigError: the checkpoint is of another model.
-    """
+    """Load a module and its optimizers, however they are sharded, and return the rest of the checkpoint; each rank
+    reads its own part. Raises :class:`ConfigError` for a checkpoint of another model."""
     check_shards_fit(folder, module)
     reader = ShardReader(folder)
     saved = reader.tensors()

@@ -57,7 +57,7 @@ def why_known_invalid(path: Path, share: int = 0, shares: int = 1) -> str | None
     return why_invalid(path, share, shares)
 
 
-def note_whole(path: Path) -> None:
+def record_valid(path: Path) -> None:
     """Record a checkpoint that this process has just written as valid."""
     _results[_real_path(path)] = (_stamp(path), None)
 
@@ -79,10 +79,10 @@ def _why_no_file(path: Path, share: int, shares: int) -> str | None:
         return "no such file"
     try:
         if not zipfile.is_zipfile(path):
-            return "this file is no checkpoint, or only a part of one"
+            return "this file is not a checkpoint, or only a part of one"
         with zipfile.ZipFile(path) as parts:
             if not any(name.endswith("/data.pkl") for name in parts.namelist()):
-                return "this file is no checkpoint"
+                return "this file is not a checkpoint"
             # torch silently reads a part that is marked as a folder as an empty one.
             folders = [part.filename for part in parts.infolist() if part.external_attr & 0x10]
             if folders or (damaged := _damaged_part(parts, parts.infolist()[share::shares])):
@@ -92,7 +92,7 @@ def _why_no_file(path: Path, share: int, shares: int) -> str | None:
         return REFUSED
     except Exception as error:  # a flipped bit can make zipfile and torch raise anything
         return f"the file is damaged: {_short(error)}"
-    return None if isinstance(content, dict) and "state_dict" in content else "this file is no checkpoint"
+    return None if isinstance(content, dict) and "state_dict" in content else "this file is not a checkpoint"
 
 
 def _damaged_part(archive: zipfile.ZipFile, parts: list[zipfile.ZipInfo]) -> str | None:
@@ -113,7 +113,7 @@ def _why_no_folder(path: Path, share: int, shares: int) -> str | None:
     for name, read in ((".metadata", ShardReader(path).tensors), ("meta.pt", lambda: read_rest(path))):
         try:
             if not isinstance(read(), dict):
-                return f"{name} is no checkpoint's"
+                return f"{name} is not part of a checkpoint"
         except pickle.UnpicklingError:
             return f"{name} is damaged, or {REFUSED}"
         except Exception as error:  # as above
@@ -126,11 +126,8 @@ def _short(error: Exception) -> str:
 
 
 def check_fits(saved: Mapping[str, Iterable[int]], module: nn.Module, path: str | Path) -> None:
-    """Compare the names and shapes of saved weights with a module's.
-
-    Raises:
-        ConfigError: they differ; in one line, not torch's complete list.
-    """
+    """Raise :class:`ConfigError` if names or shapes of saved weights differ from a module's; in one line, not torch's
+    complete list."""
     shapes = {name: tuple(shape) for name, shape in saved.items()}
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
@@ -143,27 +140,18 @@ def check_fits(saved: Mapping[str, Iterable[int]], module: nn.Module, path: str 
             "ckpt_path",
             str(path),
             f"it is of another model or algorithm than this {type(module).__name__}: {'; '.join(problems)}. "
-            "Continue with the recipe that its run was started with",
+            "Resume with the recipe that its run was started with",
         )
 
 
 def check_limits(rest: Mapping[str, Any], max_epochs: int | None, max_steps: int, path: str | Path) -> None:
-    """Compare a checkpoint's progress with the Trainer's limits. Equality is fine: nothing is left to train.
-
-    Args:
-        rest: the checkpoint without its tensors.
-
-    Raises:
-        ConfigError: the checkpoint is beyond a limit.
-    """
+    """Raise :class:`ConfigError` if a checkpoint (``rest``: without its tensors) is beyond the Trainer's limits.
+    Equality is fine: nothing is left to train."""
     progress = rest.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
     for flag, limit, done, what in (
         ("max_epochs", max_epochs, progress.get("ready", 0), "epoch"),
         ("max_steps", max_steps, rest.get("global_step", 0), "optimizer step"),
     ):
         if limit is not None and 0 <= limit < done:
-            raise ConfigError(
-                f"trainer.{flag}",
-                limit,
-                f"{path} is in {what} {done} already: write {done} to leave it at that, or more to go on",
-            )
+            remedy = f"{path} is already in {what} {done}: write {done} to train no further, or more to continue"
+            raise ConfigError(f"trainer.{flag}", limit, remedy)
