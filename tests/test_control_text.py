@@ -460,7 +460,7 @@ class TestDemonstrations:
 
     def test_are_counted_and_refused(self):
         data = SFTDataModule(Demonstrations(*self.PAIRS))
-        with pytest.warns(UserWarning, match=r"^data\.source: 3 of 4 demonstrations looked at spell control tokens"):
+        with pytest.warns(UserWarning, match=r"^data\.source: 3 of 4 demonstrations searched spell control tokens"):
             data._count_control_text(self.PAIRS, tokenizer())
         with pytest.raises(ConfigError, match=r"^control_text: 'refuse' - data\.source: 3 of 4"):
             self.encode("refuse")

@@ -6,7 +6,6 @@ Otherwise a reward that crashes or times out on every response looks like a poli
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -86,10 +85,8 @@ def check_verdicts(
         judged = judge_all(reward, pending, pool)
         pending = [pair for pair, row in zip(pending, judged, strict=True) if row[0].timed_out]
         if not pending:
-            break
+            return
     lost = "; ".join(str(verdicts) for verdicts in pool.take_verdicts() if verdicts.lost)
-    if not pending:
-        return
     message = f"a first verdict was tried twice before training (prompt {pending[0][0].id!r}): {lost}"
     if pool.options.max_lost_rollouts is None:
         rank_zero_warn(f"{message} ({SETTING}: null does not stop)")
@@ -98,11 +95,11 @@ def check_verdicts(
 
 
 def _plain_response(prompt: Prompt, sampling: SamplingParams, tokenizer: Any) -> Completion:
-    """A response consisting of the gold if that is text or a number, and of "1" otherwise."""
+    """A response consisting of the gold if that is text or a number, and of "1" otherwise; read with the prefill."""
     gold = prompt.answer
     text = str(gold) if isinstance(gold, str | int | float) and not isinstance(gold, bool) else "1"
     tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     end = getattr(tokenizer, "eos_token_id", None)
     tokens = tokens if end is None else (*tokens, end)
-    response = Completion(tokens, (0.0,) * len(tokens), "stop", text, max(sampling.max_tokens, len(tokens)), seed=0)
-    return replace(response, text=prompt.prefill + text) if prompt.prefill else response
+    limit = max(sampling.max_tokens, len(tokens))
+    return Completion(tokens, (0.0,) * len(tokens), "stop", prompt.prefill + text, limit, seed=0)

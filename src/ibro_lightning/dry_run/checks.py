@@ -9,7 +9,7 @@ from typing import Any
 
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.datamodules import RolloutDataModule, SFTDataModule
-from ibro_lightning.datamodules.base import CollectingDataModule
+from ibro_lightning.datamodules.evaluation import CollectingDataModule
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
 from ibro_lightning.rewards import Reward, judge_all
 from ibro_lightning.types import Completion, Prompt, SamplingParams
