@@ -26,7 +26,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 ControlText = Literal["warn", "refuse", "as_text"]
 """How text in the data that spells a control token of the tokenizer, such as ``<|im_end|>``, is treated."""
 
-COLDEST = 1e-6
+MIN_TEMPERATURE = 1e-6
 """The lowest temperature above 0: dividing logits by much less overflows float32."""
 
 
@@ -55,8 +55,8 @@ class SamplingParams:
             _check_kind(name, getattr(self, name), kind, "a number")
         for name in ("top_k", "max_tokens"):
             _check_kind(name, getattr(self, name), Integral, "a whole number")
-        if not (self.temperature == 0 or COLDEST <= self.temperature < math.inf):
-            remedy = f"write 0 (greedy) or a finite number of at least {COLDEST:g}"
+        if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf):
+            remedy = f"write 0 (greedy) or a finite number of at least {MIN_TEMPERATURE:g}"
             raise ConfigError("temperature", self.temperature, remedy)
         if not 0 < self.top_p <= 1:
             raise ConfigError("top_p", self.top_p, "write a number above 0 and up to 1 (1 keeps all tokens)")

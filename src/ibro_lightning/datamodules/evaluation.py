@@ -1,4 +1,4 @@
-"""The base of all datamodules, and the one for evaluation alone."""
+"""The evaluation datamodule, on which those for training build."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from ibro_lightning.datamodules.collector import Collector
 from ibro_lightning.datamodules.eval_sets import EvalSet, EvalStream, check_sets, overridden
 from ibro_lightning.datamodules.gold_check import OnBadGold
-from ibro_lightning.engines.base import PolicyProvider, RolloutEngine
+from ibro_lightning.engines.base import PolicyProvider, RolloutEngine, check_length
 from ibro_lightning.engines.weight_check import WeightCheck
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.evaluation.record import EvaluationRecord, fingerprint
@@ -26,14 +26,16 @@ from ibro_lightning.sources.base import PromptSource
 from ibro_lightning.sources.chat_template import check_reserved, check_template_kwargs
 from ibro_lightning.sources.contamination import TrainingTexts
 from ibro_lightning.sources.control_text import check_control_text
-from ibro_lightning.sources.prompts import PromptLimits, check_count, check_lengths, check_vocabulary, encode_prompts
+from ibro_lightning.sources.prompts import PromptLimits, check_count, check_vocabulary, encode_prompts
 from ibro_lightning.types import ControlText, Prompt
 
 Batch = TypeVar("Batch")
 
 
-class CollectingDataModule(pl.LightningDataModule):
-    """A datamodule with a :class:`Collector` and named evaluation sets; subclasses add training data.
+class EvaluationDataModule(pl.LightningDataModule):
+    """Evaluates any policy on named sets, with a :class:`Collector`; subclasses add training data.
+
+    Prompts and seeds are identical in every evaluation, so that policies are comparable.
 
     Args:
         engine: generates the responses; the embedded engine by default.
@@ -169,7 +171,8 @@ class CollectingDataModule(pl.LightningDataModule):
     def check_lengths(self, stage: str, limit: int | None) -> None:
         """Raise :class:`ConfigError` if a prompt with its response could exceed ``limit`` tokens."""
         for name, eval_set in self.sets_of(stage).items():
-            check_lengths(self.eval_prompts[name], eval_set.sampling, limit, setting=f"eval_sets.{name}.sampling")
+            prompts = [prompt.token_ids for prompt in self.eval_prompts[name]]
+            check_length(prompts, eval_set.sampling, limit, setting=f"eval_sets.{name}.sampling")
 
     def template_kwargs(self, eval_set: EvalSet) -> Mapping[str, Any] | None:
         """The chat template's variables for an evaluation set."""
@@ -291,7 +294,3 @@ class TrainingStream(Generic[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         for _ in range(self._length):
             yield self._next_batch()
-
-
-class EvaluationDataModule(CollectingDataModule):
-    """Evaluates any policy on named sets; see :class:`CollectingDataModule` for its arguments."""

@@ -11,26 +11,26 @@ from lightning.pytorch.utilities import rank_zero_warn
 from ibro_lightning.batches import Rollout
 from ibro_lightning.datamodules.dynamic_sampling import DynamicSampling, SampledGroups
 from ibro_lightning.datamodules.eval_sets import EvalSet
-from ibro_lightning.datamodules.evaluation import CollectingDataModule, TrainingStream
+from ibro_lightning.datamodules.evaluation import EvaluationDataModule, TrainingStream
 from ibro_lightning.datamodules.gold_check import OnBadGold
 from ibro_lightning.datamodules.lost_verdicts import LostVerdicts
 from ibro_lightning.datamodules.sampling_checks import check_sampling, check_training_sampling
-from ibro_lightning.engines.base import RolloutEngine
+from ibro_lightning.engines.base import RolloutEngine, check_length
 from ibro_lightning.engines.weight_check import WeightCheck
 from ibro_lightning.errors import ConfigError, RolloutError
 from ibro_lightning.rewards import PoolOptions, Reward
 from ibro_lightning.seeding import derive_seed, run_seed, update_order, update_seed
 from ibro_lightning.sources.base import PromptSource
 from ibro_lightning.sources.control_text import report_shown
-from ibro_lightning.sources.prompts import PromptCursor, PromptLimits, check_count, check_lengths
+from ibro_lightning.sources.prompts import PromptCursor, PromptLimits, check_count
 from ibro_lightning.timing import PhaseTimer
 from ibro_lightning.types import Completion, ControlText, Group, Prompt, RewardResult, SamplingParams
 
 
-class RolloutDataModule(CollectingDataModule):
+class RolloutDataModule(EvaluationDataModule):
     """Training rollouts (prompts → engine → rewards) and evaluation sets.
 
-    See :class:`CollectingDataModule` for the arguments from ``engine`` on.
+    See :class:`EvaluationDataModule` for the arguments from ``engine`` on.
 
     Args:
         source: training problems.
@@ -127,7 +127,7 @@ class RolloutDataModule(CollectingDataModule):
     def check_lengths(self, stage: str, limit: int | None) -> None:
         super().check_lengths(stage, limit)
         if self._cursor is not None:
-            check_lengths(self.prompts, self.sampling, limit, setting="sampling")
+            check_length([prompt.token_ids for prompt in self.prompts], self.sampling, limit)
 
     def _warn_about_shaping(self, shaped: Sequence[str]) -> None:
         """Warn if groups of uniform accuracy are trained on the reward's other parts alone."""

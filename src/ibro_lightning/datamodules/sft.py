@@ -7,7 +7,7 @@ from typing import Any
 
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.datamodules.eval_sets import EvalSet
-from ibro_lightning.datamodules.evaluation import CollectingDataModule, TrainingStream
+from ibro_lightning.datamodules.evaluation import EvaluationDataModule, TrainingStream
 from ibro_lightning.datamodules.gold_check import OnBadGold
 from ibro_lightning.engines.base import RolloutEngine
 from ibro_lightning.engines.weight_check import WeightCheck
@@ -26,10 +26,10 @@ SEARCHED = 256
 """Demonstrations searched for control text before training; the source is endless."""
 
 
-class SFTDataModule(CollectingDataModule):
+class SFTDataModule(EvaluationDataModule):
     """Batches of demonstrations: one Lightning batch is one optimizer step.
 
-    See :class:`CollectingDataModule` for the arguments from ``engine`` on.
+    See :class:`EvaluationDataModule` for the arguments from ``engine`` on.
 
     Args:
         source: the demonstrations.

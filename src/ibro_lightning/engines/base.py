@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.errors import ConfigError
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Dtype, Generation, SamplingParams
 
@@ -44,6 +45,22 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Release all resources. The engine can be set up again."""
+
+
+def check_length(
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    limit: int | None,
+    *,
+    setting: str = "sampling",
+    advice: str = "",
+) -> None:
+    """Raise :class:`ConfigError` if the longest prompt with ``sampling.max_tokens`` more tokens exceeds ``limit``."""
+    longest = max(map(len, prompts), default=0)
+    if limit is not None and prompts and longest + sampling.max_tokens > limit:
+        reason = f"with the longest prompt ({longest} tokens) this exceeds the {limit} positions of engine and model"
+        remedy = f"write at most {limit - longest}, {advice}or lower data.prompt_limits.max_tokens"
+        raise ConfigError(f"{setting}.max_tokens", sampling.max_tokens, f"{reason}: {remedy}")
 
 
 class PolicyProvider(Protocol):

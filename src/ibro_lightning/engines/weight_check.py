@@ -31,7 +31,7 @@ from ibro_lightning.types import Dtype
 
 TOLERANCES: dict[Dtype, float] = {"float32": 1e-3, "float16": 0.2, "bfloat16": 1.0}
 """Maximum |Δlogp| of a token in nats. In bfloat16, correct engines differ by up to 0.4."""
-LONGEST = 32768
+DEFAULT_MAX_LENGTH = 32768
 """Sequence limit in tokens where neither model nor engine has one."""
 MOVED = 0.05
 """The trainer has moved if its log-probs changed by more than this share of the tolerance. The engine is unchanged if
@@ -84,7 +84,7 @@ class WeightVerifier:
         longest = min((int(limit) for limit in limits if limit), default=None)
         self.questions = Questions(engine, provider, seed, ranks, check.prompt_length(longest), check.new_tokens)
         self._diagnosis = Diagnosis(self.questions, self.fits)
-        self._beyond = beyond_windows(config, longest or LONGEST, self.questions)
+        self._beyond = beyond_windows(config, longest or DEFAULT_MAX_LENGTH, self.questions)
         self._moment: tuple[int | str, ...] = ()
         self._asked = 0
         self._reference: Answer | None = None
@@ -137,21 +137,21 @@ class WeightVerifier:
 
     def _check_beyond_windows(self) -> None:
         """Check, once per run, a prompt that exceeds the windows of the model's layers."""
-        beyond, self._beyond = self._beyond, None
-        if beyond is None:
+        if self._beyond is None:
             return
-        answers = self.questions.ask([beyond.question])
-        wrong = not self.fits(answers)
-        if self.ranks.any(wrong):
-            self._refuse(answers, wrong, beyond.cause)
+        (question, cause), self._beyond = self._beyond, None
+        answers = self.questions.ask([question])
+        if self.ranks.any(wrong := not self.fits(answers)):
+            self._refuse(answers, wrong, cause)
 
     def _unchanged(self, same: Answer) -> bool:
         """Whether the engine's answer is unchanged although the trainer has moved."""
         reference, moved = self._reference, MOVED * self.tolerance
-        if reference is None or reference.generation.token_ids != same.generation.token_ids:
-            self._reference = same
-            return False
-        if not float((same.engine_logp - reference.engine_logp).abs().max()) <= 0.1 * moved:
+        if (
+            reference is None
+            or reference.generation.token_ids != same.generation.token_ids
+            or not float((same.engine_logp - reference.engine_logp).abs().max()) <= 0.1 * moved
+        ):
             self._reference = same
             return False
         return float((same.trainer_logp - reference.trainer_logp).abs().max()) > moved

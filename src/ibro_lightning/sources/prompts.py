@@ -22,7 +22,7 @@ from ibro_lightning.seeding import derive_seed, permutation
 from ibro_lightning.sources.base import PromptSource
 from ibro_lightning.sources.chat_template import about_system
 from ibro_lightning.sources.control_text import rendered, report_control_text
-from ibro_lightning.types import ControlText, Problem, Prompt, SamplingParams
+from ibro_lightning.types import ControlText, Problem, Prompt
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def encode_prompts(
     Args:
         setting: the source's place in the configuration, for messages.
         chat_template_kwargs: variables for the chat template, such as ``enable_thinking``.
-        control_text: how to handle text that spells control tokens; see :class:`CollectingDataModule`.
+        control_text: how to handle text that spells control tokens; see :class:`EvaluationDataModule`.
         first: maximum number of prompts, counted after overlong ones are dropped; None keeps all.
         rows: maximum number of problems to read; None reads all.
 
@@ -178,18 +178,6 @@ def check_vocabulary(prompts: list[Prompt], spec: ModelSpec, *, setting: str) ->
             )
 
 
-def check_lengths(prompts: list[Prompt], sampling: SamplingParams, limit: int | None, *, setting: str) -> None:
-    """Raise :class:`ConfigError` if the longest prompt plus ``sampling.max_tokens`` exceeds ``limit`` tokens."""
-    longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
-    if limit is not None and longest + sampling.max_tokens > limit:
-        raise ConfigError(
-            f"{setting}.max_tokens",
-            sampling.max_tokens,
-            f"with the longest prompt ({longest} tokens) this exceeds the {limit} positions of engine and model: "
-            f"write at most {limit - longest}, or lower prompt_limits.max_tokens",
-        )
-
-
 def check_count(setting: str, value: object) -> None:
     """Raise :class:`ConfigError` unless ``value`` is an integer of at least 1."""
     if not isinstance(value, Integral) or isinstance(value, bool):
@@ -289,7 +277,7 @@ def _parts_of(prompts: list[Prompt], weights: Mapping[str, float]) -> dict[str, 
             raise ConfigError(
                 f"source.parts.{name}",
                 "no prompts",
-                "it has no problems, or prompt_limits.max_tokens dropped them all: raise the limit, or take the "
+                "it has no problems, or data.prompt_limits.max_tokens dropped them all: raise the limit, or take the "
                 "part out",
             )
     return dict(parts)
