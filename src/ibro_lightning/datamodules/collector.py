@@ -58,11 +58,8 @@ class Collector:
         self.provider, self.ranks = provider, ranks
 
     def start_judging(self, rewards: list[Reward], local_processes: int = 1) -> None:
-        """Set up the rewards and start the pool if a reward uses it; a no-op if these rewards are set up already.
-
-        Args:
-            local_processes: the run's processes on this machine, which divide the pool's workers among themselves.
-        """
+        """Set up the rewards and start the pool, whose workers the run's ``local_processes`` on this machine share; a
+        no-op if these rewards are set up already."""
         if self.pool is not None and self.pool.rewards == rewards:
             return
         self.stop_judging()
@@ -173,10 +170,8 @@ def check_reward(
 ) -> set[str]:
     """Judge an empty response, so that a broken reward fails in the first seconds; returns the names of its parts.
 
-    Uses the first prompt of each part of a mixture, or every prompt if all rewards set ``tells_bad_answers``.
-
-    Raises:
-        RewardError: the reward raises, returns NaN or has no ``accuracy`` part; or an answer is unusable.
+    Uses the first prompt of each part of a mixture, or every prompt if all rewards set ``tells_bad_answers``. Raises
+    :class:`RewardError` if the reward raises, returns NaN or has no ``accuracy`` part; or if an answer is unusable.
     """
     if not all(leaf.tells_bad_answers for leaf in reward.leaves()):
         prompts = list({prompt.part: prompt for prompt in reversed(prompts)}.values())

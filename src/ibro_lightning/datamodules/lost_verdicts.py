@@ -69,11 +69,8 @@ class LostVerdicts:
 def check_verdicts(
     pool: RewardPool | None, reward: Reward, prompts: Sequence[Prompt], sampling: SamplingParams, tokenizer: Any
 ) -> None:
-    """Judge a plain response to one prompt of each part before training, and retry once if its verdict is lost.
-
-    Raises:
-        RewardError: both verdicts were lost, unless ``max_lost_rollouts`` is null.
-    """
+    """Judge a plain response to one prompt of each part before training. Raises :class:`RewardError` if its verdict is
+    lost twice, unless ``max_lost_rollouts`` is null."""
     if pool is None:
         return
     pending = [

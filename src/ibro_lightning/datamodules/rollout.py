@@ -197,8 +197,7 @@ class RolloutDataModule(EvaluationDataModule):
         )
 
     def _collect_groups(self, timer: PhaseTimer) -> SampledGroups:
-        """Sample rounds of groups until enough are informative or ``max_rounds`` is reached; one round without dynamic
-        sampling."""
+        """Sample rounds of groups until enough are informative; one round without dynamic sampling."""
         assert self._cursor is not None, "setup('fit') comes first"
         sampled = SampledGroups()
         max_rounds = self.dynamic_sampling.max_rounds if self.dynamic_sampling else 1
@@ -229,11 +228,7 @@ class RolloutDataModule(EvaluationDataModule):
         return {position: group for (position, _), group in zip(draws, groups, strict=True)}
 
     def _select_groups(self, sampled: SampledGroups) -> tuple[list[int], bool]:
-        """``(positions of the rollout's groups, whether to skip the update)``, according to ``on_exhausted``.
-
-        Raises:
-            RolloutError: the rollout is incomplete with ``stop``, or after ``max_skips`` consecutive skips.
-        """
+        """``(positions of the rollout's groups, whether to skip the update)``; raises RolloutError if exhausted."""
         trained, rule = sampled.kept[: self.prompts_per_rollout], self.dynamic_sampling
         if rule is None:
             return trained, False

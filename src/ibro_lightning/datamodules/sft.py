@@ -114,11 +114,7 @@ class SFTDataModule(EvaluationDataModule):
         count.report()
 
     def encode(self, pairs: Sequence[Pair], tokenizer: Any) -> tuple[list[tuple[int, ...]], list[list[int]]]:
-        """``(prompt tokens, response tokens)``: prompts encoded as for sampling, responses ending with one EOS.
-
-        Raises:
-            ConfigError: the chat template cannot write a prompt, or ``control_text: refuse`` meets control text.
-        """
+        """``(prompt tokens, response tokens)``: prompts encoded as for sampling, responses ending with one EOS."""
         rule = self.control_text
         if rule == "refuse":
             self._count_control_text(pairs, tokenizer)

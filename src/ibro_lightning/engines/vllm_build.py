@@ -111,11 +111,7 @@ def check_installed() -> None:
 
 
 def build(settings: VLLMSettings, spec: ModelSpec, *, sleep_mode: bool) -> Any:
-    """vLLM's ``LLMEngine`` with random weights.
-
-    Raises:
-        ConfigError: vLLM is missing or too old, rejects an argument, or lacks memory.
-    """
+    """vLLM's ``LLMEngine`` with random weights; raises :class:`ConfigError` if vLLM is missing, too old or refuses."""
     check_installed()
     had_group = torch.distributed.is_initialized()
     folder = tempfile.mkdtemp(prefix="ibro-vllm-")  # vLLM reads the config from a folder, once

@@ -61,8 +61,7 @@ class WeightCheck:
             raise ConfigError("tolerance", self.tolerance, "write a positive number of nats, or null")
 
     def prompt_length(self, limit: int | None) -> int:
-        """Length of the longest prompt if model and engine take ``limit`` tokens; raises :class:`ConfigError` if
-        ``new_tokens`` leaves none for a prompt."""
+        """Length of the longest prompt if model and engine take ``limit`` tokens; raises if that is too few."""
         if limit is not None and self.new_tokens >= limit:
             remedy = f"model and engine take {limit} tokens, a prompt included: write {limit // 2} or less"
             raise ConfigError("new_tokens", self.new_tokens, remedy)
@@ -98,14 +97,8 @@ class WeightVerifier:
         return max(TOLERANCES[self.engine.dtype], TOLERANCES[self.provider.compute_dtype])
 
     def verify(self, *moment: int | str) -> dict[str, float]:
-        """Check the engine's weights; returns the metrics.
-
-        Args:
-            moment: the point in the run, which determines the prompts, also in a resumed run.
-
-        Raises:
-            WeightSyncError: the engine does not have the policy's weights.
-        """
+        """Check the engine's weights with prompts that are a function of ``moment``, the point in the run; returns the
+        metrics, or raises :class:`WeightSyncError`."""
         if moment:
             self._moment, self._asked = moment, 0
         self._asked += 1

@@ -33,12 +33,7 @@ def _window_cause(windows: dict[str, int]) -> str:
 
 
 class Diagnosis:
-    """Diagnoses a failed check. Collective, since the policy may be sharded over the ranks.
-
-    Args:
-        questions: of the check.
-        fits: whether engine and trainer agree on the given answers.
-    """
+    """Diagnoses a failed check. Collective, since the policy may be sharded over the ranks."""
 
     def __init__(self, questions: Questions, fits: Callable[[Sequence[Answer]], bool]) -> None:
         self.questions, self.fits, self.ranks = questions, fits, questions.ranks
@@ -51,7 +46,6 @@ class Diagnosis:
         """The cause and its remedy, in a sentence.
 
         Args:
-            answers: of the failed check.
             unchanged: whether the engine's answers are unchanged although the trainer has moved.
             moved: |Δlogp| in nats above which the trainer has moved.
         """

@@ -62,9 +62,7 @@ def compare(first: Mapping[str, float], second: Mapping[str, float]) -> Comparis
 def compare_evaluations(first: Path, second: Path) -> dict[str, Comparison]:
     """Comparisons by set, and as ``all`` over the questions of all shared sets if there are several.
 
-    Args:
-        first, second: results of ``validate`` or ``test``: ``evaluations/validate.json``, or the folder
-            ``evaluations/validate`` with the samples.
+    Both are results of ``validate`` or ``test``: ``evaluations/validate.json``, or the folder of its samples.
     """
     a, b = read_questions(first), read_questions(second)
     shared = [name for name in a if name in b]
@@ -85,11 +83,7 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Comparison]:
 
 
 def read_questions(path: Path) -> dict[str, dict[str, tuple[str, float]]]:
-    """``{set: {question id: (right answer as JSON, mean accuracy over its samples)}}`` of a finished evaluation.
-
-    Raises:
-        ConfigError: there is no evaluation, it is unfinished, or its samples are unreadable.
-    """
+    """``{set: {question id: (right answer as JSON, mean accuracy over its samples)}}`` of a finished evaluation."""
     folder, manifest = _open(path)
     if not manifest.get("complete"):
         raise ConfigError("compare", str(path), "this evaluation is not finished: run the same command again")

@@ -122,11 +122,7 @@ def _number(digits: str) -> int:
 
 
 def control_text(content: str | Sequence[Mapping[str, Any]], control: ControlTokens, own: Sequence[str] = ()) -> str:
-    """The first control token in a prompt's data; "" if there is none.
-
-    Args:
-        own: prefixes and suffixes from the recipe's template, whose control tokens do not count.
-    """
+    """The first control token in a prompt's data, outside the recipe's ``own`` prefixes and suffixes; "" if none."""
     for text, assistant in _texts(content):
         for match in control.found(text, assistant=assistant):
             if not within(match, text, own):
@@ -169,9 +165,6 @@ class TextTokenizer:
     """A copy of a tokenizer with renamed control tokens (:func:`disguised`), otherwise identical.
 
     Control tokens in plain text are encoded as text, in the pieces that the tokenizer would use if they did not exist.
-
-    Raises:
-        ControlTextError: the tokenizer is not based on the ``tokenizers`` library.
     """
 
     def __init__(self, tokenizer: Any, control: ControlTokens) -> None:
@@ -216,12 +209,8 @@ class TextTokenizer:
         return getattr(self._tokenizer, "all_special_ids", ())
 
     def __call__(self, masked: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
-        """Encode masked text: unmasked control tokens as tokens, masked ones as text.
-
-        Raises:
-            ControlTextError: the vocabulary has no tokens for masked ones as text, or the copy does not reproduce the
-                tokenizer on this text.
-        """
+        """Encode masked text: unmasked control tokens as tokens, masked ones as text. Raises :class:`ControlTextError`
+        if the vocabulary has no tokens for these, or the copy does not reproduce the tokenizer on this text."""
         control, tokenizer = self._control, self._tokenizer
         plain = control.unmask(masked)
         # With all control tokens renamed, including those in the data, the copy must agree with the tokenizer.

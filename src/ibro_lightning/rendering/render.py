@@ -31,16 +31,10 @@ class RenderingError(ValueError):
 def render(
     content: Content, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None, *, masked: bool = False
 ) -> tuple[str, tuple[int, ...]]:
-    """``(text, token ids)`` of raw text, or of messages through the tokenizer's chat template.
+    """``(text, token ids)`` of raw text, or of messages through the tokenizer's chat template; raises RenderingError.
 
-    Args:
-        chat_template_kwargs: variables for the template, such as ``enable_thinking``.
-        masked: control tokens in ``content`` are masked (:mod:`.control_tokens`) and encoded as text; the returned
-            text contains them unmasked.
-
-    Raises:
-        RenderingError: the messages are malformed, the chat template cannot render them, or control text cannot be
-            encoded as text.
+    With ``masked``, control tokens in ``content`` are masked (:mod:`.control_tokens`) and encoded as text; the returned
+    text contains them unmasked.
     """
     if masked:
         return _render_masked(content, tokenizer, chat_template_kwargs or {})
@@ -87,11 +81,8 @@ def last_question(content: Content) -> str:
 
 
 def text_messages(content: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of messages with their content as text; other fields, such as ``tool_calls``, are kept.
-
-    Raises:
-        RenderingError: there are no messages, or one has no role or has content other than text.
-    """
+    """Copies of messages with their content as text; other fields, such as ``tool_calls``, are kept. Raises
+    :class:`RenderingError` if there are none, or one has no role or has content other than text."""
     if not isinstance(content, Sequence) or not content:
         raise RenderingError(f"a prompt is text or a list of {{role, content}} messages, not {content!r}")
     messages = []
@@ -179,10 +170,8 @@ def _with_parts(messages: Sequence[dict[str, Any]], parts: Sequence[bool]) -> li
 def _content_parts(messages: list[dict[str, Any]], apply: Callable[..., str]) -> list[bool]:
     """For each message, whether the chat template requires its content as parts, as some multimodal templates do.
 
-    Probed with placeholder words, because templates may trim, escape or cut actual content.
-
-    Raises:
-        RenderingError: in either form, the template omits the last user message or the message to respond to.
+    Probed with placeholder words, because templates may trim, escape or cut actual content. Raises RenderingError if in
+    either form the template omits the last user message or the message to respond to.
     """
     end = len(messages) - len(list(takewhile(lambda message: message["role"] == "assistant", reversed(messages))))
     words = [{**message, "content": f"content{number}content"} for number, message in enumerate(messages[:end])]

@@ -78,17 +78,12 @@ class Reward(ABC):
         yield from self.leaves()
 
     def combine(self, prompt: Prompt, results: Iterator[list[RewardResult]]) -> list[RewardResult]:
-        """One result per response, from those of the leaves: takes one item of ``results`` for each leaf of
-        :meth:`leaves_for`, in that order."""
+        """One result per response: takes the next item of ``results`` for each leaf of :meth:`leaves_for`, in order."""
         return next(results)
 
     def plain_responses(self, prompt: Prompt) -> PlainResponses | None:
-        """Responses that consist of a right answer to this prompt, and of wrong ones of the same kind: before training,
-        every gold is tried on its verifier with them. None, the default: nothing is tried.
-
-        Raises:
-            RewardError, ValueError: the gold is unusable, for the reason in the message.
-        """
+        """A right answer to this prompt as bare responses, and wrong ones of the same kind, on which its gold is tried
+        before training; None tries nothing. Raises RewardError or ValueError if the gold is unusable."""
         return None
 
     def stopped(self, score: float) -> RewardResult:
@@ -98,8 +93,7 @@ class Reward(ABC):
 
 @dataclass(frozen=True)
 class Verdict:
-    """A verifier's verdict on one response: ``accuracy`` in [0, 1], and the answer it read (see
-    :class:`~ibro_lightning.types.RewardResult`)."""
+    """``accuracy`` in [0, 1] of one response, and the answer that the verifier read (see :class:`RewardResult`)."""
 
     accuracy: float
     answer: str | None = None
@@ -143,11 +137,8 @@ class VerifiableReward(Reward):
 
 
 def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> list[RewardResult]:
-    """Call ``reward`` and check its results, so that no NaN and no silent mismatch reaches training.
-
-    Raises:
-        RewardError: the reward raised, or returned another number of results or a value that is not finite.
-    """
+    """Call ``reward`` and check its results; raises :class:`RewardError` unless all are finite numbers, one per
+    response."""
     advice = "a reward must return a finite number for every response, wrong and empty ones included"
     with blamed_on(reward, f"prompt {prompt.id!r}", advice):  # MemoryError is the pool's to handle
         results = reward(prompt, completions)

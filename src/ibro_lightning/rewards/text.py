@@ -55,10 +55,7 @@ def gold_number(gold: str) -> Fraction | None:
 class LastNumberReward(VerifiableReward):
     """Right if the last number in the response equals the answer, compared as exact values (``8`` = ``8.0``).
 
-    The answer must be one plain number, or a list of several, any of which is right.
-
-    Raises:
-        RewardError: the answer of a prompt is anything else, such as ``1/2`` or ``3:30``.
+    The answer must be one plain number, or a list of several, any of which is right; others raise RewardError.
     """
 
     pooled = False  # reads only the end of the response, bounded by construction

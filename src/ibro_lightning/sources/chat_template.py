@@ -31,11 +31,7 @@ def check_reserved(setting: str, chat_template_kwargs: Mapping[str, Any] | None)
 
 
 def check_template_kwargs(setting: str, chat_template_kwargs: Mapping[str, Any] | None, tokenizer: Any) -> None:
-    """Refuse variables that the tokenizer's chat template never reads, since they would have no effect.
-
-    Raises:
-        ConfigError: there is no chat template, or it does not read one of the variables.
-    """
+    """Raise :class:`ConfigError` for variables that the tokenizer's chat template never reads."""
     if not chat_template_kwargs:
         return
     template = getattr(tokenizer, "chat_template", None)

@@ -38,11 +38,7 @@ def rendered(
     rule: ControlText = "warn",
     own: Sequence[str] = (),
 ) -> tuple[str, tuple[int, ...]]:
-    """``(text, token ids)`` of :func:`~ibro_lightning.rendering.render`; ``as_text`` encodes control text as text.
-
-    Raises:
-        RenderingError: see there.
-    """
+    """``(text, token ids)`` of :func:`~ibro_lightning.rendering.render`; ``as_text`` encodes control text as text."""
     if rule == "as_text":
         control = ControlTokens.of(tokenizer)
         if control.normalized or control_text(content, control, own):
@@ -69,11 +65,7 @@ class ControlTextCount:
             self._found.append((row, token))
 
     def report(self) -> None:
-        """Report the count in one line if it is not zero.
-
-        Raises:
-            ConfigError: the count is not zero and the rule is ``refuse``.
-        """
+        """Report the count in one line if it is not zero; raises :class:`ConfigError` if the rule is ``refuse``."""
         if not self._found:
             return
         row, token = self._found[0]
@@ -90,11 +82,7 @@ class ControlTextCount:
 
 
 def report_control_text(prompts: Sequence[Prompt], tokenizer: Any, setting: str, rule: ControlText) -> None:
-    """Report the prompts of one source whose data spells control tokens.
-
-    Raises:
-        ConfigError: there are such prompts and the rule is ``refuse``.
-    """
+    """Report the prompts of one source whose data spells control tokens, or refuse them."""
     control, count = ControlTokens.of(tokenizer), ControlTextCount(f"data.{setting}", rule)
     for prompt in prompts:
         count.add(prompt.id, control_text(prompt.content, control, prompt.own_text))
@@ -102,11 +90,7 @@ def report_control_text(prompts: Sequence[Prompt], tokenizer: Any, setting: str,
 
 
 def report_shown(provider: Any, prompts: Sequence[Prompt], rule: ControlText) -> None:
-    """Report the prompts whose gold, as the module's regulariser shows it to the model, spells control tokens.
-
-    Raises:
-        ConfigError: there are such prompts and the rule is ``refuse``.
-    """
+    """Report, or refuse, the golds that the module's regulariser shows to the model and that spell control tokens."""
     for name, template in getattr(getattr(provider, "regularizer", None), "__dict__", {}).items():
         find: Callable[[Prompt, Any], str] | None = getattr(template, "control_text_shown", None)
         if find is None:

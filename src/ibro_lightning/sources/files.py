@@ -131,11 +131,7 @@ class HubTable(Table):
 
 
 def open_table(path: str, config: str | None, split: str) -> tuple[Table, list[range]]:
-    """``(table, row ranges that split selects)``. A local file accepts any split name.
-
-    Raises:
-        ConfigError: the table cannot be read; one line that names the file and, if applicable, the position in it.
-    """
+    """``(table, row ranges that split selects)``; raises :class:`ConfigError`. A local file accepts any split name."""
     suffix = Path(path).suffix.lower()
     if suffix not in (".jsonl", ".json", ".csv", ".parquet"):
         if Path(path).is_file():

@@ -90,11 +90,7 @@ class MetaColumns:
 
 
 def checked_names(names: Sequence[str] | str | None) -> list[str]:
-    """``names`` as a list.
-
-    Raises:
-        ConfigError: a name is empty or repeated.
-    """
+    """``names`` as a list; raises :class:`ConfigError` if one is empty or repeated."""
     columns = [names] if isinstance(names, str) else list(names or ())
     for name in columns:
         if not isinstance(name, str) or not name:

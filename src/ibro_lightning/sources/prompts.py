@@ -226,11 +226,7 @@ class PromptCursor:
         return digest.hexdigest()
 
     def refuse_others(self, then: str | None) -> None:
-        """Raise :class:`ConfigError` if a checkpoint's position refers to different prompts.
-
-        Args:
-            then: the :attr:`digest` in the checkpoint; None if it has none.
-        """
+        """Raise :class:`ConfigError` unless ``then``, the digest in a checkpoint, is None or that of these prompts."""
         if then not in (None, self.digest):
             remedy = "they are not those of the checkpoint's run, among which it has its place: give it those, begin a "
             remedy += "new run, or --resume.allow_changes true to go on all the same"

@@ -24,11 +24,7 @@ TEMPLATES: dict[str, str] = {
 
 
 def template_text(template: str) -> str:
-    """The text of a named or custom template.
-
-    Raises:
-        ConfigError: neither a name nor text with the field ``{problem}``.
-    """
+    """The text of a named or custom template; raises :class:`ConfigError` for other words without ``{problem}``."""
     if template in TEMPLATES:
         return TEMPLATES[template]
     if "{" not in template:

@@ -99,11 +99,8 @@ class NumberPath:
         return value == target
 
     def random_walk(self, seed: int, max_steps: int) -> tuple[int, int, list[str]]:
-        """A random walk, relabelled so that its last number is the target.
-
-        Returns:
-            ``(start, target, response tokens without EOS)``; the walk is cut at its first arrival at the target.
-        """
+        """``(start, target, response tokens without EOS)`` of a random walk, relabelled so that its last number is the
+        target, and cut at its first arrival there."""
         rng = random.Random(seed)
         while True:
             start = value = rng.randrange(self.size)

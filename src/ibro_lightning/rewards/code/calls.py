@@ -43,11 +43,7 @@ def _same(value, expected):
 
 
 def function_calls(name: Any, inputs: Any, outputs: Any) -> tuple[TestParts, ...]:
-    """One test per input.
-
-    Raises:
-        ValueError: they are not as described above.
-    """
+    """One test per input. Raises ValueError unless they are as described above."""
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"fn_name must be the name of a function, not {name!r}")
     for key, values in (("inputs", inputs), ("outputs", outputs)):

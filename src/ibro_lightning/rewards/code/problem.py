@@ -34,11 +34,7 @@ class CodeProblem:
 
 
 def read_problem(prompt: Prompt, run_open_tests: bool) -> CodeProblem:
-    """The problem in ``prompt.answer``: see :class:`~ibro_lightning.rewards.CodeReward`.
-
-    Raises:
-        RewardError: it holds something else, or a test that cannot be used.
-    """
+    """The problem in ``prompt.answer`` (see :class:`CodeReward`); raises :class:`RewardError` if it is unusable."""
     try:
         return _read(_parsed("answer", prompt.answer), run_open_tests)
     except (ValueError, SyntaxError) as error:

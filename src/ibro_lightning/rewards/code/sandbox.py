@@ -74,11 +74,8 @@ class SandboxResult:
 
 
 def run_python(program: str, *, stdin: str = "", limits: SandboxLimits = DEFAULT_LIMITS) -> SandboxResult:
-    """Run ``program`` as ``__main__`` of a fresh interpreter in the sandbox, and wait for its end.
-
-    Raises:
-        ConfigError: this system cannot lock programs in, and ``limits.allow_unconfined`` is False.
-    """
+    """Run ``program`` as ``__main__`` of a fresh interpreter in the sandbox, and wait for its end. Raises
+    :class:`ConfigError` if this system cannot lock programs in, unless ``limits.allow_unconfined``."""
     if sys.platform != "linux":
         raise ConfigError("platform", sys.platform, "the sandbox for programs needs Linux: leave out the code reward")
     with temporary_folder() as folder, contextlib.ExitStack() as descriptors:

@@ -24,11 +24,7 @@ class Comparison:
 
 
 def parse(text: str, match_types: tuple[str, ...]) -> tuple[Any, ...]:
-    """The answer in a text as an expression, if possible, followed by its normalised text; () without an answer.
-
-    Args:
-        match_types: what to look for: "latex", "expr", "string".
-    """
+    """The answer in a text as an expression, if possible, followed by its normalised text; () without an answer."""
     try:
         return tuple(_library().parse(text, list(_targets(match_types)), parsing_timeout=None, raise_on_error=True))
     except MemoryError:

@@ -112,11 +112,7 @@ class RewardPool:
             self._server = None
 
     def __call__(self, requests: Sequence[Request]) -> list[list[RewardResult]]:
-        """One list of results per request, one result per response, in order. Workers judge all requests at once.
-
-        Raises:
-            RewardError: a reward raised, or returned no valid result.
-        """
+        """One list of results per request, one result per response, in order. Workers judge all requests at once."""
         pooled = [(self._which.get(_identity(request.reward)), request) for request in requests]
         here = iter(judge_here([request for which, request in pooled if which is None]))
         self._results = [[None] * len(r.completions) if which is not None else [*next(here)] for which, r in pooled]
