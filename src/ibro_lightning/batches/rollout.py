@@ -109,9 +109,6 @@ class Rollout:
                 groups that are all right or all wrong. None: not available.
             truncated: cut at the length limit, before EOS.
             iteration: of the run, from 1; 0 takes the Trainer's.
-
-        Raises:
-            RolloutError: a response has another number of log-probs than of tokens.
         """
         rows_of: dict[Any, list[int]] = {}
         for row, prompt in enumerate(prompt_token_ids):

@@ -23,15 +23,8 @@ from ibro_lightning.types import Completion, Generation, Group, Prompt, Sampling
 
 
 class Collector:
-    """Samples responses from the policy's current weights and judges them.
-
-    Args:
-        engine: generates the responses; the embedded engine by default.
-        weight_check: how the engine's weights are checked after every sync; None skips the check.
-        reward_pool: worker processes for rewards; None judges in this process.
-        keep_special_tokens: keep special tokens in the text that rewards read, except trailing EOS and padding.
-        on_bad_gold: how to handle prompts whose gold their own verifier cannot use.
-    """
+    """Samples responses from the policy's current weights and judges them; see :class:`EvaluationDataModule` for its
+    arguments."""
 
     provider: PolicyProvider
     ranks: Ranks
@@ -93,14 +86,8 @@ class Collector:
         return parts
 
     def sync(self, timer: PhaseTimer, *moment: int | str) -> dict[str, float]:
-        """Load the policy's current weights into the engine; returns the metrics of the check.
-
-        Args:
-            moment: the point in the run, which determines the prompts of the check.
-
-        Raises:
-            WeightSyncError: the engine does not have these weights.
-        """
+        """Load the policy's current weights into the engine and check them with prompts that are a function of
+        ``moment``, the point in the run. Returns the check's metrics, or raises :class:`WeightSyncError`."""
         with timer("sync"):
             self.engine.onload()
             self.engine.load_weights(self.provider.named_full_weights())

@@ -121,11 +121,7 @@ class EvaluationDataModule(pl.LightningDataModule):
     def prepare(self, stage: str, rows: int | None = None) -> None:
         """Prepare everything that needs no engine: chat templates, rewards, prompts.
 
-        Args:
-            rows: maximum number of problems per source, and per part of a mixture; None takes all.
-
-        Raises:
-            ConfigError, RewardError: a setting, source or reward is unusable.
+        ``rows`` limits the number of problems per source, and per part of a mixture.
         """
         sets = self.sets_of(stage)
         if stage != "fit" and not sets:
@@ -188,14 +184,8 @@ class EvaluationDataModule(pl.LightningDataModule):
     def refuse_overlap(
         self, trained_on: Sequence[Prompt] | Callable[[str], bool], remedy: str, *, warn: bool = False
     ) -> None:
-        """Raise :class:`ConfigError` if training and evaluation share a question.
-
-        Args:
-            trained_on: the training prompts, compared as in :func:`~ibro_lightning.sources.overlaps`; or a predicate
-                on a prompt's text.
-            remedy: the advice in the error message.
-            warn: warn instead of raising.
-        """
+        """Raise :class:`ConfigError`, or ``warn``, if training and evaluation share a question. ``trained_on``: the
+        training prompts, compared as in :func:`~ibro_lightning.sources.overlaps`; or a predicate on a prompt's text."""
         find: Callable[[Prompt], object]
         if isinstance(trained_on, Sequence):
             find = TrainingTexts(trained_on).find

@@ -48,13 +48,9 @@ def usable_golds(
     :meth:`~ibro_lightning.rewards.Reward.plain_responses` are skipped.
 
     Args:
-        reward: judges the prompts, in worker processes if ``judge`` is a pool.
         setting: the source's place in the configuration, for messages.
-        on_bad_gold: ``refuse``: a bad gold is an error. ``drop``: such prompts are removed and counted.
+        on_bad_gold: ``refuse``: a bad gold is an error. ``drop``: such prompts are removed and counted, if any are left.
         budget_s: with ``refuse``, golds not tried within this time are accepted, with a message.
-
-    Raises:
-        ConfigError: a gold is bad and ``on_bad_gold`` is ``refuse``, or every gold is bad.
     """
     trials, keys = _trials(reward, prompts)
     order = list(trials)

@@ -31,15 +31,12 @@ class LostVerdicts:
         self.options, self.in_a_row = options, in_a_row
 
     def note(self, groups: Sequence[Group], verdicts: Sequence[Verdicts], moment: str, ranks: Ranks = ALONE) -> float:
-        """The share of responses, over all ranks, whose verdict was lost; warns if it is large.
+        """The share of responses, over all ranks, whose verdict was lost; warns if it is large. Raises RewardError on
+        all ranks after ``max_lost_rollouts`` consecutive lost rollouts.
 
         Args:
-            groups: this rank's groups.
-            verdicts: its pool's counts for them.
+            groups, verdicts: this rank's groups, and its pool's counts for them.
             moment: the point in the run, such as "iteration 3".
-
-        Raises:
-            RewardError: on all ranks, after ``max_lost_rollouts`` consecutive lost rollouts.
         """
         if self.options is None:
             return 0.0

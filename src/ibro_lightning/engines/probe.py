@@ -63,11 +63,8 @@ def in_float32(model: Any, spec: ModelSpec) -> Any:
 def check_generation(model: Any, generate: Generate, spec: ModelSpec, max_model_len: int | None) -> None:
     """Raise :class:`ConfigError` unless generation with ``model`` agrees with its forward pass without a cache.
 
-    Args:
-        model: on its device, with random weights, which are rescaled here: with usual initialisation, matrices are so
-            small and biases 0 that context and padding hardly affect the output.
-        generate: returns all samples of the given prompts, in order.
-        max_model_len: maximum sequence length in tokens; None means no limit.
+    Its random weights are rescaled: with usual initialisation, matrices are so small and biases 0 that context and
+    padding hardly affect the output. ``generate`` returns all samples of the given prompts, in order.
     """
     _rescale(model)
     try:

@@ -74,14 +74,8 @@ class ControlTokens:
         return list(pattern.finditer(text)) if pattern else []
 
     def mask(self, text: str, *, own: Sequence[str] = (), assistant: bool = False) -> str:
-        """``text`` with its control tokens masked.
-
-        Args:
-            own: prefixes and suffixes of ``text`` from the recipe's template, whose control tokens are not masked.
-
-        Raises:
-            ControlTextError: ``text`` contains the masking characters.
-        """
+        """``text`` with its control tokens masked, except in the prefixes and suffixes ``own`` from the recipe's
+        template. Raises :class:`ControlTextError` if it contains the masking characters."""
         if RESERVED & set(text):
             raise ControlTextError("the text holds characters that stand for control tokens here (U+FF000 to U+FF002)")
         spans = [match for match in self.found(text, assistant=assistant) if not within(match, text, own)]

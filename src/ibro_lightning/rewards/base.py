@@ -147,11 +147,8 @@ def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> 
         return RewardError(f"{type(reward).__name__} returned {what} for prompt {prompt.id!r} - {remedy}")
 
     if not isinstance(results, list | tuple) or not all(_is_result(result) for result in results):
-        raise bad(
-            str(results)[:100],
-            "return a list with one RewardResult(reward, parts) per completion, numbers in both; or subclass "
-            "VerifiableReward, whose verify returns a plain number",
-        )
+        remedy = "return a list with one RewardResult(reward, parts) per completion, numbers in both; or subclass "
+        raise bad(str(results)[:100], f"{remedy}VerifiableReward, whose verify returns a plain number")
     if len(results) != len(completions):
         raise bad(f"{len(results)} results", f"return one for each of its {len(completions)} completions")
     for result in results:
@@ -159,16 +156,15 @@ def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> 
         if infinite := {key: value for key, value in values.items() if not math.isfinite(value)}:
             raise bad(infinite, "return finite numbers, 0 for 'cannot tell'")
         if not 0 <= (accuracy := result.parts.get("accuracy", 0.0)) <= 1:
-            raise bad(
-                f"the accuracy {accuracy}",
-                "an accuracy lies between 0 (wrong) and 1 (right); rewards such as -1 go into correct and incorrect",
+            remedy = (
+                "an accuracy lies between 0 (wrong) and 1 (right); rewards such as -1 go into correct and incorrect"
             )
+            raise bad(f"the accuracy {accuracy}", remedy)
     return list(results)
 
 
 def _is_result(value: object) -> bool:
-    if not isinstance(value, RewardResult) or not isinstance(value.parts, Mapping):
+    if not (isinstance(value, RewardResult) and isinstance(value.parts, Mapping)):
         return False
-    if not isinstance(value.outcome_span, Real | None):
-        return False
-    return all(isinstance(number, Real) for number in (value.reward, *value.parts.values()))
+    numbers = (value.reward, value.outcome_span or 0.0, *value.parts.values())
+    return all(isinstance(number, Real) for number in numbers)

@@ -24,9 +24,7 @@ def json_value(text: str, *, null_is_text: bool = False) -> Any:
 
     Numbers and lists in a spelling that no JSON writer produces are text: ``007``, ``1e5``, ``1.50``, ``[1, 2]``.
 
-    Args:
-        text: the stored text.
-        null_is_text: ``null`` is text, as in files of ``datasets``, where missing values are Arrow nulls.
+    With ``null_is_text``, so is ``null``, as in files of ``datasets``, where missing values are Arrow nulls.
 
     >>> [json_value(text) for text in ('"forty"', "12", "007", "1e5", "1.50", "[1, 2]", '["1",2]')]
     ['forty', 12, '007', '1e5', '1.50', '[1, 2]', ['1', 2]]

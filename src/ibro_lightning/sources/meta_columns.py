@@ -16,16 +16,7 @@ SETTING = "meta_columns"
 
 
 class MetaColumns:
-    """Reads columns of each row; dots reach into nested ones.
-
-    Args:
-        path: of the dataset, for messages.
-        names: of the columns, as configured; the keys of ``meta``.
-        table: the dataset.
-
-    Raises:
-        ConfigError: the dataset has no such column.
-    """
+    """Reads the columns ``names`` of each row, which are the keys of ``meta``; dots reach into nested ones."""
 
     def __init__(self, path: str, names: Sequence[str], table: Table) -> None:
         self.path = path

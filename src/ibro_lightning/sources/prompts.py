@@ -53,18 +53,12 @@ def encode_prompts(
     first: int | None = None,
     rows: int | None = None,
 ) -> list[Prompt]:
-    """Encode a source's problems as prompts.
+    """A source's problems as prompts. Raises :class:`ConfigError` if there are none, or if a setting refuses one.
 
     Args:
         setting: the source's place in the configuration, for messages.
-        chat_template_kwargs: variables for the chat template, such as ``enable_thinking``.
-        control_text: how to handle text that spells control tokens; see :class:`EvaluationDataModule`.
         first: maximum number of prompts, counted after overlong ones are dropped; None keeps all.
         rows: maximum number of problems to read; None reads all.
-
-    Raises:
-        ConfigError: no problems, all prompts overlong, one overlong with ``overlong: error``, no chat template, a chat
-            template that rejects a problem's messages, or control text with ``control_text: refuse``.
     """
     kwargs = dict(chat_template_kwargs or {})
     problems = source.problems() if rows is None else source.first_problems(rows)
@@ -186,18 +180,10 @@ def check_count(setting: str, value: object) -> None:
 
 
 class PromptCursor:
-    """Draws prompts in an order that is a function of the seed and the position.
+    """Draws prompts in an order that is a function of the seed and the position, its only state.
 
-    Each pass over the prompts is a new permutation. ``position`` is the only state.
-
-    Args:
-        prompts: the prompts to draw from.
-        seed: of the order.
-        weights: sampling weights of a mixture's parts. The part of a draw is a function of seed and position; each
-            pass over a part's prompts is a new permutation.
-
-    Raises:
-        ConfigError: a part has no prompts, or a prompt's part has no weight.
+    Each pass over the prompts is a new permutation. With ``weights`` of a mixture's parts, the part of a draw is a
+    function of seed and position, and each pass over a part's prompts is a new permutation.
     """
 
     def __init__(self, prompts: list[Prompt], seed: int, weights: Mapping[str, float] | None = None) -> None:

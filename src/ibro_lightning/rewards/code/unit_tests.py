@@ -44,16 +44,8 @@ def trusted_names(setup: str, entry_point: str | None) -> frozenset[str]:
 
 
 def take_apart(test: str, trusted: frozenset[str]) -> TestParts:
-    """Split a test.
-
-    Args:
-        test: statements, at least one of them an ``assert``, and asserts only at the top level.
-        trusted: see :func:`trusted_names`.
-
-    Raises:
-        OpenTest: its asserts do not reduce to values that the response computes.
-        SyntaxError: it is not valid Python.
-    """
+    """Split a test: statements, at least one of them an ``assert``, and asserts only at the top level. Raises
+    :class:`OpenTest` if its asserts do not reduce to values that the response computes, and SyntaxError."""
     body = ast.parse(test).body
     imported = {name for statement in body if _is_import(statement) for name in _bound(statement)}
     stored = [name for statement in body if not _is_import(statement) for name in _bound(statement)]

@@ -58,9 +58,7 @@ def math_verify_score(response: str, gold: Any, **options: Any) -> float:
     limits are alarm signals, which fail in threads and do not interrupt C code; they are switched off.)
 
     Args:
-        response: the response's text.
-        gold: the right answer, as LaTeX with or without delimiters. Of a list, any one element
-            (:func:`~ibro_lightning.rewards.mathematics.gold_text.alternatives`).
+        gold: as LaTeX with or without delimiters. Of a list, any one element (see :func:`.gold_text.alternatives`).
         options: the arguments of :class:`MathVerifyReward`.
     """
     reward = MathVerifyReward(**options)
@@ -89,10 +87,6 @@ class MathVerifyReward(VerifiableReward):
             otherwise only if the gold is the inequality.
         last_chars: characters at the response's end that are read, from the beginning of a line where there is one. A
             response that continues for longer after its answer is wrong.
-
-    Raises:
-        ConfigError: an unknown match type, or an invalid number.
-        RewardError: the answer of a prompt cannot be read.
     """
 
     tells_bad_answers = True

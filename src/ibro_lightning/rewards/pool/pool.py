@@ -51,13 +51,7 @@ class RewardPool:
     The processes start in the background; the first call waits for them. Use it as a context manager, or call
     :meth:`close`; otherwise they end with this process.
 
-    Args:
-        rewards: those to judge with. Their leaves are sent to the workers, except for those with ``pooled = False``,
-            which stay in this process.
-        options: processes, deadline, memory, and ``max_lost_rollouts``, which may be None.
-
-    Raises:
-        ConfigError: a reward cannot be sent to another process.
+    Their leaves are sent to the workers, except for those with ``pooled = False``, which stay in this process.
     """
 
     def __init__(self, rewards: Iterable[Reward], options: PoolOptions = PoolOptions()) -> None:
