@@ -96,7 +96,7 @@ class TestRawText:
         assert tokens.decode(list(prompt.token_ids)) == "".join([*before, "What is 2 + 2?"])
 
     def test_the_report_names_what_was_cut(self):
-        with pytest.warns(UserWarning, match=r"^the policy's tokenizer puts '\[SEP\]</s>' behind raw text: cut"):
+        with pytest.warns(UserWarning, match=r"^the policy's tokenizer appends '\[SEP\]</s>' to raw text: cut"):
             encode(tokenizer(around="<s> $A [SEP] </s>"), "one", "two")
 
     def test_nothing_is_reported_where_nothing_is_added(self, recwarn):
@@ -117,7 +117,7 @@ class TestRawText:
 
     @pytest.mark.filterwarnings("ignore:the policy's tokenizer puts")
     def test_one_at_the_texts_end_is_kept_and_reported(self):
-        with pytest.warns(UserWarning, match=r"1 of 2 prompts end with '<\|im_end\|>' \(first 'p1'\), behind which"):
+        with pytest.warns(UserWarning, match=r"1 of 2 prompts end with '<\|im_end\|>' \(first 'p1'\), after which"):
             _, prompt = encode(tokenizer(around="$A <|im_end|>"), "one", f"two{END}")
         assert prompt.token_ids[-1] == SPECIAL.index(END)
 
@@ -175,7 +175,7 @@ class TestDemonstrations:
     def test_what_is_cut_from_them_is_reported(self, monkeypatch):
         monkeypatch.setenv("PL_GLOBAL_SEED", "5")
         data = SFTDataModule(self.Shown("2+2?"), engine=Scripted(), weight_check=None, reward_pool=None)
-        with pytest.warns(UserWarning, match=r"^the policy's tokenizer puts '<\|im_end\|>' behind raw text"):
+        with pytest.warns(UserWarning, match=r"^the policy's tokenizer appends '<\|im_end\|>' to raw text"):
             attach(data, tokenizer(around="$A <|im_end|>"), "fit")
 
     def test_messages_without_a_chat_template_are_refused_in_one_line(self):

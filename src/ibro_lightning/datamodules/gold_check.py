@@ -49,7 +49,7 @@ def usable_golds(
 
     Args:
         setting: the source's place in the configuration, for messages.
-        on_bad_gold: ``refuse``: a bad gold is an error. ``drop``: such prompts are removed and counted, if any are left.
+        on_bad_gold: ``refuse``: a bad gold is an error. ``drop``: such prompts are removed and counted.
         budget_s: with ``refuse``, golds not tried within this time are accepted, with a message.
     """
     trials, keys = _trials(reward, prompts)

@@ -19,7 +19,7 @@ from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.rendering import RenderingError, appended_tokens, last_question, prefill, text_messages
 from ibro_lightning.seeding import derive_seed, permutation
-from ibro_lightning.sources.base import PromptSource
+from ibro_lightning.sources.base import PromptSource, check_problem
 from ibro_lightning.sources.chat_template import about_system
 from ibro_lightning.sources.control_text import rendered, report_control_text
 from ibro_lightning.types import ControlText, Problem, Prompt
@@ -67,14 +67,10 @@ def encode_prompts(
     if not prompts:
         raise ConfigError(setting, name, "it has no problems: check its file, split and difficulty settings")
     if len({prompt.id for prompt in prompts}) < len(prompts):
-        raise ConfigError(
-            setting, name, "several of its problems have the same id: ids must be unique, seeds derive from them"
-        )
+        raise ConfigError(setting, name, "several of its problems have the same id: seeds derive from ids")
     _report_ends(prompts, tokenizer)
     if kwargs and all(isinstance(prompt.content, str) for prompt in prompts):
-        rank_zero_warn(
-            f"data.{setting}: all prompts are raw text, which chat_template_kwargs ({', '.join(kwargs)}) do not reach"
-        )
+        rank_zero_warn(f"data.{setting}: all prompts are raw text, which chat_template_kwargs do not reach")
     kept = _short_enough(prompts, limits, setting, name)[:first]
     report_control_text(kept, tokenizer, setting, control_text)
     return kept
@@ -88,17 +84,14 @@ def _short_enough(prompts: list[Prompt], limits: PromptLimits, setting: str, nam
     dropped = len(prompts) - len(kept)
     longest = max(len(prompt.token_ids) for prompt in prompts)
     if dropped and (limits.overlong == "error" or not kept):
-        raise ConfigError(
-            "prompt_limits.max_tokens",
-            limits.max_tokens,
-            f"{dropped} of {len(prompts)} prompts of {name} are longer (up to {longest} tokens): "
-            f"write {longest}" + ("" if limits.overlong == "drop" else ", or overlong: drop to leave them out"),
-        )
+        remedy = f"write {longest}" + ("" if limits.overlong == "drop" else ", or overlong: drop to leave them out")
+        reason = f"{dropped} of {len(prompts)} prompts of {name} are longer (up to {longest} tokens)"
+        raise ConfigError("prompt_limits.max_tokens", limits.max_tokens, f"{reason}: {remedy}")
     if dropped:
-        rank_zero_info(
-            f"data.{setting}: {dropped} of {len(prompts)} prompts dropped, "
-            f"longer than {limits.max_tokens} tokens (up to {longest})"
+        counts = (
+            f"{dropped} of {len(prompts)} prompts dropped, longer than {limits.max_tokens} tokens (up to {longest})"
         )
+        rank_zero_info(f"data.{setting}: {counts}")
     return kept
 
 
@@ -106,9 +99,7 @@ def report_appended(text: str, tokenizer: Any) -> None:
     """Warn about special tokens that the tokenizer appends to raw text."""
     if appended := appended_tokens(text, tokenizer) if text else ():
         what = tokenizer.decode(list(appended))
-        rank_zero_warn(
-            f"the policy's tokenizer puts {what!r} behind raw text: cut from prompts, which responses follow"
-        )
+        rank_zero_warn(f"the policy's tokenizer appends {what!r} to raw text: cut from prompts, which responses follow")
 
 
 def _report_ends(prompts: Sequence[Prompt], tokenizer: Any) -> None:
@@ -117,22 +108,20 @@ def _report_ends(prompts: Sequence[Prompt], tokenizer: Any) -> None:
     report_appended(raw, tokenizer)
     ended = [prompt for prompt in prompts if prompt.token_ids[-1] == getattr(tokenizer, "eos_token_id", None)]
     if ended:
+        end = tokenizer.decode([ended[0].token_ids[-1]])
         rank_zero_warn(
-            f"{len(ended)} of {len(prompts)} prompts end with {tokenizer.decode([ended[0].token_ids[-1]])!r} (first "
-            f"{ended[0].id!r}), behind which the policy has nothing to say: their own text, or a chat template without "
-            "a generation prompt, writes it"
+            f"{len(ended)} of {len(prompts)} prompts end with {end!r} (first {ended[0].id!r}), after which the policy "
+            "has nothing to say: their own text, or a chat template without a generation prompt, writes it"
         )
 
 
 def _encode(
     problem: Problem, tokenizer: Any, setting: str, chat_template_kwargs: Mapping[str, Any], rule: ControlText
 ) -> Prompt:
-    if not isinstance(problem, Problem):
-        raise ConfigError(setting, type(problem).__name__, "a source yields ibro_lightning.types.Problem, nothing else")
+    check_problem(problem, setting)
     if not isinstance(problem.prompt, str) and not tokenizer.chat_template:
-        raise ConfigError(
-            setting, "chat: true", "the policy's tokenizer has no chat template: write chat: false for raw prompts"
-        )
+        remedy = "the policy's tokenizer has no chat template: write chat: false for raw prompts"
+        raise ConfigError(setting, "chat: true", remedy)
     try:
         content = problem.prompt if isinstance(problem.prompt, str) else text_messages(problem.prompt)
         text, token_ids = rendered(content, tokenizer, chat_template_kwargs, rule=rule, own=problem.own_text)
@@ -140,9 +129,7 @@ def _encode(
         advice = about_system(problem.prompt, tokenizer, chat_template_kwargs)
         raise ConfigError(setting, problem.id, f"{error}{advice}") from error
     if not token_ids:
-        raise ConfigError(
-            setting, problem.id, "this problem's prompt has no tokens: a response needs something to follow"
-        )
+        raise ConfigError(setting, problem.id, "its prompt has no tokens: a response needs something to follow")
     return Prompt(
         problem.id,
         text,
@@ -164,12 +151,9 @@ def check_vocabulary(prompts: list[Prompt], spec: ModelSpec, *, setting: str) ->
     vocabulary = int(spec.config.get_text_config().vocab_size)
     for prompt in prompts:
         if (largest := max(prompt.token_ids)) >= vocabulary:
-            raise ConfigError(
-                "model.policy",
-                f"token id {largest}",
-                f"data.{setting} has a prompt with this token ({prompt.id}), but the model has {vocabulary}: the "
-                "tokenizer in its folder is another model's",
-            )
+            reason = f"data.{setting} has a prompt with this token ({prompt.id}), but the model has {vocabulary}"
+            remedy = "the tokenizer in its folder is another model's"
+            raise ConfigError("model.policy", f"token id {largest}", f"{reason}: {remedy}")
 
 
 def check_count(setting: str, value: object) -> None:
@@ -214,8 +198,10 @@ class PromptCursor:
     def refuse_others(self, then: str | None) -> None:
         """Raise :class:`ConfigError` unless ``then``, the digest in a checkpoint, is None or that of these prompts."""
         if then not in (None, self.digest):
-            remedy = "they are not those of the checkpoint's run, among which it has its place: give it those, begin a "
-            remedy += "new run, or --resume.allow_changes true to go on all the same"
+            remedy = (
+                "the checkpoint's position refers to others: write the same source as its run, begin a new run, or "
+            )
+            remedy += "continue with --resume.allow_changes true"
             raise ConfigError("source", f"{len(self.prompts)} prompts", remedy)
 
     def _at(self, position: int) -> Prompt:
@@ -256,10 +242,6 @@ def _parts_of(prompts: list[Prompt], weights: Mapping[str, float]) -> dict[str, 
         parts[prompt.part].append(index)
     for name, indices in parts.items():
         if not indices:
-            raise ConfigError(
-                f"source.parts.{name}",
-                "no prompts",
-                "it has no problems, or data.prompt_limits.max_tokens dropped them all: raise the limit, or take the "
-                "part out",
-            )
+            remedy = "raise data.prompt_limits.max_tokens if it dropped them, or take the part out"
+            raise ConfigError(f"source.parts.{name}", "no prompts", remedy)
     return dict(parts)
