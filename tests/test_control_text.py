@@ -214,7 +214,7 @@ class TestAsText:
 
     def test_raw_text(self):
         tokens = tokenizer(around=f"{BOS} $A {EOS}")
-        with pytest.warns(UserWarning, match="behind raw text: cut"):
+        with pytest.warns(UserWarning, match="to raw text: cut"):
             prompts = encoded(tokens, EVIL, f"{BOS}one", f"one{EOS}", "one")
         assert [controls(tokens, prompt.token_ids) for prompt in prompts] == [[BOS]] * 4
         said = [tokens.decode(list(prompt.token_ids)) for prompt in prompts]

@@ -368,7 +368,7 @@ class TestWhyTheyWereLost:
 
     def test_a_long_judging_is_told_of_before_its_end(self, pool, monkeypatch):
         said: list[str] = []
-        monkeypatch.setattr("ibro_lightning.rewards.pool.pool.EARLY_S", 0.0)
+        monkeypatch.setattr("ibro_lightning.rewards.pool.pool.REPORT_AFTER_S", 0.0)
         pool.say = said.append
         judged(pool, *["exit:0"] * 4)
         assert len(said) == 1

@@ -90,7 +90,7 @@ class TestRawText:
     def test_ends_with_its_own_last_token(self, around):
         """A response that follows EOS answers nothing."""
         tokens = tokenizer(around=around)
-        with pytest.warns(UserWarning, match="the policy's tokenizer puts"):
+        with pytest.warns(UserWarning, match="the policy's tokenizer appends"):
             (prompt,) = encode(tokens, "What is 2 + 2?")
         before = [BOS] if around.startswith(BOS) else []
         assert tokens.decode(list(prompt.token_ids)) == "".join([*before, "What is 2 + 2?"])

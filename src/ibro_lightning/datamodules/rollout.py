@@ -134,11 +134,9 @@ class RolloutDataModule(EvaluationDataModule):
         rule = self.dynamic_sampling
         if shaped and (rule is None or rule.on_exhausted == "fill"):
             setting = "null" if rule is None else "on_exhausted: fill"
-            rank_zero_warn(
-                f"data.dynamic_sampling: {setting} - groups that are all right or all wrong are trained on "
-                f"{', '.join(shaped)} alone, at its own size (docs/rewards.md): write on_exhausted: smaller to leave "
-                "them out"
-            )
+            groups = f"groups that are all right or all wrong are trained on {', '.join(shaped)} alone, at its own size"
+            remedy = "write on_exhausted: smaller to leave them out (docs/rewards.md)"
+            rank_zero_warn(f"data.dynamic_sampling: {setting} - {groups}: {remedy}")
 
     def rewards_of(self, stage: str) -> list[Reward]:
         return [*([self.reward] if stage == "fit" else []), *super().rewards_of(stage)]

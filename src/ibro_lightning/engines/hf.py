@@ -20,13 +20,7 @@ from ibro_lightning.guards.memory_advice import engine_memory_advice
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Dtype, FinishReason, Generation, SamplingParams
 
-CACHE_LAYOUT = (
-    "layer_types",
-    "sliding_window",
-    "attention_chunk_size",
-    "num_kv_shared_layers",
-    "number_of_conv_states",
-)
+CACHE_KEYS = ("layer_types", "sliding_window", "attention_chunk_size", "num_kv_shared_layers", "number_of_conv_states")
 """Config keys from which transformers builds a cache, for any architecture."""
 
 
@@ -41,7 +35,7 @@ def cache_config(config: Any) -> Any:
         own = type(config)()
     except Exception:  # a custom class without defaults; engines.probe still checks the result
         return config
-    for key in CACHE_LAYOUT:
+    for key in CACHE_KEYS:
         if key in vars(config) and not hasattr(own, key):
             delattr(config, key)
     return config

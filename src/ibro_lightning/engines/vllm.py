@@ -268,10 +268,8 @@ class VLLMEngine(RolloutEngine):
             raise
         except Exception as error:
             if is_dead(self._engine, patience_s=5):
-                raise RolloutError(
-                    f"the vLLM engine died while {doing}: its process is gone, its messages are above; the last "
-                    "checkpoint is intact, and --ckpt_path continues from it"
-                ) from error
+                remedy = "the last checkpoint is intact, and --ckpt_path continues from it"
+                raise RolloutError(f"the vLLM engine died while {doing}: see its messages above; {remedy}") from error
             raise RolloutError(f"vLLM failed while {doing}: {one_line(error)}") from error
 
 

@@ -25,6 +25,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from packaging.version import Version
 from torch import distributed
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.models.spec import ModelSpec
@@ -117,7 +118,8 @@ def build(settings: VLLMSettings, spec: ModelSpec, *, sleep_mode: bool) -> Any:
     folder = tempfile.mkdtemp(prefix="ibro-vllm-")  # vLLM reads the config from a folder, once
     try:
         config = deepcopy(spec.config)
-        config.architectures = config.architectures or [_architecture(config)]
+        # vLLM finds a model by its class name, which configs created in Python lack.
+        config.architectures = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
         config.save_pretrained(folder)
         with _process_restored(settings.same_process):
             return _engine(settings, spec, folder, sleep_mode)
@@ -298,10 +300,3 @@ def _process_restored(same_process: bool) -> Iterator[None]:
             if not name.startswith("VLLM_") or name == MODE:
                 del os.environ[name]
         os.environ.update(environment)
-
-
-def _architecture(config: Any) -> str:
-    """The causal model's class name, by which vLLM finds a model; configs created in Python lack it."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)

@@ -77,10 +77,13 @@ class ControlTokens:
         """``text`` with its control tokens masked, except in the prefixes and suffixes ``own`` from the recipe's
         template. Raises :class:`ControlTextError` if it contains the masking characters."""
         if RESERVED & set(text):
-            raise ControlTextError("the text holds characters that stand for control tokens here (U+FF000 to U+FF002)")
-        spans = [match for match in self.found(text, assistant=assistant) if not within(match, text, own)]
+            raise ControlTextError(
+                "the text contains characters that are reserved for masking control tokens (U+FF000 to U+FF002)"
+            )
         pieces, last = list[str](), 0
-        for match in spans:
+        for match in self.found(text, assistant=assistant):
+            if within(match, text, own):
+                continue
             number = "".join(chr(ord(_DIGITS) + int(digit)) for digit in str(self.tokens.index(match[0])))
             pieces += [text[last : match.start()], OPEN, number, CLOSE]
             last = match.end()
@@ -164,10 +167,8 @@ class TextTokenizer:
     def __init__(self, tokenizer: Any, control: ControlTokens) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or not hasattr(backend, "to_str"):
-            raise ControlTextError(
-                f"{type(tokenizer).__name__} is no tokenizer of the library tokenizers, which alone can be told to "
-                "take control tokens for text"
-            )
+            needed = "a tokenizer of the library tokenizers, which alone can encode control tokens as text"
+            raise ControlTextError(f"{type(tokenizer).__name__} is not {needed}")
         from tokenizers import Tokenizer  # lazy: rarely needed
 
         self._twin = Tokenizer.from_str(json.dumps(_renamed(json.loads(backend.to_str()), control)))
@@ -218,8 +219,7 @@ class TextTokenizer:
         return {"input_ids": ids}
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._twin.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return list(self._twin.encode(text, add_special_tokens=add_special_tokens).ids)
 
 
 def _renamed(described: dict[str, Any], control: ControlTokens) -> dict[str, Any]:

@@ -36,24 +36,15 @@ def render(
     With ``masked``, control tokens in ``content`` are masked (:mod:`.control_tokens`) and encoded as text; the returned
     text contains them unmasked.
     """
-    if masked:
-        return _render_masked(content, tokenizer, chat_template_kwargs or {})
-    if isinstance(content, str):
-        return content, _raw_tokens(content, tokenizer)[0]
-    text = _chat_text(text_messages(content), tokenizer, chat_template_kwargs or {})
-    # The template has already written the special tokens.
-    return text, tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _render_masked(
-    content: Content, tokenizer: Any, chat_template_kwargs: Mapping[str, Any]
-) -> tuple[str, tuple[int, ...]]:
     try:
-        encode, unmask = TextTokenizer.of(tokenizer), ControlTokens.of(tokenizer).unmask
+        encode = TextTokenizer.of(tokenizer) if masked else tokenizer
         if isinstance(content, str):
-            return unmask(content), _raw_tokens(content, encode)[0]
-        text = _chat_text(text_messages(content), tokenizer, chat_template_kwargs)
-        return unmask(text), tuple(encode(text)["input_ids"])
+            text, token_ids = content, _raw_tokens(content, encode)[0]
+        else:
+            text = _chat_text(text_messages(content), tokenizer, chat_template_kwargs or {})
+            # The template has already written the special tokens.
+            token_ids = tuple(encode(text, add_special_tokens=False)["input_ids"])
+        return ControlTokens.of(tokenizer).unmask(text) if masked else text, token_ids
     except ControlTextError as error:
         raise RenderingError(f"control tokens cannot be encoded as text: {error}") from error
 
@@ -93,7 +84,7 @@ def text_messages(content: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if text is None and message.get("tool_calls") and message.get("content") is None:
             text = ""
         if text is None:
-            raise RenderingError(f"message {number} holds something else than text, and prompts are text alone")
+            raise RenderingError(f"message {number} contains something other than text")
         messages.append({**message, "content": text})
     return messages
 
@@ -134,11 +125,8 @@ def _raw_tokens(text: str, tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, 
 def _chat_text(messages: list[dict[str, Any]], tokenizer: Any, chat_template_kwargs: Mapping[str, Any]) -> str:
     def apply_plain(messages: list[dict[str, Any]], *, ask: bool) -> str:
         try:
-            return str(
-                tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=ask, tokenize=False, **chat_template_kwargs
-                )
-            )
+            settings = {**chat_template_kwargs, "add_generation_prompt": ask, "tokenize": False}
+            return str(tokenizer.apply_chat_template(messages, **settings))
         except Exception as error:  # templates may raise anything
             why = " ".join(str(error).split())[:300] or type(error).__name__
             raise RenderingError(f"the chat template cannot write these messages: {why}") from error
@@ -202,10 +190,8 @@ def _content_parts(messages: list[dict[str, Any]], apply: Callable[..., str]) ->
     asked = max((n for n in range(end) if roles[n] == "user"), default=end - 1)
     for number in (asked, end - 1):
         if not seen[number] and (number == asked or roles[number] != "system"):
-            raise RenderingError(
-                f"the chat template leaves out message {number + 1} (role {roles[number]!r}), so the policy would not "
-                "see it: write the roles that the template knows, or raw prompts (chat: false)"
-            )
+            reason = f"the chat template leaves out message {number + 1} (role {roles[number]!r})"
+            raise RenderingError(f"{reason}: write the roles that the template knows, or raw prompts (chat: false)")
     return [*form, *[any(form)] * (len(messages) - end)]
 
 

@@ -79,10 +79,10 @@ class LastNumberReward(VerifiableReward):
         except ValueError as error:
             reason = str(error)
         if None in values:
-            raise RewardError(
-                f"LastNumberReward finds no number in the answer {str(prompt.answer)[:100]!r} of prompt {prompt.id!r} "
-                f"that it could compare with: {reason} - MathVerifyReward compares expressions"
+            what = (
+                f"the answer {str(prompt.answer)[:100]!r} of prompt {prompt.id!r} that it could compare with: {reason}"
             )
+            raise RewardError(f"LastNumberReward finds no number in {what} - MathVerifyReward compares expressions")
         return [value for value in values if value is not None]
 
 

@@ -40,10 +40,8 @@ class NumberPath:
     def __init__(self, size: int = 50, moves: Sequence[str] = ("+7", "-3", "*2")) -> None:
         if size < 2:
             raise ConfigError("size", size, "write 2 or more")
-        bad = [
-            move for move in moves if move[:1] not in ("+", "-", "*") or not move[1:].isdecimal() or int(move[1:]) < 1
-        ]
-        if bad or not moves or len(set(moves)) < len(moves):
+        valid = all(move[:1] in ("+", "-", "*") and move[1:].isdecimal() and int(move[1:]) > 0 for move in moves)
+        if not valid or not moves or len(set(moves)) < len(moves):
             raise ConfigError("moves", list(moves), "write different moves, like '+7', '-3' or '*2'")
         self.size, self.moves = size, tuple(moves)
 
@@ -76,12 +74,10 @@ class NumberPath:
         text, value = "", start
         while value != target:
             steps = [(move, reached) for move in self.moves if (reached := self.apply(move, value)) is not None]
-            move, value = min(steps, key=lambda step: self._distance(step[1], target))
+            distances = {target: 0} | {reached: self.distances.get((reached, target), math.inf) for _, reached in steps}
+            move, value = min(steps, key=lambda step: distances[step[1]])
             text += f"{move}={value}"
         return text
-
-    def _distance(self, start: int, target: int) -> float:
-        return 0 if start == target else self.distances.get((start, target), math.inf)
 
     def verify(self, tokens: Sequence[str], start: int, target: int) -> bool:
         """Whether ``tokens`` are a correct answer: true steps ``move = number`` that end at the target, then EOS.
@@ -176,9 +172,8 @@ class NumberPathSource(PromptSource):
     def problems(self) -> Iterator[Problem]:
         for (start, target), distance in sorted(self.task.distances.items()):
             prompt = self.task.prompt(start, target)
-            if self.min_distance <= distance <= self.max_distance and in_split(
-                prompt, self.split, self.heldout_fraction
-            ):
+            suits = self.min_distance <= distance <= self.max_distance
+            if suits and in_split(prompt, self.split, self.heldout_fraction):
                 answer = {"start": start, "target": target, "size": self.task.size, "moves": list(self.task.moves)}
                 meta = {"distance": distance, "solution": self.task.solution(start, target)}
                 yield Problem(id=prompt, prompt=prompt, answer=answer, meta=meta)
@@ -239,11 +234,10 @@ class NumberPathReward(VerifiableReward):
             task = NumberPath(size, moves)
             vocabulary = self._tokenizer.get_vocab()
             if missing := [token for token in task.vocabulary() if token not in vocabulary]:
-                raise ConfigError(
-                    "reward",
-                    "NumberPathReward",
-                    f"the policy's tokenizer has no token {missing[0]!r}: use a policy trained on this very task "
-                    "(sft_quickstart.yaml makes one for 50 numbers), or another task for this policy",
+                remedy = (
+                    "use a policy trained on this task (sft_quickstart.yaml makes one for 50 numbers), or another task"
                 )
+                reason = f"the policy's tokenizer has no token {missing[0]!r}"
+                raise ConfigError("reward", "NumberPathReward", f"{reason}: {remedy}")
             self._tasks[size, moves] = task
         return self._tasks[size, moves]

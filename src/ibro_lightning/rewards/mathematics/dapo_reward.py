@@ -82,10 +82,9 @@ class DapoMathReward(VerifiableReward):
         try:
             return gold_texts(prompt.answer)
         except ValueError as error:
-            raise RewardError(
-                f"DapoMathReward finds no answer in prompt {prompt.id!r} ({prompt.answer!r}): {error} - "
-                "drop the row, or map the column that holds the right answer"
-            ) from error
+            remedy = "drop the row, or map the column that holds the right answer"
+            reason = f"DapoMathReward finds no answer in prompt {prompt.id!r} ({prompt.answer!r}): {error}"
+            raise RewardError(f"{reason} - {remedy}") from error
 
 
 def _judge(response: str, golds: Sequence[str], strict: bool) -> Verdict:

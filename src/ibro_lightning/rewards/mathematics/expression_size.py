@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-_MOST_BITS = 50_000  # about 15,000 digits
-_MOST_PARTS = 2000
-_MOST_EXPANDED = 200
+_MAX_BITS = 50_000  # about 15,000 digits
+_MAX_PARTS = 2000
+_MAX_EXPANDED = 200
 
 
 def is_heavy(expression: Any) -> bool:
@@ -16,7 +16,7 @@ def is_heavy(expression: Any) -> bool:
 
     Only floats are evaluated. Sums and integrals are not inspected: they may still take long.
     """
-    return _bits(expression, [_MOST_PARTS]) > _MOST_BITS
+    return _bits(expression, [_MAX_PARTS]) > _MAX_BITS
 
 
 def _bits(expression: Any, budget: list[int]) -> float:
@@ -35,7 +35,7 @@ def _bits(expression: Any, budget: list[int]) -> float:
     if kind == "Pow":
         base, exponent = expression.args
         power = max(_value(exponent), 1.0)
-        if len(base.args) * power > _MOST_EXPANDED and base.is_Add and base.free_symbols:
+        if len(base.args) * power > _MAX_EXPANDED and base.is_Add and base.free_symbols:
             return math.inf
         return max(1.0 if base in (0, 1, -1) else max(parts[0], 1.0) * power, parts[1])
     if kind.startswith("factorial") or kind in {"gamma", "subfactorial", "RisingFactorial", "FallingFactorial"}:

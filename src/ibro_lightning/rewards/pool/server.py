@@ -114,19 +114,15 @@ def _fork(rewards: Sequence[Reward], fd: int, memory_mib: int, close: Sequence[i
             os.setpgid(0, 0)
         for other in close:
             os.close(other)
-        _die_with_parent()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() == 1:  # the parent died before
+                os._exit(1)
         limit_memory(memory_mib)
         work(Connection(fd), rewards)
         status = 0
     finally:
         os._exit(status)
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() == 1:
-            os._exit(1)
 
 
 def limit_memory(mib: int) -> None:
