@@ -349,7 +349,7 @@ class TestMessages:
     )
     def test_anything_else_is_refused_in_one_line(self, tmp_path, content):
         turns = [{"role": "user", "content": content}]
-        with pytest.raises(ConfigError, match=r"^source: 'p0' - message 1 holds something else than text"):
+        with pytest.raises(ConfigError, match=r"^source: 'p0' - message 1 contains something other than text"):
             encode(tokenizer(CHATML), turns)
         path = tmp_path / "parts.jsonl"
         path.write_text(json.dumps({"prompt": turns, "answer": "4"}) + "\n")
@@ -542,7 +542,7 @@ class TestChatTemplateKwargs:
 
     @pytest.mark.parametrize("name", ["add_generation_prompt", "tokenize", "chat_template", "messages", "return_dict"])
     def test_do_not_say_how_the_template_is_applied(self, name):
-        with pytest.raises(ConfigError, match=rf"^chat_template_kwargs\.{name}: False - is decided here"):
+        with pytest.raises(ConfigError, match=rf"^chat_template_kwargs\.{name}: False - it is set by ibro_lightning"):
             EvaluationDataModule(chat_template_kwargs={name: False})
 
     @pytest.mark.parametrize(
