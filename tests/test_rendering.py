@@ -349,7 +349,8 @@ class TestMessages:
     )
     def test_anything_else_is_refused_in_one_line(self, tmp_path, content):
         turns = [{"role": "user", "content": content}]
-        with pytest.raises(ConfigError, match=r"^source: 'p0' - message 1 contains something other than text"):
+        what = "has no content" if content is None else "contains something other than text"
+        with pytest.raises(ConfigError, match=rf"^source: 'p0' - message 1 {what}"):
             encode(tokenizer(CHATML), turns)
         path = tmp_path / "parts.jsonl"
         path.write_text(json.dumps({"prompt": turns, "answer": "4"}) + "\n")

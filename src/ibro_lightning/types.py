@@ -51,10 +51,10 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, kind in (("temperature", Real), ("top_p", Real), ("min_p", Real)):
-            _check_kind(name, getattr(self, name), kind, "a number")
-        for name in ("top_k", "max_tokens"):
-            _check_kind(name, getattr(self, name), Integral, "a whole number")
+        numbers = {"temperature": Real, "top_p": Real, "min_p": Real, "top_k": Integral, "max_tokens": Integral}
+        for name, kind in numbers.items():
+            if not isinstance(value := getattr(self, name), kind) or isinstance(value, bool):
+                raise ConfigError(name, value, f"write a {'whole ' if kind is Integral else ''}number")
         if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf):
             remedy = f"write 0 (greedy) or a finite number of at least {MIN_TEMPERATURE:g}"
             raise ConfigError("temperature", self.temperature, remedy)
@@ -73,11 +73,6 @@ class SamplingParams:
     def truncates_distribution(self) -> bool:
         """Whether some tokens cannot be sampled, which makes every importance ratio in training wrong."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
-
-
-def _check_kind(name: str, value: object, kind: type, remedy: str) -> None:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ConfigError(name, value, f"write {remedy}")
 
 
 @dataclass(frozen=True)

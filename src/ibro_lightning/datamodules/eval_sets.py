@@ -13,7 +13,6 @@ from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.sequences import one_line
 from ibro_lightning.datamodules.collector import Collector
 from ibro_lightning.datamodules.lost_verdicts import LostVerdicts
-from ibro_lightning.datamodules.sampling_checks import check_sampling
 from ibro_lightning.engines.base import RolloutEngine
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.evaluation.record import EvaluationRecord
@@ -47,6 +46,12 @@ class EvalSet:
     chat_template_kwargs: dict[str, Any] | None = None
 
     __repr__ = one_line
+
+
+def check_sampling(engine: RolloutEngine, sampling: SamplingParams, *, setting: str) -> None:
+    """Call the engine's ``check_sampling``; an engine without it supports all :class:`SamplingParams`."""
+    if check := getattr(engine, "check_sampling", None):
+        check(sampling, setting=setting)
 
 
 def overridden(sets: dict[str, EvalSet], samples: int | None, max_tokens: int | None) -> dict[str, EvalSet]:

@@ -10,11 +10,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ibro_lightning.batches import Rollout
 from ibro_lightning.datamodules.dynamic_sampling import DynamicSampling, SampledGroups
-from ibro_lightning.datamodules.eval_sets import EvalSet
+from ibro_lightning.datamodules.eval_sets import EvalSet, check_sampling
 from ibro_lightning.datamodules.evaluation import EvaluationDataModule, TrainingStream
 from ibro_lightning.datamodules.gold_check import OnBadGold
 from ibro_lightning.datamodules.lost_verdicts import LostVerdicts
-from ibro_lightning.datamodules.sampling_checks import check_sampling, check_training_sampling
 from ibro_lightning.engines.base import RolloutEngine, check_length
 from ibro_lightning.engines.weight_check import WeightCheck
 from ibro_lightning.errors import ConfigError, RolloutError
@@ -268,3 +267,15 @@ class RolloutDataModule(EvaluationDataModule):
             f"choose problems nearer to what the policy can do, a larger group_size, "
             f"more max_rounds, or {remedy}"
         )
+
+
+def check_training_sampling(sampling: SamplingParams) -> None:
+    """Raise :class:`ConfigError` for parameters with which the importance ratios of training would be wrong."""
+    if not isinstance(sampling, SamplingParams):
+        raise ConfigError("sampling", sampling, "write SamplingParams, or leave it out for its defaults")
+    if sampling.temperature == 0:
+        raise ConfigError("sampling.temperature", 0, "training needs samples that differ: write a number such as 1.0")
+    for name, full in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+        if (value := getattr(sampling, name)) != full:
+            remedy = f"a truncated distribution makes every importance ratio wrong: write {full:g} (except to evaluate)"
+            raise ConfigError(f"sampling.{name}", value, remedy)

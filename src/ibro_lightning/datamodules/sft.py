@@ -16,7 +16,7 @@ from ibro_lightning.rendering import ControlTextError, ControlTokens, RenderingE
 from ibro_lightning.rewards import PoolOptions
 from ibro_lightning.seeding import derive_seed, run_seed
 from ibro_lightning.sources.base import DemonstrationSource
-from ibro_lightning.sources.control_text import ControlTextCount, rendered
+from ibro_lightning.sources.control_text import rendered, report_control_text
 from ibro_lightning.sources.prompts import PromptLimits, report_appended
 from ibro_lightning.types import ControlText, Message
 
@@ -106,12 +106,11 @@ class SFTDataModule(EvaluationDataModule):
 
     def _count_control_text(self, pairs: Sequence[Pair], tokenizer: Any) -> None:
         """Report how many demonstrations spell control tokens, or refuse them."""
-        count = ControlTextCount("data.source", self.control_text, "demonstrations searched")
-        control = ControlTokens.of(tokenizer)
+        control, found = ControlTokens.of(tokenizer), []
         for number, (prompt, response) in enumerate(pairs):
             answer = [{"role": "assistant", "content": _without_eos(response, tokenizer)}]
-            count.add(f"number {number}", control_text(prompt, control) or control_text(answer, control))
-        count.report()
+            found.append((f"number {number}", control_text(prompt, control) or control_text(answer, control)))
+        report_control_text("data.source", self.control_text, found, "demonstrations searched")
 
     def encode(self, pairs: Sequence[Pair], tokenizer: Any) -> tuple[list[tuple[int, ...]], list[list[int]]]:
         """``(prompt tokens, response tokens)``: prompts encoded as for sampling, responses ending with one EOS."""

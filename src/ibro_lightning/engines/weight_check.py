@@ -9,8 +9,8 @@ Padding and row handling are checked as well: the new prompts are shorter, are s
 again with stop tokens so that a row ends before the others. The first check of a run includes a prompt that exceeds the
 windows and chunks in the model's config.
 
-In bfloat16, rounding hides small weight changes. An ineffective sync is detected nevertheless: the engine's log-probs
-are unchanged although the trainer's have moved.
+In bfloat16, rounding hides small weight changes. An ineffective sync is still detected: the engine's log-probs are
+unchanged although the trainer's have moved.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class Diagnosis:
         for answers, what in (
             (batched, "prompts of different lengths in one batch: its padding is wrong"),
             (samples, "several samples of one prompt: what they share is copied wrongly"),
-            (ended, "rows that go on when others of their batch have ended: they are mixed up"),
+            (ended, "rows that continue after others in their batch have ended: they are mixed up"),
         ):
             if not self.fits(answers):
                 return f"{NOT_THE_WEIGHTS} how the engine handles {what}"

@@ -84,7 +84,8 @@ def text_messages(content: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if text is None and message.get("tool_calls") and message.get("content") is None:
             text = ""
         if text is None:
-            raise RenderingError(f"message {number} contains something other than text")
+            what = "has no content" if message.get("content") is None else "contains something other than text"
+            raise RenderingError(f"message {number} {what}")
         messages.append({**message, "content": text})
     return messages
 

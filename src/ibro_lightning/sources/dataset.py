@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from lightning.pytorch.utilities import rank_zero_info
 
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.rendering import last_question, text_of
+from ibro_lightning.rendering import RenderingError, last_question, text_messages
 from ibro_lightning.rewards.mathematics.gold_text import after_hashes, alternatives, boxed, canonical_gold
 from ibro_lightning.sources.base import PromptSource, as_prompt, own_words
 from ibro_lightning.sources.columns import (
@@ -25,7 +25,7 @@ from ibro_lightning.sources.columns import (
 )
 from ibro_lightning.sources.files import Row, open_table
 from ibro_lightning.sources.templates import bare_question, template_text
-from ibro_lightning.types import Message, Problem
+from ibro_lightning.types import Problem
 
 AnswerFormat = Literal["auto", "boxed", "raw", "after_hashes"]
 PROMPT_COLUMNS = ["problem", "question", "prompt"]
@@ -163,7 +163,11 @@ class DatasetSource(PromptSource):
             text = self.template.format(problem=question)
             return as_prompt(text, chat=self.chat, system=self.system), question
         if isinstance(question, list) and all(isinstance(message, Mapping) for message in question):
-            messages = [_message(number, message, column, row) for number, message in enumerate(question, start=1)]
+            given = [{key: value for key, value in message.items() if value is not None} for message in question]
+            try:
+                messages = text_messages(given)
+            except RenderingError as error:
+                raise column.error(row, f"neither text nor a list of messages: {error}") from error
             asked = last_question(messages)
             if not messages[-1]["content"].strip():
                 raise column.nothing(row, f"message {len(messages)} is empty")
@@ -209,17 +213,3 @@ class DatasetSource(PromptSource):
         if not (canonical := canonical_gold(answer)):
             raise column.nothing(row, f"nothing is left of the answer {value[-60:]!r}")
         return canonical
-
-
-def _message(number: int, message: Mapping[str, Any], column: Column, row: Row) -> Message:
-    """The message with its content as text; other fields that are not None (``tool_calls``, ``name``) are kept."""
-    others = {key: value for key, value in message.items() if value is not None and key not in ("role", "content")}
-    texts = {"role": message.get("role"), "content": text_of(message.get("content"))}
-    if message.get("content") is None and others.get("tool_calls"):
-        texts["content"] = ""
-    for key, text in texts.items():
-        if not isinstance(text, str):
-            what = f"{key!r} is {kind_of(message[key])}" if message.get(key) is not None else f"has no {key!r}"
-            what += " that holds more than text" if isinstance(message.get(key), list) else ""
-            raise column.error(row, f"neither text nor a list of messages: message {number} {what}")
-    return {**texts, **others}

@@ -17,7 +17,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.models.spec import ModelSpec
-from ibro_lightning.rendering import RenderingError, appended_tokens, last_question, prefill, text_messages
+from ibro_lightning.rendering import (
+    ControlTokens,
+    RenderingError,
+    appended_tokens,
+    last_question,
+    prefill,
+    text_messages,
+)
+from ibro_lightning.rendering import control_text as first_control_token
 from ibro_lightning.seeding import derive_seed, permutation
 from ibro_lightning.sources.base import PromptSource, check_problem
 from ibro_lightning.sources.chat_template import about_system
@@ -72,7 +80,9 @@ def encode_prompts(
     if kwargs and all(isinstance(prompt.content, str) for prompt in prompts):
         rank_zero_warn(f"data.{setting}: all prompts are raw text, which chat_template_kwargs do not reach")
     kept = _short_enough(prompts, limits, setting, name)[:first]
-    report_control_text(kept, tokenizer, setting, control_text)
+    control = ControlTokens.of(tokenizer)
+    spelled = [(prompt.id, first_control_token(prompt.content, control, prompt.own_text)) for prompt in kept]
+    report_control_text(f"data.{setting}", control_text, spelled)
     return kept
 
 

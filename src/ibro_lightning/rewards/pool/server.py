@@ -178,8 +178,6 @@ def _judge(reward: Reward, prompt: Any, completions: Sequence[Any]) -> list[Rewa
         return MEMORY
     except (RewardError, ConfigError) as error:
         return error
-    except BaseException as error:  # SystemExit, too; the pool raises it where the user can see it
-        return RewardError(f"{type(reward).__name__} raised {described(error)} (prompt {prompt.id!r})")
 
 
 def main(fd: int) -> None:
