@@ -74,10 +74,12 @@ class NumberPath:
         text, value = "", start
         while value != target:
             steps = [(move, reached) for move in self.moves if (reached := self.apply(move, value)) is not None]
-            distances = {target: 0} | {reached: self.distances.get((reached, target), math.inf) for _, reached in steps}
-            move, value = min(steps, key=lambda step: distances[step[1]])
+            move, value = min(steps, key=lambda step: self._distance(step[1], target))
             text += f"{move}={value}"
         return text
+
+    def _distance(self, start: int, target: int) -> float:
+        return 0 if start == target else self.distances.get((start, target), math.inf)
 
     def verify(self, tokens: Sequence[str], start: int, target: int) -> bool:
         """Whether ``tokens`` are a correct answer: true steps ``move = number`` that end at the target, then EOS.
