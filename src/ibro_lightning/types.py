@@ -89,8 +89,7 @@ class Problem:
     answer: Any
     meta: Mapping[str, Any] = field(default_factory=dict)
     question: str = ""
-    """The bare question, if ``prompt`` wraps it in instructions: compared to find problems that are both trained and
-    evaluated on. Empty: the prompt is the question."""
+    """The question without instructions, to find problems that are trained and evaluated on; empty: the prompt."""
     part: str = ""
     """The part of a mixture that it comes from."""
     own_text: tuple[str, ...] = ()
@@ -161,8 +160,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """A response's reward and its named parts. ``reward`` is trained on; ``parts["accuracy"]`` in [0, 1] is reported,
-    and dynamic sampling filters on it."""
+    """``reward`` is trained on; ``parts["accuracy"]`` in [0, 1] is reported, and dynamic sampling filters on it."""
 
     reward: float
     parts: Mapping[str, float]
@@ -172,8 +170,7 @@ class RewardResult:
     timed_out: bool = False
     """The verifier was stopped at its deadline or memory limit: the reward is a configured value."""
     outcome_span: float | None = field(default=None, compare=False)  # a property of the reward, not of the response
-    """How much more an accuracy of 1 earns than one of 0: 2 for rewards of ±1. None, if the reward does not define it,
-    counts as 1. Scales rewards in groups that do not differ in accuracy (``docs/rewards.md``)."""
+    """How much more an accuracy of 1 earns than 0; None counts as 1. For groups of equal accuracy (docs/rewards.md)."""
 
 
 @dataclass(frozen=True)

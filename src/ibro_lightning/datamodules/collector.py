@@ -23,8 +23,7 @@ from ibro_lightning.types import Completion, Generation, Group, Prompt, Sampling
 
 
 class Collector:
-    """Samples responses from the policy's current weights and judges them; see :class:`EvaluationDataModule` for its
-    arguments."""
+    """Samples responses from the policy's current weights and judges them; arguments: :class:`EvaluationDataModule`."""
 
     provider: PolicyProvider
     ranks: Ranks
@@ -86,8 +85,7 @@ class Collector:
         return parts
 
     def sync(self, timer: PhaseTimer, *moment: int | str) -> dict[str, float]:
-        """Load the policy's current weights into the engine and check them with prompts that are a function of
-        ``moment``, the point in the run. Returns the check's metrics, or raises :class:`WeightSyncError`."""
+        """Load the policy's weights into the engine and check them (:class:`WeightVerifier`); returns the metrics."""
         with timer("sync"):
             self.engine.onload()
             self.engine.load_weights(self.provider.named_full_weights())

@@ -237,8 +237,7 @@ class RolloutDataModule(EvaluationDataModule):
         return trained, not sampled.kept
 
     def _distribute(self, sampled: SampledGroups, trained: list[int]) -> dict[int, Group]:
-        """Redistribute the groups; returns this rank's, by number in the rollout. In every optimizer step of the first
-        pass, the ranks' shares differ by at most one group."""
+        """This rank's groups by number; in each step of the first pass, ranks' shares differ by at most one group."""
         if self.ranks.size == 1:
             return {number: sampled.mine[position] for number, position in enumerate(trained)}
         order = update_order(update_seed(run_seed(), self.iteration, 0), len(trained))

@@ -29,8 +29,7 @@ class RolloutEngine(Protocol):
         """Build the model; repeated calls with the same spec do nothing."""
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
-        """Replace all weights, or (``partial``) those of whole layers, the head or the embedding, and discard caches.
-        Raises if a weight is missing or unknown."""
+        """Replace all weights, or (``partial``) whole layers, head or embedding; raises for missing or unknown ones."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[Sequence[int]]

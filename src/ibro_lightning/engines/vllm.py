@@ -129,8 +129,7 @@ class VLLMEngine(RolloutEngine):
             raise ConfigError(f"{setting}.temperature", sampling.temperature, remedy)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
-        """See :class:`RolloutEngine`. A failure leaves the weights incomplete, so that vLLM is closed; the next call
-        restarts it."""
+        """See :class:`RolloutEngine`. A failure leaves the weights incomplete: vLLM is closed, and restarts later."""
         if self._spec is None:
             raise RolloutError("VLLMEngine: call setup(spec) before load_weights(...)")
         self.setup(self._spec)

@@ -97,8 +97,7 @@ class WeightVerifier:
         return max(TOLERANCES[self.engine.dtype], TOLERANCES[self.provider.compute_dtype])
 
     def verify(self, *moment: int | str) -> dict[str, float]:
-        """Check the engine's weights with prompts that are a function of ``moment``, the point in the run; returns the
-        metrics, or raises :class:`WeightSyncError`."""
+        """Check the weights with prompts that depend on ``moment``; returns metrics, or raises WeightSyncError."""
         if moment:
             self._moment, self._asked = moment, 0
         self._asked += 1

@@ -12,8 +12,7 @@ NOT_THE_WEIGHTS = "Cause: not the weights, which have arrived, but"
 
 
 def beyond_windows(config: Any, limit: int, questions: Questions) -> tuple[Question, str] | None:
-    """A question that exceeds all windows in ``config``, and the cause to report if its answer is wrong; None if no
-    window is shorter than ``limit`` tokens."""
+    """A question that exceeds all windows below ``limit`` in ``config``, and the cause if its answer is wrong."""
     windows = {name: size for name, size in windows_of(config).items() if size < limit}
     if not windows:
         return None

@@ -91,8 +91,7 @@ def text_messages(content: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def text_of(content: object) -> str | None:
-    """A message's content as text: text itself, or parts ``{type: text, text: ...}`` joined by line breaks; None for
-    anything else."""
+    """Text itself, or parts ``{type: text, text: ...}`` joined by line breaks; None for anything else."""
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence) or not content:
@@ -197,8 +196,7 @@ def _content_parts(messages: list[dict[str, Any]], apply: Callable[..., str]) ->
 
 
 def _continued(messages: list[dict[str, Any]], apply: Callable[..., str]) -> str:
-    """The conversation with the assistant's last message left open, like ``continue_final_message`` in transformers but
-    with its text verbatim, including trailing white space."""
+    """The conversation with its last message open and verbatim, unlike transformers' ``continue_final_message``."""
     *before, last = messages
     words = last["content"]
     if not words.strip():

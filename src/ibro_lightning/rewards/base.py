@@ -54,8 +54,7 @@ class Reward(ABC):
     deadline_s: float | None = None
     """Seconds after which the pool stops it; None takes the pool's deadline."""
     tells_bad_answers: bool = False
-    """Judging an empty response is fast, and raises if the prompt's answer cannot be used: every prompt is then checked
-    before training, not when it is drawn hours later."""
+    """Judging an empty response is fast, and raises if the prompt's answer is unusable: tried before training."""
     one_by_one: bool = False
     """Each response is judged independently of the others: the deadline then applies to one response."""
 
@@ -137,8 +136,7 @@ class VerifiableReward(Reward):
 
 
 def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> list[RewardResult]:
-    """Call ``reward`` and check its results; raises :class:`RewardError` unless all are finite numbers, one per
-    response."""
+    """Call ``reward``; raises :class:`RewardError` unless it returns finite numbers, one per response."""
     advice = "a reward must return a finite number for every response, wrong and empty ones included"
     with blamed_on(reward, f"prompt {prompt.id!r}", advice):  # MemoryError is the pool's to handle
         results = reward(prompt, completions)

@@ -24,8 +24,7 @@ class PromptSource(ABC):
     """
 
     weights: Mapping[str, float] | None = None
-    """Sampling weights by :attr:`Problem.part <ibro_lightning.types.Problem.part>`, summing to 1; None draws uniformly
-    from all problems."""
+    """Sampling weights by :attr:`Problem.part`, summing to 1; None draws uniformly from all problems."""
 
     @abstractmethod
     def problems(self) -> Iterable[Problem]:

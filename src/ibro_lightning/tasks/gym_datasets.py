@@ -50,8 +50,7 @@ def library() -> ModuleType:
 
 
 def make_dataset(name: str, config: Mapping[str, Any]) -> Any:
-    """A reasoning-gym dataset; ``config`` includes ``seed`` and ``size``. Raises :class:`ConfigError` with its
-    message."""
+    """A reasoning-gym dataset; ``config`` includes ``seed`` and ``size``. Raises ConfigError with its message."""
     return _make_dataset(name, json.dumps(config, sort_keys=True, default=list))
 
 

@@ -111,8 +111,7 @@ class _Splitter(ast.NodeTransformer):
         return isinstance(node, ast.Name) and node.id not in self.trusted
 
     def _comprehension(self, node: _COMPREHENSION) -> ast.AST:
-        """Report ``[f(x) for x in …]`` as a whole if its elements are values of the response and not comparisons of
-        them; a generator is reported as a list."""
+        """Report ``[f(x) for x in …]`` as a whole (a generator as a list) if it only collects values of calls."""
         elements = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
         bound = {name for loop in node.generators for name in _stored(loop.target)}
         if any(loop.ifs and _free_names(loop) - self.trusted - bound for loop in node.generators) or not all(

@@ -29,7 +29,7 @@ from ibro_lightning.rewards.blame import blamed_on, described
 from ibro_lightning.rewards.combine import judge_here
 from ibro_lightning.rewards.gold_trial import GoldTrial, gives_plain_responses
 from ibro_lightning.rewards.pool.lost import Loss, Stopped, Verdicts
-from ibro_lightning.rewards.pool.options import PoolOptions
+from ibro_lightning.rewards.pool.pool_options import PoolOptions
 from ibro_lightning.rewards.pool.processes import Server, ServerDied, Slice, Worker
 from ibro_lightning.rewards.pool.server import MEMORY, READY
 from ibro_lightning.types import RewardResult

@@ -136,8 +136,7 @@ def limit_memory(mib: int) -> None:
 
 
 def work(conn: Connection, rewards: Sequence[Reward]) -> None:
-    """Judge what arrives, and send one message per response (or group) as soon as it is judged, so that the pool always
-    knows which one is being judged, and since when."""
+    """Judge what arrives, with one message per response (or group), so that the pool knows which one takes how long."""
     conn.send_bytes(pickle.dumps(READY))
     while True:
         try:
