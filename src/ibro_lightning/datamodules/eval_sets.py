@@ -109,7 +109,8 @@ class EvalStream:
         return -(-len(self.prompts) // self.batch_prompts)
 
     def __iter__(self) -> Iterator[Rollout]:
-        collector, ranks, size, seed = self.collector, self.collector.ranks, self.batch_prompts, run_seed()
+        collector, ranks, eval_set = self.collector, self.collector.ranks, self.eval_set
+        size, seed = self.batch_prompts, run_seed()
         (record, evaluation), synced = self._record(), False
         lost, stopped, asked = LostVerdicts(collector.reward_pool), 0.0, 0
         for batch, start in enumerate(range(0, len(self.prompts), size)):
@@ -117,7 +118,7 @@ class EvalStream:
             chunk = list(self.prompts[start : start + size])
             # Independent of the iteration: common random numbers reduce the variance of differences between policies.
             seeds = [
-                [derive_seed(seed, "eval", self.name, prompt.id, sample) for sample in range(self.eval_set.samples)]
+                [derive_seed(seed, "eval", self.name, prompt.id, sample) for sample in range(eval_set.samples)]
                 for prompt in chunk
             ]
             recorded = ranks.broadcast(record.read(self.name, batch, chunk, seeds) if record else None)
@@ -129,7 +130,10 @@ class EvalStream:
                     measured, synced = collector.sync(timer, *evaluation, self.name), True
                 collector.take_verdicts()  # discard earlier counts
                 with ranks.together():
-                    groups = self._generate(ranks.share(chunk), ranks.share(seeds), timer)
+                    prompts, own_seeds = ranks.share(chunk), ranks.share(seeds)
+                    groups = collector.collect(prompts, own_seeds, eval_set.sampling, eval_set.reward, timer)
+                if late := sum(completion.late for group in groups for completion in group.completions):
+                    rank_zero_warn(f"{self.name}: data.engine.deadline_s cut {late} responses, which count as they are")
                 moment = f"{self.name}, batch {batch + 1} of {len(self)}"
                 stopped += len(chunk) * lost.note(groups, collector.take_verdicts(), moment, ranks)
                 asked += len(chunk)
@@ -148,9 +152,3 @@ class EvalStream:
     def _rollout(self, groups: list[Group], metrics: dict[str, float]) -> Rollout:
         temperature = self.eval_set.sampling.temperature
         return Rollout.from_groups(groups, name=self.name, iteration=0, temperature=temperature, metrics=metrics)
-
-    def _generate(self, prompts: list[Prompt], seeds: list[list[int]], timer: PhaseTimer) -> list[Group]:
-        groups = self.collector.collect(prompts, seeds, self.eval_set.sampling, self.eval_set.reward, timer)
-        if late := sum(completion.late for group in groups for completion in group.completions):
-            rank_zero_warn(f"{self.name}: data.engine.deadline_s cut {late} responses, which count as they are")
-        return groups

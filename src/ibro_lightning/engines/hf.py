@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.engines.base import RolloutEngine, check_length
 from ibro_lightning.engines.probe import build, check_generation, in_float32
 from ibro_lightning.engines.sampling import sample_tokens
@@ -161,9 +162,11 @@ class HFEngine(RolloutEngine):
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[Sequence[int]]
     ) -> list[Generation]:
         """All samples of these prompts, ordered by prompt, then by seed. ``P`` prompts, ``R`` rows (samples)."""
-        input_ids, attention_mask = self._left_pad(prompts)
+        # On the left, so that the last position predicts every row's next token.
+        padded = Sequences.collate(prompts, [()] * len(prompts), padding_side="left").to(self._device)
+        attention_mask = padded.attention_mask  # [P, L]
         cache = DynamicCache(config=self._cache_config)
-        logits = self._forward(input_ids, attention_mask, cache)  # [P, V]
+        logits = self._forward(padded.input_ids, attention_mask, cache)  # [P, V]
 
         copies = torch.tensor([len(s) for s in seeds], device=self._device)
         source = torch.arange(len(prompts), device=self._device).repeat_interleave(copies)
@@ -196,16 +199,6 @@ class HFEngine(RolloutEngine):
         reasons: list[FinishReason] = ["stop" if done else "length" for done in ended.tolist()]
         responses = zip(tokens.tolist(), logps.tolist(), lengths.tolist(), reasons, strict=True)
         return [Generation(tuple(ids[:size]), tuple(logp[:size]), reason) for ids, logp, size, reason in responses]
-
-    def _left_pad(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """``[P, L]`` ids and mask, padded on the left so that the last position predicts every row's next token."""
-        width = max(len(ids) for ids in prompts)
-        input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(prompts):
-            input_ids[row, width - len(ids) :] = torch.tensor(ids)
-            attention_mask[row, width - len(ids) :] = 1
-        return input_ids.to(self._device), attention_mask.to(self._device)
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
         """``[B, V]`` logits of the next token; ``input_ids`` are the tokens not yet in the cache."""

@@ -72,13 +72,12 @@ class LastNumberReward(VerifiableReward):
         return PlainResponses(tuple(map(_decimal, values)), tuple(map(_decimal, others)))
 
     def _golds(self, prompt: Prompt) -> list[Fraction]:
-        values: list[Fraction | None] = [None]
-        reason = "not a plain number"
+        reason, values = "not a plain number", list[Fraction | None]()
         try:
             values = [gold_number(text) for text in gold_texts(prompt.answer)]
         except ValueError as error:
             reason = str(error)
-        if None in values:
+        if not values or None in values:
             what = (
                 f"the answer {str(prompt.answer)[:100]!r} of prompt {prompt.id!r} that it could compare with: {reason}"
             )

@@ -3,9 +3,8 @@
     prompt    12>41:
     response  *2=24-3=21*2=42-3=39-3=36-3=33-3=30+7=37+7=44-3=41!
 
-An arithmetic search task in which exploration matters, and which small models learn on a CPU in minutes: most problems
-have many correct answers of different lengths, and guessing cannot repair a wrong step. One token per number and move;
-``!`` is EOS.
+An arithmetic search task that small models learn on a CPU in minutes, and in which exploration matters: most problems
+have many correct answers, and guessing cannot repair a wrong step. One token per number and move; ``!`` is EOS.
 """
 
 from __future__ import annotations

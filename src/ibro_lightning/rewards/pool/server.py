@@ -1,9 +1,8 @@
 """The other side of the reward pool: a process that holds the rewards and forks workers, and the work of a worker.
 
-The rewards are unpickled once, here, so that replacing a worker costs a fork of a few milliseconds instead of an import
-of sympy. This process runs no reward itself, so no response can hang it. It is the parent of all workers and the only
-one that kills and reaps them, so a process id cannot be reused meanwhile; and when the trainer ends, however
-that happens, it ends all workers.
+The rewards are unpickled once, here: replacing a worker then costs a fork instead of an import of sympy. This process
+runs no reward itself, so no response can hang it. It alone kills and reaps the workers, so no process id is reused
+meanwhile; and when the trainer ends, however that happens, it ends all workers.
 """
 
 from __future__ import annotations
