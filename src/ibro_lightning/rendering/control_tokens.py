@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 OPEN, CLOSE, OURS = "\U000ff000", "\U000ff001", "\U000ff002"
 """Delimiters of a masked token's index, and the prefix of a template token's id. Planes 15 and 16 are private use."""
@@ -164,36 +165,18 @@ class TextTokenizer:
     Control tokens in plain text are encoded as text, in the pieces that the tokenizer would use if they did not exist.
     """
 
-    def __init__(self, tokenizer: Any, control: ControlTokens) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None or not hasattr(backend, "to_str"):
-            needed = "a tokenizer of the library tokenizers, which alone can encode control tokens as text"
-            raise ControlTextError(f"{type(tokenizer).__name__} is not {needed}")
-        from tokenizers import Tokenizer  # lazy: rarely needed
-
-        self._twin = Tokenizer.from_str(json.dumps(_renamed(json.loads(backend.to_str()), control)))
-        self._twin.encode_special_tokens = backend.encode_special_tokens
-        self._twin.no_padding()
-        self._twin.no_truncation()
-        try:
-            self._of: Callable[[], Any] = ref(tokenizer)  # weak, since the copy is cached by its tokenizer
-        except TypeError:
-            self._of = lambda: tokenizer
-        self._control = control
-
-    @property
-    def _tokenizer(self) -> Any:
-        return self._of()
+    def __init__(self, tokenizer: Any, control: ControlTokens, twin: Any) -> None:
+        self._tokenizer, self._control, self._twin = tokenizer, control, twin
 
     @classmethod
     def of(cls, tokenizer: Any) -> TextTokenizer:
         control = ControlTokens.of(tokenizer)
         try:
-            if (twin := _twins.get(tokenizer)) is None or twin._control is not control:
-                twin = _twins[tokenizer] = cls(tokenizer, control)
-        except TypeError:
-            return cls(tokenizer, control)
-        return twin
+            if (cached := _twins.get(tokenizer)) is None or cached[0] is not control:
+                cached = _twins[tokenizer] = control, _twin_of(tokenizer, control)
+        except TypeError:  # as above
+            cached = control, _twin_of(tokenizer, control)
+        return cls(tokenizer, *cached)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -222,6 +205,20 @@ class TextTokenizer:
         return list(self._twin.encode(text, add_special_tokens=add_special_tokens).ids)
 
 
+def _twin_of(tokenizer: Any, control: ControlTokens) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not hasattr(backend, "to_str"):
+        needed = "a tokenizer of the library tokenizers, which alone can encode control tokens as text"
+        raise ControlTextError(f"{type(tokenizer).__name__} is not {needed}")
+    from tokenizers import Tokenizer  # lazy: rarely needed
+
+    twin = Tokenizer.from_str(json.dumps(_renamed(json.loads(backend.to_str()), control)))
+    twin.encode_special_tokens = backend.encode_special_tokens
+    twin.no_padding()
+    twin.no_truncation()
+    return twin
+
+
 def _renamed(described: dict[str, Any], control: ControlTokens) -> dict[str, Any]:
     """A serialised tokenizer with control tokens renamed in its added tokens, vocabulary and merges."""
     names = {token: disguised(number) for token, number in control.ids.items()}
@@ -248,11 +245,9 @@ def _involves(merge: Any, names: Mapping[str, str]) -> bool:
 
 
 _control_tokens: WeakKeyDictionary[Any, tuple[Any, ControlTokens]] = WeakKeyDictionary()
-_twins: WeakKeyDictionary[Any, TextTokenizer] = WeakKeyDictionary()
-_patterns: dict[tuple[str, ...], re.Pattern[str] | None] = {}
+_twins: WeakKeyDictionary[Any, tuple[ControlTokens, Any]] = WeakKeyDictionary()
 
 
+@lru_cache(maxsize=64)
 def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str] | None:
-    if tokens not in _patterns:
-        _patterns[tokens] = re.compile("|".join(map(re.escape, tokens))) if tokens else None
-    return _patterns[tokens]
+    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
