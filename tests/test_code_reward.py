@@ -21,7 +21,7 @@ if sys.platform != "linux":
 from helpers.leftovers import nothing_is_left  # noqa: F401  an autouse fixture
 from ibro_lightning.errors import ConfigError, RewardError
 from ibro_lightning.rewards import PoolOptions, RewardPool, judge_all
-from ibro_lightning.rewards.code import in_sandbox, sandbox, sandbox_folder
+from ibro_lightning.rewards.code import in_sandbox, sandbox, sandbox_host
 from ibro_lightning.rewards.code.reward import CodeReward, last_program
 from ibro_lightning.rewards.code.sandbox import SandboxLimits, run_python
 from ibro_lightning.rewards.code.unit_tests import OpenTest, TestParts, take_apart, trusted_names
@@ -432,7 +432,7 @@ def test_in_the_reward_pool_programs_die_with_a_worker_that_is_killed(monkeypatc
         time.sleep(0.01)
     (left,) = Path(tempfile.gettempdir()).iterdir()  # of the killed worker: removed by a later one
     os.utime(left, (0, 0))
-    sandbox_folder.sweep()
+    sandbox_host.sweep()
 
 
 def commandline(pid: str) -> bytes:

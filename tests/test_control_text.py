@@ -209,12 +209,14 @@ class TestAsText:
     def test_characters_that_stand_for_control_tokens_are_refused_where_they_would_matter(self):
         tokens, mark = tokenizer(), min(RESERVED)
         assert tokens.decode(list(encoded(tokens, f"a{mark}b")[0].token_ids)) == f"a{mark}b"
-        with pytest.raises(ConfigError, match=r"^source: 'p0' - the text holds characters that stand for control"):
+        with pytest.raises(
+            ConfigError, match=r"^source: 'p0' - the text contains characters that are reserved for masking control"
+        ):
             encoded(tokens, ask(f"{mark}{END}"))
 
     def test_raw_text(self):
         tokens = tokenizer(around=f"{BOS} $A {EOS}")
-        with pytest.warns(UserWarning, match="behind raw text: cut"):
+        with pytest.warns(UserWarning, match="to raw text: cut"):
             prompts = encoded(tokens, EVIL, f"{BOS}one", f"one{EOS}", "one")
         assert [controls(tokens, prompt.token_ids) for prompt in prompts] == [[BOS]] * 4
         said = [tokens.decode(list(prompt.token_ids)) for prompt in prompts]
@@ -272,7 +274,7 @@ class TestAsText:
                 return bytes(ids).decode()
 
         assert encoded(Own(), "one")[0].token_ids == tuple(b"one")
-        with pytest.raises(ConfigError, match="Own is no tokenizer of the library tokenizers"):
+        with pytest.raises(ConfigError, match="Own is not a tokenizer of the library tokenizers"):
             encoded(Own(), f"one{EOS}")
 
     def test_words_that_were_added_are_no_control_tokens(self):
@@ -353,7 +355,7 @@ class TestCounting:
             encoded(tokenizer(), *self.ROWS, rule="refuse")
         assert str(told.value) == (
             "control_text: 'refuse' - data.source: 2 of 4 rows spell control tokens of the policy's tokenizer, "
-            "first '<|im_end|>' (p1, p3): mend them, or write as_text to have them read as text"
+            "first '<|im_end|>' (p1, p3): fix them, or write as_text to have them read as text"
         )
 
     def test_as_text_is_told_of_too(self, caplog, recwarn):
@@ -460,7 +462,7 @@ class TestDemonstrations:
 
     def test_are_counted_and_refused(self):
         data = SFTDataModule(Demonstrations(*self.PAIRS))
-        with pytest.warns(UserWarning, match=r"^data\.source: 3 of 4 demonstrations looked at spell control tokens"):
+        with pytest.warns(UserWarning, match=r"^data\.source: 3 of 4 demonstrations searched spell control tokens"):
             data._count_control_text(self.PAIRS, tokenizer())
         with pytest.raises(ConfigError, match=r"^control_text: 'refuse' - data\.source: 3 of 4"):
             self.encode("refuse")

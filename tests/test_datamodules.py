@@ -23,6 +23,7 @@ from ibro_lightning.batches import Rollout
 from ibro_lightning.callbacks.metrics_log import rollout_metrics
 from ibro_lightning.cli.parser import OneLineParser
 from ibro_lightning.datamodules import DynamicSampling, EvalSet, EvaluationDataModule, RolloutDataModule, SFTDataModule
+from ibro_lightning.engines.base import check_length
 from ibro_lightning.engines.sampling import sample_tokens
 from ibro_lightning.errors import ConfigError, RewardError, RolloutError
 from ibro_lightning.evaluation.metrics import SampleAccuracy
@@ -517,6 +518,15 @@ class TestDynamicSampling:
         with pytest.raises(RolloutError, match=r"0 of 3 informative.*none in 3 rollouts in a row"):
             data.next_rollout()
 
+    @pytest.mark.parametrize("on_exhausted", ["smaller", "fill", "stop"])
+    def test_the_remedy_is_one_that_helps(self, tokenizer, on_exhausted):
+        """``fill`` helps where ``stop`` ended the run; after ``max_skips`` it would have skipped as well."""
+        rule = DynamicSampling(max_rounds=1, max_skips=1, on_exhausted=on_exhausted)
+        with pytest.raises(RolloutError, match=r"or a larger max_skips$"):
+            build(tokenizer, [0] * 9, dynamic_sampling=rule).next_rollout()
+        with pytest.raises(RolloutError, match=r"or on_exhausted: fill$"):
+            build(tokenizer, [0, 2, 0], dynamic_sampling=replace(rule, on_exhausted="stop")).next_rollout()
+
     def test_an_informative_group_starts_the_count_anew(self, tokenizer):
         rights = [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
         data = build(tokenizer, rights, dynamic_sampling=DynamicSampling(max_rounds=1, max_skips=2))
@@ -537,6 +547,19 @@ class TestDynamicSampling:
     def test_refused_settings_are_named(self, setting):
         with pytest.raises(ConfigError, match=rf"^{setting}: 0"):
             DynamicSampling(**{setting: 0})
+
+
+def test_every_remedy_names_the_limit_of_prompts_by_its_full_key() -> None:
+    """As one writes it in a recipe or on the command line: also where an engine refuses, which knows no datamodule."""
+    with pytest.raises(ConfigError, match=r"^sampling\.max_tokens.* lower data\.prompt_limits\.max_tokens"):
+        check_length([[1, 2, 3]], SamplingParams(max_tokens=6), limit=8)
+    with pytest.raises(
+        ConfigError, match=r"^eval_sets\.a\.sampling\.max_tokens.* lower data\.prompt_limits\.max_tokens"
+    ):
+        check_length([[1, 2, 3]], SamplingParams(max_tokens=6), limit=8, setting="eval_sets.a.sampling")
+    prompt = Prompt("a", "", (1,), None, part="a")
+    with pytest.raises(ConfigError, match=r"^source\.parts\.b.* data\.prompt_limits\.max_tokens"):
+        PromptCursor([prompt], 0, {"a": 0.5, "b": 0.5})
 
 
 class TestResuming:
@@ -887,6 +910,12 @@ class TestConstructors:
         plain = {name: one.default for name, one in parameters.items() if isinstance(one.default, bool | int | str)}
         assert plain.items() <= defaults.items()
         assert not [name for name in parameters if name in actions and not actions[name].help]
+
+    def test_its_text_generates_nothing(self, tokenizer):
+        """Lightning's own ``__str__`` iterates over the training data: here it would sample an epoch."""
+        data = build(tokenizer, [1] * 9, rollouts_per_epoch=2)
+        assert str(data) == "RolloutDataModule(evaluation sets: none)"
+        assert data.iteration == 0
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_a_wrong_keyword_names_the_class(self, kind):

@@ -494,7 +494,7 @@ def test_it_takes_a_bounded_time_unless_all_must_be_known(
     monkeypatch.setattr(golds_module.time, "monotonic", lambda: float(next(now)))
     with caplog.at_level("INFO"):
         assert usable_golds(LastNumberReward(), prompts, setting="source", budget_s=4.0) == prompts
-    assert "data.source: 4 of 9 golds were tried" in caplog.text
+    assert "data.source: 4 of 9 golds tried on their verifier in time" in caplog.text
     kept = usable_golds(LastNumberReward(), prompts, setting="source", budget_s=4.0, on_bad_gold="drop")
     assert len(kept) == 8
 

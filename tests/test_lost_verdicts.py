@@ -335,7 +335,7 @@ class TestWhyTheyWereLost:
         later.lost[Loss("timeout", True, False, None, 5.0)] += 3
         later.lost[Loss("timeout", True, True, None, 5.0)] += 2
         assert "preload" not in str(later)
-        assert "5 timed out after 5 s) - raise reward_pool.deadline_s" in str(later)
+        assert "5 timed out after 5 s) - raise data.reward_pool.deadline_s" in str(later)
 
     def test_while_some_are_still_to_come_the_share_is_that_of_those_that_are_settled(self):
         verdicts = Verdicts("Mine", 10, 3)
@@ -362,13 +362,13 @@ class TestWhyTheyWereLost:
         reward = Dead()
         with (
             RewardPool([reward], PoolOptions(workers=1)) as pool,
-            pytest.raises(RewardError, match=r"forks workers died again and again \(exit code 3\).*preload"),
+            pytest.raises(RewardError, match=r"forks workers died 4 times \(exit code 3\).*preload"),
         ):
             judged(pool, "ok", reward=reward)
 
     def test_a_long_judging_is_told_of_before_its_end(self, pool, monkeypatch):
         said: list[str] = []
-        monkeypatch.setattr("ibro_lightning.rewards.pool.pool.EARLY_S", 0.0)
+        monkeypatch.setattr("ibro_lightning.rewards.pool.pool.REPORT_AFTER_S", 0.0)
         pool.say = said.append
         judged(pool, *["exit:0"] * 4)
         assert len(said) == 1

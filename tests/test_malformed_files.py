@@ -201,10 +201,10 @@ class TestMalformedFiles:
     @pytest.mark.parametrize(
         ("message", "reason"),
         [
-            ({"role": "user"}, "message 2 has no 'content'"),
-            ({"content": "one?"}, "message 2 has no 'role'"),
-            ({"role": "user", "content": None}, "message 2 has no 'content'"),
-            ({"role": "user", "content": [{"url": "x"}]}, "message 2 'content' is a list that holds more than text"),
+            ({"role": "user"}, "message 2 has no content"),
+            ({"content": "one?"}, "message 2 has no role: write {role: user, content: ...}"),
+            ({"role": "user", "content": None}, "message 2 has no content"),
+            ({"role": "user", "content": [{"url": "x"}]}, "message 2 contains something other than text"),
             ({"role": "user", "content": " "}, "message 2 is empty"),
         ],
     )

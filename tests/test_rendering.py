@@ -90,13 +90,13 @@ class TestRawText:
     def test_ends_with_its_own_last_token(self, around):
         """A response that follows EOS answers nothing."""
         tokens = tokenizer(around=around)
-        with pytest.warns(UserWarning, match="the policy's tokenizer puts"):
+        with pytest.warns(UserWarning, match="the policy's tokenizer appends"):
             (prompt,) = encode(tokens, "What is 2 + 2?")
         before = [BOS] if around.startswith(BOS) else []
         assert tokens.decode(list(prompt.token_ids)) == "".join([*before, "What is 2 + 2?"])
 
     def test_the_report_names_what_was_cut(self):
-        with pytest.warns(UserWarning, match=r"^the policy's tokenizer puts '\[SEP\]</s>' behind raw text: cut"):
+        with pytest.warns(UserWarning, match=r"^the policy's tokenizer appends '\[SEP\]</s>' to raw text: cut"):
             encode(tokenizer(around="<s> $A [SEP] </s>"), "one", "two")
 
     def test_nothing_is_reported_where_nothing_is_added(self, recwarn):
@@ -117,7 +117,7 @@ class TestRawText:
 
     @pytest.mark.filterwarnings("ignore:the policy's tokenizer puts")
     def test_one_at_the_texts_end_is_kept_and_reported(self):
-        with pytest.warns(UserWarning, match=r"1 of 2 prompts end with '<\|im_end\|>' \(first 'p1'\), behind which"):
+        with pytest.warns(UserWarning, match=r"1 of 2 prompts end with '<\|im_end\|>' \(first 'p1'\), after which"):
             _, prompt = encode(tokenizer(around="$A <|im_end|>"), "one", f"two{END}")
         assert prompt.token_ids[-1] == SPECIAL.index(END)
 
@@ -175,7 +175,7 @@ class TestDemonstrations:
     def test_what_is_cut_from_them_is_reported(self, monkeypatch):
         monkeypatch.setenv("PL_GLOBAL_SEED", "5")
         data = SFTDataModule(self.Shown("2+2?"), engine=Scripted(), weight_check=None, reward_pool=None)
-        with pytest.warns(UserWarning, match=r"^the policy's tokenizer puts '<\|im_end\|>' behind raw text"):
+        with pytest.warns(UserWarning, match=r"^the policy's tokenizer appends '<\|im_end\|>' to raw text"):
             attach(data, tokenizer(around="$A <|im_end|>"), "fit")
 
     def test_messages_without_a_chat_template_are_refused_in_one_line(self):
@@ -349,7 +349,8 @@ class TestMessages:
     )
     def test_anything_else_is_refused_in_one_line(self, tmp_path, content):
         turns = [{"role": "user", "content": content}]
-        with pytest.raises(ConfigError, match=r"^source: 'p0' - message 1 holds something else than text"):
+        what = "has no content" if content is None else "contains something other than text"
+        with pytest.raises(ConfigError, match=rf"^source: 'p0' - message 1 {what}"):
             encode(tokenizer(CHATML), turns)
         path = tmp_path / "parts.jsonl"
         path.write_text(json.dumps({"prompt": turns, "answer": "4"}) + "\n")
@@ -542,7 +543,7 @@ class TestChatTemplateKwargs:
 
     @pytest.mark.parametrize("name", ["add_generation_prompt", "tokenize", "chat_template", "messages", "return_dict"])
     def test_do_not_say_how_the_template_is_applied(self, name):
-        with pytest.raises(ConfigError, match=rf"^chat_template_kwargs\.{name}: False - is decided here"):
+        with pytest.raises(ConfigError, match=rf"^chat_template_kwargs\.{name}: False - it is set by ibro_lightning"):
             EvaluationDataModule(chat_template_kwargs={name: False})
 
     @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ if sys.platform != "linux":
 
 from helpers.leftovers import nothing_is_left  # noqa: F401  an autouse fixture
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.rewards.code import sandbox, sandbox_folder
+from ibro_lightning.rewards.code import sandbox, sandbox_host
 from ibro_lightning.rewards.code.sandbox import SandboxLimits, run_python
 from ibro_lightning.rewards.code.sandbox_filter import seccomp_filter
 
@@ -373,20 +373,20 @@ def test_the_program_dies_with_its_parent_and_the_folder_is_removed_later(tmp_pa
     (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
     (left,) = folder.iterdir()
     os.utime(left, (0, 0))  # as if it were old
-    sandbox_folder.sweep()
+    sandbox_host.sweep()
     assert left.exists()  # its owner lives
     parent.kill()
     parent.wait()
     while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().rpartition(")")[2][:3]:
         assert time.monotonic() < until
         time.sleep(0.01)
-    sandbox_folder.sweep()
+    sandbox_host.sweep()
     assert not left.exists()
 
 
 def test_a_young_folder_is_not_swept() -> None:
-    folder = Path(tempfile.mkdtemp(prefix=sandbox_folder.PREFIX))
-    sandbox_folder.sweep()
+    folder = Path(tempfile.mkdtemp(prefix=sandbox_host.PREFIX))
+    sandbox_host.sweep()
     assert folder.exists()
     folder.rmdir()
 

@@ -14,7 +14,7 @@ from sympy import Pow, Symbol, factorial, sympify
 
 from ibro_lightning.errors import ConfigError, RewardError
 from ibro_lightning.rewards.mathematics import expressions
-from ibro_lightning.rewards.mathematics.expression_size import is_heavy
+from ibro_lightning.rewards.mathematics.expressions import is_heavy
 from ibro_lightning.rewards.mathematics.symbolic import MathVerifyReward, math_verify_score
 from ibro_lightning.types import Completion, Prompt
 

@@ -26,7 +26,7 @@ from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.cli.main import main
 from ibro_lightning.datamodules import EvalSet, EvaluationDataModule
 from ibro_lightning.engines import HFEngine, hf
-from ibro_lightning.engines.cache import select_rows
+from ibro_lightning.engines.hf import select_rows
 from ibro_lightning.engines.weight_check import MOVED, TOLERANCES, WeightCheck, WeightVerifier
 from ibro_lightning.errors import ConfigError, RolloutError, WeightSyncError
 from ibro_lightning.models import Policy
@@ -857,7 +857,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from ibro_lightning.engines import HFEngine, hf
-from ibro_lightning.engines.cache import select_rows
+from ibro_lightning.engines.hf import select_rows
 
 
 class SkipsSyncs(HFEngine):

@@ -26,7 +26,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 ControlText = Literal["warn", "refuse", "as_text"]
 """How text in the data that spells a control token of the tokenizer, such as ``<|im_end|>``, is treated."""
 
-COLDEST = 1e-6
+MIN_TEMPERATURE = 1e-6
 """The lowest temperature above 0: dividing logits by much less overflows float32."""
 
 
@@ -51,12 +51,12 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, kind in (("temperature", Real), ("top_p", Real), ("min_p", Real)):
-            _check_kind(name, getattr(self, name), kind, "a number")
-        for name in ("top_k", "max_tokens"):
-            _check_kind(name, getattr(self, name), Integral, "a whole number")
-        if not (self.temperature == 0 or COLDEST <= self.temperature < math.inf):
-            remedy = f"write 0 (greedy) or a finite number of at least {COLDEST:g}"
+        numbers = {"temperature": Real, "top_p": Real, "min_p": Real, "top_k": Integral, "max_tokens": Integral}
+        for name, kind in numbers.items():
+            if not isinstance(value := getattr(self, name), kind) or isinstance(value, bool):
+                raise ConfigError(name, value, f"write a {'whole ' if kind is Integral else ''}number")
+        if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf):
+            remedy = f"write 0 (greedy) or a finite number of at least {MIN_TEMPERATURE:g}"
             raise ConfigError("temperature", self.temperature, remedy)
         if not 0 < self.top_p <= 1:
             raise ConfigError("top_p", self.top_p, "write a number above 0 and up to 1 (1 keeps all tokens)")
@@ -75,11 +75,6 @@ class SamplingParams:
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
-def _check_kind(name: str, value: object, kind: type, remedy: str) -> None:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ConfigError(name, value, f"write {remedy}")
-
-
 @dataclass(frozen=True)
 class Problem:
     """A question as its source states it, before tokenization.
@@ -94,8 +89,7 @@ class Problem:
     answer: Any
     meta: Mapping[str, Any] = field(default_factory=dict)
     question: str = ""
-    """The bare question, if ``prompt`` wraps it in instructions: compared to find problems that are both trained and
-    evaluated on. Empty: the prompt is the question."""
+    """The question without instructions, to find problems that are trained and evaluated on; empty: the prompt."""
     part: str = ""
     """The part of a mixture that it comes from."""
     own_text: tuple[str, ...] = ()
@@ -166,8 +160,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """A response's reward and its named parts. ``reward`` is trained on; ``parts["accuracy"]`` in [0, 1] is reported,
-    and dynamic sampling filters on it."""
+    """``reward`` is trained on; ``parts["accuracy"]`` in [0, 1] is reported, and dynamic sampling filters on it."""
 
     reward: float
     parts: Mapping[str, float]
@@ -177,8 +170,7 @@ class RewardResult:
     timed_out: bool = False
     """The verifier was stopped at its deadline or memory limit: the reward is a configured value."""
     outcome_span: float | None = field(default=None, compare=False)  # a property of the reward, not of the response
-    """How much more an accuracy of 1 earns than one of 0: 2 for rewards of ±1. None, if the reward does not define it,
-    counts as 1. Scales rewards in groups that do not differ in accuracy (``docs/rewards.md``)."""
+    """How much more an accuracy of 1 earns than 0; None counts as 1. For groups of equal accuracy (docs/rewards.md)."""
 
 
 @dataclass(frozen=True)

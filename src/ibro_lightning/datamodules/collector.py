@@ -19,19 +19,11 @@ from ibro_lightning.rewards.blame import blamed_on
 from ibro_lightning.rewards.pool import Verdicts
 from ibro_lightning.seeding import run_seed
 from ibro_lightning.timing import PhaseTimer
-from ibro_lightning.types import Completion, Generation, Group, Prompt, RewardResult, SamplingParams
+from ibro_lightning.types import Completion, Generation, Group, Prompt, SamplingParams
 
 
 class Collector:
-    """Samples responses from the policy's current weights and judges them.
-
-    Args:
-        engine: generates the responses; the embedded engine by default.
-        weight_check: how the engine's weights are checked after every sync; None skips the check.
-        reward_pool: worker processes for rewards; None judges in this process.
-        keep_special_tokens: keep special tokens in the text that rewards read, except trailing EOS and padding.
-        on_bad_gold: how to handle prompts whose gold their own verifier cannot use.
-    """
+    """Samples responses from the policy's current weights and judges them; arguments: :class:`EvaluationDataModule`."""
 
     provider: PolicyProvider
     ranks: Ranks
@@ -58,11 +50,8 @@ class Collector:
         self.provider, self.ranks = provider, ranks
 
     def start_judging(self, rewards: list[Reward], local_processes: int = 1) -> None:
-        """Set up the rewards and start the pool if a reward uses it; a no-op if these rewards are set up already.
-
-        Args:
-            local_processes: the run's processes on this machine, which divide the pool's workers among themselves.
-        """
+        """Set up the rewards and start the pool, whose workers the run's ``local_processes`` on this machine share; a
+        no-op if these rewards are set up already."""
         if self.pool is not None and self.pool.rewards == rewards:
             return
         self.stop_judging()
@@ -86,8 +75,7 @@ class Collector:
 
     def usable(self, reward: Reward, prompts: Sequence[Prompt], setting: str) -> list[Prompt]:
         """The prompts with a usable gold; see ``on_bad_gold``."""
-        on_bad_gold, ranks = self.on_bad_gold, self.ranks
-        return usable_golds(reward, prompts, self.judge, setting=setting, on_bad_gold=on_bad_gold, ranks=ranks)
+        return usable_golds(reward, prompts, self.judge, self.on_bad_gold, self.ranks, setting=setting)
 
     def try_reward(self, reward: Reward, prompts: Sequence[Prompt], sampling: SamplingParams) -> set[str]:
         """Check before training that a reward works and its verdicts arrive; returns the names of its parts."""
@@ -97,14 +85,7 @@ class Collector:
         return parts
 
     def sync(self, timer: PhaseTimer, *moment: int | str) -> dict[str, float]:
-        """Load the policy's current weights into the engine and check them; returns the check's metrics.
-
-        Args:
-            moment: the point in the run, which determines the prompts of the check.
-
-        Raises:
-            WeightSyncError: the engine does not have these weights.
-        """
+        """Load the policy's weights into the engine and check them (:class:`WeightVerifier`); returns the metrics."""
         with timer("sync"):
             self.engine.onload()
             self.engine.load_weights(self.provider.named_full_weights())
@@ -127,15 +108,11 @@ class Collector:
         with timer("generate"):
             generations = self.engine.generate([p.token_ids for p in prompts], sampling, seeds)
         with timer("reward"):
-            pairs = [
-                (prompt, self._completions(samples, sample_seeds, sampling))
-                for prompt, samples, sample_seeds in zip(prompts, generations, seeds, strict=True)
-            ]
-            judged = judge_all(reward, [_with_prefill(*pair) for pair in pairs], self.judge)
-        return [
-            Group(prompt, completions, tuple(results))
-            for (prompt, completions), results in zip(pairs, judged, strict=True)
-        ]
+            sampled = zip(generations, seeds, strict=True)
+            completions = [self._completions(samples, own_seeds, sampling) for samples, own_seeds in sampled]
+            read = [with_prefill(prompt, own) for prompt, own in zip(prompts, completions, strict=True)]
+            judged = judge_all(reward, list(zip(prompts, read, strict=True)), self.judge)
+        return list(map(Group, prompts, completions, map(tuple, judged)))
 
     def verifications_stopped(self) -> dict[str, float]:
         """Number of verifications that the pool has stopped so far, by reason."""
@@ -149,14 +126,14 @@ class Collector:
         self, samples: Sequence[Generation], seeds: Sequence[int], sampling: SamplingParams
     ) -> tuple[Completion, ...]:
         keep = self.keep_special_tokens
-        tokens = [self._without_trailing(sample.token_ids) if keep else list(sample.token_ids) for sample in samples]
+        tokens = [self._without_ending(sample.token_ids) if keep else list(sample.token_ids) for sample in samples]
         texts = self.provider.tokenizer.batch_decode(tokens, skip_special_tokens=not keep)
         return tuple(
             Completion(sample.token_ids, sample.logp or (), sample.finish_reason, text, sampling.max_tokens, seed)
             for sample, text, seed in zip(samples, texts, seeds, strict=True)
         )
 
-    def _without_trailing(self, token_ids: Sequence[int]) -> list[int]:
+    def _without_ending(self, token_ids: Sequence[int]) -> list[int]:
         """``token_ids`` without trailing EOS and padding."""
         tokenizer, size = self.provider.tokenizer, len(token_ids)
         own = (getattr(tokenizer, name, None) for name in ("eos_token_id", "pad_token_id"))
@@ -166,35 +143,28 @@ class Collector:
         return list(token_ids[:size])
 
 
-def _with_prefill(prompt: Prompt, completions: Sequence[Completion]) -> tuple[Prompt, Sequence[Completion]]:
+def with_prefill(prompt: Prompt, completions: Sequence[Completion]) -> Sequence[Completion]:
     """The responses as rewards read them: preceded by the prefill, if the prompt has one."""
     if not prompt.prefill:
-        return prompt, completions
-    return prompt, [replace(completion, text=prompt.prefill + completion.text) for completion in completions]
+        return completions
+    return [replace(completion, text=prompt.prefill + completion.text) for completion in completions]
 
 
 def check_reward(
     reward: Reward, prompts: Sequence[Prompt], sampling: SamplingParams, judge: Judge = judge_here
 ) -> set[str]:
-    """Judge an empty response, so that a broken reward fails in the first seconds of a run.
+    """Judge an empty response, so that a broken reward fails in the first seconds; returns the names of its parts.
 
-    Uses the first prompt of each part of a mixture, or every prompt if all rewards set ``tells_bad_answers``.
-
-    Returns:
-        The names of the reward's parts.
-
-    Raises:
-        RewardError: the reward raises, returns NaN or has no ``accuracy`` part; or an answer is unusable.
+    Uses the first prompt of each part of a mixture, or every prompt if all rewards set ``tells_bad_answers``. Raises
+    :class:`RewardError` if the reward raises, returns NaN or has no ``accuracy`` part; or if an answer is unusable.
     """
     if not all(leaf.tells_bad_answers for leaf in reward.leaves()):
         prompts = list({prompt.part: prompt for prompt in reversed(prompts)}.values())
     empty = Completion((), (), "length", "", sampling.max_tokens, seed=0)
-    judged = judge_all(reward, [(prompt, [empty]) for prompt in prompts], judge)
-    results: list[RewardResult] = [row[0] for row in judged]
+    results = [row[0] for row in judge_all(reward, [(prompt, [empty]) for prompt in prompts], judge)]
     if any("accuracy" not in result.parts for result in results):
-        result = results[0]
         raise RewardError(
-            f"{type(reward).__name__} names the parts {sorted(result.parts)} but no 'accuracy', "
+            f"{type(reward).__name__} names the parts {sorted(results[0].parts)} but no 'accuracy', "
             "which is what is reported and filtered on: add parts={'accuracy': 0 or 1, ...} to its RewardResult"
         )
     return {name for result in results for name in result.parts}

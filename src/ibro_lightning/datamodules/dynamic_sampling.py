@@ -52,10 +52,11 @@ class SampledGroups:
         """Add one round's groups of this rank; collective. With ``filtered``, only informative groups are kept."""
         self.mine |= groups
         self.rounds += 1
-        own = {
-            position: (useful, group.results[0].parts["accuracy"] > 0)
-            for (position, group), useful in zip(groups.items(), _informative(list(groups.values())), strict=True)
-        }
+        accuracy = torch.tensor([result.parts["accuracy"] for group in groups.values() for result in group.results])
+        index = torch.tensor([i for i, group in enumerate(groups.values()) for _ in group.results], dtype=torch.long)
+        informative = informative_groups(accuracy, index).tolist() if groups else []
+        first_right = [group.results[0].parts["accuracy"] > 0 for group in groups.values()]
+        own = dict(zip(groups, zip(informative, first_right, strict=True), strict=True))
         everyone = dict(sorted(pair for part in ranks.gather(own) for pair in part.items()))
         self.zero_variance += sum(not useful for useful, _ in everyone.values())
         for position, (useful, right) in everyone.items():
@@ -81,9 +82,3 @@ class SampledGroups:
             **{name: sum(counts[name] for counts, _ in reports) for name in counted},
             **{name: max(times.get(name, 0.0) for _, times in reports) for name in reports[0][1]},
         }
-
-
-def _informative(groups: list[Group]) -> list[bool]:
-    accuracy = torch.tensor([result.parts["accuracy"] for group in groups for result in group.results])
-    index = torch.tensor([i for i, group in enumerate(groups) for _ in group.results], dtype=torch.long)
-    return informative_groups(accuracy, index).tolist() if groups else []

@@ -36,10 +36,10 @@ def usable_golds(
     reward: Reward,
     prompts: Sequence[Prompt],
     judge: Judge = judge_here,
-    *,
-    setting: str,
     on_bad_gold: OnBadGold = "refuse",
     ranks: Ranks = ALONE,
+    *,
+    setting: str,
     budget_s: float = BUDGET_S,
 ) -> list[Prompt]:
     """The prompts whose verifier accepts their gold in its plainest form and rejects a different value.
@@ -48,13 +48,9 @@ def usable_golds(
     :meth:`~ibro_lightning.rewards.Reward.plain_responses` are skipped.
 
     Args:
-        reward: judges the prompts, in worker processes if ``judge`` is a pool.
         setting: the source's place in the configuration, for messages.
         on_bad_gold: ``refuse``: a bad gold is an error. ``drop``: such prompts are removed and counted.
         budget_s: with ``refuse``, golds not tried within this time are accepted, with a message.
-
-    Raises:
-        ConfigError: a gold is bad and ``on_bad_gold`` is ``refuse``, or every gold is bad.
     """
     trials, keys = _trials(reward, prompts)
     order = list(trials)
@@ -63,7 +59,9 @@ def usable_golds(
         return list(prompts)
     with ranks.all_or_none():
         own = _run_trials(ranks.share([trials[key] for key in order]), judge, setting, deadline)
-    reasons = {key: reason for key, reason in zip(order, _gathered(own, ranks, len(order)), strict=True) if reason}
+    shares = ranks.gather(own)  # each may have run out of time before its end
+    tried = {key: shares[place % len(shares)][place // len(shares) :][:1] for place, key in enumerate(order)}
+    reasons = {key: reason for key, found in tried.items() for reason in found if reason}
     bad = [prompt for prompt in prompts if any(key in reasons for key in keys[prompt.id])]
     if not bad:
         return list(prompts)
@@ -95,27 +93,19 @@ def _trials(reward: Reward, prompts: Sequence[Prompt]) -> tuple[dict[_Key, _Tria
     return trials, keys
 
 
-def _gathered(own: Sequence[str | None], ranks: Ranks, count: int) -> list[str | None]:
-    """All ranks' reasons in the order of the trials; None for trials that ran out of time."""
-    shares = ranks.gather(list(own))
-    padded = [[*share, *[None] * count] for share in shares]
-    return [padded[place % len(shares)][place // len(shares)] for place in range(count)]
-
-
 def _run_trials(trials: Sequence[_Trial], judge: Judge, setting: str, deadline: float | None) -> list[str | None]:
     """For each trial the reason why the gold is bad, or None; a shorter list if the deadline passes."""
     reasons: list[str | None] = []
     reported = time.monotonic()
     while len(reasons) < len(trials):
         now = time.monotonic()
+        so_far = f"data.{setting}: {len(reasons)} of {len(trials)} golds tried on their verifier"
         if deadline is not None and now >= deadline:
-            rank_zero_info(
-                f"data.{setting}: {len(reasons)} of {len(trials)} golds were tried on their verifier in time"
-            )
+            rank_zero_info(f"{so_far} in time")
             break
         if now - reported >= _REPORT_S:
             reported = now
-            rank_zero_info(f"data.{setting}: {len(reasons)} of {len(trials)} golds tried on their verifier")
+            rank_zero_info(so_far)
         chunk = trials[len(reasons) : len(reasons) + _CHUNK]
         judged = judge([Request(trial, prompt, [_EMPTY]) for trial, prompt in chunk])
         reasons += [None if row[0].reward else row[0].answer or "of no use" for row in judged]

@@ -6,7 +6,6 @@ Otherwise a reward that crashes or times out on every response looks like a poli
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -32,15 +31,12 @@ class LostVerdicts:
         self.options, self.in_a_row = options, in_a_row
 
     def note(self, groups: Sequence[Group], verdicts: Sequence[Verdicts], moment: str, ranks: Ranks = ALONE) -> float:
-        """The share of responses, over all ranks, whose verdict was lost; warns if it is large.
+        """The share of responses, over all ranks, whose verdict was lost; warns if it is large. Raises RewardError on
+        all ranks after ``max_lost_rollouts`` consecutive lost rollouts.
 
         Args:
-            groups: this rank's groups.
-            verdicts: its pool's counts for them.
+            groups, verdicts: this rank's groups, and its pool's counts for them.
             moment: the point in the run, such as "iteration 3".
-
-        Raises:
-            RewardError: on all ranks, after ``max_lost_rollouts`` consecutive lost rollouts.
         """
         if self.options is None:
             return 0.0
@@ -70,11 +66,8 @@ class LostVerdicts:
 def check_verdicts(
     pool: RewardPool | None, reward: Reward, prompts: Sequence[Prompt], sampling: SamplingParams, tokenizer: Any
 ) -> None:
-    """Judge a plain response to one prompt of each part before training, and retry once if its verdict is lost.
-
-    Raises:
-        RewardError: both verdicts were lost, unless ``max_lost_rollouts`` is null.
-    """
+    """Judge a plain response to one prompt of each part before training. Raises :class:`RewardError` if its verdict is
+    lost twice, unless ``max_lost_rollouts`` is null."""
     if pool is None:
         return
     pending = [
@@ -86,10 +79,8 @@ def check_verdicts(
         judged = judge_all(reward, pending, pool)
         pending = [pair for pair, row in zip(pending, judged, strict=True) if row[0].timed_out]
         if not pending:
-            break
+            return
     lost = "; ".join(str(verdicts) for verdicts in pool.take_verdicts() if verdicts.lost)
-    if not pending:
-        return
     message = f"a first verdict was tried twice before training (prompt {pending[0][0].id!r}): {lost}"
     if pool.options.max_lost_rollouts is None:
         rank_zero_warn(f"{message} ({SETTING}: null does not stop)")
@@ -98,11 +89,11 @@ def check_verdicts(
 
 
 def _plain_response(prompt: Prompt, sampling: SamplingParams, tokenizer: Any) -> Completion:
-    """A response consisting of the gold if that is text or a number, and of "1" otherwise."""
+    """A response consisting of the gold if that is text or a number, and of "1" otherwise; read with the prefill."""
     gold = prompt.answer
     text = str(gold) if isinstance(gold, str | int | float) and not isinstance(gold, bool) else "1"
     tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     end = getattr(tokenizer, "eos_token_id", None)
     tokens = tokens if end is None else (*tokens, end)
-    response = Completion(tokens, (0.0,) * len(tokens), "stop", text, max(sampling.max_tokens, len(tokens)), seed=0)
-    return replace(response, text=prompt.prefill + text) if prompt.prefill else response
+    limit = max(sampling.max_tokens, len(tokens))
+    return Completion(tokens, (0.0,) * len(tokens), "stop", prompt.prefill + text, limit, seed=0)

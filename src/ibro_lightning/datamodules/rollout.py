@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ibro_lightning.batches import Rollout
-from ibro_lightning.datamodules.base import CollectingDataModule
-from ibro_lightning.datamodules.collector import Collector
 from ibro_lightning.datamodules.dynamic_sampling import DynamicSampling, SampledGroups
-from ibro_lightning.datamodules.eval_sets import EvalSet
+from ibro_lightning.datamodules.eval_sets import EvalSet, check_sampling
+from ibro_lightning.datamodules.evaluation import EvaluationDataModule, TrainingStream
 from ibro_lightning.datamodules.gold_check import OnBadGold
 from ibro_lightning.datamodules.lost_verdicts import LostVerdicts
-from ibro_lightning.datamodules.sampling_checks import check_sampling, check_training_sampling
-from ibro_lightning.engines.base import RolloutEngine
+from ibro_lightning.engines.base import RolloutEngine, check_length
 from ibro_lightning.engines.weight_check import WeightCheck
 from ibro_lightning.errors import ConfigError, RolloutError
 from ibro_lightning.rewards import PoolOptions, Reward
 from ibro_lightning.seeding import derive_seed, run_seed, update_order, update_seed
 from ibro_lightning.sources.base import PromptSource
 from ibro_lightning.sources.control_text import report_shown
-from ibro_lightning.sources.prompts import PromptCursor, PromptLimits, check_count, check_lengths
+from ibro_lightning.sources.prompts import PromptCursor, PromptLimits, check_count
 from ibro_lightning.timing import PhaseTimer
 from ibro_lightning.types import Completion, ControlText, Group, Prompt, RewardResult, SamplingParams
 
 
-class RolloutDataModule(CollectingDataModule):
+class RolloutDataModule(EvaluationDataModule):
     """Training rollouts (prompts → engine → rewards) and evaluation sets.
 
-    See :class:`CollectingDataModule` for the arguments from ``engine`` on.
+    See :class:`EvaluationDataModule` for the arguments from ``engine`` on.
 
     Args:
         source: training problems.
@@ -69,26 +67,27 @@ class RolloutDataModule(CollectingDataModule):
         control_text: ControlText = "warn",
     ) -> None:
         super().__init__(
-            Collector(engine, weight_check, reward_pool, keep_special_tokens, on_bad_gold),
+            engine,
             eval_sets,
             test_sets,
             eval_batch_prompts,
+            prompt_limits,
+            weight_check,
+            reward_pool,
             eval_samples,
             eval_max_tokens,
-            prompt_limits,
             chat_template_kwargs,
+            keep_special_tokens,
+            on_bad_gold,
             control_text,
         )
         if dynamic_sampling is not None and not isinstance(dynamic_sampling, DynamicSampling):
             raise ConfigError("dynamic_sampling", dynamic_sampling, "write a DynamicSampling, or None for none")
         check_training_sampling(sampling)
         check_sampling(self.engine, sampling, setting="sampling")
-        for name, value in (
-            ("prompts_per_rollout", prompts_per_rollout),
-            ("group_size", group_size),
-            ("rollouts_per_epoch", rollouts_per_epoch),
-        ):
-            check_count(name, value)
+        check_count("prompts_per_rollout", prompts_per_rollout)
+        check_count("group_size", group_size)
+        check_count("rollouts_per_epoch", rollouts_per_epoch)
         self.source, self.reward, self.sampling = source, reward, sampling
         self.prompts_per_rollout, self.group_size = prompts_per_rollout, group_size
         self.dynamic_sampling, self.rollouts_per_epoch = dynamic_sampling, rollouts_per_epoch
@@ -114,12 +113,8 @@ class RolloutDataModule(CollectingDataModule):
             return
         provider = self.provider
         if self.group_size < provider.min_group_size:
-            raise ConfigError(
-                "group_size",
-                self.group_size,
-                f"{type(provider).__name__} compares responses to the same prompt: "
-                f"write {provider.min_group_size} or more",
-            )
+            remedy = f"compares responses to the same prompt: write {provider.min_group_size} or more"
+            raise ConfigError("group_size", self.group_size, f"{type(provider).__name__} {remedy}")
         prompts = self.encode_source(self.source, "source", self.chat_template_kwargs, rows=rows)
         report_shown(provider, prompts, self.control_text)
         self.prompts = self.collector.usable(self.reward, prompts, "source")
@@ -131,34 +126,27 @@ class RolloutDataModule(CollectingDataModule):
     def check_lengths(self, stage: str, limit: int | None) -> None:
         super().check_lengths(stage, limit)
         if self._cursor is not None:
-            check_lengths(self.prompts, self.sampling, limit, setting="sampling")
+            check_length([prompt.token_ids for prompt in self.prompts], self.sampling, limit)
 
     def _warn_about_shaping(self, shaped: Sequence[str]) -> None:
         """Warn if groups of uniform accuracy are trained on the reward's other parts alone."""
         rule = self.dynamic_sampling
         if shaped and (rule is None or rule.on_exhausted == "fill"):
             setting = "null" if rule is None else "on_exhausted: fill"
-            rank_zero_warn(
-                f"data.dynamic_sampling: {setting} - groups that are all right or all wrong are trained on "
-                f"{', '.join(shaped)} alone, at its own size (docs/rewards.md): write on_exhausted: smaller to leave "
-                "them out"
-            )
+            groups = f"groups that are all right or all wrong are trained on {', '.join(shaped)} alone, at its own size"
+            remedy = "write on_exhausted: smaller to leave them out (docs/rewards.md)"
+            rank_zero_warn(f"data.dynamic_sampling: {setting} - {groups}: {remedy}")
 
     def rewards_of(self, stage: str) -> list[Reward]:
         return [*([self.reward] if stage == "fit" else []), *super().rewards_of(stage)]
 
-    def train_dataloader(self) -> RolloutStream:
-        return RolloutStream(self)
+    def train_dataloader(self) -> TrainingStream[Rollout]:
+        return TrainingStream(self.rollouts_per_epoch, self.next_rollout)
 
     def state_dict(self) -> dict[str, Any]:
+        state = {"iteration": self.iteration, "position": self._position, "skips": self._skips}
         prompts = {} if self._cursor is None else {"prompts": self._cursor.digest}
-        return {
-            "iteration": self.iteration,
-            "position": self._position,
-            "skips": self._skips,
-            "lost_rollouts": self._lost.in_a_row,
-            **prompts,
-        }
+        return {**state, "lost_rollouts": self._lost.in_a_row, **prompts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._cursor is not None and not self.allow_other_prompts:
@@ -206,12 +194,14 @@ class RolloutDataModule(CollectingDataModule):
         )
 
     def _collect_groups(self, timer: PhaseTimer) -> SampledGroups:
-        """Sample rounds of groups until enough are informative or ``max_rounds`` is reached; one round without dynamic
-        sampling."""
+        """Sample rounds of groups until enough are informative; one round without dynamic sampling."""
+        assert self._cursor is not None, "setup('fit') comes first"
         sampled = SampledGroups()
         max_rounds = self.dynamic_sampling.max_rounds if self.dynamic_sampling else 1
         while len(sampled.kept) < self.prompts_per_rollout and sampled.rounds < max_rounds:
-            draws = self._draw(self._round_size(len(sampled.kept), len(sampled.uninformative)))
+            self._cursor.position = self._position
+            draws = self._cursor.draw(self._round_size(len(sampled.kept), len(sampled.uninformative)))
+            self._position = self._cursor.position
             with self.ranks.all_or_none():
                 groups = self._generate(self.ranks.share(draws), timer)
             sampled.add(groups, self.ranks, filtered=self.dynamic_sampling is not None)
@@ -222,14 +212,6 @@ class RolloutDataModule(CollectingDataModule):
         missing = self.prompts_per_rollout - kept
         share = kept / (kept + uninformative) if kept else 0.0
         return min(self.prompts_per_rollout, math.ceil(missing / share)) if share else self.prompts_per_rollout
-
-    def _draw(self, count: int) -> list[tuple[int, Prompt]]:
-        """The next ``count`` prompts, over all ranks, as ``(position, prompt)``."""
-        assert self._cursor is not None, "setup('fit') comes first"
-        self._cursor.position = self._position
-        draws = self._cursor.draw(count)
-        self._position = self._cursor.position
-        return draws
 
     def _generate(self, draws: Sequence[tuple[int, Prompt]], timer: PhaseTimer) -> dict[int, Group]:
         """One group per draw, by position."""
@@ -243,26 +225,19 @@ class RolloutDataModule(CollectingDataModule):
         return {position: group for (position, _), group in zip(draws, groups, strict=True)}
 
     def _select_groups(self, sampled: SampledGroups) -> tuple[list[int], bool]:
-        """``(positions of the rollout's groups, whether to skip the update)``, according to ``on_exhausted``.
-
-        Raises:
-            RolloutError: the rollout is incomplete with ``stop``, or after ``max_skips`` consecutive skips.
-        """
-        kept, uninformative = sampled.kept, sampled.uninformative
-        trained = kept[: self.prompts_per_rollout]
-        rule = self.dynamic_sampling
+        """``(positions of the rollout's groups, whether to skip the update)``; raises RolloutError if exhausted."""
+        trained, rule = sampled.kept[: self.prompts_per_rollout], self.dynamic_sampling
         if rule is None:
             return trained, False
         self._skips = 0 if trained else self._skips + 1
         if self._skips >= rule.max_skips or (rule.on_exhausted == "stop" and len(trained) < self.prompts_per_rollout):
-            raise RolloutError(self._exhausted_message(len(kept), uninformative))
+            raise RolloutError(self._exhausted_message(rule, sampled))
         if rule.on_exhausted == "fill" or not trained:
-            trained += list(uninformative)[: self.prompts_per_rollout - len(trained)]
-        return trained, not kept
+            trained += list(sampled.uninformative)[: self.prompts_per_rollout - len(trained)]
+        return trained, not sampled.kept
 
     def _distribute(self, sampled: SampledGroups, trained: list[int]) -> dict[int, Group]:
-        """Redistribute the groups; returns this rank's, by number in the rollout. In every optimizer step of the first
-        pass, the ranks' shares differ by at most one group."""
+        """This rank's groups by number; in each step of the first pass, ranks' shares differ by at most one group."""
         if self.ranks.size == 1:
             return {number: sampled.mine[position] for number, position in enumerate(trained)}
         order = update_order(update_seed(run_seed(), self.iteration, 0), len(trained))
@@ -277,39 +252,29 @@ class RolloutDataModule(CollectingDataModule):
 
     def _placeholder_group(self) -> Group:
         """The group of a rank without a share of the rollout; its responses are late, hence masked everywhere."""
-        assert self._cursor is not None
-        token = self.provider.eos_token_ids[0]
-        late = Completion((token,), (0.0,), "deadline", "", self.sampling.max_tokens, 0)
-        return Group(
-            self._cursor.prompts[0],
-            (late,) * self.group_size,
-            (RewardResult(0.0, {"accuracy": 0.0}),) * self.group_size,
-        )
+        late = Completion((self.provider.eos_token_ids[0],), (0.0,), "deadline", "", self.sampling.max_tokens, 0)
+        wrong = RewardResult(0.0, {"accuracy": 0.0})
+        return Group(self.prompts[0], (late,) * self.group_size, (wrong,) * self.group_size)
 
-    def _exhausted_message(self, kept: int, uninformative: Mapping[int, bool]) -> str:
-        right = sum(uninformative.values())
+    def _exhausted_message(self, rule: DynamicSampling, sampled: SampledGroups) -> str:
+        others, right = len(sampled.uninformative), sum(sampled.uninformative.values())
+        remedy = "a larger max_skips" if self._skips >= rule.max_skips else "on_exhausted: fill"  # which skips, too
         return (
-            f"data.dynamic_sampling: found {kept} of {self.prompts_per_rollout} informative groups"
+            f"data.dynamic_sampling: found {len(sampled.kept)} of {self.prompts_per_rollout} informative groups"
             + (f", and none in {self._skips} rollouts in a row" if self._skips else "")
-            + f"; of {len(uninformative)} others {right} were all right and {len(uninformative) - right} all wrong - "
-            "choose problems nearer to what the policy can do, a larger group_size, "
-            "more max_rounds, or on_exhausted: fill"
+            + f"; of {others} others {right} were all right and {others - right} all wrong - "
+            f"choose problems nearer to what the policy can do, a larger group_size, "
+            f"more max_rounds, or {remedy}"
         )
 
 
-class RolloutStream:
-    """The training data of one epoch: a sized iterable of rollouts, generated on demand.
-
-    It has a length because Lightning prefetches from iterables without one, and a prefetched rollout would be one
-    update stale.
-    """
-
-    def __init__(self, data: RolloutDataModule) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return self.data.rollouts_per_epoch
-
-    def __iter__(self) -> Iterator[Rollout]:
-        for _ in range(len(self)):
-            yield self.data.next_rollout()
+def check_training_sampling(sampling: SamplingParams) -> None:
+    """Raise :class:`ConfigError` for parameters with which the importance ratios of training would be wrong."""
+    if not isinstance(sampling, SamplingParams):
+        raise ConfigError("sampling", sampling, "write SamplingParams, or leave it out for its defaults")
+    if sampling.temperature == 0:
+        raise ConfigError("sampling.temperature", 0, "training needs samples that differ: write a number such as 1.0")
+    for name, full in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+        if (value := getattr(sampling, name)) != full:
+            remedy = f"a truncated distribution makes every importance ratio wrong: write {full:g} (except to evaluate)"
+            raise ConfigError(f"sampling.{name}", value, remedy)

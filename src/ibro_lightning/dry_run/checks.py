@@ -9,7 +9,7 @@ from typing import Any
 
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.datamodules import RolloutDataModule, SFTDataModule
-from ibro_lightning.datamodules.base import CollectingDataModule
+from ibro_lightning.datamodules.evaluation import EvaluationDataModule
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
 from ibro_lightning.rewards import Reward, judge_all
 from ibro_lightning.types import Completion, Prompt, SamplingParams
@@ -42,7 +42,7 @@ class Checked:
     complete: bool = False
 
 
-def check_data(module: Any, data: CollectingDataModule) -> Checked:
+def check_data(module: Any, data: EvaluationDataModule) -> Checked:
     """Do what ``data.setup("fit")`` does, on a few problems and without an engine.
 
     Raises:
@@ -73,7 +73,7 @@ def check_data(module: Any, data: CollectingDataModule) -> Checked:
     return checked
 
 
-def _positions(module: Any, data: CollectingDataModule) -> int | None:
+def _positions(module: Any, data: EvaluationDataModule) -> int | None:
     """Limit of engine and model on prompt + response, in tokens; None if neither has one."""
     positions = getattr(module.policy_source.config().get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (positions, data.engine.max_model_len) if limit is not None]
@@ -81,7 +81,7 @@ def _positions(module: Any, data: CollectingDataModule) -> int | None:
 
 
 def _source_report(
-    setting: str, prompts: Sequence[Prompt], reward: Reward, sampling: SamplingParams, data: CollectingDataModule
+    setting: str, prompts: Sequence[Prompt], reward: Reward, sampling: SamplingParams, data: EvaluationDataModule
 ) -> list[str]:
     """Report on one source with its reward."""
     longest = max(len(prompt.token_ids) for prompt in prompts)
@@ -93,7 +93,7 @@ def _source_report(
 
 
 def _reward_report(
-    prompts: Sequence[Prompt], reward: Reward, sampling: SamplingParams, data: CollectingDataModule
+    prompts: Sequence[Prompt], reward: Reward, sampling: SamplingParams, data: EvaluationDataModule
 ) -> list[str]:
     """Rewards of an empty response, and of the reference answer in the spellings that rewards recognize."""
     judge, tokenizer, prompts = data.collector.judge, data.provider.tokenizer, prompts[:JUDGED]

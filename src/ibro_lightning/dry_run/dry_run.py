@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ibro_lightning.datamodules import RolloutDataModule
-from ibro_lightning.datamodules.sft import SFTDataModule
+from ibro_lightning.datamodules.demonstrations import SFTDataModule
 from ibro_lightning.dry_run.checks import Checked, check_data
 from ibro_lightning.dry_run.generation import EngineMemory, engine_memory
 from ibro_lightning.dry_run.layout import Layout

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.errors import ConfigError
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Dtype, Generation, SamplingParams
 
@@ -28,8 +29,7 @@ class RolloutEngine(Protocol):
         """Build the model; repeated calls with the same spec do nothing."""
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
-        """Replace all weights, or (``partial``) those of whole layers, the head or the embedding, and discard caches.
-        Raises if a weight is missing or unknown."""
+        """Replace all weights, or (``partial``) whole layers, head or embedding; raises for missing or unknown ones."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[Sequence[int]]
@@ -44,6 +44,22 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Release all resources. The engine can be set up again."""
+
+
+def check_length(
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    limit: int | None,
+    *,
+    setting: str = "sampling",
+    advice: str = "",
+) -> None:
+    """Raise :class:`ConfigError` if the longest prompt with ``sampling.max_tokens`` more tokens exceeds ``limit``."""
+    longest = max(map(len, prompts), default=0)
+    if limit is not None and prompts and longest + sampling.max_tokens > limit:
+        reason = f"with the longest prompt ({longest} tokens) this exceeds the {limit} positions of engine and model"
+        remedy = f"write at most {limit - longest}, {advice}or lower data.prompt_limits.max_tokens"
+        raise ConfigError(f"{setting}.max_tokens", sampling.max_tokens, f"{reason}: {remedy}")
 
 
 class PolicyProvider(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from itertools import islice
 from typing import Any
 
@@ -11,14 +12,43 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ibro_lightning.engines.base import RolloutEngine
-from ibro_lightning.engines.cache import cache_config, select_rows
+from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.engines.base import RolloutEngine, check_length
 from ibro_lightning.engines.probe import build, check_generation, in_float32
 from ibro_lightning.engines.sampling import sample_tokens
 from ibro_lightning.errors import ConfigError, RolloutError
 from ibro_lightning.guards.memory_advice import engine_memory_advice
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Dtype, FinishReason, Generation, SamplingParams
+
+CACHE_KEYS = ("layer_types", "sliding_window", "attention_chunk_size", "num_kv_shared_layers", "number_of_conv_states")
+"""Config keys from which transformers builds a cache, for any architecture."""
+
+
+def cache_config(config: Any) -> Any:
+    """A copy of a model's config from which ``DynamicCache`` builds the right cache.
+
+    Removes keys that the architecture does not use, such as a ``sliding_window`` in a Llama config: the model ignores
+    them, but transformers would build a cache that drops tokens.
+    """
+    config = deepcopy(config.get_text_config(decoder=True))
+    try:
+        own = type(config)()
+    except Exception:  # a custom class without defaults; engines.probe still checks the result
+        return config
+    for key in CACHE_KEYS:
+        if key in vars(config) and not hasattr(own, key):
+            delattr(config, key)
+    return config
+
+
+def select_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Select ``rows`` of the batch, in this order; rows may be repeated.
+
+    Only ``reorder_cache`` supports every kind of layer: ``batch_select_indices`` is missing for linear attention and
+    state spaces, and hybrid layers select only their keys and values with it.
+    """
+    cache.reorder_cache(rows)
 
 
 class HFEngine(RolloutEngine):
@@ -33,12 +63,7 @@ class HFEngine(RolloutEngine):
         compact_below: drop finished rows from the batch when the share of unfinished ones falls below this.
     """
 
-    def __init__(
-        self,
-        max_batch_size: int = 256,
-        dtype: Dtype = "float32",
-        compact_below: float = 0.8,
-    ) -> None:
+    def __init__(self, max_batch_size: int = 256, dtype: Dtype = "float32", compact_below: float = 0.8) -> None:
         if max_batch_size < 1:
             raise ConfigError("max_batch_size", max_batch_size, "write 1 or more responses")
         if not 0 < compact_below <= 1:
@@ -91,7 +116,7 @@ class HFEngine(RolloutEngine):
     ) -> list[list[Generation]]:
         if self._model is None:
             raise RuntimeError("HFEngine.setup(spec) and load_weights(...) must be called before generate(...)")
-        self._check_length(prompts, sampling)
+        check_length(prompts, sampling, self.max_model_len)
         results: list[list[Generation]] = [[] for _ in prompts]
         for batch in self._batches(prompts, seeds):
             indices = [index for index, _ in batch]
@@ -115,17 +140,6 @@ class HFEngine(RolloutEngine):
     def close(self) -> None:
         self._model = None
 
-    def _check_length(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
-        limit = self.max_model_len
-        longest = max((len(prompt) for prompt in prompts), default=0)
-        if limit is not None and prompts and longest + sampling.max_tokens > limit:
-            raise ConfigError(
-                "sampling.max_tokens",
-                sampling.max_tokens,
-                f"with a prompt of {longest} tokens this exceeds the model's {limit} positions: "
-                f"write at most {limit - longest}, or lower data.prompt_limits.max_tokens",
-            )
-
     def _batches(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]
     ) -> list[list[tuple[int, list[int]]]]:
@@ -148,9 +162,11 @@ class HFEngine(RolloutEngine):
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[Sequence[int]]
     ) -> list[Generation]:
         """All samples of these prompts, ordered by prompt, then by seed. ``P`` prompts, ``R`` rows (samples)."""
-        input_ids, attention_mask = self._left_pad(prompts)
+        # On the left, so that the last position predicts every row's next token.
+        padded = Sequences.collate(prompts, [()] * len(prompts), padding_side="left").to(self._device)
+        attention_mask = padded.attention_mask  # [P, L]
         cache = DynamicCache(config=self._cache_config)
-        logits = self._forward(input_ids, attention_mask, cache)  # [P, V]
+        logits = self._forward(padded.input_ids, attention_mask, cache)  # [P, V]
 
         copies = torch.tensor([len(s) for s in seeds], device=self._device)
         source = torch.arange(len(prompts), device=self._device).repeat_interleave(copies)
@@ -180,17 +196,9 @@ class HFEngine(RolloutEngine):
                 rows, next_tokens, attention_mask = rows[keep], next_tokens[keep], attention_mask[keep]
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
             logits = self._forward(next_tokens[:, None], attention_mask, cache)
-        return _to_generations(tokens, logps, lengths, ended)
-
-    def _left_pad(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """``[P, L]`` ids and mask, padded on the left so that the last position predicts every row's next token."""
-        width = max(len(ids) for ids in prompts)
-        input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(prompts):
-            input_ids[row, width - len(ids) :] = torch.tensor(ids)
-            attention_mask[row, width - len(ids) :] = 1
-        return input_ids.to(self._device), attention_mask.to(self._device)
+        reasons: list[FinishReason] = ["stop" if done else "length" for done in ended.tolist()]
+        responses = zip(tokens.tolist(), logps.tolist(), lengths.tolist(), reasons, strict=True)
+        return [Generation(tuple(ids[:size]), tuple(logp[:size]), reason) for ids, logp, size, reason in responses]
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
         """``[B, V]`` logits of the next token; ``input_ids`` are the tokens not yet in the cache."""
@@ -200,15 +208,5 @@ class HFEngine(RolloutEngine):
             kwargs["position_ids"] = positions[:, -input_ids.shape[1] :].clamp(min=0)
         if self._takes_logits_to_keep:
             kwargs["logits_to_keep"] = 1
-        output = self._model(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **kwargs
-        )
-        return output.logits[:, -1]
-
-
-def _to_generations(tokens: Tensor, logps: Tensor, lengths: Tensor, ended: Tensor) -> list[Generation]:
-    generations = []
-    for ids, logp, length, done in zip(tokens.tolist(), logps.tolist(), lengths.tolist(), ended.tolist(), strict=True):
-        reason: FinishReason = "stop" if done else "length"
-        generations.append(Generation(tuple(ids[:length]), tuple(logp[:length]), reason))
-    return generations
+        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache}
+        return self._model(**kwargs, use_cache=True).logits[:, -1]

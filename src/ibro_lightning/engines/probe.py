@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,15 +21,15 @@ from ibro_lightning.types import Generation, SamplingParams
 
 Generate = Callable[[Sequence[Sequence[int]], SamplingParams, Sequence[Sequence[int]]], list[Generation]]
 
-KNOWN_FAULTS = {
-    "nemotron_h": "transformers bounds the time steps of its Mamba layers in a prompt, and not in what is generated",
-    "zamba2": "transformers bounds the time steps of its Mamba layers in a prompt, and not in what is generated",
-}
+KNOWN_FAULTS = dict.fromkeys(
+    ("nemotron_h", "zamba2"),
+    "transformers bounds the time steps of its Mamba layers in a prompt, and not in what is generated",
+)
 """Model types whose faults depend on the weights, so that the check can miss them."""
-SHARE, LEAST = 0.1, 2e-5
-"""Log-probs are wrong if they are off by more than ``LEAST`` nats and ``SHARE`` of the effect of a different context.
-Rounding errors are far smaller, lost or mixed-up state is not."""
-MOST_IN_FLOAT32 = 2e9
+RELATIVE_TOLERANCE, TOLERANCE = 0.1, 2e-5
+"""Log-probs are wrong if they are off by more than ``TOLERANCE`` nats and ``RELATIVE_TOLERANCE`` of the effect of a
+different context. Rounding errors are far smaller, lost or mixed-up state is not."""
+MAX_FLOAT32_PARAMETERS = 2e9
 """Maximum number of parameters of a half-precision model to check in float32, which needs memory at start."""
 LENGTHS = (9, 4, 6)
 """Lengths of the test prompts; the first is sampled twice."""
@@ -46,9 +46,8 @@ def build(spec: ModelSpec, dtype: torch.dtype) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         try:
-            model = AutoModelForCausalLM.from_config(
-                spec.plain_config(), dtype=dtype, trust_remote_code=spec.trust_remote_code
-            )
+            own_code = spec.trust_remote_code
+            model = AutoModelForCausalLM.from_config(spec.plain_config(), dtype=dtype, trust_remote_code=own_code)
         except (ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError) as error:
             raise _refusal(config, f"transformers cannot build it: {_first_words(error)}") from error
     return model.to(spec.device).eval().requires_grad_(False)
@@ -56,7 +55,7 @@ def build(spec: ModelSpec, dtype: torch.dtype) -> Any:
 
 def in_float32(model: Any, spec: ModelSpec) -> Any:
     """The model to check: a float32 one instead of a small half-precision one, whose rounding would hide faults."""
-    if model.dtype == torch.float32 or sum(p.numel() for p in model.parameters()) > MOST_IN_FLOAT32:
+    if model.dtype == torch.float32 or sum(p.numel() for p in model.parameters()) > MAX_FLOAT32_PARAMETERS:
         return model
     return build(spec, torch.float32)
 
@@ -64,11 +63,8 @@ def in_float32(model: Any, spec: ModelSpec) -> Any:
 def check_generation(model: Any, generate: Generate, spec: ModelSpec, max_model_len: int | None) -> None:
     """Raise :class:`ConfigError` unless generation with ``model`` agrees with its forward pass without a cache.
 
-    Args:
-        model: on its device, with random weights, which are rescaled here: with usual initialisation, matrices are so
-            small and biases 0 that context and padding hardly affect the output.
-        generate: returns all samples of the given prompts, in order.
-        max_model_len: maximum sequence length in tokens; None means no limit.
+    Its random weights are rescaled: with usual initialisation, matrices are so small and biases 0 that context and
+    padding hardly affect the output. ``generate`` returns all samples of the given prompts, in order.
     """
     _rescale(model)
     try:
@@ -87,12 +83,8 @@ def check_generation(model: Any, generate: Generate, spec: ModelSpec, max_model_
 
 
 def _refusal(config: Any, fault: str) -> ConfigError:
-    return ConfigError(
-        "engine",
-        "HFEngine",
-        f"the embedded engine cannot run the model type {config.model_type!r} ({fault}): write VLLMEngine if vLLM runs "
-        "it, or take another model",
-    )
+    remedy = f"cannot run the model type {config.model_type!r} ({fault}): use VLLMEngine, if vLLM can, or another model"
+    return ConfigError("engine", "HFEngine", f"the embedded engine {remedy}")
 
 
 def _first_words(error: Exception) -> str:
@@ -143,9 +135,9 @@ def _find_fault(model: Any, generate: Generate, max_model_len: int | None, attem
     )
     changed = [(prompts[0][0] + 1) % vocabulary, *prompts[0][1:]]
     context = float((_plain_logp(model, changed, full[0].token_ids) - expected[0]).abs().max())
-    if difference <= max(LEAST, SHARE * context):
+    if difference <= max(TOLERANCE, RELATIVE_TOLERANCE * context):
         return None
-    return f"its cache does not do for rows of different lengths: log-probs are up to {difference:.2g} nats off"
+    return f"its cache cannot hold rows of different lengths: log-probs are up to {difference:.2g} nats off"
 
 
 def _plain_logp(model: Any, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
@@ -158,8 +150,7 @@ def _plain_logp(model: Any, prompt: Sequence[int], response: Sequence[int]) -> T
 def _logits(model: Any, tokens: Sequence[int]) -> Tensor:
     """``[L, V]`` logits of a sequence."""
     inputs = torch.tensor([list(tokens)], device=model.device)
-    logits: Tensor = model(input_ids=inputs, use_cache=False).logits[0]
-    return logits
+    return cast(Tensor, model(input_ids=inputs, use_cache=False).logits[0])
 
 
 def _sees_later_tokens(model: Any, tokens: Sequence[int]) -> bool:

@@ -10,16 +10,13 @@ from ibro_lightning.types import SamplingParams
 
 
 def sample_tokens(logits: Tensor, sampling: SamplingParams, seeds: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """One token per row, with its log-prob under the sampling distribution.
+    """One token per row, with its log-prob under the sampling distribution: ``(tokens [B] int64, logp [B] float32)``.
 
     Uses inverse-CDF sampling with a uniform number that depends only on the row's seed and ``step``, so that samples do
     not depend on the composition of the batch. Greedy decoding reports log-probs at temperature 1.
 
     Args:
         logits: ``[B, V]``; seeds: ``[B]`` int64; step: index of the token in the response.
-
-    Returns:
-        ``(tokens [B] int64, logp [B] float32)``.
     """
     logits = logits.float()
     if sampling.temperature == 0:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibro_lightning.engines.base import RolloutEngine
+from ibro_lightning.engines.base import RolloutEngine, check_length
 from ibro_lightning.engines.vllm_build import (
     VLLMSettings,
     build,
@@ -38,9 +38,9 @@ from ibro_lightning.errors import ConfigError, RolloutError, check_at_least
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Dtype, FinishReason, Generation, SamplingParams
 
-COLDEST, HOTTEST = 0.01, 2.0
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 """Range of temperatures that vLLM 0.32 supports."""
-LOOK_EVERY = 16
+UPDATE_EVERY = 16
 """Tokens between two updates of a response with a deadline."""
 
 
@@ -115,31 +115,23 @@ class VLLMEngine(RolloutEngine):
             self._generate([[0]], SamplingParams(max_tokens=1), [[0]], deadline_s=None)
         except RolloutError as error:
             self.close()
-            raise ConfigError(
-                "engine",
-                "VLLMEngine",
-                f"vLLM cannot run this model here: {error.__cause__ or error}; use HFEngine",
-            ) from error
+            remedy = f"vLLM cannot run this model here: {error.__cause__ or error}; use HFEngine"
+            raise ConfigError("engine", "VLLMEngine", remedy) from error
 
     def check_sampling(self, sampling: SamplingParams, *, setting: str) -> None:
-        """Refuse temperatures that vLLM rejects or silently replaces.
-
-        Raises:
-            ConfigError: the temperature is neither 0 nor between 0.01 and 2.
-        """
-        temperature = sampling.temperature
-        if 0 < temperature < COLDEST:
-            remedy = f"vLLM would sample at {COLDEST}: write that or more, or 0 (greedy, evaluation only)"
-            raise ConfigError(f"{setting}.temperature", temperature, remedy)
-        if temperature > HOTTEST:
-            remedy = f"vLLM refuses temperatures above {HOTTEST:g}: write {HOTTEST:g} or less, or take HFEngine"
-            raise ConfigError(f"{setting}.temperature", temperature, remedy)
+        """Raise :class:`ConfigError` for temperatures that vLLM rejects or silently replaces."""
+        remedy = ""
+        if 0 < sampling.temperature < MIN_TEMPERATURE:
+            remedy = f"vLLM would sample at {MIN_TEMPERATURE}: write that or more, or 0 (greedy, evaluation only)"
+        elif sampling.temperature > MAX_TEMPERATURE:
+            remedy = f"vLLM refuses it: write {MAX_TEMPERATURE:g} or less, or use HFEngine"
+        if remedy:
+            raise ConfigError(f"{setting}.temperature", sampling.temperature, remedy)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
-        """See :class:`RolloutEngine`. A failure leaves the weights incomplete, so that vLLM is closed; the next call
-        restarts it."""
+        """See :class:`RolloutEngine`. A failure leaves the weights incomplete: vLLM is closed, and restarts later."""
         if self._spec is None:
-            raise RolloutError("VLLMEngine: setup(spec) comes before load_weights(...)")
+            raise RolloutError("VLLMEngine: call setup(spec) before load_weights(...)")
         self.setup(self._spec)
         weights = checked_weights(named_tensors, self._shapes, partial=partial)
         complete = False
@@ -153,7 +145,6 @@ class VLLMEngine(RolloutEngine):
         self.reset_cache()
 
     def reset_cache(self) -> None:
-        """Discard the cached keys and values of all prompts."""
         if not self._engine.reset_prefix_cache():
             raise RolloutError("vLLM did not reset its prefix cache: it holds keys and values of the old weights")
 
@@ -162,7 +153,7 @@ class VLLMEngine(RolloutEngine):
     ) -> list[list[Generation]]:
         if self._engine is None:
             raise RolloutError(
-                "VLLMEngine: setup(spec) and a load_weights(...) that succeeds come before generate(...)"
+                "VLLMEngine: call setup(spec) and load_weights(...), which must succeed, before generate()"
             )
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many lists of seeds, not {len(seeds)}")
@@ -239,7 +230,7 @@ class VLLMEngine(RolloutEngine):
             detokenize=False,
             # Only with a deadline, and not at every token; for the cost see benchmarks/vllm_engine.py --deadline_s.
             output_kind=RequestOutputKind.FINAL_ONLY if self.deadline_s is None else RequestOutputKind.DELTA,
-            stream_interval=None if self.deadline_s is None else LOOK_EVERY,
+            stream_interval=None if self.deadline_s is None else UPDATE_EVERY,
             skip_clone=True,
         )
 
@@ -260,24 +251,11 @@ class VLLMEngine(RolloutEngine):
                 self._engine.abort_request(late)
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
-        longest = max((len(prompt) for prompt in prompts), default=0)
-        limit = self.max_model_len
-        if limit is not None and prompts and longest + sampling.max_tokens > limit:
-            raise ConfigError(
-                "sampling.max_tokens",
-                sampling.max_tokens,
-                f"with a prompt of {longest} tokens this exceeds the engine's {limit}: write at most "
-                f"{limit - longest}, raise data.engine.max_model_len as far as the model allows, or "
-                "lower data.prompt_limits.max_tokens",
-            )
-        unknown = [token for prompt in prompts for token in prompt if not 0 <= token < self._vocab_size]
-        if unknown:
-            raise ConfigError(
-                "policy",
-                f"token id {unknown[0]}",
-                f"a prompt holds it, but the model has {self._vocab_size} tokens: its folder has another model's "
-                "tokenizer",
-            )
+        advice = "raise data.engine.max_model_len as far as the model allows, "
+        check_length(prompts, sampling, self.max_model_len, advice=advice)
+        if unknown := [token for prompt in prompts for token in prompt if not 0 <= token < self._vocab_size]:
+            remedy = f"a prompt holds it, but the model has {self._vocab_size} tokens: the tokenizer is another model's"
+            raise ConfigError("policy", f"token id {unknown[0]}", remedy)
 
     @contextmanager
     def _errors(self, doing: str) -> Iterator[None]:
@@ -289,10 +267,8 @@ class VLLMEngine(RolloutEngine):
             raise
         except Exception as error:
             if is_dead(self._engine, patience_s=5):
-                raise RolloutError(
-                    f"the vLLM engine died while {doing}: its process is gone, its messages are above; the last "
-                    "checkpoint is intact, and --ckpt_path continues from it"
-                ) from error
+                remedy = "the last checkpoint is intact, and --ckpt_path continues from it"
+                raise RolloutError(f"the vLLM engine died while {doing}: see its messages above; {remedy}") from error
             raise RolloutError(f"vLLM failed while {doing}: {one_line(error)}") from error
 
 

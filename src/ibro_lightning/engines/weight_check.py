@@ -9,8 +9,8 @@ Padding and row handling are checked as well: the new prompts are shorter, are s
 again with stop tokens so that a row ends before the others. The first check of a run includes a prompt that exceeds the
 windows and chunks in the model's config.
 
-In bfloat16, rounding hides small weight changes. An ineffective sync is detected nevertheless: the engine's log-probs
-are unchanged although the trainer's have moved.
+In bfloat16, rounding hides small weight changes. An ineffective sync is still detected: the engine's log-probs are
+unchanged although the trainer's have moved.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ibro_lightning.types import Dtype
 
 TOLERANCES: dict[Dtype, float] = {"float32": 1e-3, "float16": 0.2, "bfloat16": 1.0}
 """Maximum |Δlogp| of a token in nats. In bfloat16, correct engines differ by up to 0.4."""
-LONGEST = 32768
+DEFAULT_MAX_LENGTH = 32768
 """Sequence limit in tokens where neither model nor engine has one."""
 MOVED = 0.05
 """The trainer has moved if its log-probs changed by more than this share of the tolerance. The engine is unchanged if
@@ -61,8 +61,7 @@ class WeightCheck:
             raise ConfigError("tolerance", self.tolerance, "write a positive number of nats, or null")
 
     def prompt_length(self, limit: int | None) -> int:
-        """Length of the longest prompt if model and engine take ``limit`` tokens; raises :class:`ConfigError` if
-        ``new_tokens`` leaves none for a prompt."""
+        """Length of the longest prompt if model and engine take ``limit`` tokens; raises if that is too few."""
         if limit is not None and self.new_tokens >= limit:
             remedy = f"model and engine take {limit} tokens, a prompt included: write {limit // 2} or less"
             raise ConfigError("new_tokens", self.new_tokens, remedy)
@@ -84,7 +83,7 @@ class WeightVerifier:
         longest = min((int(limit) for limit in limits if limit), default=None)
         self.questions = Questions(engine, provider, seed, ranks, check.prompt_length(longest), check.new_tokens)
         self._diagnosis = Diagnosis(self.questions, self.fits)
-        self._beyond = beyond_windows(config, longest or LONGEST, self.questions)
+        self._beyond = beyond_windows(config, longest or DEFAULT_MAX_LENGTH, self.questions)
         self._moment: tuple[int | str, ...] = ()
         self._asked = 0
         self._reference: Answer | None = None
@@ -98,14 +97,7 @@ class WeightVerifier:
         return max(TOLERANCES[self.engine.dtype], TOLERANCES[self.provider.compute_dtype])
 
     def verify(self, *moment: int | str) -> dict[str, float]:
-        """Check the engine's weights; returns the metrics.
-
-        Args:
-            moment: the point in the run, which determines the prompts, also in a resumed run.
-
-        Raises:
-            WeightSyncError: the engine does not have the policy's weights.
-        """
+        """Check the weights with prompts that depend on ``moment``; returns metrics, or raises WeightSyncError."""
         if moment:
             self._moment, self._asked = moment, 0
         self._asked += 1
@@ -137,21 +129,21 @@ class WeightVerifier:
 
     def _check_beyond_windows(self) -> None:
         """Check, once per run, a prompt that exceeds the windows of the model's layers."""
-        beyond, self._beyond = self._beyond, None
-        if beyond is None:
+        if self._beyond is None:
             return
-        answers = self.questions.ask([beyond.question])
-        wrong = not self.fits(answers)
-        if self.ranks.any(wrong):
-            self._refuse(answers, wrong, beyond.cause)
+        (question, cause), self._beyond = self._beyond, None
+        answers = self.questions.ask([question])
+        if self.ranks.any(wrong := not self.fits(answers)):
+            self._refuse(answers, wrong, cause)
 
     def _unchanged(self, same: Answer) -> bool:
         """Whether the engine's answer is unchanged although the trainer has moved."""
         reference, moved = self._reference, MOVED * self.tolerance
-        if reference is None or reference.generation.token_ids != same.generation.token_ids:
-            self._reference = same
-            return False
-        if not float((same.engine_logp - reference.engine_logp).abs().max()) <= 0.1 * moved:
+        if (
+            reference is None
+            or reference.generation.token_ids != same.generation.token_ids
+            or not float((same.engine_logp - reference.engine_logp).abs().max()) <= 0.1 * moved
+        ):
             self._reference = same
             return False
         return float((same.trainer_logp - reference.trainer_logp).abs().max()) > moved

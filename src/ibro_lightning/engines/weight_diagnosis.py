@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ibro_lightning.engines.weight_names import weight_group
 from ibro_lightning.engines.weight_questions import SHARES, Answer, Answers, Question, Questions, windows_of
@@ -11,25 +11,18 @@ from ibro_lightning.engines.weight_questions import SHARES, Answer, Answers, Que
 NOT_THE_WEIGHTS = "Cause: not the weights, which have arrived, but"
 
 
-class Beyond(NamedTuple):
-    """A prompt that exceeds the windows of a model, and the cause to report if its answer is wrong."""
-
-    question: Question
-    cause: str
-
-
-def beyond_windows(config: Any, limit: int, questions: Questions) -> Beyond | None:
-    """A question that exceeds all windows in ``config``; None if no window is shorter than ``limit`` tokens."""
+def beyond_windows(config: Any, limit: int, questions: Questions) -> tuple[Question, str] | None:
+    """A question that exceeds all windows below ``limit`` in ``config``, and the cause if its answer is wrong."""
     windows = {name: size for name, size in windows_of(config).items() if size < limit}
     if not windows:
         return None
     widest = max(windows.values())
     length = min(widest + 2 * questions.new_tokens, limit - questions.new_tokens)
     prompt = questions.prompt(length, "beyond the window")
-    return Beyond(Question(prompt, questions.same().seeds), window_cause(windows))
+    return Question(prompt, questions.same().seeds), _window_cause(windows)
 
 
-def window_cause(windows: dict[str, int]) -> str:
+def _window_cause(windows: dict[str, int]) -> str:
     sizes = ", ".join(f"{name} {size}" for name, size in windows.items())
     return (
         f"{NOT_THE_WEIGHTS} how far back the engine looks: shorter prompts are right, and one beyond what the config "
@@ -39,12 +32,7 @@ def window_cause(windows: dict[str, int]) -> str:
 
 
 class Diagnosis:
-    """Diagnoses a failed check. Collective, since the policy may be sharded over the ranks.
-
-    Args:
-        questions: of the check.
-        fits: whether engine and trainer agree on the given answers.
-    """
+    """Diagnoses a failed check. Collective, since the policy may be sharded over the ranks."""
 
     def __init__(self, questions: Questions, fits: Callable[[Sequence[Answer]], bool]) -> None:
         self.questions, self.fits, self.ranks = questions, fits, questions.ranks
@@ -57,7 +45,6 @@ class Diagnosis:
         """The cause and its remedy, in a sentence.
 
         Args:
-            answers: of the failed check.
             unchanged: whether the engine's answers are unchanged although the trainer has moved.
             moved: |Δlogp| in nats above which the trainer has moved.
         """
@@ -72,10 +59,7 @@ class Diagnosis:
             if self.ranks.any(wrong and not cache and not unchanged and batching is None and window is None):
                 stale = self._stale_groups()
         if cache and window is None:
-            return (
-                "Cause: the prefix cache was not reset, as a prompt seen before is continued wrongly and new ones are "
-                "not"
-            )
+            return "Cause: the prefix cache was not reset: a repeated prompt is continued wrongly, and new ones are not"
         if unchanged:
             return "Cause: the sync did not reach the engine, which answers as it did before the last update"
         if fault := batching or window:
@@ -83,10 +67,10 @@ class Diagnosis:
         if stale:
             tied = self._tied and stale == ["head"]
             head = " (the output head is tied to the embedding, and the engine keeps a copy)" if tied else ""
-            return f"Cause: stale weights in the engine, mended by sending again: {', '.join(stale)}{head}"
+            return f"Cause: stale weights in the engine, corrected by sending them again: {', '.join(stale)}{head}"
         kind = self._provider.model_spec().config.get_text_config().model_type
         return (
-            "Sending all weights again did not mend it, so the engine computes something else: another precision "
+            "Sending all weights again did not help, so the engine computes something else: another precision "
             f"(raise data.weight_check.tolerance if it is harmless), another implementation of the model type {kind!r} "
             "(write another data.engine: HFEngine or VLLMEngine), or a config that does not belong to the weights"
         )
@@ -104,7 +88,7 @@ class Diagnosis:
         for answers, what in (
             (batched, "prompts of different lengths in one batch: its padding is wrong"),
             (samples, "several samples of one prompt: what they share is copied wrongly"),
-            (ended, "rows that go on when others of their batch have ended: they are mixed up"),
+            (ended, "rows that continue after others in their batch have ended: they are mixed up"),
         ):
             if not self.fits(answers):
                 return f"{NOT_THE_WEIGHTS} how the engine handles {what}"
@@ -120,13 +104,15 @@ class Diagnosis:
         )
         limits = [length + questions.new_tokens for length in lengths]
         windows = {name: size for name, size in self._windows.items() if limits[1] <= size < limits[0]}
-        return window_cause(windows) if windows and self.fits([short]) and not self.fits([long]) else None
+        return _window_cause(windows) if windows and self.fits([short]) and not self.fits([long]) else None
 
     def _stale_groups(self) -> list[str]:
         """Resend the weights by group and return the groups that changed the answers; empty if that does not help."""
         stale: list[str] = []
         before = self.questions.ask_all("stale")
-        for group in self._groups():
+        names = [name for name, _ in self._provider.named_full_weights()]
+        groups = dict.fromkeys(map(weight_group, names))
+        for group in sorted(groups, key=lambda group: group != "head"):  # the most likely group first
             weights = (
                 (name, tensor) for name, tensor in self._provider.named_full_weights() if weight_group(name) == group
             )
@@ -138,8 +124,3 @@ class Diagnosis:
                 return stale
             before = after
         return []
-
-    def _groups(self) -> Iterator[str]:
-        names = [name for name, _ in self._provider.named_full_weights()]
-        groups = dict.fromkeys(weight_group(name) for name in names)
-        yield from sorted(groups, key=lambda group: group != "head")  # the most likely group first

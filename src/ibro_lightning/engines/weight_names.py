@@ -31,13 +31,11 @@ def weight_shapes(spec: ModelSpec) -> dict[str, torch.Size]:
 def checked_weights(
     named_tensors: Iterable[tuple[str, Tensor]], shapes: dict[str, torch.Size], *, partial: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``named_tensors`` unchanged while checking them.
+    """Yield ``named_tensors`` unchanged; raises :class:`RolloutError` for an unknown name or wrong shape or, at the
+    end, missing weights.
 
     With ``partial``, groups (:func:`weight_group`) may be missing, but must be complete, because engines fuse the
     matrices of a layer.
-
-    Raises:
-        RolloutError: an unknown name or wrong shape or, at the end, missing weights.
     """
     missing, groups = dict(shapes), set[str]()
     for name, tensor in named_tensors:

@@ -61,10 +61,6 @@ class Answers:
     def all(self) -> list[Answer]:
         return [self.same, *self.new, *self.ended]
 
-    @property
-    def difference(self) -> float:
-        return largest_difference(self.all)
-
 
 def largest_difference(answers: Sequence[Answer]) -> float:
     return max(answer.difference for answer in answers)
@@ -130,27 +126,21 @@ class Questions:
                 [question.prompt for question in questions], sampling, [question.seeds for question in questions]
             )
             if not all(row.token_ids for group in generated for row in group):
-                raise RolloutError(
-                    "the engine's deadline passed before it could be checked: raise data.engine.deadline_s"
-                )
+                raise RolloutError("the engine's deadline ended its check: raise data.engine.deadline_s")
         return generated
 
     def _score(self, questions: Sequence[Question], generated: Sequence[Sequence[Generation]]) -> list[Answer]:
         """Score the generated responses with the trainer; prefixes of longer ones are not scored separately."""
-        rows = [
-            (tuple(question.prompt), row) for question, group in zip(questions, generated, strict=True) for row in group
-        ]
-        longest_first = dict.fromkeys(
-            sorted(((prompt, row.token_ids) for prompt, row in rows), key=lambda pair: -len(pair[1]))
-        )
+        pairs = zip(questions, generated, strict=True)
+        rows = [(tuple(question.prompt), row) for question, group in pairs for row in group]
         places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         scored: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-        for prompt, tokens in longest_first:
-            if (prompt, tokens) in places:
-                continue
-            places |= {(prompt, tokens[:length]): len(scored) for length in range(1, len(tokens) + 1)}
-            scored.append((prompt, tokens))
-        sequences = Sequences.collate([prompt for prompt, _ in scored], [tokens for _, tokens in scored])
+        for prompt, row in sorted(rows, key=lambda pair: -len(pair[1].token_ids)):
+            tokens = row.token_ids
+            if (prompt, tokens) not in places:
+                places |= {(prompt, tokens[:length]): len(scored) for length in range(1, len(tokens) + 1)}
+                scored.append((prompt, tokens))
+        sequences = Sequences.collate(*zip(*scored, strict=True))
         logp = self.provider.response_logp(sequences, 1.0).float().cpu()
         return [
             Answer(row, torch.tensor(row.logp), logp[places[prompt, row.token_ids], : len(row.logp)])

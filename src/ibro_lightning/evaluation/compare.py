@@ -62,9 +62,7 @@ def compare(first: Mapping[str, float], second: Mapping[str, float]) -> Comparis
 def compare_evaluations(first: Path, second: Path) -> dict[str, Comparison]:
     """Comparisons by set, and as ``all`` over the questions of all shared sets if there are several.
 
-    Args:
-        first, second: results of ``validate`` or ``test``: ``evaluations/validate.json``, or the folder
-            ``evaluations/validate`` with the samples.
+    Both are results of ``validate`` or ``test``: ``evaluations/validate.json``, or the folder of its samples.
     """
     a, b = read_questions(first), read_questions(second)
     shared = [name for name in a if name in b]
@@ -73,11 +71,8 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Comparison]:
     for name in shared:
         for question, (gold, _) in a[name].items():
             if question in b[name] and (other := b[name][question][0]) != gold:
-                raise ConfigError(
-                    "compare",
-                    f"{name}/{question}",
-                    f"the answer is {gold} in one and {other} in the other: two questions",
-                )
+                remedy = f"the answer is {gold} in one and {other} in the other: two questions"
+                raise ConfigError("compare", f"{name}/{question}", remedy)
     results = {name: compare(_accuracies(a, [name]), _accuracies(b, [name])) for name in shared}
     if len(shared) > 1:
         results["all"] = compare(_accuracies(a, shared), _accuracies(b, shared))
@@ -85,20 +80,13 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Comparison]:
 
 
 def read_questions(path: Path) -> dict[str, dict[str, tuple[str, float]]]:
-    """``{set: {question id: (right answer as JSON, mean accuracy over its samples)}}`` of a finished evaluation.
-
-    Raises:
-        ConfigError: there is no evaluation, it is unfinished, or its samples are unreadable.
-    """
+    """``{set: {question id: (right answer as JSON, mean accuracy over its samples)}}`` of a finished evaluation."""
     folder, manifest = _open(path)
     if not manifest.get("complete"):
         raise ConfigError("compare", str(path), "this evaluation is not finished: run the same command again")
     try:
-        return {
-            part.name: _read_set(part)
-            for part in sorted(folder.iterdir())
-            if part.is_dir() and not part.name.startswith("_")
-        }
+        sets = [part for part in sorted(folder.iterdir()) if part.is_dir() and not part.name.startswith("_")]
+        return {part.name: _read_set(part) for part in sets}
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ConfigError("compare", str(folder), f"the samples there cannot be read: {error}") from error
 
@@ -114,9 +102,8 @@ def _open(path: Path) -> tuple[Path, dict[str, Any]]:
     folder = path.with_suffix("") if path.suffix == ".json" else path
     manifest = read_manifest(folder)
     if manifest is None:
-        raise ConfigError(
-            "compare", str(path), "no evaluation there: name evaluations/validate.json of a run, its samples beside it"
-        )
+        remedy = "no evaluation there: name evaluations/validate.json of a run, its samples beside it"
+        raise ConfigError("compare", str(path), remedy)
     return folder, manifest
 
 
@@ -143,10 +130,8 @@ def comparison_table(comparisons: Mapping[str, Comparison]) -> str:
     lines = [f"{'set':16} {'questions':>9}  {'first':>7}  {'second':>7}  {'difference':22}  {'p':>6}"]
     for name, c in comparisons.items():
         difference = f"{100 * c.difference:+.1f} [{100 * c.low:+.1f}, {100 * c.high:+.1f}]"
-        lines.append(
-            f"{name:16} {c.questions:>9}  {100 * c.first:>5.1f} %  {100 * c.second:>5.1f} %  {difference:22}  "
-            f"{c.p_value:>6.4f}"
-        )
+        accuracies = f"{100 * c.first:>5.1f} %  {100 * c.second:>5.1f} %"
+        lines.append(f"{name:16} {c.questions:>9}  {accuracies}  {difference:22}  {c.p_value:>6.4f}")
     return "\n".join(lines)
 
 

@@ -96,11 +96,7 @@ class SampleAccuracy(Metric):
         self.add_state("timed_out", default=torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, rollout: Rollout) -> None:
-        """Add complete groups of equal size.
-
-        Raises:
-            ValueError: group sizes differ, or groups are not contiguous.
-        """
+        """Add complete, contiguous groups of equal size; raises ValueError for others."""
         sizes = rollout.groups.bincount()
         if not bool((sizes == sizes[0]).all()) or not bool((rollout.groups.diff() >= 0).all()):
             raise ValueError("an evaluation needs the same number of responses to every prompt, prompt after prompt")

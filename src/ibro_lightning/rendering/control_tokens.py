@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 OPEN, CLOSE, OURS = "\U000ff000", "\U000ff001", "\U000ff002"
 """Delimiters of a masked token's index, and the prefix of a template token's id. Planes 15 and 16 are private use."""
@@ -74,19 +75,16 @@ class ControlTokens:
         return list(pattern.finditer(text)) if pattern else []
 
     def mask(self, text: str, *, own: Sequence[str] = (), assistant: bool = False) -> str:
-        """``text`` with its control tokens masked.
-
-        Args:
-            own: prefixes and suffixes of ``text`` from the recipe's template, whose control tokens are not masked.
-
-        Raises:
-            ControlTextError: ``text`` contains the masking characters.
-        """
+        """``text`` with its control tokens masked, except in the prefixes and suffixes ``own`` from the recipe's
+        template. Raises :class:`ControlTextError` if it contains the masking characters."""
         if RESERVED & set(text):
-            raise ControlTextError("the text holds characters that stand for control tokens here (U+FF000 to U+FF002)")
-        spans = [match for match in self.found(text, assistant=assistant) if not within(match, text, own)]
+            raise ControlTextError(
+                "the text contains characters that are reserved for masking control tokens (U+FF000 to U+FF002)"
+            )
         pieces, last = list[str](), 0
-        for match in spans:
+        for match in self.found(text, assistant=assistant):
+            if within(match, text, own):
+                continue
             number = "".join(chr(ord(_DIGITS) + int(digit)) for digit in str(self.tokens.index(match[0])))
             pieces += [text[last : match.start()], OPEN, number, CLOSE]
             last = match.end()
@@ -122,11 +120,7 @@ def _number(digits: str) -> int:
 
 
 def control_text(content: str | Sequence[Mapping[str, Any]], control: ControlTokens, own: Sequence[str] = ()) -> str:
-    """The first control token in a prompt's data; "" if there is none.
-
-    Args:
-        own: prefixes and suffixes from the recipe's template, whose control tokens do not count.
-    """
+    """The first control token in a prompt's data, outside the recipe's ``own`` prefixes and suffixes; "" if none."""
     for text, assistant in _texts(content):
         for match in control.found(text, assistant=assistant):
             if not within(match, text, own):
@@ -169,43 +163,20 @@ class TextTokenizer:
     """A copy of a tokenizer with renamed control tokens (:func:`disguised`), otherwise identical.
 
     Control tokens in plain text are encoded as text, in the pieces that the tokenizer would use if they did not exist.
-
-    Raises:
-        ControlTextError: the tokenizer is not based on the ``tokenizers`` library.
     """
 
-    def __init__(self, tokenizer: Any, control: ControlTokens) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None or not hasattr(backend, "to_str"):
-            raise ControlTextError(
-                f"{type(tokenizer).__name__} is no tokenizer of the library tokenizers, which alone can be told to "
-                "take control tokens for text"
-            )
-        from tokenizers import Tokenizer  # lazy: rarely needed
-
-        self._twin = Tokenizer.from_str(json.dumps(_renamed(json.loads(backend.to_str()), control)))
-        self._twin.encode_special_tokens = backend.encode_special_tokens
-        self._twin.no_padding()
-        self._twin.no_truncation()
-        try:
-            self._of: Callable[[], Any] = ref(tokenizer)  # weak, since the copy is cached by its tokenizer
-        except TypeError:
-            self._of = lambda: tokenizer
-        self._control = control
-
-    @property
-    def _tokenizer(self) -> Any:
-        return self._of()
+    def __init__(self, tokenizer: Any, control: ControlTokens, twin: Any) -> None:
+        self._tokenizer, self._control, self._twin = tokenizer, control, twin
 
     @classmethod
     def of(cls, tokenizer: Any) -> TextTokenizer:
         control = ControlTokens.of(tokenizer)
         try:
-            if (twin := _twins.get(tokenizer)) is None or twin._control is not control:
-                twin = _twins[tokenizer] = cls(tokenizer, control)
-        except TypeError:
-            return cls(tokenizer, control)
-        return twin
+            if (cached := _twins.get(tokenizer)) is None or cached[0] is not control:
+                cached = _twins[tokenizer] = control, _twin_of(tokenizer, control)
+        except TypeError:  # as above
+            cached = control, _twin_of(tokenizer, control)
+        return cls(tokenizer, *cached)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -216,12 +187,8 @@ class TextTokenizer:
         return getattr(self._tokenizer, "all_special_ids", ())
 
     def __call__(self, masked: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
-        """Encode masked text: unmasked control tokens as tokens, masked ones as text.
-
-        Raises:
-            ControlTextError: the vocabulary has no tokens for masked ones as text, or the copy does not reproduce the
-                tokenizer on this text.
-        """
+        """Encode masked text: unmasked control tokens as tokens, masked ones as text. Raises :class:`ControlTextError`
+        if the vocabulary has no tokens for these, or the copy does not reproduce the tokenizer on this text."""
         control, tokenizer = self._control, self._tokenizer
         plain = control.unmask(masked)
         # With all control tokens renamed, including those in the data, the copy must agree with the tokenizer.
@@ -235,8 +202,21 @@ class TextTokenizer:
         return {"input_ids": ids}
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._twin.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return list(self._twin.encode(text, add_special_tokens=add_special_tokens).ids)
+
+
+def _twin_of(tokenizer: Any, control: ControlTokens) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not hasattr(backend, "to_str"):
+        needed = "a tokenizer of the library tokenizers, which alone can encode control tokens as text"
+        raise ControlTextError(f"{type(tokenizer).__name__} is not {needed}")
+    from tokenizers import Tokenizer  # lazy: rarely needed
+
+    twin = Tokenizer.from_str(json.dumps(_renamed(json.loads(backend.to_str()), control)))
+    twin.encode_special_tokens = backend.encode_special_tokens
+    twin.no_padding()
+    twin.no_truncation()
+    return twin
 
 
 def _renamed(described: dict[str, Any], control: ControlTokens) -> dict[str, Any]:
@@ -265,11 +245,9 @@ def _involves(merge: Any, names: Mapping[str, str]) -> bool:
 
 
 _control_tokens: WeakKeyDictionary[Any, tuple[Any, ControlTokens]] = WeakKeyDictionary()
-_twins: WeakKeyDictionary[Any, TextTokenizer] = WeakKeyDictionary()
-_patterns: dict[tuple[str, ...], re.Pattern[str] | None] = {}
+_twins: WeakKeyDictionary[Any, tuple[ControlTokens, Any]] = WeakKeyDictionary()
 
 
+@lru_cache(maxsize=64)
 def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str] | None:
-    if tokens not in _patterns:
-        _patterns[tokens] = re.compile("|".join(map(re.escape, tokens))) if tokens else None
-    return _patterns[tokens]
+    return re.compile("|".join(map(re.escape, tokens))) if tokens else None

@@ -31,35 +31,20 @@ class RenderingError(ValueError):
 def render(
     content: Content, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None, *, masked: bool = False
 ) -> tuple[str, tuple[int, ...]]:
-    """``(text, token ids)`` of raw text, or of messages through the tokenizer's chat template.
+    """``(text, token ids)`` of raw text, or of messages through the tokenizer's chat template; raises RenderingError.
 
-    Args:
-        chat_template_kwargs: variables for the template, such as ``enable_thinking``.
-        masked: control tokens in ``content`` are masked (:mod:`.control_tokens`) and encoded as text; the returned
-            text contains them unmasked.
-
-    Raises:
-        RenderingError: the messages are malformed, the chat template cannot render them, or control text cannot be
-            encoded as text.
+    With ``masked``, control tokens in ``content`` are masked (:mod:`.control_tokens`) and encoded as text; the returned
+    text contains them unmasked.
     """
-    if masked:
-        return _render_masked(content, tokenizer, chat_template_kwargs or {})
-    if isinstance(content, str):
-        return content, _raw_tokens(content, tokenizer)[0]
-    text = _chat_text(text_messages(content), tokenizer, chat_template_kwargs or {})
-    # The template has already written the special tokens.
-    return text, tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _render_masked(
-    content: Content, tokenizer: Any, chat_template_kwargs: Mapping[str, Any]
-) -> tuple[str, tuple[int, ...]]:
     try:
-        encode, unmask = TextTokenizer.of(tokenizer), ControlTokens.of(tokenizer).unmask
+        encode = TextTokenizer.of(tokenizer) if masked else tokenizer
         if isinstance(content, str):
-            return unmask(content), _raw_tokens(content, encode)[0]
-        text = _chat_text(text_messages(content), tokenizer, chat_template_kwargs)
-        return unmask(text), tuple(encode(text)["input_ids"])
+            text, token_ids = content, _raw_tokens(content, encode)[0]
+        else:
+            text = _chat_text(text_messages(content), tokenizer, chat_template_kwargs or {})
+            # The template has already written the special tokens.
+            token_ids = tuple(encode(text, add_special_tokens=False)["input_ids"])
+        return ControlTokens.of(tokenizer).unmask(text) if masked else text, token_ids
     except ControlTextError as error:
         raise RenderingError(f"control tokens cannot be encoded as text: {error}") from error
 
@@ -87,11 +72,8 @@ def last_question(content: Content) -> str:
 
 
 def text_messages(content: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of messages with their content as text; other fields, such as ``tool_calls``, are kept.
-
-    Raises:
-        RenderingError: there are no messages, or one has no role or has content other than text.
-    """
+    """Copies of messages with their content as text; other fields, such as ``tool_calls``, are kept. Raises
+    :class:`RenderingError` if there are none, or one has no role or has content other than text."""
     if not isinstance(content, Sequence) or not content:
         raise RenderingError(f"a prompt is text or a list of {{role, content}} messages, not {content!r}")
     messages = []
@@ -102,14 +84,14 @@ def text_messages(content: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if text is None and message.get("tool_calls") and message.get("content") is None:
             text = ""
         if text is None:
-            raise RenderingError(f"message {number} holds something else than text, and prompts are text alone")
+            what = "has no content" if message.get("content") is None else "contains something other than text"
+            raise RenderingError(f"message {number} {what}")
         messages.append({**message, "content": text})
     return messages
 
 
 def text_of(content: object) -> str | None:
-    """A message's content as text: text itself, or parts ``{type: text, text: ...}`` joined by line breaks; None for
-    anything else."""
+    """Text itself, or parts ``{type: text, text: ...}`` joined by line breaks; None for anything else."""
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence) or not content:
@@ -143,11 +125,8 @@ def _raw_tokens(text: str, tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, 
 def _chat_text(messages: list[dict[str, Any]], tokenizer: Any, chat_template_kwargs: Mapping[str, Any]) -> str:
     def apply_plain(messages: list[dict[str, Any]], *, ask: bool) -> str:
         try:
-            return str(
-                tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=ask, tokenize=False, **chat_template_kwargs
-                )
-            )
+            settings = {**chat_template_kwargs, "add_generation_prompt": ask, "tokenize": False}
+            return str(tokenizer.apply_chat_template(messages, **settings))
         except Exception as error:  # templates may raise anything
             why = " ".join(str(error).split())[:300] or type(error).__name__
             raise RenderingError(f"the chat template cannot write these messages: {why}") from error
@@ -179,10 +158,8 @@ def _with_parts(messages: Sequence[dict[str, Any]], parts: Sequence[bool]) -> li
 def _content_parts(messages: list[dict[str, Any]], apply: Callable[..., str]) -> list[bool]:
     """For each message, whether the chat template requires its content as parts, as some multimodal templates do.
 
-    Probed with placeholder words, because templates may trim, escape or cut actual content.
-
-    Raises:
-        RenderingError: in either form, the template omits the last user message or the message to respond to.
+    Probed with placeholder words, because templates may trim, escape or cut actual content. Raises RenderingError if in
+    either form the template omits the last user message or the message to respond to.
     """
     end = len(messages) - len(list(takewhile(lambda message: message["role"] == "assistant", reversed(messages))))
     words = [{**message, "content": f"content{number}content"} for number, message in enumerate(messages[:end])]
@@ -213,16 +190,13 @@ def _content_parts(messages: list[dict[str, Any]], apply: Callable[..., str]) ->
     asked = max((n for n in range(end) if roles[n] == "user"), default=end - 1)
     for number in (asked, end - 1):
         if not seen[number] and (number == asked or roles[number] != "system"):
-            raise RenderingError(
-                f"the chat template leaves out message {number + 1} (role {roles[number]!r}), so the policy would not "
-                "see it: write the roles that the template knows, or raw prompts (chat: false)"
-            )
+            reason = f"the chat template leaves out message {number + 1} (role {roles[number]!r})"
+            raise RenderingError(f"{reason}: write the roles that the template knows, or raw prompts (chat: false)")
     return [*form, *[any(form)] * (len(messages) - end)]
 
 
 def _continued(messages: list[dict[str, Any]], apply: Callable[..., str]) -> str:
-    """The conversation with the assistant's last message left open, like ``continue_final_message`` in transformers but
-    with its text verbatim, including trailing white space."""
+    """The conversation with its last message open and verbatim, unlike transformers' ``continue_final_message``."""
     *before, last = messages
     words = last["content"]
     if not words.strip():

@@ -54,8 +54,7 @@ class Reward(ABC):
     deadline_s: float | None = None
     """Seconds after which the pool stops it; None takes the pool's deadline."""
     tells_bad_answers: bool = False
-    """Judging an empty response is fast, and raises if the prompt's answer cannot be used: every prompt is then checked
-    before training, not when it is drawn hours later."""
+    """Judging an empty response is fast, and raises if the prompt's answer is unusable: tried before training."""
     one_by_one: bool = False
     """Each response is judged independently of the others: the deadline then applies to one response."""
 
@@ -78,17 +77,12 @@ class Reward(ABC):
         yield from self.leaves()
 
     def combine(self, prompt: Prompt, results: Iterator[list[RewardResult]]) -> list[RewardResult]:
-        """One result per response, from those of the leaves: takes one item of ``results`` for each leaf of
-        :meth:`leaves_for`, in that order."""
+        """One result per response: takes the next item of ``results`` for each leaf of :meth:`leaves_for`, in order."""
         return next(results)
 
     def plain_responses(self, prompt: Prompt) -> PlainResponses | None:
-        """Responses that consist of a right answer to this prompt, and of wrong ones of the same kind: before training,
-        every gold is tried on its verifier with them. None, the default: nothing is tried.
-
-        Raises:
-            RewardError, ValueError: the gold is unusable, for the reason in the message.
-        """
+        """A right answer to this prompt as bare responses, and wrong ones of the same kind, on which its gold is tried
+        before training; None tries nothing. Raises RewardError or ValueError if the gold is unusable."""
         return None
 
     def stopped(self, score: float) -> RewardResult:
@@ -98,8 +92,7 @@ class Reward(ABC):
 
 @dataclass(frozen=True)
 class Verdict:
-    """A verifier's verdict on one response: ``accuracy`` in [0, 1], and the answer it read (see
-    :class:`~ibro_lightning.types.RewardResult`)."""
+    """``accuracy`` in [0, 1] of one response, and the answer that the verifier read (see :class:`RewardResult`)."""
 
     accuracy: float
     answer: str | None = None
@@ -143,11 +136,7 @@ class VerifiableReward(Reward):
 
 
 def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> list[RewardResult]:
-    """Call ``reward`` and check its results, so that no NaN and no silent mismatch reaches training.
-
-    Raises:
-        RewardError: the reward raised, or returned another number of results or a value that is not finite.
-    """
+    """Call ``reward``; raises :class:`RewardError` unless it returns finite numbers, one per response."""
     advice = "a reward must return a finite number for every response, wrong and empty ones included"
     with blamed_on(reward, f"prompt {prompt.id!r}", advice):  # MemoryError is the pool's to handle
         results = reward(prompt, completions)
@@ -156,11 +145,8 @@ def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> 
         return RewardError(f"{type(reward).__name__} returned {what} for prompt {prompt.id!r} - {remedy}")
 
     if not isinstance(results, list | tuple) or not all(_is_result(result) for result in results):
-        raise bad(
-            str(results)[:100],
-            "return a list with one RewardResult(reward, parts) per completion, numbers in both; or subclass "
-            "VerifiableReward, whose verify returns a plain number",
-        )
+        remedy = "return a list with one RewardResult(reward, parts) per completion, numbers in both; or subclass "
+        raise bad(str(results)[:100], f"{remedy}VerifiableReward, whose verify returns a plain number")
     if len(results) != len(completions):
         raise bad(f"{len(results)} results", f"return one for each of its {len(completions)} completions")
     for result in results:
@@ -168,16 +154,15 @@ def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> 
         if infinite := {key: value for key, value in values.items() if not math.isfinite(value)}:
             raise bad(infinite, "return finite numbers, 0 for 'cannot tell'")
         if not 0 <= (accuracy := result.parts.get("accuracy", 0.0)) <= 1:
-            raise bad(
-                f"the accuracy {accuracy}",
-                "an accuracy lies between 0 (wrong) and 1 (right); rewards such as -1 go into correct and incorrect",
+            remedy = (
+                "an accuracy lies between 0 (wrong) and 1 (right); rewards such as -1 go into correct and incorrect"
             )
+            raise bad(f"the accuracy {accuracy}", remedy)
     return list(results)
 
 
 def _is_result(value: object) -> bool:
-    if not isinstance(value, RewardResult) or not isinstance(value.parts, Mapping):
+    if not (isinstance(value, RewardResult) and isinstance(value.parts, Mapping)):
         return False
-    if not isinstance(value.outcome_span, Real | None):
-        return False
-    return all(isinstance(number, Real) for number in (value.reward, *value.parts.values()))
+    numbers = (value.reward, value.outcome_span or 0.0, *value.parts.values())
+    return all(isinstance(number, Real) for number in numbers)

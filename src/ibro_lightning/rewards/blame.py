@@ -20,14 +20,10 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SI
 
 
 class blamed_on:
-    """Turn what is raised within, ``SystemExit`` included, into a :class:`RewardError` that names the reward.
+    """Turn what is raised within, ``SystemExit`` included, into a :class:`RewardError` that names the reward,
+    ``where`` it was called, and ``advice``.
 
     Our own errors and MemoryError pass unchanged, and so does what a signal's handler raises (Ctrl-C).
-
-    Args:
-        reward: the one whose code runs.
-        where: the call, or its prompt, for the message.
-        advice: what to write instead, appended to the message.
     """
 
     def __init__(self, reward: object, where: str, advice: str = "") -> None:

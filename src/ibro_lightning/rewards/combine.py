@@ -13,11 +13,7 @@ from ibro_lightning.types import Completion, Prompt, RewardResult
 
 
 def judge_all(reward: Reward, answered: Sequence[Answered], judge: Judge) -> list[list[RewardResult]]:
-    """All results of a reward that may be made of others: ``judge`` gets all of its leaves at once.
-
-    Raises:
-        RewardError: it raised or tried to end the process, also in ``combine``.
-    """
+    """All results of a reward that may be made of others: ``judge`` gets all of its leaves at once."""
     with blamed_on(reward, "leaves_for"):
         leaves = [list(reward.leaves_for(prompt)) for prompt, _ in answered]
     requests = [Request(leaf, *pair) for pair, row in zip(answered, leaves, strict=True) for leaf in row]

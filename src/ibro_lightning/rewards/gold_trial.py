@@ -9,10 +9,7 @@ from ibro_lightning.rewards.base import Reward
 from ibro_lightning.rewards.blame import blamed_on
 from ibro_lightning.types import Completion, Prompt, RewardResult
 
-STOPPED = (
-    "judging it had to be stopped: import what is slow to import in the reward's method preload, or raise "
-    "reward_pool.deadline_s, reward_pool.memory_mib"
-)
+STOPPED = "judging it was stopped: import slow modules in preload, or raise data.reward_pool.deadline_s or memory_mib"
 
 
 def gives_plain_responses(reward: Reward) -> bool:
@@ -44,22 +41,19 @@ class GoldTrial(Reward):
         return RewardResult(0.0, {}, STOPPED, timed_out=True)
 
     def _reason(self, prompt: Prompt) -> str | None:
-        """Why the gold is unusable; None if it is usable."""
         try:
             if (plain := self.verifier.plain_responses(prompt)) is None:
                 return None
             texts = (*plain.right, *plain.wrong)
-            accepted = self._accepted(prompt, texts)
+            responses = [Completion((), (), "stop", text, 1, 0) for text in texts]
+            results = self.verifier(prompt, responses) if texts else []
         except (RewardError, ConfigError, ValueError) as error:
             return " ".join(str(error).split())
-        for place, (text, right) in enumerate(zip(texts, accepted, strict=True)):
+        for place, (text, result) in enumerate(zip(texts, results, strict=True)):
+            right = result.parts.get("accuracy") == 1
             shown = repr(text if len(text) <= 80 else text[:79] + "…")
             if place < len(plain.right) and not right:
                 return f"it does not accept even {shown}"
             if place >= len(plain.right) and right:
                 return f"it accepts {shown}, too"
         return None
-
-    def _accepted(self, prompt: Prompt, texts: Sequence[str]) -> list[bool]:
-        responses = [Completion((), (), "stop", text, 1, 0) for text in texts]
-        return [result.parts.get("accuracy") == 1 for result in self.verifier(prompt, responses)] if texts else []

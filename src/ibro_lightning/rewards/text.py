@@ -55,10 +55,7 @@ def gold_number(gold: str) -> Fraction | None:
 class LastNumberReward(VerifiableReward):
     """Right if the last number in the response equals the answer, compared as exact values (``8`` = ``8.0``).
 
-    The answer must be one plain number, or a list of several, any of which is right.
-
-    Raises:
-        RewardError: the answer of a prompt is anything else, such as ``1/2`` or ``3:30``.
+    The answer must be one plain number, or a list of several, any of which is right; others raise RewardError.
     """
 
     pooled = False  # reads only the end of the response, bounded by construction
@@ -75,17 +72,16 @@ class LastNumberReward(VerifiableReward):
         return PlainResponses(tuple(map(_decimal, values)), tuple(map(_decimal, others)))
 
     def _golds(self, prompt: Prompt) -> list[Fraction]:
-        values: list[Fraction | None] = [None]
-        reason = "not a plain number"
+        reason, values = "not a plain number", list[Fraction | None]()
         try:
             values = [gold_number(text) for text in gold_texts(prompt.answer)]
         except ValueError as error:
             reason = str(error)
-        if None in values:
-            raise RewardError(
-                f"LastNumberReward finds no number in the answer {str(prompt.answer)[:100]!r} of prompt {prompt.id!r} "
-                f"that it could compare with: {reason} - MathVerifyReward compares expressions"
+        if not values or None in values:
+            what = (
+                f"the answer {str(prompt.answer)[:100]!r} of prompt {prompt.id!r} that it could compare with: {reason}"
             )
+            raise RewardError(f"LastNumberReward finds no number in {what} - MathVerifyReward compares expressions")
         return [value for value in values if value is not None]
 
 

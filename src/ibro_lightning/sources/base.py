@@ -24,8 +24,7 @@ class PromptSource(ABC):
     """
 
     weights: Mapping[str, float] | None = None
-    """Sampling weights by :attr:`Problem.part <ibro_lightning.types.Problem.part>`, summing to 1; None draws uniformly
-    from all problems."""
+    """Sampling weights by :attr:`Problem.part`, summing to 1; None draws uniformly from all problems."""
 
     @abstractmethod
     def problems(self) -> Iterable[Problem]:
@@ -63,13 +62,16 @@ def check_template(setting: str, template: str, names: tuple[str, ...]) -> None:
     try:
         text = template.format(**values)
     except (KeyError, IndexError, ValueError) as error:
-        raise ConfigError(
-            setting,
-            template,
-            f"cannot be filled in ({error!r}): use {', '.join(f'{{{n}}}' for n in names)}; write {{{{ for {{",
-        ) from error
+        remedy = f"use {', '.join(f'{{{name}}}' for name in names)}; write {{{{ for {{"
+        raise ConfigError(setting, template, f"cannot be filled in ({error!r}): {remedy}") from error
     if missing := [name for name in names if f"<{name}>" not in text]:
         raise ConfigError(setting, template, f"must contain {{{missing[0]}}}")
+
+
+def check_problem(problem: object, setting: str) -> None:
+    """Raise :class:`ConfigError` unless a source has yielded a :class:`Problem`."""
+    if not isinstance(problem, Problem):
+        raise ConfigError(setting, type(problem).__name__, "a source yields ibro_lightning.types.Problem, nothing else")
 
 
 class DemonstrationSource(ABC):

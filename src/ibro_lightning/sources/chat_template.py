@@ -13,7 +13,7 @@ from jinja2 import meta
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.rendering import Content, RenderingError, render, text_messages
 
-OURS = frozenset(
+RESERVED = frozenset(
     {"conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
     | {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
     | {"tokenizer_kwargs"}
@@ -26,16 +26,12 @@ def check_reserved(setting: str, chat_template_kwargs: Mapping[str, Any] | None)
     if not isinstance(chat_template_kwargs, Mapping | None):
         raise ConfigError(setting, chat_template_kwargs, "write names with values, such as {enable_thinking: false}")
     for name, value in (chat_template_kwargs or {}).items():
-        if name in OURS:
-            raise ConfigError(f"{setting}.{name}", value, "is decided here: take it out")
+        if name in RESERVED:
+            raise ConfigError(f"{setting}.{name}", value, "it is set by ibro_lightning: take it out")
 
 
 def check_template_kwargs(setting: str, chat_template_kwargs: Mapping[str, Any] | None, tokenizer: Any) -> None:
-    """Refuse variables that the tokenizer's chat template never reads, since they would have no effect.
-
-    Raises:
-        ConfigError: there is no chat template, or it does not read one of the variables.
-    """
+    """Raise :class:`ConfigError` for variables that the tokenizer's chat template never reads."""
     if not chat_template_kwargs:
         return
     template = getattr(tokenizer, "chat_template", None)
@@ -64,10 +60,7 @@ def about_system(content: Content, tokenizer: Any, chat_template_kwargs: Mapping
         render(others, tokenizer, chat_template_kwargs)
     except RenderingError:
         return ""
-    return (
-        ": it takes no system message. Write source.system: null, and these words into the user's message (in "
-        "source.template, before {problem})"
-    )
+    return ": it takes no system message. Write source.system: null, and its words in source.template, before {problem}"
 
 
 def template_variables(template: str) -> set[str] | None:
@@ -78,4 +71,4 @@ def template_variables(template: str) -> set[str] | None:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except jinja2.TemplateError:
         return None
-    return set(meta.find_undeclared_variables(tree)) - {"raise_exception", "strftime_now", *OURS}
+    return set(meta.find_undeclared_variables(tree)) - {"raise_exception", "strftime_now", *RESERVED}

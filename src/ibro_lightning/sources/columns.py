@@ -1,9 +1,11 @@
-"""The question and answer columns of a dataset, with errors that name the file and row."""
+"""The columns of a dataset, with errors that name the file and row."""
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -11,7 +13,7 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.sources.files import Row, Table
 
 
-class NothingThere(ConfigError):
+class MissingValue(ConfigError):
     """A row without question or answer, which ``skip_bad_rows`` skips."""
 
 
@@ -23,10 +25,8 @@ class Column:
         candidates = [names] if isinstance(names, str) else list(names)
         found = next((name for name in candidates if _has(table, name, nested=len(candidates) > 1)), None)
         if found is None:
-            remedy = f"{path} has no such column: write one of {sorted(table.columns)}"
-            raise ConfigError(setting, names, remedy)
-        self.name = found
-        self.keys = _keys(table, found)
+            raise ConfigError(setting, names, f"{path} has no such column: write one of {sorted(table.columns)}")
+        self.name, self.keys = found, _keys(table, found)
         self.top = self.keys[0]
         self.is_json = self.top in table.json_columns
         self._first: tuple[str, str, str] | None = None
@@ -40,7 +40,7 @@ class Column:
         return value
 
     def check_value(self, value: Any, row: Row) -> None:
-        """Raise :class:`NothingThere` if ``value`` is missing, blank or not finite."""
+        """Raise :class:`MissingValue` if ``value`` is missing, blank or not finite."""
         if value is None or value in ("", [], {}) or (isinstance(value, str) and not value.strip()):
             raise self.nothing(row, "no value there")
         if isinstance(value, float | Decimal) and not math.isfinite(value):
@@ -67,7 +67,7 @@ class Column:
 
     def nothing(self, row: Row, what: str) -> ConfigError:
         remedy = "repair the row, or write skip_bad_rows: true"
-        return NothingThere(self.setting, self.name, f"{self.path}, {row[0]}: {what}: {remedy}")
+        return MissingValue(self.setting, self.name, f"{self.path}, {row[0]}: {what}: {remedy}")
 
 
 def _keys(table: Table, name: str) -> list[str]:
@@ -97,13 +97,79 @@ def is_number(value: Any) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    for types, name in (
-        (str, "text"),
-        (bool, "a truth value"),
-        ((int, float, Decimal), "a number"),
-        (list, "a list"),
-        (Mapping, "an object"),
-    ):
-        if isinstance(value, types):
-            return name
-    return f"a value of type {type(value).__name__}"
+    kinds = {str: "text", bool: "a truth value", int: "a number", float: "a number", Decimal: "a number"}
+    kinds |= {list: "a list", Mapping: "an object"}
+    found = (name for kind, name in kinds.items() if isinstance(value, kind))
+    return next(found, f"a value of type {type(value).__name__}")
+
+
+class MetaColumns:
+    """Reads the columns ``names`` of each row, which are the keys of ``meta``; dots reach into nested ones."""
+
+    def __init__(self, path: str, names: Sequence[str], table: Table) -> None:
+        self.path = path
+        self._keys = {name: _keys(table, name) for name in names}
+        self._missing: dict[str, set[str]] = {name: set() for name in names}
+        """Names not found in any row so far, with the keys found at their level."""
+        for name, (top, *_) in self._keys.items():
+            if top not in table.columns:
+                raise self._no_such(name, top, table.columns)
+
+    @property
+    def tops(self) -> list[str]:
+        """The top-level columns to read."""
+        return [keys[0] for keys in self._keys.values()]
+
+    def values(self, row: Row) -> dict[str, Any]:
+        """The row's values by name, as plain JSON; None for missing ones."""
+        return {name: self._plain(name, self._find(name, row), row) for name in self._keys}
+
+    def check_found(self) -> None:
+        """Raise :class:`ConfigError` for a nested name not found in any row."""
+        for name, others in self._missing.items():
+            *_, last = self._keys[name]
+            raise self._no_such(name, last, sorted(others), name.removesuffix(last))
+
+    def _find(self, name: str, row: Row) -> Any:
+        value: Any = row[1]
+        for number, key in enumerate(self._keys[name]):
+            if not isinstance(value, Mapping) or (number and key not in value):
+                if isinstance(value, Mapping) and name in self._missing:
+                    self._missing[name] |= {str(other) for other in value}
+                return None
+            value = value.get(key)
+        self._missing.pop(name, None)
+        return value
+
+    def _plain(self, name: str, value: Any, row: Row) -> Any:
+        if value is None or isinstance(value, bool | int | str):
+            return value
+        if isinstance(value, float | Decimal):
+            return float(value) if math.isfinite(value) else None  # NaN marks a missing value
+        if isinstance(value, Mapping):
+            return {str(key): self._plain(name, item, row) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._plain(name, item, row) for item in value]
+        if isinstance(value, date | time):
+            return value.isoformat()
+        if isinstance(value, timedelta):
+            return value.total_seconds()
+        remedy = f"a value of type {type(value).__name__} cannot be kept beside the responses: take this column out"
+        raise ConfigError("meta_columns", name, f"{self.path}, {row[0]}: {remedy}")
+
+    def _no_such(self, name: str, key: str, others: Sequence[str], before: str = "") -> ConfigError:
+        near = difflib.get_close_matches(key, others, n=1)
+        rest = name[len(before) + len(key) :]
+        hint = f"did you mean {before + near[0] + rest!r}?" if near else f"write one of {[before + o for o in others]}"
+        return ConfigError("meta_columns", name, f"{self.path} has no such column: {hint}")
+
+
+def checked_names(names: Sequence[str] | str | None) -> list[str]:
+    """``names`` as a list; raises :class:`ConfigError` if one is empty or repeated."""
+    columns = [names] if isinstance(names, str) else list(names or ())
+    for name in columns:
+        if not isinstance(name, str) or not name:
+            raise ConfigError("meta_columns", name, "name columns of the file")
+        if columns.count(name) > 1:
+            raise ConfigError("meta_columns", name, "appears twice: name each column once")
+    return columns

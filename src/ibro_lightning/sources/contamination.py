@@ -12,8 +12,7 @@ from ibro_lightning.types import Prompt
 
 _BETWEEN_WORDS = re.compile(r"(?:[^\w+\-*/=<>^]|_)+")
 _CONTAINED_FROM = 40
-"""Minimum normalised characters of a question to be searched for inside training prompts: "What is 1 + 1" occurs in
-many by chance."""
+"""Minimum characters of a question to search in training prompts: many contain "What is 1 + 1" by chance."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ibro_lightning.rendering import (
 from ibro_lightning.types import ControlText, Prompt
 
 SETTING = "data.control_text"
-NAMED = 5
+MAX_NAMED = 5
 """Maximum number of rows named in an error."""
 
 
@@ -38,11 +38,7 @@ def rendered(
     rule: ControlText = "warn",
     own: Sequence[str] = (),
 ) -> tuple[str, tuple[int, ...]]:
-    """``(text, token ids)`` of :func:`~ibro_lightning.rendering.render`; ``as_text`` encodes control text as text.
-
-    Raises:
-        RenderingError: see there.
-    """
+    """``(text, token ids)`` of :func:`~ibro_lightning.rendering.render`; ``as_text`` encodes control text as text."""
     if rule == "as_text":
         control = ControlTokens.of(tokenizer)
         if control.normalized or control_text(content, control, own):
@@ -54,64 +50,33 @@ def rendered(
     return render(content, tokenizer, chat_template_kwargs)
 
 
-class ControlTextCount:
-    """Counts the rows of one source that spell control tokens."""
+def report_control_text(setting: str, rule: ControlText, found: Sequence[tuple[str, str]], what: str = "rows") -> None:
+    """Report in one line how many rows spell control tokens; raises :class:`ConfigError` if the rule is ``refuse``.
 
-    def __init__(self, setting: str, rule: ControlText, what: str = "rows") -> None:
-        self.setting, self.rule, self.what = setting, rule, what
-        self._found: list[tuple[str, str]] = []
-        self._rows = 0
-
-    def add(self, row: str, token: str) -> None:
-        """Add a row with the first control token that its data spells, or "" if none."""
-        self._rows += 1
-        if token:
-            self._found.append((row, token))
-
-    def report(self) -> None:
-        """Report the count in one line if it is not zero.
-
-        Raises:
-            ConfigError: the count is not zero and the rule is ``refuse``.
-        """
-        if not self._found:
-            return
-        row, token = self._found[0]
-        counted = f"{len(self._found)} of {self._rows} {self.what} spell control tokens of the policy's tokenizer"
-        if self.rule == "refuse":
-            rows = ", ".join(row for row, _ in self._found[:NAMED]) + (", …" if len(self._found) > NAMED else "")
-            remedy = f"{counted}, first {token!r} ({rows}): mend them, or write as_text to have them read as text"
-            raise ConfigError("control_text", "refuse", f"{self.setting}: {remedy}")
-        found = f"{self.setting}: {counted}, first {token!r} in {row!r}"
-        if self.rule == "as_text":
-            rank_zero_info(f"{found}: encoded as text ({SETTING}: as_text)")
-        else:
-            rank_zero_warn(f"{found}, and become such ({SETTING}: warn): write refuse, or as_text to keep them text")
-
-
-def report_control_text(prompts: Sequence[Prompt], tokenizer: Any, setting: str, rule: ControlText) -> None:
-    """Report the prompts of one source whose data spells control tokens.
-
-    Raises:
-        ConfigError: there are such prompts and the rule is ``refuse``.
+    Args:
+        setting: where the rows come from.
+        found: each row with the first control token that its data spells, or "" if none.
     """
-    control, count = ControlTokens.of(tokenizer), ControlTextCount(f"data.{setting}", rule)
-    for prompt in prompts:
-        count.add(prompt.id, control_text(prompt.content, control, prompt.own_text))
-    count.report()
+    hits = [(row, token) for row, token in found if token]
+    if not hits:
+        return
+    row, token = hits[0]
+    counted = f"{len(hits)} of {len(found)} {what} spell control tokens of the policy's tokenizer"
+    if rule == "refuse":
+        rows = ", ".join(row for row, _ in hits[:MAX_NAMED]) + (", …" if len(hits) > MAX_NAMED else "")
+        remedy = f"{counted}, first {token!r} ({rows}): fix them, or write as_text to have them read as text"
+        raise ConfigError("control_text", "refuse", f"{setting}: {remedy}")
+    message = f"{setting}: {counted}, first {token!r} in {row!r}"
+    if rule == "as_text":
+        rank_zero_info(f"{message}: encoded as text ({SETTING}: as_text)")
+    else:
+        rank_zero_warn(f"{message}, and become such ({SETTING}: warn): write refuse, or as_text to keep them text")
 
 
 def report_shown(provider: Any, prompts: Sequence[Prompt], rule: ControlText) -> None:
-    """Report the prompts whose gold, as the module's regulariser shows it to the model, spells control tokens.
-
-    Raises:
-        ConfigError: there are such prompts and the rule is ``refuse``.
-    """
+    """Report, or refuse, the golds that the module's regulariser shows to the model and that spell control tokens."""
     for name, template in getattr(getattr(provider, "regularizer", None), "__dict__", {}).items():
         find: Callable[[Prompt, Any], str] | None = getattr(template, "control_text_shown", None)
-        if find is None:
-            continue
-        count = ControlTextCount(f"model.regularizer ({name})", rule, "golds that it shows")
-        for prompt in prompts:
-            count.add(prompt.id, find(prompt, provider.tokenizer))
-        count.report()
+        if find is not None:
+            found = [(prompt.id, find(prompt, provider.tokenizer)) for prompt in prompts]
+            report_control_text(f"model.regularizer ({name})", rule, found, "golds that it shows")

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.rendering import last_question, text_of
+from ibro_lightning.rendering import RenderingError, last_question, text_messages
 from ibro_lightning.rewards.mathematics.gold_text import after_hashes, alternatives, boxed, canonical_gold
 from ibro_lightning.sources.base import PromptSource, as_prompt, own_words
-from ibro_lightning.sources.columns import Column, NothingThere, is_number, is_plain, kind_of
-from ibro_lightning.sources.files import Row, Table, open_table
-from ibro_lightning.sources.meta_columns import MetaColumns, checked_names
+from ibro_lightning.sources.columns import (
+    Column,
+    MetaColumns,
+    MissingValue,
+    checked_names,
+    is_number,
+    is_plain,
+    kind_of,
+)
+from ibro_lightning.sources.files import Row, open_table
 from ibro_lightning.sources.templates import bare_question, template_text
-from ibro_lightning.types import Message, Problem
+from ibro_lightning.types import Problem
 
 AnswerFormat = Literal["auto", "boxed", "raw", "after_hashes"]
 PROMPT_COLUMNS = ["problem", "question", "prompt"]
@@ -71,7 +78,7 @@ class DatasetSource(PromptSource):
             text that contains ``\boxed{`` or a line with ``####``, otherwise the whole value. All but ``raw`` apply
             :func:`~ibro_lightning.rewards.mathematics.gold_text.canonical_gold` to text and numbers (``27.0`` becomes
             27). A list of answers, possibly written as text (``["1/2", "0.5"]``), is read element by element; each of
-            them is right (:func:`ibro_lightning.rewards.mathematics.gold_text.alternatives`).
+            them is right.
         template: template of text prompts: a name (plain, dapo, boxed: see :mod:`.templates`), or text that contains
             ``{problem}``. ``template``, ``chat`` and ``system`` do not apply to lists of messages.
         chat: wrap text prompts as a user message for the model's chat template; False leaves them raw.
@@ -103,7 +110,7 @@ class DatasetSource(PromptSource):
             raise ConfigError("answer_format", answer_format, f"write one of {', '.join(get_args(AnswerFormat))}")
         for name, columns in (("prompt_column", prompt_column), ("answer_column", answer_column)):
             if not columns:
-                raise ConfigError(f"{name}", columns, "name a column, or several to choose from")
+                raise ConfigError(name, columns, "name a column, or several to choose from")
         self.path, self.split, self.config = path, split, config
         self.prompt_column, self.answer_column, self.answer_format = prompt_column, answer_column, answer_format
         self.template, self.chat, self.system, self.limit = template_text(template), chat, system, limit
@@ -121,7 +128,8 @@ class DatasetSource(PromptSource):
         seen: dict[Any, tuple[Any, Any]] = {}
         rows = duplicates = conflicting = skipped = 0
         columns = list(dict.fromkeys((question_column.top, answer_column.top, *meta.tops)))
-        for number, row in enumerate(islice(_select(table, columns, selected), self.limit)):
+        chosen = chain.from_iterable(islice(table.rows(columns), part.start, part.stop) for part in selected)
+        for number, row in enumerate(islice(chosen, self.limit)):
             rows += 1
             try:
                 question, value = question_column.value(row), answer_column.value(row)
@@ -132,7 +140,7 @@ class DatasetSource(PromptSource):
                 prompt, bare = self._prompt(question, question_column, row)
                 answer = self._answer(value, answer_column, row)
                 extra = meta.values(row)
-            except NothingThere:
+            except MissingValue:
                 if not self.skip_bad_rows:
                     raise
                 skipped += 1
@@ -155,7 +163,11 @@ class DatasetSource(PromptSource):
             text = self.template.format(problem=question)
             return as_prompt(text, chat=self.chat, system=self.system), question
         if isinstance(question, list) and all(isinstance(message, Mapping) for message in question):
-            messages = [_message(number, message, column, row) for number, message in enumerate(question, start=1)]
+            given = [{key: value for key, value in message.items() if value is not None} for message in question]
+            try:
+                messages = text_messages(given)
+            except RenderingError as error:
+                raise column.error(row, f"neither text nor a list of messages: {error}") from error
             asked = last_question(messages)
             if not messages[-1]["content"].strip():
                 raise column.nothing(row, f"message {len(messages)} is empty")
@@ -194,29 +206,10 @@ class DatasetSource(PromptSource):
                 what = r"closed \boxed{}" if answer_format == "boxed" else "line with ####"
                 raise column.nothing(row, f"no {what} in {value[-60:]!r}")
             answer: Any = found
-        else:
+        elif is_plain(value):
             answer = value
-        if not is_plain(answer):
-            return answer
+        else:
+            return value
         if not (canonical := canonical_gold(answer)):
             raise column.nothing(row, f"nothing is left of the answer {value[-60:]!r}")
         return canonical
-
-
-def _select(table: Table, columns: list[str], selected: list[range]) -> Iterator[Row]:
-    for part in selected:
-        yield from islice(table.rows(columns), part.start, part.stop)
-
-
-def _message(number: int, message: Mapping[str, Any], column: Column, row: Row) -> Message:
-    """The message with its content as text; other fields that are not None (``tool_calls``, ``name``) are kept."""
-    others = {key: value for key, value in message.items() if value is not None and key not in ("role", "content")}
-    texts = {"role": message.get("role"), "content": text_of(message.get("content"))}
-    if message.get("content") is None and others.get("tool_calls"):
-        texts["content"] = ""
-    for key, text in texts.items():
-        if not isinstance(text, str):
-            what = f"{key!r} is {kind_of(message[key])}" if message.get(key) is not None else f"has no {key!r}"
-            what += " that holds more than text" if isinstance(message.get(key), list) else ""
-            raise column.error(row, f"neither text nor a list of messages: message {number} {what}")
-    return {**texts, **others}

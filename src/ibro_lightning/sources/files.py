@@ -75,11 +75,8 @@ class ParquetTable(Table):
         if head != b"PAR1":
             raise _unreadable(path, 'it does not begin with "PAR1": this is no parquet file')
         if tail != b"PAR1" or size < 12:
-            raise _unreadable(
-                path,
-                f'truncated: its {size} bytes do not end with "PAR1", so the footer that says where rows and '
-                "columns are is missing: copy the file again",
-            )
+            reason = f'truncated: its {size} bytes do not end with "PAR1", so the footer that locates rows and columns'
+            raise _unreadable(path, f"{reason} is missing: copy the file again")
         try:
             with pq.ParquetFile(path) as parquet:
                 self.columns, self._size = parquet.schema_arrow.names, parquet.metadata.num_rows
@@ -131,11 +128,7 @@ class HubTable(Table):
 
 
 def open_table(path: str, config: str | None, split: str) -> tuple[Table, list[range]]:
-    """``(table, row ranges that split selects)``. A local file accepts any split name.
-
-    Raises:
-        ConfigError: the table cannot be read; one line that names the file and, if applicable, the position in it.
-    """
+    """``(table, row ranges that split selects)``; raises :class:`ConfigError`. A local file accepts any split name."""
     suffix = Path(path).suffix.lower()
     if suffix not in (".jsonl", ".json", ".csv", ".parquet"):
         if Path(path).is_file():
@@ -158,9 +151,8 @@ def open_table(path: str, config: str | None, split: str) -> tuple[Table, list[r
 
 
 def _read_json_lines(path: str, text: str) -> Iterator[Row]:
-    for number, line in enumerate(
-        text.split("\n"), start=1
-    ):  # splitlines would split at U+2028, which JSON strings may contain
+    lines = text.split("\n")  # splitlines would split at U+2028, which JSON strings may contain
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             yield f"line {number}", _object(path, f"line {number}", _parse(path, line, number))
 
@@ -190,11 +182,9 @@ def _read_csv(path: str, text: str) -> Iterator[Row]:
         rows = (fields for fields in reader if fields)
         for number, fields in enumerate(rows, start=1):
             if len(fields) != len(header):
-                raise _unreadable(
-                    path,
-                    f"data row {number} (line {reader.line_num}) has {len(fields)} fields, the header "
-                    f'{len(header)} ({", ".join(header)[:100]}): put fields that contain commas in "quotes"',
-                )
+                counts = f"has {len(fields)} fields, the header {len(header)} ({', '.join(header)[:100]})"
+                remedy = 'put fields that contain commas in "quotes"'
+                raise _unreadable(path, f"data row {number} (line {reader.line_num}) {counts}: {remedy}")
             yield f"data row {number}", dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise _unreadable(path, f"line {reader.line_num}: {error}: check its quotes") from error
@@ -210,9 +200,8 @@ def _check_utf8(path: str, batch: pa.RecordBatch, before: int) -> None:
                 try:
                     column[row].as_py()
                 except UnicodeDecodeError as error:
-                    raise _unreadable(
-                        path, f"data row {before + row + 1}, column {name!r}: not UTF-8: convert the file"
-                    ) from error
+                    reason = f"data row {before + row + 1}, column {name!r}: not UTF-8: convert the file"
+                    raise _unreadable(path, reason) from error
 
 
 def _parse(path: str, line: str, number: int) -> Any:
@@ -243,9 +232,8 @@ def _not_utf8(path: str, data: bytes, error: UnicodeDecodeError, read: Any) -> C
         column = next(f", column {name!r}" for _, row in rows for name in row if _holds_surrogate(row[name]))
     except (ConfigError, StopIteration):
         column = ""
-    return _unreadable(
-        path, f"line {line}{column}: byte {byte} of the line (0x{data[error.start]:02x}) is not UTF-8: convert the file"
-    )
+    where = f"line {line}{column}: byte {byte} of the line (0x{data[error.start]:02x})"
+    return _unreadable(path, f"{where} is not UTF-8: convert the file")
 
 
 def _holds_surrogate(value: Any) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -19,18 +20,18 @@ _NAME = b"ARROW:extension:name"
 _NUMBERS = re.compile(r"\[[-+0-9.eE,\s]*\]")
 
 
-def json_value(text: str, *, null_is_text: bool = False) -> Any:
-    """The value of a cell of a JSON column.
+def json_value(text: Any, *, null_is_text: bool = False) -> Any:
+    """The value of a cell of a JSON column; None and decoded values are returned unchanged.
 
     Numbers and lists in a spelling that no JSON writer produces are text: ``007``, ``1e5``, ``1.50``, ``[1, 2]``.
 
-    Args:
-        text: the stored text.
-        null_is_text: ``null`` is text, as in files of ``datasets``, where missing values are Arrow nulls.
+    With ``null_is_text``, so is ``null``, as in files of ``datasets``, where missing values are Arrow nulls.
 
     >>> [json_value(text) for text in ('"forty"', "12", "007", "1e5", "1.50", "[1, 2]", '["1",2]')]
     ['forty', 12, '007', '1e5', '1.50', '[1, 2]', ['1', 2]]
     """
+    if not isinstance(text, str):
+        return text
     try:
         value = json.loads(text, parse_constant=_reject_constant)
     except (ValueError, RecursionError):
@@ -68,61 +69,39 @@ def json_columns(schema: pa.Schema) -> frozenset[str]:
 
 def _decoder(field: pa.Field, null_is_text: bool) -> Decode | None:
     """The function that decodes a field's values; None if they need no decoding."""
-    decode = _decoder_of(field.type, null_is_text)
-    if decode is None and (field.metadata or {}).get(_NAME) == b"arrow.json":  # unknown to older pyarrow
-        decode = _json_decoder(null_is_text)
-    return decode
-
-
-def _json_decoder(null_is_text: bool) -> Decode:
-    def decode(text: Any) -> Any:
-        return json_value(text, null_is_text=null_is_text) if isinstance(text, str) else text
-
-    return decode
+    if (field.metadata or {}).get(_NAME) == b"arrow.json":  # older pyarrow knows it as text
+        return partial(json_value, null_is_text=null_is_text)
+    return _decoder_of(field.type, null_is_text)
 
 
 def _decoder_of(kind: pa.DataType, null_is_text: bool) -> Decode | None:
+    types = pa.types
     if getattr(kind, "extension_name", None) == "arrow.json":
-        return _json_decoder(null_is_text)
+        return partial(json_value, null_is_text=null_is_text)
     if isinstance(kind, pa.BaseExtensionType):
         return _decoder_of(kind.storage_type, null_is_text)
-    if pa.types.is_dictionary(kind):
+    if types.is_dictionary(kind):
         return _decoder_of(kind.value_type, null_is_text)
-    if pa.types.is_struct(kind):
+    if types.is_struct(kind):
         inner = {field.name: decode for field in kind if (decode := _decoder(field, null_is_text))}
-        return _of_struct(inner) if inner else None
-    if pa.types.is_map(kind):
+        return partial(_decode_struct, inner=inner) if inner else None
+    if types.is_map(kind):
         item = _decoder(kind.item_field, null_is_text)
-        return _of_map(item) if item else None
-    if _is_list(kind):
+        return partial(_decode_map, item=item) if item else None
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    if is_list or types.is_list_view(kind) or types.is_large_list_view(kind):
         item = _decoder(kind.value_field, null_is_text)
-        return _of_list(item) if item else None
+        return partial(_decode_list, item=item) if item else None
     return None
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    types = pa.types
-    return bool(
-        types.is_list(kind)
-        or types.is_large_list(kind)
-        or types.is_fixed_size_list(kind)
-        or types.is_list_view(kind)
-        or types.is_large_list_view(kind)
-    )
+def _decode_list(values: Any, item: Decode) -> Any:
+    return values and [item(value) for value in values]
 
 
-def _of_struct(inner: Mapping[str, Decode]) -> Decode:
-    def decode(value: Any) -> Any:
-        if value is None:
-            return None
-        return {name: inner[name](item) if name in inner else item for name, item in value.items()}
-
-    return decode
+def _decode_map(pairs: Any, item: Decode) -> Any:
+    return pairs and [(key, item(value)) for key, value in pairs]
 
 
-def _of_map(item: Decode) -> Decode:
-    return lambda value: None if value is None else [(key, item(element)) for key, element in value]
-
-
-def _of_list(item: Decode) -> Decode:
-    return lambda value: None if value is None else [item(element) for element in value]
+def _decode_struct(value: Any, inner: dict[str, Decode]) -> Any:
+    return value and {name: inner[name](item) if name in inner else item for name, item in value.items()}

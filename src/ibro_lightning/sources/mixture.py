@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.sources.base import PromptSource
+from ibro_lightning.sources.base import PromptSource, check_problem
 from ibro_lightning.types import Problem
 
 
@@ -53,9 +53,8 @@ class MixtureSource(PromptSource):
             if not (math.isfinite(part.weight) and part.weight > 0):
                 raise ConfigError(f"parts.{name}.weight", part.weight, "write a finite number above 0")
             if isinstance(part.source, MixtureSource):
-                raise ConfigError(
-                    f"parts.{name}.source", "MixtureSource", "mixtures cannot be nested: write its parts here"
-                )
+                remedy = "mixtures cannot be nested: write its parts here"
+                raise ConfigError(f"parts.{name}.source", "MixtureSource", remedy)
         self.parts = dict(parts)
         total = math.fsum(part.weight for part in parts.values())
         self.weights = {name: part.weight / total for name, part in parts.items()}
@@ -63,18 +62,10 @@ class MixtureSource(PromptSource):
     def problems(self) -> Iterator[Problem]:
         for name, part in self.parts.items():
             for problem in part.source.problems():
-                if not isinstance(problem, Problem):
-                    raise ConfigError(
-                        f"parts.{name}.source",
-                        type(problem).__name__,
-                        "a source yields ibro_lightning.types.Problem, nothing else",
-                    )
+                check_problem(problem, f"parts.{name}.source")
                 if problem.part:
-                    raise ConfigError(
-                        f"parts.{name}.source",
-                        problem.part,
-                        f"its problem {problem.id!r} is part of a mixture already: mixtures cannot be nested",
-                    )
+                    remedy = f"its problem {problem.id!r} is part of a mixture already: mixtures cannot be nested"
+                    raise ConfigError(f"parts.{name}.source", problem.part, remedy)
                 yield replace(problem, id=f"{name}/{problem.id}", part=name)
 
     def first_problems(self, count: int) -> Iterator[Problem]:

@@ -17,12 +17,20 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.models.spec import ModelSpec
-from ibro_lightning.rendering import RenderingError, appended_tokens, last_question, prefill, text_messages
+from ibro_lightning.rendering import (
+    ControlTokens,
+    RenderingError,
+    appended_tokens,
+    last_question,
+    prefill,
+    text_messages,
+)
+from ibro_lightning.rendering import control_text as first_control_token
 from ibro_lightning.seeding import derive_seed, permutation
-from ibro_lightning.sources.base import PromptSource
+from ibro_lightning.sources.base import PromptSource, check_problem
 from ibro_lightning.sources.chat_template import about_system
 from ibro_lightning.sources.control_text import rendered, report_control_text
-from ibro_lightning.types import ControlText, Problem, Prompt, SamplingParams
+from ibro_lightning.types import ControlText, Problem, Prompt
 
 
 @dataclass(frozen=True)
@@ -53,18 +61,12 @@ def encode_prompts(
     first: int | None = None,
     rows: int | None = None,
 ) -> list[Prompt]:
-    """Encode a source's problems as prompts.
+    """A source's problems as prompts. Raises :class:`ConfigError` if there are none, or if a setting refuses one.
 
     Args:
         setting: the source's place in the configuration, for messages.
-        chat_template_kwargs: variables for the chat template, such as ``enable_thinking``.
-        control_text: how to handle text that spells control tokens; see :class:`CollectingDataModule`.
         first: maximum number of prompts, counted after overlong ones are dropped; None keeps all.
         rows: maximum number of problems to read; None reads all.
-
-    Raises:
-        ConfigError: no problems, all prompts overlong, one overlong with ``overlong: error``, no chat template, a chat
-            template that rejects a problem's messages, or control text with ``control_text: refuse``.
     """
     kwargs = dict(chat_template_kwargs or {})
     problems = source.problems() if rows is None else source.first_problems(rows)
@@ -73,16 +75,14 @@ def encode_prompts(
     if not prompts:
         raise ConfigError(setting, name, "it has no problems: check its file, split and difficulty settings")
     if len({prompt.id for prompt in prompts}) < len(prompts):
-        raise ConfigError(
-            setting, name, "several of its problems have the same id: ids must be unique, seeds derive from them"
-        )
+        raise ConfigError(setting, name, "several of its problems have the same id: seeds derive from ids")
     _report_ends(prompts, tokenizer)
     if kwargs and all(isinstance(prompt.content, str) for prompt in prompts):
-        rank_zero_warn(
-            f"data.{setting}: all prompts are raw text, which chat_template_kwargs ({', '.join(kwargs)}) do not reach"
-        )
+        rank_zero_warn(f"data.{setting}: all prompts are raw text, which chat_template_kwargs do not reach")
     kept = _short_enough(prompts, limits, setting, name)[:first]
-    report_control_text(kept, tokenizer, setting, control_text)
+    control = ControlTokens.of(tokenizer)
+    spelled = [(prompt.id, first_control_token(prompt.content, control, prompt.own_text)) for prompt in kept]
+    report_control_text(f"data.{setting}", control_text, spelled)
     return kept
 
 
@@ -94,17 +94,14 @@ def _short_enough(prompts: list[Prompt], limits: PromptLimits, setting: str, nam
     dropped = len(prompts) - len(kept)
     longest = max(len(prompt.token_ids) for prompt in prompts)
     if dropped and (limits.overlong == "error" or not kept):
-        raise ConfigError(
-            "prompt_limits.max_tokens",
-            limits.max_tokens,
-            f"{dropped} of {len(prompts)} prompts of {name} are longer (up to {longest} tokens): "
-            f"write {longest}" + ("" if limits.overlong == "drop" else ", or overlong: drop to leave them out"),
-        )
+        remedy = f"write {longest}" + ("" if limits.overlong == "drop" else ", or overlong: drop to leave them out")
+        reason = f"{dropped} of {len(prompts)} prompts of {name} are longer (up to {longest} tokens)"
+        raise ConfigError("prompt_limits.max_tokens", limits.max_tokens, f"{reason}: {remedy}")
     if dropped:
-        rank_zero_info(
-            f"data.{setting}: {dropped} of {len(prompts)} prompts dropped, "
-            f"longer than {limits.max_tokens} tokens (up to {longest})"
+        counts = (
+            f"{dropped} of {len(prompts)} prompts dropped, longer than {limits.max_tokens} tokens (up to {longest})"
         )
+        rank_zero_info(f"data.{setting}: {counts}")
     return kept
 
 
@@ -112,9 +109,7 @@ def report_appended(text: str, tokenizer: Any) -> None:
     """Warn about special tokens that the tokenizer appends to raw text."""
     if appended := appended_tokens(text, tokenizer) if text else ():
         what = tokenizer.decode(list(appended))
-        rank_zero_warn(
-            f"the policy's tokenizer puts {what!r} behind raw text: cut from prompts, which responses follow"
-        )
+        rank_zero_warn(f"the policy's tokenizer appends {what!r} to raw text: cut from prompts, which responses follow")
 
 
 def _report_ends(prompts: Sequence[Prompt], tokenizer: Any) -> None:
@@ -123,22 +118,20 @@ def _report_ends(prompts: Sequence[Prompt], tokenizer: Any) -> None:
     report_appended(raw, tokenizer)
     ended = [prompt for prompt in prompts if prompt.token_ids[-1] == getattr(tokenizer, "eos_token_id", None)]
     if ended:
+        end = tokenizer.decode([ended[0].token_ids[-1]])
         rank_zero_warn(
-            f"{len(ended)} of {len(prompts)} prompts end with {tokenizer.decode([ended[0].token_ids[-1]])!r} (first "
-            f"{ended[0].id!r}), behind which the policy has nothing to say: their own text, or a chat template without "
-            "a generation prompt, writes it"
+            f"{len(ended)} of {len(prompts)} prompts end with {end!r} (first {ended[0].id!r}), after which the policy "
+            "has nothing to say: their own text, or a chat template without a generation prompt, writes it"
         )
 
 
 def _encode(
     problem: Problem, tokenizer: Any, setting: str, chat_template_kwargs: Mapping[str, Any], rule: ControlText
 ) -> Prompt:
-    if not isinstance(problem, Problem):
-        raise ConfigError(setting, type(problem).__name__, "a source yields ibro_lightning.types.Problem, nothing else")
+    check_problem(problem, setting)
     if not isinstance(problem.prompt, str) and not tokenizer.chat_template:
-        raise ConfigError(
-            setting, "chat: true", "the policy's tokenizer has no chat template: write chat: false for raw prompts"
-        )
+        remedy = "the policy's tokenizer has no chat template: write chat: false for raw prompts"
+        raise ConfigError(setting, "chat: true", remedy)
     try:
         content = problem.prompt if isinstance(problem.prompt, str) else text_messages(problem.prompt)
         text, token_ids = rendered(content, tokenizer, chat_template_kwargs, rule=rule, own=problem.own_text)
@@ -146,9 +139,7 @@ def _encode(
         advice = about_system(problem.prompt, tokenizer, chat_template_kwargs)
         raise ConfigError(setting, problem.id, f"{error}{advice}") from error
     if not token_ids:
-        raise ConfigError(
-            setting, problem.id, "this problem's prompt has no tokens: a response needs something to follow"
-        )
+        raise ConfigError(setting, problem.id, "its prompt has no tokens: a response needs something to follow")
     return Prompt(
         problem.id,
         text,
@@ -170,24 +161,9 @@ def check_vocabulary(prompts: list[Prompt], spec: ModelSpec, *, setting: str) ->
     vocabulary = int(spec.config.get_text_config().vocab_size)
     for prompt in prompts:
         if (largest := max(prompt.token_ids)) >= vocabulary:
-            raise ConfigError(
-                "model.policy",
-                f"token id {largest}",
-                f"data.{setting} has a prompt with this token ({prompt.id}), but the model has {vocabulary}: the "
-                "tokenizer in its folder is another model's",
-            )
-
-
-def check_lengths(prompts: list[Prompt], sampling: SamplingParams, limit: int | None, *, setting: str) -> None:
-    """Raise :class:`ConfigError` if the longest prompt plus ``sampling.max_tokens`` exceeds ``limit`` tokens."""
-    longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
-    if limit is not None and longest + sampling.max_tokens > limit:
-        raise ConfigError(
-            f"{setting}.max_tokens",
-            sampling.max_tokens,
-            f"with the longest prompt ({longest} tokens) this exceeds the {limit} positions of engine and model: "
-            f"write at most {limit - longest}, or lower prompt_limits.max_tokens",
-        )
+            reason = f"data.{setting} has a prompt with this token ({prompt.id}), but the model has {vocabulary}"
+            remedy = "the tokenizer in its folder is another model's"
+            raise ConfigError("model.policy", f"token id {largest}", f"{reason}: {remedy}")
 
 
 def check_count(setting: str, value: object) -> None:
@@ -198,18 +174,10 @@ def check_count(setting: str, value: object) -> None:
 
 
 class PromptCursor:
-    """Draws prompts in an order that is a function of the seed and the position.
+    """Draws prompts in an order that is a function of the seed and the position, its only state.
 
-    Each pass over the prompts is a new permutation. ``position`` is the only state.
-
-    Args:
-        prompts: the prompts to draw from.
-        seed: of the order.
-        weights: sampling weights of a mixture's parts. The part of a draw is a function of seed and position; each
-            pass over a part's prompts is a new permutation.
-
-    Raises:
-        ConfigError: a part has no prompts, or a prompt's part has no weight.
+    Each pass over the prompts is a new permutation. With ``weights`` of a mixture's parts, the part of a draw is a
+    function of seed and position, and each pass over a part's prompts is a new permutation.
     """
 
     def __init__(self, prompts: list[Prompt], seed: int, weights: Mapping[str, float] | None = None) -> None:
@@ -238,14 +206,12 @@ class PromptCursor:
         return digest.hexdigest()
 
     def refuse_others(self, then: str | None) -> None:
-        """Raise :class:`ConfigError` if a checkpoint's position refers to different prompts.
-
-        Args:
-            then: the :attr:`digest` in the checkpoint; None if it has none.
-        """
+        """Raise :class:`ConfigError` unless ``then``, the digest in a checkpoint, is None or that of these prompts."""
         if then not in (None, self.digest):
-            remedy = "they are not those of the checkpoint's run, among which it has its place: give it those, begin a "
-            remedy += "new run, or --resume.allow_changes true to go on all the same"
+            remedy = (
+                "the checkpoint's position refers to others: write the same source as its run, begin a new run, or "
+            )
+            remedy += "continue with --resume.allow_changes true"
             raise ConfigError("source", f"{len(self.prompts)} prompts", remedy)
 
     def _at(self, position: int) -> Prompt:
@@ -286,10 +252,6 @@ def _parts_of(prompts: list[Prompt], weights: Mapping[str, float]) -> dict[str, 
         parts[prompt.part].append(index)
     for name, indices in parts.items():
         if not indices:
-            raise ConfigError(
-                f"source.parts.{name}",
-                "no prompts",
-                "it has no problems, or prompt_limits.max_tokens dropped them all: raise the limit, or take the "
-                "part out",
-            )
+            remedy = "raise data.prompt_limits.max_tokens if it dropped them, or take the part out"
+            raise ConfigError(f"source.parts.{name}", "no prompts", remedy)
     return dict(parts)

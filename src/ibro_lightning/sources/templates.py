@@ -1,11 +1,4 @@
-r"""Named prompt templates, and the inverse from a prompt to its bare question.
-
-``TEMPLATES`` are format strings with the field ``{problem}``:
-
-- ``plain``: the problem alone.
-- ``dapo``: the prompt of DAPO-Math-17K, verbatim from the published file (arXiv 2503.14476).
-- ``boxed``: the problem, then Qwen2.5-Math's instruction to use ``\boxed{}``.
-"""
+"""Named prompt templates, and the inverse from a prompt to its bare question."""
 
 from __future__ import annotations
 
@@ -14,21 +7,18 @@ from ibro_lightning.sources.base import check_template
 
 TEMPLATES: dict[str, str] = {
     "plain": "{problem}",
-    "dapo": (
+    "dapo": (  # of DAPO-Math-17K, verbatim from the published file (arXiv 2503.14476)
         "Solve the following math problem step by step. The last line of your response should be of the form "
         "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
         'Remember to put your answer on its own line after "Answer:".'
     ),
+    # Qwen2.5-Math's instruction.
     "boxed": "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
 }
 
 
 def template_text(template: str) -> str:
-    """The text of a named or custom template.
-
-    Raises:
-        ConfigError: neither a name nor text with the field ``{problem}``.
-    """
+    """The text of a named or custom template; raises :class:`ConfigError` for other words without ``{problem}``."""
     if template in TEMPLATES:
         return TEMPLATES[template]
     if "{" not in template:

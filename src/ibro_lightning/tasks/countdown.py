@@ -51,8 +51,7 @@ class Countdown:
         except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
             return False
         given = Counter(numbers)
-        allowed = used == given if self.use_all else used <= given
-        return allowed and value == target
+        return (used == given if self.use_all else used <= given) and value == target
 
     @staticmethod
     def generate(seed: int, k: int, max_number: int) -> tuple[list[int], int]:
@@ -180,12 +179,8 @@ class CountdownReward(VerifiableReward):
         answer = prompt.answer if isinstance(prompt.answer, Mapping) else {}
         numbers, target = answer.get("numbers"), answer.get("target")
         values = [*numbers, target] if isinstance(numbers, list | tuple) and numbers else [None]
-        if any(
-            isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 for value in values
-        ):
-            raise RewardError(
-                f"CountdownReward needs an answer with numbers (a list) and target, all of them whole "
-                f"numbers, which {str(prompt.answer)[:100]!r} of prompt {prompt.id!r} is not"
-            )
-        whole = [int(value) for value in values if value is not None]
+        whole = [int(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v == v // 1]
+        if len(whole) < len(values):
+            found = f"{str(prompt.answer)[:100]!r} of prompt {prompt.id!r}"
+            raise RewardError(f"CountdownReward needs an answer with whole numbers and target, and {found} is none")
         return whole[:-1], whole[-1]

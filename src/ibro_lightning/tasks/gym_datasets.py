@@ -41,11 +41,7 @@ _MAX_CHARACTERS = 20_000
 
 
 def library() -> ModuleType:
-    """The reasoning-gym package, imported lazily because that takes a second.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+    """The reasoning-gym package, imported lazily because that takes a second."""
     try:
         import reasoning_gym
     except ImportError as error:
@@ -54,11 +50,7 @@ def library() -> ModuleType:
 
 
 def make_dataset(name: str, config: Mapping[str, Any]) -> Any:
-    """A reasoning-gym dataset. ``config`` contains its settings, including ``seed`` and ``size``.
-
-    Raises:
-        ConfigError: there is no such dataset, or it rejects its settings (with the dataset's own message).
-    """
+    """A reasoning-gym dataset; ``config`` includes ``seed`` and ``size``. Raises ConfigError with its message."""
     return _make_dataset(name, json.dumps(config, sort_keys=True, default=list))
 
 

@@ -3,9 +3,8 @@
     prompt    12>41:
     response  *2=24-3=21*2=42-3=39-3=36-3=33-3=30+7=37+7=44-3=41!
 
-An arithmetic search task in which exploration matters, and which small models learn on a CPU in minutes: most problems
-have many correct answers of different lengths, and guessing cannot repair a wrong step. One token per number and move;
-``!`` is EOS.
+An arithmetic search task that small models learn on a CPU in minutes, and in which exploration matters: most problems
+have many correct answers, and guessing cannot repair a wrong step. One token per number and move; ``!`` is EOS.
 """
 
 from __future__ import annotations
@@ -40,10 +39,8 @@ class NumberPath:
     def __init__(self, size: int = 50, moves: Sequence[str] = ("+7", "-3", "*2")) -> None:
         if size < 2:
             raise ConfigError("size", size, "write 2 or more")
-        bad = [
-            move for move in moves if move[:1] not in ("+", "-", "*") or not move[1:].isdecimal() or int(move[1:]) < 1
-        ]
-        if bad or not moves or len(set(moves)) < len(moves):
+        valid = all(move[:1] in ("+", "-", "*") and move[1:].isdecimal() and int(move[1:]) > 0 for move in moves)
+        if not valid or not moves or len(set(moves)) < len(moves):
             raise ConfigError("moves", list(moves), "write different moves, like '+7', '-3' or '*2'")
         self.size, self.moves = size, tuple(moves)
 
@@ -99,11 +96,8 @@ class NumberPath:
         return value == target
 
     def random_walk(self, seed: int, max_steps: int) -> tuple[int, int, list[str]]:
-        """A random walk, relabelled so that its last number is the target.
-
-        Returns:
-            ``(start, target, response tokens without EOS)``; the walk is cut at its first arrival at the target.
-        """
+        """``(start, target, response tokens without EOS)`` of a random walk, relabelled so that its last number is the
+        target, and cut at its first arrival there."""
         rng = random.Random(seed)
         while True:
             start = value = rng.randrange(self.size)
@@ -179,9 +173,8 @@ class NumberPathSource(PromptSource):
     def problems(self) -> Iterator[Problem]:
         for (start, target), distance in sorted(self.task.distances.items()):
             prompt = self.task.prompt(start, target)
-            if self.min_distance <= distance <= self.max_distance and in_split(
-                prompt, self.split, self.heldout_fraction
-            ):
+            suits = self.min_distance <= distance <= self.max_distance
+            if suits and in_split(prompt, self.split, self.heldout_fraction):
                 answer = {"start": start, "target": target, "size": self.task.size, "moves": list(self.task.moves)}
                 meta = {"distance": distance, "solution": self.task.solution(start, target)}
                 yield Problem(id=prompt, prompt=prompt, answer=answer, meta=meta)
@@ -242,11 +235,10 @@ class NumberPathReward(VerifiableReward):
             task = NumberPath(size, moves)
             vocabulary = self._tokenizer.get_vocab()
             if missing := [token for token in task.vocabulary() if token not in vocabulary]:
-                raise ConfigError(
-                    "reward",
-                    "NumberPathReward",
-                    f"the policy's tokenizer has no token {missing[0]!r}: use a policy trained on this very task "
-                    "(sft_quickstart.yaml makes one for 50 numbers), or another task for this policy",
+                remedy = (
+                    "use a policy trained on this task (sft_quickstart.yaml makes one for 50 numbers), or another task"
                 )
+                reason = f"the policy's tokenizer has no token {missing[0]!r}"
+                raise ConfigError("reward", "NumberPathReward", f"{reason}: {remedy}")
             self._tasks[size, moves] = task
         return self._tasks[size, moves]

@@ -93,9 +93,8 @@ class ReasoningGymSource(PromptSource):
     def _solved(self, entries: list[dict[str, Any]]) -> list[tuple[str, str]]:
         """``(question, answer)`` of each example, in their templates."""
         if any(not isinstance(entry["answer"], str) for entry in entries):
-            raise ConfigError(
-                "examples", self.examples, f"{self.dataset} does not say the answers to its problems: write 0"
-            )
+            remedy = f"{self.dataset} has no answers to its problems: write 0"
+            raise ConfigError("examples", self.examples, remedy)
         return [(self._ask(_question(e)), self.example_answer.format(answer=e["answer"].strip())) for e in entries]
 
     def _ask(self, question: str) -> str:
@@ -165,8 +164,13 @@ class ReasoningGymReward(VerifiableReward):
         try:
             score = score_answer(dataset, answer, entry)
         except Exception as error:  # scorers raise on odd answers, but must not on the entry's own
-            self._check_entry(prompt, dataset, entry, error)
             score = 0.0
+            try:
+                if isinstance(entry["answer"], str):
+                    score_answer(dataset, entry["answer"].strip(), entry)
+            except Exception:
+                reason = f"reasoning-gym's scorer raised {type(error).__name__}: {error} for prompt {prompt.id!r}"
+                raise RewardError(f"{reason}, and for its own answer, too: its entry is broken") from error
         accuracy = score if self.partial else float(score >= self.threshold)
         return Verdict(accuracy, " ".join(answer.split()))
 
@@ -181,24 +185,12 @@ class ReasoningGymReward(VerifiableReward):
     def _entry(self, prompt: Prompt) -> tuple[Any, Mapping[str, Any]]:
         answer = prompt.answer
         if not isinstance(answer, Mapping) or not {"dataset", "config", "entry"} <= answer.keys():
-            raise RewardError(
-                "ReasoningGymReward needs an answer with dataset, config and entry, which prompt "
-                f"{prompt.id!r} has not: use it with ReasoningGymSource"
-            )
+            needs = "ReasoningGymReward needs an answer with dataset, config and entry"
+            raise RewardError(f"{needs}, which prompt {prompt.id!r} lacks: use it with ReasoningGymSource")
         entry = answer["entry"]
         if not isinstance(entry, Mapping) or not {"question", "answer", "metadata"} <= entry.keys():
             raise RewardError(f"the entry of prompt {prompt.id!r} lacks question, answer or metadata")
         return make_dataset(answer["dataset"], answer["config"]), entry
-
-    def _check_entry(self, prompt: Prompt, dataset: Any, entry: Mapping[str, Any], error: Exception) -> None:
-        if isinstance(entry["answer"], str):
-            try:
-                score_answer(dataset, entry["answer"].strip(), entry)
-            except Exception:
-                raise RewardError(
-                    f"reasoning-gym's scorer raised {type(error).__name__}: {error} for prompt "
-                    f"{prompt.id!r}, and for its own answer, too: its entry is broken"
-                ) from error
 
 
 def last_tagged(text: str, tag: str) -> str:

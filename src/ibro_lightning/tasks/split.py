@@ -9,10 +9,8 @@ Split = Literal["train", "heldout", "all"]
 
 
 def in_split(problem: str, split: Split, heldout_fraction: float) -> bool:
-    """Whether ``problem`` (its canonical text) belongs to ``split``.
-
-    A problem is held out if its SHA-256, read as a number in [0, 1), is below ``heldout_fraction``.
-    """
+    """Whether ``problem`` (its canonical text) belongs to ``split``: it is held out if its SHA-256, read as a number
+    in [0, 1), is below ``heldout_fraction``."""
     if split == "all":
         return True
     draw = int.from_bytes(hashlib.sha256(problem.encode()).digest()[:8], "big") / 2**64

@@ -1,10 +1,7 @@
 """Problems that ask for a function: it is called with the inputs, and its values are compared with the outputs.
 
-Two formats of published sets are read:
-
-- a list of arguments for each call, ``[[2, 7], 9]``, with the value that it returns (APPS, TACO, where a value may be
-  wrapped in a list of one);
-- text with one argument as JSON on each line, ``"[2, 7]\\n9"``, with the value as JSON (LiveCodeBench).
+A call is a list of arguments, ``[[2, 7], 9]``, with the value that it returns (APPS, TACO, where a value may be wrapped
+in a list of one); or text with one argument as JSON on each line, with the value as JSON (LiveCodeBench).
 
 Values are compared by ``==``, except that tuples are lists, keys of objects are texts (as JSON has them), and floats
 may differ by rounding (1e-9, relative). Expected values never enter the process that runs the response.
@@ -43,11 +40,7 @@ def _same(value, expected):
 
 
 def function_calls(name: Any, inputs: Any, outputs: Any) -> tuple[TestParts, ...]:
-    """One test per input.
-
-    Raises:
-        ValueError: they are not as described above.
-    """
+    """One test per input. Raises ValueError unless they are as described above."""
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"fn_name must be the name of a function, not {name!r}")
     for key, values in (("inputs", inputs), ("outputs", outputs)):

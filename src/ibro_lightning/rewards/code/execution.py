@@ -11,32 +11,24 @@ from pathlib import Path
 
 from ibro_lightning.rewards.code.limits import CHECK_S, SandboxLimits
 from ibro_lightning.rewards.code.problem import CodeProblem, broken
-from ibro_lightning.rewards.code.sandbox import SandboxResult, run_python
+from ibro_lightning.rewards.code.sandbox import run_python
 from ibro_lightning.rewards.code.unit_tests import VALUE, TestParts
 from ibro_lightning.types import Prompt
 
 
 def tests_passed(prompt: Prompt, problem: CodeProblem, program: str, limits: SandboxLimits, *, stop_early: bool) -> int:
-    """The number of the problem's tests that the program passes.
+    """The number of the problem's tests that the program passes; raises :class:`RewardError` if the set-up fails.
 
     Args:
         limits: for wall time, of all tests together.
         stop_early: only whether all are passed matters.
-
-    Raises:
-        RewardError: the problem's set-up fails.
     """
-    if problem.inputs:
-        return _passed_by_output(problem, program, limits, stop_early)
-    return _passed_by_value(prompt, problem, program, limits, stop_early)
-
-
-def _passed_by_output(problem: CodeProblem, program: str, limits: SandboxLimits, stop_early: bool) -> int:
+    if not problem.inputs:
+        return _passed_by_value(prompt, problem, program, limits, stop_early)
     ends = time.monotonic() + limits.wall_s
     passed = 0
     for given, expected in zip(problem.inputs, problem.outputs, strict=True):
-        left = ends - time.monotonic()
-        if left < 0.1:
+        if (left := ends - time.monotonic()) < 0.1:
             break
         result = run_python(program, stdin=given, limits=replace(limits, wall_s=left))
         right = result.status == "ok" and _lines(result.stdout) == _lines(expected)
@@ -56,7 +48,8 @@ def _passed_by_value(
     )
     report = observed.report.split("\n")
     if report[0] != "setup" and observed.status == "error":
-        raise broken(prompt, f"its setup fails: {_last_line(observed)}")
+        last_line = observed.stderr.strip().rpartition("\n")[2]
+        raise broken(prompt, f"its setup fails: {last_line[:300]}")
     passed = sum(test.steps[-1][0] == "whole" and f"{token} {number}" in report for number, test in enumerate(tests))
     checks = _checks(tests, report)
     if not checks or (stop_early and passed + len(checks) < len(tests)):
@@ -68,13 +61,8 @@ def _passed_by_value(
 
 def _checks(parts: Sequence[TestParts], report: Sequence[str]) -> list[tuple[int, str, list[str], dict[str, str]]]:
     """Arguments of ``in_sandbox.check``: the tests that were taken apart and have a value in the report."""
-    values: dict[tuple[str, str], str] = {}
-    for line in report:
-        kind, _, rest = line.partition(" ")
-        test, _, rest = rest.partition(" ")
-        step, _, literal = rest.partition(" ")
-        if kind == "value":
-            values[test, step] = literal
+    lines = [line.split(" ", 3) for line in report]  # "value", test, step, literal
+    values = {(words[1], words[2]): words[3] for words in lines if words[0] == "value" and len(words) == 4}
     checks = []
     for number, part in enumerate(parts):
         asked = [step for step, (kind, _) in enumerate(part.steps) if kind == "value"]
@@ -91,7 +79,3 @@ def _in_sandbox() -> str:
 
 def _lines(text: str) -> list[str]:
     return "\n".join(line.rstrip() for line in text.split("\n")).rstrip("\n").split("\n")
-
-
-def _last_line(result: SandboxResult) -> str:
-    return result.stderr.strip().rpartition("\n")[2][:300]

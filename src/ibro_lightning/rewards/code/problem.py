@@ -34,11 +34,7 @@ class CodeProblem:
 
 
 def read_problem(prompt: Prompt, run_open_tests: bool) -> CodeProblem:
-    """The problem in ``prompt.answer``: see :class:`~ibro_lightning.rewards.CodeReward`.
-
-    Raises:
-        RewardError: it holds something else, or a test that cannot be used.
-    """
+    """The problem in ``prompt.answer`` (see :class:`CodeReward`); raises :class:`RewardError` if it is unusable."""
     try:
         return _read(_parsed("answer", prompt.answer), run_open_tests)
     except (ValueError, SyntaxError) as error:
@@ -71,12 +67,14 @@ def _read(answer: Any, run_open_tests: bool) -> CodeProblem:
     allowed = _KEYS | {"setup"} if name else _KEYS
     others = sorted(key for key in answer if key not in allowed and answer[key] is not None)
     if "inputs" in answer and others:
-        raise ValueError(
-            f"its answer has {others[0]} beside inputs and outputs: write the function's name as fn_name, and leave "
-            "out what is no test"
-        )
+        remedy = "write the function's name as fn_name, and leave out what is no test"
+        raise ValueError(f"its answer has {others[0]} beside inputs and outputs: {remedy}")
     if name:
-        return _read_calls(answer, name)
+        setup = answer.get("setup", USUAL_IMPORTS) or ""
+        if not isinstance(setup, str):
+            raise ValueError("setup must be a text")
+        ast.parse(setup)
+        return CodeProblem(setup, function_calls(name, answer.get("inputs"), answer.get("outputs")))
     if "inputs" not in answer or "outputs" not in answer:
         raise ValueError(f"its answer has {sorted(answer)}, but should have tests, or inputs and outputs")
     inputs, outputs = _texts(answer, "inputs"), _texts(answer, "outputs")
@@ -98,14 +96,6 @@ def _function_name(answer: Mapping[str, Any]) -> Any:
     if any(name != names[0] for name in names):
         raise ValueError(f"it names two functions, {names[0]!r} and {names[-1]!r}")
     return names[0] if names else None
-
-
-def _read_calls(answer: Mapping[str, Any], name: Any) -> CodeProblem:
-    setup = answer.get("setup", USUAL_IMPORTS) or ""
-    if not isinstance(setup, str):
-        raise ValueError("setup must be a text")
-    ast.parse(setup)
-    return CodeProblem(setup, function_calls(name, answer.get("inputs"), answer.get("outputs")))
 
 
 def _texts(answer: Mapping[str, Any], key: str) -> tuple[str, ...]:

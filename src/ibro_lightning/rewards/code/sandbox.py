@@ -37,18 +37,17 @@ from typing import Any, Literal
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.rewards.code.limits import DEFAULT_LIMITS, SandboxLimits
 from ibro_lightning.rewards.code.sandbox_filter import seccomp_filter
-from ibro_lightning.rewards.code.sandbox_folder import folder_size, temporary_folder
 from ibro_lightning.rewards.code.sandbox_host import (
     LANDLOCK_THAT_TRUNCATES,
     environment,
+    folder_size,
     landlock_version,
     packages,
     readable,
     sealed,
+    temporary_folder,
 )
 
-REPORT_FD = 3
-"""The descriptor to which a program writes :attr:`SandboxResult.report`, apart from its output."""
 Status = Literal["ok", "error", "timeout", "memory", "output", "files", "killed"]
 _CHILD = str(Path(__file__).with_name("sandbox_child.py"))
 _READY = b"ready\n"
@@ -62,7 +61,8 @@ class SandboxResult:
 
     ``status``: "ok" (exit code 0), "error" (another one), "timeout" (wall or CPU limit), "memory" (it ended in a
     MemoryError), "output" or "files" (killed for writing too much), "killed" (a signal, e.g. a segmentation fault).
-    The texts are cut at ``output_kib``. Exit code and texts are under the program's control.
+    ``report`` is what it wrote to descriptor 3. The texts are cut at ``output_kib``. Exit code and texts are under the
+    program's control.
     """
 
     status: Status
@@ -74,11 +74,8 @@ class SandboxResult:
 
 
 def run_python(program: str, *, stdin: str = "", limits: SandboxLimits = DEFAULT_LIMITS) -> SandboxResult:
-    """Run ``program`` as ``__main__`` of a fresh interpreter in the sandbox, and wait for its end.
-
-    Raises:
-        ConfigError: this system cannot lock programs in, and ``limits.allow_unconfined`` is False.
-    """
+    """Run ``program`` as ``__main__`` of a fresh interpreter in the sandbox, and wait for its end. Raises
+    :class:`ConfigError` if this system cannot lock programs in, unless ``limits.allow_unconfined``."""
     if sys.platform != "linux":
         raise ConfigError("platform", sys.platform, "the sandbox for programs needs Linux: leave out the code reward")
     with temporary_folder() as folder, contextlib.ExitStack() as descriptors:
@@ -94,10 +91,8 @@ def run_python(program: str, *, stdin: str = "", limits: SandboxLimits = DEFAULT
             "packages": packages() if limits.site_packages else [],
             "allow_unconfined": limits.allow_unconfined,
         }
-        settings_fd = sealed(marshal.dumps(settings))
-        descriptors.callback(os.close, settings_fd)
-        input_fd = sealed(stdin.encode("utf-8", "replace"))
-        descriptors.callback(os.close, input_fd)
+        descriptors.callback(os.close, settings_fd := sealed(marshal.dumps(settings)))
+        descriptors.callback(os.close, input_fd := sealed(stdin.encode("utf-8", "replace")))
         report, report_end = os.pipe()
         descriptors.callback(os.close, report)
         started = time.monotonic()
@@ -140,12 +135,9 @@ def _follow(
     seconds = time.monotonic() - started
     if not reported.startswith(_READY.decode()):
         if process.returncode == _CANNOT or process.returncode == 1:  # before a line of the program ran
-            raise ConfigError(
-                "allow_unconfined",
-                False,
-                f"this system cannot lock a program in ({stderr.strip()[-300:] or 'no reason given'}): "
-                "use one with seccomp, or write true if you trust all programs",
-            )
+            reason = f"this system cannot lock a program in ({stderr.strip()[-300:] or 'no reason given'})"
+            remedy = f"{reason}: use one with seccomp, or write true if you trust all programs"
+            raise ConfigError("allow_unconfined", False, remedy)
         reported = ""
     status = stopped or _status(process.returncode, stderr, seconds >= math.ceil(limits.cpu_s))
     return SandboxResult(status, process.returncode, stdout, stderr, reported[len(_READY) :], seconds)
@@ -221,9 +213,6 @@ def _filter(writable: bool, limits: SandboxLimits) -> bytes | None:
     machine = os.uname().machine
     program = seccomp_filter(machine, writable=writable) if sys.maxsize > 2**32 else None
     if program is None and not limits.allow_unconfined:
-        raise ConfigError(
-            "allow_unconfined",
-            False,
-            f"programs cannot be locked in on {machine}: use x86_64 or aarch64, or write true if you trust all of them",
-        )
+        remedy = "use x86_64 or aarch64, or write true if you trust all of them"
+        raise ConfigError("allow_unconfined", False, f"programs cannot be locked in on {machine}: {remedy}")
     return program

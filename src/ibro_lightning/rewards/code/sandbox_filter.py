@@ -52,14 +52,10 @@ Instruction = tuple[int, int, int, int]
 
 
 def seccomp_filter(machine: str, *, writable: bool) -> bytes | None:
-    """The filter for a machine as ``os.uname`` names it, as an array of ``struct sock_filter``.
+    """The filter for a machine as ``os.uname`` names it, as an array of ``struct sock_filter``; None for other
+    machines.
 
-    Args:
-        writable: Landlock restricts where files are written; otherwise none may be opened for writing, removed or
-            renamed.
-
-    Returns:
-        None for a machine whose system calls are not listed here.
+    Unless ``writable``, where Landlock restricts writing, no file may be opened for writing, removed or renamed.
     """
     if machine not in _ARCHITECTURES:
         return None

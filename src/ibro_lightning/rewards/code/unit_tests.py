@@ -38,25 +38,14 @@ class TestParts:
 
 def trusted_names(setup: str, entry_point: str | None) -> frozenset[str]:
     """Names whose meaning does not depend on the response: builtins and what the set-up binds, less ``entry_point``.
-
-    Raises:
-        SyntaxError, OpenTest: the set-up is not valid Python, or hides what it imports.
-    """
+    Raises SyntaxError or :class:`OpenTest` if the set-up is not valid Python, or hides what it imports."""
     bound = {name for statement in ast.parse(setup).body for name in _bound(statement)}
     return frozenset((_BUILTINS | bound) - {entry_point})
 
 
 def take_apart(test: str, trusted: frozenset[str]) -> TestParts:
-    """Split a test.
-
-    Args:
-        test: statements, at least one of them an ``assert``, and asserts only at the top level.
-        trusted: see :func:`trusted_names`.
-
-    Raises:
-        OpenTest: its asserts do not reduce to values that the response computes.
-        SyntaxError: it is not valid Python.
-    """
+    """Split a test: statements, at least one of them an ``assert``, and asserts only at the top level. Raises
+    :class:`OpenTest` if its asserts do not reduce to values that the response computes, and SyntaxError."""
     body = ast.parse(test).body
     imported = {name for statement in body if _is_import(statement) for name in _bound(statement)}
     stored = [name for statement in body if not _is_import(statement) for name in _bound(statement)]
@@ -122,8 +111,7 @@ class _Splitter(ast.NodeTransformer):
         return isinstance(node, ast.Name) and node.id not in self.trusted
 
     def _comprehension(self, node: _COMPREHENSION) -> ast.AST:
-        """Report ``[f(x) for x in …]`` as a whole if its elements are values of the response and not comparisons of
-        them; a generator is reported as a list."""
+        """Report ``[f(x) for x in …]`` as a whole (a generator as a list) if it only collects values of calls."""
         elements = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
         bound = {name for loop in node.generators for name in _stored(loop.target)}
         if any(loop.ifs and _free_names(loop) - self.trusted - bound for loop in node.generators) or not all(

@@ -27,9 +27,9 @@ def dapo_score(response: str, gold: Any, *, strict: bool = True) -> float:
     r"""1.0 if the response's final answer is ``gold`` by the rule of DAPO-Math-17K, 0.0 if not.
 
     Args:
-        response: the response's text. Special tokens such as ``<|im_end|>`` are dropped, as decoding does.
-        gold: the right answer; integers in that dataset, but any short LaTeX can be compared. Of a list, any one
-            element (:func:`~ibro_lightning.rewards.mathematics.gold_text.alternatives`).
+        response: special tokens such as ``<|im_end|>`` are dropped, as decoding does.
+        gold: an integer in that dataset, but any short LaTeX can be compared. Of a list, any one element (see
+            :func:`.gold_text.alternatives`).
         strict: True is the published rule to the letter, ``compute_score`` of verl's ``math_dapo.py`` as DAPO used it:
             the last "Answer:" in the last 300 characters, equal strings after its normalisation. (verl 0.9 also looks
             for a box where there is no "Answer:"; this does not.) Its known false negatives, for gold ``34``:
@@ -53,9 +53,6 @@ class DapoMathReward(VerifiableReward):
 
     Args:
         strict: True is the published rule to the letter; False also accepts what it rejects only for its form.
-
-    Raises:
-        RewardError: a prompt without an answer.
     """
 
     pooled = False  # reads 300 characters, with patterns that take at most quadratic time
@@ -85,10 +82,9 @@ class DapoMathReward(VerifiableReward):
         try:
             return gold_texts(prompt.answer)
         except ValueError as error:
-            raise RewardError(
-                f"DapoMathReward finds no answer in prompt {prompt.id!r} ({prompt.answer!r}): {error} - "
-                "drop the row, or map the column that holds the right answer"
-            ) from error
+            remedy = "drop the row, or map the column that holds the right answer"
+            reason = f"DapoMathReward finds no answer in prompt {prompt.id!r} ({prompt.answer!r}): {error}"
+            raise RewardError(f"{reason} - {remedy}") from error
 
 
 def _judge(response: str, golds: Sequence[str], strict: bool) -> Verdict:

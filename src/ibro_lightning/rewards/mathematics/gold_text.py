@@ -42,9 +42,8 @@ _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 
 
 def boxed(text: str) -> str | None:
-    r"""The content of the last ``\boxed{...}`` or ``\fbox{...}``; None without one, or if it is never closed.
-
-    Takes linear time for any text.
+    r"""The content of the last ``\boxed{...}`` or ``\fbox{...}``, in linear time; None without one, or if it is not
+    closed.
 
     >>> boxed(r"first \boxed{1}, then \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
@@ -85,15 +84,10 @@ def after_hashes(text: str) -> str | None:
 def canonical_gold(answer: str | int | float | Decimal) -> str:
     r"""The stored form of a gold answer; idempotent. The rules, each with an example:
 
-    - white space, math delimiters and a trailing period around the answer are removed:
+    - white space, math delimiters, a box and a trailing period around the whole answer are removed:
 
-      >>> [canonical_gold(a) for a in (" $7$. ", r"\(x+1\)", r"$$\frac{1}{2}$$")]
-      ['7', 'x+1', '\\frac{1}{2}']
-
-    - a box around the whole answer is removed:
-
-      >>> canonical_gold(r"$\boxed{12}$.")
-      '12'
+      >>> [canonical_gold(a) for a in (" $7$. ", r"\(x+1\)", r"$$\frac{1}{2}$$", r"$\boxed{12}$.")]
+      ['7', 'x+1', '\\frac{1}{2}', '12']
 
     - a plain number loses its degree sign, its currency sign, its thousands separators, a plus sign, leading zeros, and
       decimals that are all zero:
@@ -115,9 +109,6 @@ def canonical_gold(answer: str | int | float | Decimal) -> str:
 
       >>> [canonical_gold(a) for a in ("1,2,3", r"\left( 3, \frac{\pi}{2} \right)", r"\sin 30^\circ", "5 p.m.", "0.50")]
       ['1,2,3', '\\left( 3, \\frac{\\pi}{2} \\right)', '\\sin 30^\\circ', '5 p.m.', '0.50']
-
-    Raises:
-        ValueError: a float that is not finite.
     """
     if isinstance(answer, bool):
         return str(answer)
@@ -173,13 +164,10 @@ def _unescaped(escape: re.Match[str]) -> str:
 
 
 def gold_texts(answer: Any) -> list[str]:
-    """A gold as the texts of its :func:`alternatives`; numbers as :func:`canonical_gold` writes them, text unchanged.
+    """A gold as the texts of its :func:`alternatives`, numbers as :func:`canonical_gold` writes them.
 
     >>> gold_texts(12.0), gold_texts(1e20), gold_texts(["7", 7.5])
     (['12'], ['100000000000000000000'], ['7', '7.5'])
-
-    Raises:
-        ValueError: there is none, or one that is neither text nor a number.
     """
     texts = []
     for gold in alternatives(answer):

@@ -16,18 +16,13 @@ from ibro_lightning.rewards.mathematics.perturbed import perturbed
 from ibro_lightning.types import Completion, Prompt
 
 _KINDS = ("latex", "expr", "string")
-_LAST_CHARS = 5000
-
-_MOST_NESTED = 50
-
+_MAX_NESTING = 50
 _BRACKET = re.compile(r"[(\[{}\])]")
 _BOXED = re.compile(r"\\(?:boxed|fbox)")
 _DELIMITED = re.compile(r"(?<!\\)(?:\$|\\\(|\\\[)|\\boxed|\\fbox")
 _COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
-_FUNCTION = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp sqrt mod gcd lcm max min and det inf"
-_WORD = re.compile(
-    rf"\b(?!(?:{'|'.join(_FUNCTION.split())})\b)(?:[A-Za-z]{{3,}}|is|of|to|by|be|as|on|it|if|an|no|at)\b"
-)
+_FUNCTION = "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|exp|sqrt|mod|gcd|lcm|max|min|and|det|inf"
+_WORD = re.compile(rf"\b(?!(?:{_FUNCTION})\b)(?:[A-Za-z]{{3,}}|is|of|to|by|be|as|on|it|if|an|no|at)\b")
 _STYLE = re.compile(r"\\(?:text|mathrm|mbox|operatorname)")
 _APPROXIMATELY = re.compile(r".+?(?=\\approx|≈)", re.DOTALL)
 # What the library misreads: 1 234 as a sum, 1e5 as 5e, 0x1F as 0, a date as a difference.
@@ -44,8 +39,7 @@ _REMEDIES = {
     "exponent": r"100000 or 10^{5}",
     "prefixed": "the number in decimals",
     "grouped": "1234",
-    "date": "another reward, such as DapoMathReward",
-    "time": "another reward, such as DapoMathReward",
+    **dict.fromkeys(("date", "time"), "another reward, such as DapoMathReward"),
 }
 _SENTENCE = re.compile(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}")
 
@@ -58,9 +52,7 @@ def math_verify_score(response: str, gold: Any, **options: Any) -> float:
     limits are alarm signals, which fail in threads and do not interrupt C code; they are switched off.)
 
     Args:
-        response: the response's text.
-        gold: the right answer, as LaTeX with or without delimiters. Of a list, any one element
-            (:func:`~ibro_lightning.rewards.mathematics.gold_text.alternatives`).
+        gold: as LaTeX with or without delimiters. Of a list, any one element (see :func:`.gold_text.alternatives`).
         options: the arguments of :class:`MathVerifyReward`.
     """
     reward = MathVerifyReward(**options)
@@ -89,10 +81,6 @@ class MathVerifyReward(VerifiableReward):
             otherwise only if the gold is the inequality.
         last_chars: characters at the response's end that are read, from the beginning of a line where there is one. A
             response that continues for longer after its answer is wrong.
-
-    Raises:
-        ConfigError: an unknown match type, or an invalid number.
-        RewardError: the answer of a prompt cannot be read.
     """
 
     tells_bad_answers = True
@@ -104,7 +92,7 @@ class MathVerifyReward(VerifiableReward):
         precision: int = 6,
         numeric_precision: int = 15,
         allow_set_relation_comp: bool = False,
-        last_chars: int = _LAST_CHARS,
+        last_chars: int = 5000,
         correct: float = 1.0,
         incorrect: float = -1.0,
     ) -> None:
@@ -171,7 +159,7 @@ def _answer_text(response: str, match_types: tuple[str, ...], last_chars: int) -
     text = without_special_tokens(response[-last_chars:])
     if len(response) > last_chars and 0 <= (line_end := text.find("\n")) < len(text) - 1:
         text = text[line_end + 1 :]  # a cut within a formula would swap formulas and text in all that follows
-    if _depth(text) > _MOST_NESTED:
+    if _depth(text) > _MAX_NESTING:
         return ""
     line = answer_line(text) if "latex" in match_types else None
     value = "" if line is None or _BOXED.search(line) else bare(line)

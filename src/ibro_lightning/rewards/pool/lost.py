@@ -29,29 +29,28 @@ class Loss(NamedTuple):
         if self.why == "timeout":
             return f"timed out after {self.deadline_s:g} s"
         if self.why == "memory":
-            return "ran into reward_pool.memory_mib"
-        return f"worker died {'on the response' if self.ready else 'at its start, before a response'}: " + ended(
-            self.code
-        )
+            return "exceeded data.reward_pool.memory_mib"
+        moment = "on the response" if self.ready else "at its start, before a response"
+        return f"worker died {moment}: {ended(self.code)}"
 
     @property
     def remedy(self) -> str:
         if self.why == "timeout" and self.first:
-            return (
-                "all in fresh workers: what is slow to import or to load belongs into the reward's method preload, "
-                "which runs once, before workers are forked; or raise reward_pool.deadline_s"
+            remedy = (
+                "all in fresh workers: import and load what is slow in the reward's method preload, which runs once, "
             )
+            return f"{remedy}before workers are forked; or raise data.reward_pool.deadline_s"
         if self.why == "timeout":
-            return "raise reward_pool.deadline_s or the reward's own deadline_s, or mend what takes so long"
+            return "raise data.reward_pool.deadline_s or the reward's own deadline_s, or fix what takes so long"
         if self.why == "memory":
-            return "raise reward_pool.memory_mib, or load what is large in the reward's method preload"
+            return "raise data.reward_pool.memory_mib, or load what is large in the reward's method preload"
         if not self.ready:
-            return "raise reward_pool.memory_mib; is the machine short of memory or processes?"
+            return "raise data.reward_pool.memory_mib; is the machine short of memory or processes?"
         if self.code == -9:
-            return "is the machine short of memory? Write fewer reward_pool.workers"
+            return "is the machine short of memory? Write fewer data.reward_pool.workers"
         if self.code is not None and self.code >= 0:
             return "look for what ends the process: os._exit in the reward, or in a library that it calls"
-        return "look for a fault in native code that the reward calls, or raise reward_pool.memory_mib"
+        return "look for a fault in native code that the reward calls, or raise data.reward_pool.memory_mib"
 
 
 @dataclass

@@ -18,7 +18,7 @@ import selectors
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import cloudpickle
@@ -29,19 +29,19 @@ from ibro_lightning.rewards.blame import blamed_on, described
 from ibro_lightning.rewards.combine import judge_here
 from ibro_lightning.rewards.gold_trial import GoldTrial, gives_plain_responses
 from ibro_lightning.rewards.pool.lost import Loss, Stopped, Verdicts
-from ibro_lightning.rewards.pool.options import PoolOptions
+from ibro_lightning.rewards.pool.pool_options import PoolOptions
 from ibro_lightning.rewards.pool.processes import Server, ServerDied, Slice, Worker
 from ibro_lightning.rewards.pool.server import MEMORY, READY
 from ibro_lightning.types import RewardResult
 
 SLICE = 8
 """Responses per message to a worker: enough to be worth a message, few enough to share the work evenly."""
-SMALL = 64 * 2**10
+MAX_QUEUED_BYTES = 64 * 2**10
 """Bytes that a socket takes without waiting for its reader: larger messages are not sent in advance."""
-NAP_S = 0.01
+GATHER_S = 0.01
 """Longest time for which messages gather: waking for each of them would take a core from the workers."""
 MAX_RESTARTS = 3
-EARLY_S = 30.0
+REPORT_AFTER_S = 30.0
 """Seconds of judging after which lost verdicts are reported before the judging is over."""
 
 
@@ -51,13 +51,7 @@ class RewardPool:
     The processes start in the background; the first call waits for them. Use it as a context manager, or call
     :meth:`close`; otherwise they end with this process.
 
-    Args:
-        rewards: those to judge with. Their leaves are sent to the workers, except for those with ``pooled = False``,
-            which stay in this process.
-        options: processes, deadline, memory, and ``max_lost_rollouts``, which may be None.
-
-    Raises:
-        ConfigError: a reward cannot be sent to another process.
+    Their leaves are sent to the workers, except for those with ``pooled = False``, which stay in this process.
     """
 
     def __init__(self, rewards: Iterable[Reward], options: PoolOptions = PoolOptions()) -> None:
@@ -67,7 +61,8 @@ class RewardPool:
         self._which = {_identity(reward): index for index, reward in enumerate(self._rewards)}
         self._pickled = _pickle(self._rewards)
         self._workers: list[Worker] = []
-        self._counts: dict[Stopped, int] = {"timeout": 0, "memory": 0, "crash": 0}
+        self.counts: dict[Stopped, int] = {"timeout": 0, "memory": 0, "crash": 0}
+        """The number of stopped verifications so far, by reason."""
         self._verdicts: dict[int, Verdicts] = {}
         self._called = 0.0
         self.say: Callable[[str], None] | None = None
@@ -81,11 +76,6 @@ class RewardPool:
         self._finalizer: Any = None
         if self._rewards:
             self._start()
-
-    @property
-    def counts(self) -> Mapping[Stopped, int]:
-        """The number of stopped verifications so far, by reason."""
-        return self._counts
 
     def take_verdicts(self) -> list[Verdicts]:
         """The verdicts since the last call, by reward, without trials of golds."""
@@ -112,11 +102,7 @@ class RewardPool:
             self._server = None
 
     def __call__(self, requests: Sequence[Request]) -> list[list[RewardResult]]:
-        """One list of results per request, one result per response, in order. Workers judge all requests at once.
-
-        Raises:
-            RewardError: a reward raised, or returned no valid result.
-        """
+        """One list of results per request, one result per response, in order. Workers judge all requests at once."""
         pooled = [(self._which.get(_identity(request.reward)), request) for request in requests]
         here = iter(judge_here([request for which, request in pooled if which is None]))
         self._results = [[None] * len(r.completions) if which is not None else [*next(here)] for which, r in pooled]
@@ -155,10 +141,8 @@ class RewardPool:
                 restarts += 1
                 if restarts > MAX_RESTARTS:
                     how = self._server.ended() if self._server else ""
-                    raise RewardError(
-                        f"reward_pool: the process that forks workers died again and again{how and f' ({how})'}; "
-                        "is memory short, or does a reward's preload end it?"
-                    ) from error
+                    what = f"reward_pool: the process that forks workers died {restarts} times{how and f' ({how})'}"
+                    raise RewardError(f"{what}: is memory short, or does a reward's preload end it?") from error
                 for worker in self._workers:
                     self._waiting.extendleft(reversed(worker.slices))
                 self.close()
@@ -181,7 +165,7 @@ class RewardPool:
             # The last few slices wait here for the first idle worker, not behind a response that may hang.
             if waiting and len(worker.slices) < (2 if len(waiting) > 4 * len(self._workers) else 1):
                 message = waiting[0].message()
-                if worker.slices and len(message) > SMALL:
+                if worker.slices and len(message) > MAX_QUEUED_BYTES:
                     continue
                 if not worker.slices:
                     worker.started = time.monotonic()
@@ -198,7 +182,7 @@ class RewardPool:
                 selector.register(worker.conn, selectors.EVENT_READ, worker)
             ready = [key.data for key, _ in selector.select(max(0.0, patience))]
         if all(len(worker.slices) > 1 for worker in busy):  # none runs out of work meanwhile
-            time.sleep(min(NAP_S, SLICE / 2 * self._mean_s, busy[0].slices[0].deadline_s / 20))
+            time.sleep(min(GATHER_S, SLICE / 2 * self._mean_s, busy[0].slices[0].deadline_s / 20))
         for worker in ready:
             while worker.slices and worker.has_message:
                 if not self._receive(worker):
@@ -248,7 +232,7 @@ class RewardPool:
         if not counts:
             again = [*current.rest(0, crashed=True)]
         else:
-            self._counts[why] += affected
+            self.counts[why] += affected
             deadline_s = current.deadline_s if why == "timeout" else None
             self._lose(current.which, Loss(why, worker.ready, worker.judged == 0, code, deadline_s), affected)
             with blamed_on(reward, "stopped"):
@@ -263,10 +247,10 @@ class RewardPool:
         if (verdicts := self._verdicts.get(which)) is None:  # the trial of a gold
             return
         verdicts.lost[loss] += count
-        late = time.monotonic() - self._called > EARLY_S
+        late = time.monotonic() - self._called > REPORT_AFTER_S
         if self.say is not None and late and verdicts.share_so_far >= self.options.lost_share:
             self._called = math.inf  # once per call
-            self.say(f"{EARLY_S:.0f} s of judging so far: {verdicts}")
+            self.say(f"{REPORT_AFTER_S:.0f} s of judging so far: {verdicts}")
 
 
 def _identity(reward: Reward) -> tuple[bool, int]:
@@ -286,9 +270,7 @@ def _pickle(rewards: list[Reward]) -> bytes:
     try:
         return cloudpickle.dumps(rewards)
     except (Exception, SystemExit) as error:
-        raise ConfigError(
-            "reward_pool",
-            ", ".join(type(reward).__name__ for reward in rewards),
-            f"cannot be sent to worker processes ({type(error).__name__}: {error}): set pooled = False in the class of "
-            "the reward that holds this, or write reward_pool: null",
-        ) from error
+        names = ", ".join(type(reward).__name__ for reward in rewards)
+        remedy = "set pooled = False in the class of the reward that holds this, or write reward_pool: null"
+        reason = f"cannot be sent to worker processes ({type(error).__name__}: {error})"
+        raise ConfigError("reward_pool", names, f"{reason}: {remedy}") from error

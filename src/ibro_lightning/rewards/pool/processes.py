@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 from ibro_lightning.errors import ConfigError, RewardError
 from ibro_lightning.rewards.pool import server
@@ -42,10 +42,9 @@ class Slice:
         try:
             return pickle.dumps((self.which, self.prompt, self.completions), protocol=pickle.HIGHEST_PROTOCOL)
         except Exception as error:
-            raise RewardError(
-                f"reward_pool: prompt {self.prompt.id!r} cannot be sent to a worker process "
-                f"({type(error).__name__}: {error}): write plain data as its answer and meta, or reward_pool: null"
-            ) from error
+            reason = f"prompt {self.prompt.id!r} cannot be sent to a worker process ({type(error).__name__}: {error})"
+            remedy = "write plain data as its answer and meta, or reward_pool: null"
+            raise RewardError(f"reward_pool: {reason}: {remedy}") from error
 
     def rest(self, count: int, *, crashed: bool = False) -> Iterator[Slice]:
         """The slice without its first ``count`` responses; nothing if none are left."""
@@ -128,12 +127,9 @@ class Server:
     def wait_until_ready(self) -> None:
         if not self.ready:
             if complaint := self._reply(START_S):
-                raise ConfigError(
-                    "reward_pool",
-                    complaint,
-                    "a worker process cannot load and preload the rewards: mend that, set pooled = False in the "
-                    "reward's class, or write reward_pool: null",
-                )
+                remedy = "fix that, set pooled = False in the reward's class, or write reward_pool: null"
+                reason = "a worker process cannot load and preload the rewards"
+                raise ConfigError("reward_pool", complaint, f"{reason}: {remedy}")
             self.ready = True
 
     def fork(self) -> Worker:
@@ -147,8 +143,7 @@ class Server:
     def ending(self, worker: Worker) -> int | None:
         """The exit code of a worker that died, or minus the signal's number; None if unknown."""
         self._send(b"w", worker.pid, [])
-        code: int | None = self._reply(START_S)
-        return code
+        return cast(int | None, self._reply(START_S))
 
     def kill(self, worker: Worker) -> None:
         worker.conn.close()

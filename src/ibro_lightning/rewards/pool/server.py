@@ -1,9 +1,8 @@
 """The other side of the reward pool: a process that holds the rewards and forks workers, and the work of a worker.
 
-The rewards are unpickled once, here, so that replacing a worker costs a fork of a few milliseconds instead of an import
-of sympy. This process runs no reward itself, so no response can hang it. It is the parent of all workers and the only
-one that kills and reaps them, so a process id cannot be reused meanwhile; and when the trainer ends, however
-that happens, it ends all workers.
+The rewards are unpickled once, here: replacing a worker then costs a fork instead of an import of sympy. This process
+runs no reward itself, so no response can hang it. It alone kills and reaps the workers, so no process id is reused
+meanwhile; and when the trainer ends, however that happens, it ends all workers.
 """
 
 from __future__ import annotations
@@ -114,19 +113,15 @@ def _fork(rewards: Sequence[Reward], fd: int, memory_mib: int, close: Sequence[i
             os.setpgid(0, 0)
         for other in close:
             os.close(other)
-        _die_with_parent()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() == 1:  # the parent died before
+                os._exit(1)
         limit_memory(memory_mib)
         work(Connection(fd), rewards)
         status = 0
     finally:
         os._exit(status)
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() == 1:
-            os._exit(1)
 
 
 def limit_memory(mib: int) -> None:
@@ -140,8 +135,7 @@ def limit_memory(mib: int) -> None:
 
 
 def work(conn: Connection, rewards: Sequence[Reward]) -> None:
-    """Judge what arrives, and send one message per response (or group) as soon as it is judged, so that the pool always
-    knows which one is being judged, and since when."""
+    """Judge what arrives, with one message per response (or group), so that the pool knows which one takes how long."""
     conn.send_bytes(pickle.dumps(READY))
     while True:
         try:
@@ -182,8 +176,6 @@ def _judge(reward: Reward, prompt: Any, completions: Sequence[Any]) -> list[Rewa
         return MEMORY
     except (RewardError, ConfigError) as error:
         return error
-    except BaseException as error:  # SystemExit, too; the pool raises it where the user can see it
-        return RewardError(f"{type(reward).__name__} raised {described(error)} (prompt {prompt.id!r})")
 
 
 def main(fd: int) -> None:

@@ -54,11 +54,8 @@ class Rollout:
     @classmethod
     def from_groups(cls, groups: Sequence[Group], numbers: Sequence[int] | None = None, **others: Any) -> Self:
         """Build from whole groups, numbered 0, 1, … or by ``numbers``; ``others`` are the remaining fields (name,
-        iteration, temperature, …).
-
-        Raises:
-            RolloutError: a completion has log-probs, but not one per token.
-        """
+        iteration, temperature, …). Raises :class:`RolloutError` if a completion has log-probs, but not one per
+        token."""
         numbers = range(len(groups)) if numbers is None else numbers
         rows = [
             (i, g.prompt, c, r)
@@ -112,9 +109,6 @@ class Rollout:
                 groups that are all right or all wrong. None: not available.
             truncated: cut at the length limit, before EOS.
             iteration: of the run, from 1; 0 takes the Trainer's.
-
-        Raises:
-            RolloutError: a response has another number of log-probs than of tokens.
         """
         rows_of: dict[Any, list[int]] = {}
         for row, prompt in enumerate(prompt_token_ids):
@@ -156,8 +150,7 @@ class Rollout:
 
     @property
     def outcomes(self) -> Tensor | None:
-        """``[B]`` float64: the accuracy, nan where the verifier was stopped (its accuracy is then a setting); None for
-        rewards without accuracy."""
+        """``[B]`` float64: the accuracy, nan where the verifier was stopped; None for rewards without accuracy."""
         if "accuracy" not in self.reward_parts:
             return None
         stopped = torch.tensor([result.timed_out for result in self.results], device=self.rewards.device)

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ibro_lightning.batches.sequences import Sequences
-from ibro_lightning.datamodules.base import CollectingDataModule
-from ibro_lightning.datamodules.collector import Collector
 from ibro_lightning.datamodules.eval_sets import EvalSet
+from ibro_lightning.datamodules.evaluation import EvaluationDataModule, TrainingStream
 from ibro_lightning.datamodules.gold_check import OnBadGold
 from ibro_lightning.engines.base import RolloutEngine
 from ibro_lightning.engines.weight_check import WeightCheck
 from ibro_lightning.errors import ConfigError, check_at_least
-from ibro_lightning.rendering import (
-    ControlTextError,
-    ControlTokens,
-    RenderingError,
-    TextTokenizer,
-    control_text,
-)
+from ibro_lightning.rendering import ControlTextError, ControlTokens, RenderingError, TextTokenizer, control_text
 from ibro_lightning.rewards import PoolOptions
 from ibro_lightning.seeding import derive_seed, run_seed
 from ibro_lightning.sources.base import DemonstrationSource
-from ibro_lightning.sources.control_text import ControlTextCount, rendered
+from ibro_lightning.sources.control_text import rendered, report_control_text
 from ibro_lightning.sources.prompts import PromptLimits, report_appended
 from ibro_lightning.types import ControlText, Message
 
 Pair = tuple[str | Sequence[Message], str]
 """``(prompt, response)``."""
-LOOKED_AT = 256
+SEARCHED = 256
 """Demonstrations searched for control text before training; the source is endless."""
 
 
-class SFTDataModule(CollectingDataModule):
+class SFTDataModule(EvaluationDataModule):
     """Batches of demonstrations: one Lightning batch is one optimizer step.
 
-    See :class:`CollectingDataModule` for the arguments from ``engine`` on.
+    See :class:`EvaluationDataModule` for the arguments from ``engine`` on.
 
     Args:
         source: the demonstrations.
@@ -64,14 +57,18 @@ class SFTDataModule(CollectingDataModule):
         control_text: ControlText = "warn",
     ) -> None:
         super().__init__(
-            Collector(engine, weight_check, reward_pool, keep_special_tokens, on_bad_gold),
+            engine,
             eval_sets,
             test_sets,
             eval_batch_prompts,
+            prompt_limits,
+            weight_check,
+            reward_pool,
             eval_samples,
             eval_max_tokens,
-            prompt_limits,
             chat_template_kwargs,
+            keep_special_tokens,
+            on_bad_gold,
             control_text,
         )
         check_at_least("batch_size", batch_size, 1)
@@ -85,12 +82,12 @@ class SFTDataModule(CollectingDataModule):
             check_at_least("batch_size", self.batch_size, self.ranks.size, ": every rank needs a sequence")
             prompt, _ = self._demonstration(0, 0)
             report_appended(prompt if isinstance(prompt, str) else "", self.provider.tokenizer)
-            first = [self._demonstration(*divmod(row, self.batch_size)) for row in range(LOOKED_AT)]
+            first = [self._demonstration(*divmod(row, self.batch_size)) for row in range(SEARCHED)]
             self._count_control_text(first, self.provider.tokenizer)
             self.refuse_overlap(self.source.may_show, "write split: heldout and the same heldout_fraction in both")
 
-    def train_dataloader(self) -> SFTStream:
-        return SFTStream(self)
+    def train_dataloader(self) -> TrainingStream[Sequences]:
+        return TrainingStream(self.steps_per_epoch, self.next_batch)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}
@@ -109,19 +106,14 @@ class SFTDataModule(CollectingDataModule):
 
     def _count_control_text(self, pairs: Sequence[Pair], tokenizer: Any) -> None:
         """Report how many demonstrations spell control tokens, or refuse them."""
-        count = ControlTextCount("data.source", self.control_text, "demonstrations looked at")
-        control = ControlTokens.of(tokenizer)
+        control, found = ControlTokens.of(tokenizer), []
         for number, (prompt, response) in enumerate(pairs):
             answer = [{"role": "assistant", "content": _without_eos(response, tokenizer)}]
-            count.add(f"number {number}", control_text(prompt, control) or control_text(answer, control))
-        count.report()
+            found.append((f"number {number}", control_text(prompt, control) or control_text(answer, control)))
+        report_control_text("data.source", self.control_text, found, "demonstrations searched")
 
     def encode(self, pairs: Sequence[Pair], tokenizer: Any) -> tuple[list[tuple[int, ...]], list[list[int]]]:
-        """``(prompt tokens, response tokens)``: prompts encoded as for sampling, responses ending with one EOS.
-
-        Raises:
-            ConfigError: the chat template cannot write a prompt, or ``control_text: refuse`` meets control text.
-        """
+        """``(prompt tokens, response tokens)``: prompts encoded as for sampling, responses ending with one EOS."""
         rule = self.control_text
         if rule == "refuse":
             self._count_control_text(pairs, tokenizer)
@@ -129,8 +121,7 @@ class SFTDataModule(CollectingDataModule):
         try:
             prompts = [rendered(prompt, tokenizer, self.chat_template_kwargs, rule=rule)[1] for prompt, _ in pairs]
             if rule == "as_text":
-                texts = [response for _, response in pairs]
-                responses = [_as_text(*pair, tokenizer) for pair in zip(texts, responses, strict=True)]
+                responses = [_as_text(text, ids, tokenizer) for (_, text), ids in zip(pairs, responses, strict=True)]
         except RenderingError as error:
             raise ConfigError("source", type(self.source).__name__, str(error)) from error
         eos = tokenizer.eos_token_id
@@ -155,17 +146,3 @@ def _as_text(response: str, token_ids: list[int], tokenizer: Any) -> list[int]:
         return TextTokenizer.of(tokenizer)(masked)["input_ids"]
     except ControlTextError as error:
         raise RenderingError(f"control tokens cannot be encoded as text: {error}") from error
-
-
-class SFTStream:
-    """The batches of one epoch, generated on demand."""
-
-    def __init__(self, data: SFTDataModule) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return self.data.steps_per_epoch
-
-    def __iter__(self) -> Iterator[Sequences]:
-        for _ in range(len(self)):
-            yield self.data.next_batch()
