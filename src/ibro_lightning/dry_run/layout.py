@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import Sharding
+from ibro_lightning.models.tensor_parallel import SETTING as TENSOR_PARALLEL
 from ibro_lightning.strategies import FSDP2Strategy
 
 GIB = 2**30
@@ -65,7 +66,7 @@ class Layout:
         tensor_parallel = int(strategy._tensor_parallel_size) if strategy else 1
         if world % tensor_parallel:
             raise ConfigError(
-                "trainer.strategy.init_args.tensor_parallel_size",
+                TENSOR_PARALLEL,
                 tensor_parallel,
                 f"it must divide the number of processes, which is {world}",
             )

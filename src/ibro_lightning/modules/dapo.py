@@ -162,6 +162,7 @@ class DAPOModule(PolicyModule):
             return {"update/skipped_rollouts": 1.0}
         context = self.context()
         steps: list[dict[str, float]] = []
+        loss.start_iteration()
         with timer("prepare"), torch.no_grad():
             experience = self.prepare(rollout)  # score → advantages [B, T]
             observe(self.regularizer.coefficient, experience.old_entropy, experience, self.ranks)

@@ -206,7 +206,8 @@ class PPOModule(PolicyModule):
             return {"update/skipped_rollouts": 1.0}
         context = self.context()
         steps: list[dict[str, float]] = []
-        trains_policy = self.trains_policy(rollout.iteration)
+        if trains_policy := self.trains_policy(rollout.iteration):
+            loss.start_iteration()
         with timer("prepare"), torch.no_grad():
             experience = self.prepare(rollout)  # score → values → advantages [B, T]
             if trains_policy:
