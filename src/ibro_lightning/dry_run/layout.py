@@ -66,9 +66,7 @@ class Layout:
         tensor_parallel = int(strategy._tensor_parallel_size) if strategy else 1
         if world % tensor_parallel:
             raise ConfigError(
-                TENSOR_PARALLEL,
-                tensor_parallel,
-                f"it must divide the number of processes, which is {world}",
+                TENSOR_PARALLEL, tensor_parallel, f"it must divide the number of processes, which is {world}"
             )
         precision = "32-true" if trainer.precision is None else _convert_precision_to_unified_args(trainer.precision)
         if precision not in ("32-true", "bf16-mixed"):

@@ -84,12 +84,7 @@ def gspo_surrogate(
 
 
 def cispo_surrogate(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantages: Tensor,
-    *,
-    clip_ratio_low: float = 1.0,
-    clip_ratio_high: float = 4.0,
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip_ratio_low: float = 1.0, clip_ratio_high: float = 4.0
 ) -> ClippedSurrogate:
     """``−sg(clip(r, 1−ε_low, 1+ε_high))·A·logp``: CISPO (arXiv 2506.13585, eq. 4-5), REINFORCE with clipped weights.
 

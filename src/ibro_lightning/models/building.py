@@ -179,9 +179,7 @@ def _copy_of(built: Any, options: PolicyOptions) -> Any:
     model_class, config, generation, tensors, buffers = description[0]
     with parameters_on_meta():
         model = model_class._from_config(
-            copy.deepcopy(config),
-            dtype=getattr(torch, options.dtype),
-            attn_implementation=config._attn_implementation,
+            copy.deepcopy(config), dtype=getattr(torch, options.dtype), attn_implementation=config._attn_implementation
         )
     shared: dict[str, nn.Parameter] = {}
     for name, (first, shape, dtype) in tensors.items():

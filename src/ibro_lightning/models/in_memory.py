@@ -8,12 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models.loading import PolicyOptions, PolicySource, quiet_transformers

@@ -14,12 +14,7 @@ from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.models import Critic
 from ibro_lightning.ranks import rank_zero_warn
 from ibro_lightning.regularizers import StepContext
-from ibro_lightning.update.correction import (
-    looks_made_up,
-    refuse_impossible_logp,
-    refuse_missing_logp,
-    sampled_tokens,
-)
+from ibro_lightning.update.correction import looks_made_up, refuse_impossible_logp, refuse_missing_logp, sampled_tokens
 from ibro_lightning.update.loop import Loop
 from ibro_lightning.update.loss import PolicyLoss
 from ibro_lightning.update.steps import TokenBudget
@@ -38,12 +33,7 @@ class Scorer:
     """
 
     def __init__(
-        self,
-        loop: Loop,
-        loss: PolicyLoss,
-        budget: TokenBudget = TokenBudget(),
-        *,
-        overlong_filter: bool = False,
+        self, loop: Loop, loss: PolicyLoss, budget: TokenBudget = TokenBudget(), *, overlong_filter: bool = False
     ) -> None:
         self.loop, self.loss, self.budget, self.overlong_filter = loop, loss, budget, overlong_filter
         self._warned_of_missing_logp = False
