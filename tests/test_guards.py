@@ -49,7 +49,7 @@ class TestNonFinite:
     def test_training_stops_after_so_many_steps_in_a_row_and_not_before(self, finite, limit):
         guard = NonFiniteGuard(limit)
         for well in finite:
-            guard.saw("policy", None if well else "gradient")
+            guard.record("policy", None if well else "gradient")
         longest = max((len(run) for run in "".join("01"[not well] for well in finite).split("0")), default=0)
         assert (guard._offender is not None) == (longest >= limit)
         assert len(guard.causes) == finite.count(False)
@@ -57,21 +57,21 @@ class TestNonFinite:
     def test_networks_are_counted_apart(self):
         guard = NonFiniteGuard(2)
         for _ in range(2):
-            guard.saw("critic", None)
-            guard.saw("policy", "loss")
+            guard.record("critic", None)
+            guard.record("policy", "loss")
         assert guard.in_a_row == {"critic": 0, "policy": 2}
 
     def test_a_resumed_run_counts_on(self):
         guard, resumed = NonFiniteGuard(3), NonFiniteGuard(3)
-        guard.saw("policy", "loss")
+        guard.record("policy", "loss")
         resumed.load_state_dict(guard.state_dict())
-        resumed.saw("policy", "loss")
+        resumed.record("policy", "loss")
         assert resumed.in_a_row == {"policy": 2}
 
     def test_the_batch_is_saved_and_named(self, tmp_path):
         guard = NonFiniteGuard(1)
         offender = step([[1.0, math.nan]], [[True, True]])
-        guard.saw("policy", "advantage", offender)
+        guard.record("policy", "advantage", offender)
         with pytest.raises(NonFiniteError) as caught:
             guard.check(tmp_path, iteration=12, rank=1)
         path = tmp_path / "nonfinite" / "iteration_000012_rank_1.pt"
@@ -86,14 +86,14 @@ class TestNonFinite:
     def test_without_a_limit_it_only_counts(self, tmp_path):
         guard = NonFiniteGuard(0)
         for _ in range(10):
-            guard.saw("policy", "loss")
+            guard.record("policy", "loss")
         guard.check(tmp_path, iteration=1)
         assert guard.in_a_row == {"policy": 10}
         assert not list(tmp_path.iterdir())
 
     def test_a_new_iteration_begins_with_no_causes(self):
         guard = NonFiniteGuard(2)
-        guard.saw("policy", "loss")
+        guard.record("policy", "loss")
         guard.begin()
         assert guard.causes == []
         assert guard.in_a_row == {"policy": 1}

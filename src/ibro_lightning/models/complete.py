@@ -63,7 +63,8 @@ def check_complete(
 
 def _belongs(name: str, model: nn.Module) -> bool:
     """Whether a leftover weight belongs to a module of ``model`` that has weights, or to one more layer."""
-    if TABLES.search(name) or any(re.search(ignored, name) for ignored in _ignored(model)):
+    ignored: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if TABLES.search(name) or any(re.search(pattern, name) for pattern in ignored):
         return False
     modules = dict(model.named_modules())
     owner, _, _ = name.rpartition(".")
@@ -75,10 +76,6 @@ def _belongs(name: str, model: nn.Module) -> bool:
             return isinstance(modules[outer], nn.ModuleList) and leaf.isdigit()
         owner = outer
     return False
-
-
-def _ignored(model: Any) -> list[str]:
-    return list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
 
 
 def _count(names: Collection[str]) -> str:

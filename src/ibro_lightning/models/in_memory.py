@@ -102,7 +102,9 @@ class ModelPolicy(PolicySource):
         if any(".lora_" in name or ".base_layer." in name for name, _ in model.named_parameters()):
             remedy = "it has adapters: merge them first (peft's merge_and_unload)"
             raise ConfigError(self.setting, value, f"{remedy}; new ones are model.policy_options.lora")
-        if getattr(model, "hf_quantizer", None) is not None or not _all_floats(model):
+        if getattr(model, "hf_quantizer", None) is not None or not all(
+            p.is_floating_point() for p in model.parameters()
+        ):
             raise ConfigError(self.setting, value, "it is quantized, and cannot be trained: load it unquantized")
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ConfigError(self.setting, value, "its weights are not all in memory: load it without device_map")
@@ -157,7 +159,3 @@ def _classes(auto_class: Any, config: Any) -> tuple[type, ...]:
         return ()
     classes = auto_class._model_mapping[type(config)]
     return classes if isinstance(classes, tuple) else (classes,)
-
-
-def _all_floats(model: nn.Module) -> bool:
-    return all(parameter.is_floating_point() for parameter in model.parameters())

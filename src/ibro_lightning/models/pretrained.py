@@ -20,7 +20,7 @@ from transformers import (
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models.complete import check_complete
 from ibro_lightning.models.folders import check_folder, find_side_files, hint, is_of_tokenizer
-from ibro_lightning.models.generation import read_generation_config
+from ibro_lightning.models.generation_config import read_generation_config
 from ibro_lightning.models.loading import PolicyOptions, PolicySource, load_critic, quiet_transformers, zero_head
 from ibro_lightning.models.lora import adapter_layers
 from ibro_lightning.models.quantization import forget_quantization, refuse_quantized, take_quantization
@@ -28,6 +28,11 @@ from ibro_lightning.models.stored import StoredWeights, names_on_hub, pickled, s
 from ibro_lightning.models.ties import differs_on_disk, has_head_and_embedding, is_tied, says_tied, set_tied
 from ibro_lightning.models.weight_files import WeightFiles
 from ibro_lightning.ranks import rank_zero_warn
+
+
+def local_folders(*sources: PolicySource) -> tuple[Path, ...]:
+    """The folders of those sources that have one."""
+    return tuple(Path(source.path).resolve() for source in sources if isinstance(source, PretrainedPolicy))
 
 
 class PretrainedPolicy(PolicySource):

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import Sharding
-from ibro_lightning.models.weight_files import agree
+from ibro_lightning.models.weight_files import raise_on_all_ranks
 from ibro_lightning.runs.checkpoints import (
     check_shards_fit,
     load_shards,
@@ -152,8 +152,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         one of them refuses it, all do.
         """
         path = Path(self.broadcast(checkpoint_path))
-        agree(lambda: self._check(path))
-        loaded: dict[str, Any] = agree(lambda: self._load_folder(path) if path.is_dir() else self._map_file(path))
+        raise_on_all_ranks(lambda: self._check(path))
+        loaded: dict[str, Any] = raise_on_all_ranks(
+            lambda: self._load_folder(path) if path.is_dir() else self._map_file(path)
+        )
         return loaded
 
     def _check(self, path: Path) -> None:

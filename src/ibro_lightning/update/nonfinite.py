@@ -47,11 +47,10 @@ class NonFiniteGuard:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.in_a_row = dict(state)
 
-    def begin(self) -> None:
-        """Begin an iteration."""
+    def start_iteration(self) -> None:
         self.steps, self.causes, self._offender = 0, [], None
 
-    def saw(self, network: str, cause: str | None, batch: Any = None) -> None:
+    def record(self, network: str, cause: str | None, batch: Any = None) -> None:
         """Record an optimizer step of a network as taken (``cause`` is None) or skipped.
 
         Args:

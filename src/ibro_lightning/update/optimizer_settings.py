@@ -21,7 +21,7 @@ HOW = ("foreach", "fused", "capturable")
 """Settings of how a step is computed, not of its result: their changes are not reported."""
 
 
-def check_goes_on(
+def check_resumable(
     optimizer: Optimizer, state: Mapping[str, Any], setting: str, groups: Sequence[Mapping[str, Any]] | None = None
 ) -> list[dict[str, Any]]:
     """The new settings of each parameter group, provided that the optimizer can resume from ``state`` with them.

@@ -19,7 +19,7 @@ from ibro_lightning.update.optimizer import Schedule, qualified_name
 from ibro_lightning.update.optimizer_settings import (
     CONFIGURED,
     HOW,
-    check_goes_on,
+    check_resumable,
     configured_in,
     of_kind,
     settings_of,
@@ -127,7 +127,7 @@ class ResumedSettings:
         }
 
     def _adopt(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        changed = check_goes_on(optimizer, state, self.setting, self.groups)
+        changed = check_resumable(optimizer, state, self.setting, self.groups)
         self._check_parameters(optimizer, state)
         saved = configured_in(state)
         self.steps = saved.get("steps", _steps(state))

@@ -74,13 +74,13 @@ class Updater:
         self.max_grad_norm = max_grad_norm
         self.nonfinite = NonFiniteGuard(max_nonfinite_steps)
 
-    def begin(self, rollout: Rollout) -> bool:
-        """Begin an iteration; False if no rank has anything to learn from its rollout."""
-        self.nonfinite.begin()
+    def start_iteration(self, rollout: Rollout) -> bool:
+        """False if no rank has anything to learn from the iteration's rollout."""
+        self.nonfinite.start_iteration()
         on_time = self.loop.ranks.sum((~rollout.late).sum())
         return not rollout.skip_update and bool(on_time)
 
-    def count(self, num_groups: int) -> int:
+    def num_steps(self, num_groups: int) -> int:
         """The number of optimizer steps on a rollout of ``num_groups`` groups."""
         size = self.mini_batch_prompts
         return self.update_epochs * (1 if size is None else -(-num_groups // size))
@@ -108,7 +108,7 @@ class Updater:
         """
         ranks = self.loop.ranks
         if not advantages_are_finite(step, ranks):
-            self.nonfinite.saw(network, "advantage", step)
+            self.nonfinite.record(network, "advantage", step)
             return step, {f"{_prefix(network)}{SKIPPED}": 1.0}
         totals: dict[str, float] = defaultdict(float)
         scores: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -142,7 +142,7 @@ class Updater:
         learning_rate = float(optimizers[0].param_groups[0]["lr"])  # read first: a schedule changes a tensor in place
         norm = clip_gradients(self.loop.networks[network].parameters(), self.max_grad_norm)
         cause = nonfinite_cause(norm, losses)
-        self.nonfinite.saw(network, cause, batch)
+        self.nonfinite.record(network, cause, batch)
         if cause is None:
             for number, optimizer in enumerate(optimizers):
                 self.loop.step(optimizer, counts=network == "policy" and not number)
