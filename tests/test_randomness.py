@@ -153,7 +153,7 @@ def test_most_models_are_left_as_they_are() -> None:
 def test_a_weight_that_is_not_finite_is_named_for_what_it_is(name: str, value: float) -> None:
     model = qwen2(tie_word_embeddings=False)
     model.get_parameter(name).data.view(-1)[-1] = value
-    with pytest.raises(ConfigError, match=rf"its weight {name} is not finite") as caught:
+    with pytest.raises(ConfigError, match=rf"its weight {name} holds (NaN|infinity)") as caught:
         Policy(model).ensure_deterministic()
     assert "\n" not in str(caught.value)
 

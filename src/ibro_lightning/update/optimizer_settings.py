@@ -42,7 +42,7 @@ def check_resumable(
         raise ConfigError(
             setting,
             kind,
-            f"the checkpoint has the state of {other}, which {kind} cannot go on from: write that again, or start a "
+            f"the checkpoint has the state of {other}, from which {kind} cannot resume: write that again, or start a "
             "new run from the folder that `export` makes of the checkpoint",
         )
     if len(groups) != len(saved["groups"]):

@@ -154,5 +154,5 @@ class Scorer:
             self._warned_of_missing_logp = True
             rank_zero_warn(
                 f"iteration {rollout.iteration}: {missing} responses have no sampler log-probs and are left out of the "
-                "loss (sampler/non_finite counts their tokens; said once)"
+                "loss (sampler/non_finite counts their tokens; warned of once)"
             )

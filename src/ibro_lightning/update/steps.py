@@ -14,7 +14,7 @@ from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.errors import check_at_least
 from ibro_lightning.guards.memory_advice import memory_advice
 from ibro_lightning.ranks import ALONE, Ranks
-from ibro_lightning.seeding import update_order
+from ibro_lightning.seeding import permutation
 
 
 def mini_batches(groups: Tensor, prompts: int | None, seed: int, total: int | None = None) -> Iterator[Tensor]:
@@ -26,7 +26,7 @@ def mini_batches(groups: Tensor, prompts: int | None, seed: int, total: int | No
         prompts: groups per step; None means all.
         total: groups on all ranks; None: there are no others than these.
     """
-    order = torch.tensor(update_order(seed, int(groups.max()) + 1 if total is None else total))
+    order = torch.tensor(permutation(int(groups.max()) + 1 if total is None else total, seed))
     for chosen in order.split(prompts or len(order)):
         yield torch.isin(groups.cpu(), chosen).nonzero().squeeze(-1)
 

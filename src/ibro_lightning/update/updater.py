@@ -126,7 +126,8 @@ class Updater:
             for name, share in metrics.items() if counts else ():
                 totals[name] += share
         metrics = self._total_over_ranks(totals, step.sequences.input_ids.device)
-        taken = self.clip_and_step(network, losses_of(metrics), step)
+        losses = {name: value for name, value in metrics.items() if name.endswith("loss")}
+        taken = self.clip_and_step(network, losses, step)
         measured = {**(step.metrics if network == "policy" else {}), **metrics, **taken}
         return with_scores(step, scores), measured
 
@@ -207,11 +208,6 @@ def optimizers_of(loop: Loop, network: str) -> list[Optimizer]:
         for optimizer in loop.optimizers
         if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
     ]
-
-
-def losses_of(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The losses among a step's metrics."""
-    return {name: value for name, value in metrics.items() if name.endswith("loss")}
 
 
 def mean_of(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
