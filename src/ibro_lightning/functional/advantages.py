@@ -102,12 +102,9 @@ def reward_to_go(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor
     """``R_t = Σ_l γ^l r_{t+l}``: the discounted rewards from each token on.
 
     Args:
-        rewards: ``[B, T]`` per token. Those on padding are ignored, even nan.
+        rewards: ``[B, T]`` per token. Those on padding are ignored, even nan, and 0 in the result.
         mask: ``[B, T]``, the response mask: 1 on a *prefix* of each row.
         gamma: discount per token.
-
-    Returns:
-        ``[B, T]`` in at least float32, exactly 0 on padding.
     """
     mask = mask.bool()
     rewards = torch.where(mask, rewards.to(_working_dtype(rewards)), 0.0)

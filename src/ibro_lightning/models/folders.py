@@ -31,7 +31,7 @@ def check_folder(path: str, setting: str, *, is_folder: bool = False) -> None:
     """
     folder = Path(path)
     if not path.strip():
-        raise ConfigError(setting, path, "no name at all: write a Hugging Face folder or hub name")
+        raise ConfigError(setting, path, "empty: write a Hugging Face folder or hub name")
     if folder.is_file():
         remedy = "this is a file: name a Hugging Face model folder (config.json, model.safetensors, tokenizer)"
         if folder.suffix == ".ckpt":

@@ -41,9 +41,9 @@ def read_generation_config(path: str, revision: str) -> tuple[GenerationConfig |
     try:
         values = json.loads(text)
     except ValueError:
-        return None, "this is no JSON, so it is left out"
+        return None, "it is not JSON, so it is left out"
     if not isinstance(values, dict):
-        return None, "these are no settings, so they are left out"
+        return None, "it holds no settings, so it is left out"
     return repaired(values)
 
 

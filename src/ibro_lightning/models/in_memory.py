@@ -43,7 +43,7 @@ class ModelPolicy(PolicySource):
         self._options = options or PolicyOptions()
         self.trusts_code = self._options.trust_remote_code
         if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise ConfigError(setting, str(self), f"beside it is a {type(tokenizer).__name__}, no tokenizer: {PAIR}")
+            raise ConfigError(setting, str(self), f"a {type(tokenizer).__name__} is not a tokenizer: {PAIR}")
         self._check()
         self._config = copy.deepcopy(model.config)
         if self._is_language_model:
@@ -56,7 +56,7 @@ class ModelPolicy(PolicySource):
     def tokenizer(self) -> Any:
         if self._tokenizer is None:
             if not (name := getattr(self._model, "name_or_path", "")):
-                raise ConfigError(self.setting, str(self), f"nothing tells its tokenizer: {PAIR}")
+                raise ConfigError(self.setting, str(self), f"its tokenizer is unknown: {PAIR}")
             try:
                 self._tokenizer = PretrainedPolicy(name, self._options, self.setting).tokenizer()
             except ConfigError as error:
@@ -97,7 +97,7 @@ class ModelPolicy(PolicySource):
         if self.setting == "critic" and model.config.num_labels == 1:
             classes += _classes(AutoModelForTokenClassification, model.config)
         if not issubclass(type(model), classes):
-            remedy = "it is no causal language model of transformers: write AutoModelForCausalLM.from_pretrained(...)"
+            remedy = "not a causal language model of transformers: write AutoModelForCausalLM.from_pretrained(...)"
             raise ConfigError(self.setting, value, remedy)
         if any(".lora_" in name or ".base_layer." in name for name, _ in model.named_parameters()):
             remedy = "it has adapters: merge them first (peft's merge_and_unload)"

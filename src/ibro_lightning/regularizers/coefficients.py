@@ -225,5 +225,5 @@ def as_coefficient(coef: Coefficient | float, setting: str, measures: Literal["e
         return Constant(coef)
     if coef.measures not in (None, measures):
         name = type(coef).__name__
-        raise ConfigError(setting, name, f"it follows {coef.measures}, and here it is told the {measures}")
+        raise ConfigError(setting, name, f"it follows the {coef.measures}, but is given the {measures} here")
     return coef

@@ -30,7 +30,7 @@ def build_optimizer(
     rate_setting: str,
     default_rate: float | None = None,
 ) -> Optimizer:
-    """Build the optimizer of the parameters, with the learning rate that counts.
+    """Build the optimizer of the parameters.
 
     A factory that takes ``lr`` is given the learning rate, unless one is bound to it. From any other factory, a rate
     other than the default of the optimizer's class counts as set.
@@ -94,14 +94,13 @@ def check_optimizer(factory: Any, setting: str) -> None:
 def _call(
     factory: Callable[..., Optimizer], parameters: list[nn.Parameter], learning_rate: float, takes: str | None
 ) -> Optimizer:
-    if takes is None:
-        return factory(parameters)
-    try:
-        return factory(parameters, lr=learning_rate)
-    except TypeError:
-        if takes == "lr":
-            raise
-    return factory(parameters)  # its **kwargs are not for an lr
+    if takes is not None:
+        try:
+            return factory(parameters, lr=learning_rate)
+        except TypeError:
+            if takes == "lr":
+                raise  # otherwise its **kwargs are not for an lr
+    return factory(parameters)
 
 
 def _takes_rate(target: Any) -> str | None:

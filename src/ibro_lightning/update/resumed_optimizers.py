@@ -36,7 +36,6 @@ class OptimizerWatch:
 
     Args:
         networks: those that learn, by name, with the arguments for optimizer and learning rate.
-        optimizers_of: the optimizers with parameters of a network.
         schedules: Lightning's configurations of all schedules; torch's own are wrapped in an :class:`AdoptedSchedule`.
         names: of the module's parameters, by ``id``.
 

@@ -14,7 +14,12 @@ from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.models import Critic
 from ibro_lightning.ranks import rank_zero_warn
 from ibro_lightning.regularizers import StepContext
-from ibro_lightning.update.correction import looks_made_up, refuse_impossible_logp, refuse_missing_logp, sampled_tokens
+from ibro_lightning.update.correction import (
+    logp_are_suspicious,
+    refuse_impossible_logp,
+    refuse_missing_logp,
+    sampled_tokens,
+)
 from ibro_lightning.update.loop import Loop
 from ibro_lightning.update.loss import PolicyLoss
 from ibro_lightning.update.steps import TokenBudget
@@ -39,10 +44,8 @@ class Scorer:
         self._warned_of_missing_logp = False
 
     def __call__(self, rollout: Rollout, *, scores_first: bool = True) -> Experience:
-        """The rollout as the policy sees it before the update; advantages are still 0.
-
-        ``mask`` leaves out late responses, and tokens without a finite sampler log-prob; rewards and advantages remain
-        those of the whole response.
+        """The rollout as the policy sees it before the update; advantages are still 0. ``mask`` leaves out late
+        responses, and tokens without a finite sampler log-prob; rewards remain those of the whole response.
 
         Args:
             scores_first: compute the old log-probs and entropies; otherwise a single optimizer step has to.
@@ -143,7 +146,7 @@ class Scorer:
         """Raise :class:`ConfigError` if there is nothing to correct by; warn once of responses left out."""
         ranks, tokens = self.loop.ranks, experience.responses & ~rollout.late[:, None]  # [B, T]
         refuse_impossible_logp(rollout.sampler_logp, tokens, ranks)
-        suspicious = looks_made_up(rollout.sampler_logp, tokens).to(torch.float32)
+        suspicious = logp_are_suspicious(rollout.sampler_logp, tokens).to(torch.float32)
         old_logp = experience.old_logp
         if old_logp is None:
             if not bool(ranks.max(suspicious)):
