@@ -106,11 +106,8 @@ def _write_plainly(model: Any, weights: dict[str, Tensor] | None, folder: Path) 
     weights = dict(model.state_dict()) if weights is None else weights
     distinct = {(t.data_ptr(), t.shape, t.stride()): name for name, t in reversed(weights.items())}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: weights[name].detach().cpu().contiguous() for name in distinct.values()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    tensors = {name: weights[name].detach().cpu().contiguous() for name in distinct.values()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
     attempt(folder, "config.json", lambda: model.config.to_json_file(folder / "config.json"))
     if getattr(model, "generation_config", None) is not None:

@@ -61,8 +61,8 @@ class Sharding:
 def shard(network: nn.Module, sharding: Sharding) -> None:
     """Shard ``network`` (a Policy or a Critic whose ``model`` is on the meta device) in place. It stays empty.
 
-    Its blocks are groups of their own, and so is an input embedding that is not tied to the head. Everything else
-    belongs to the root, ``network``: its forward pass reads the head's weight without calling the head.
+    Its blocks are groups of their own, and so is an input embedding that is not tied to the head; the rest belongs to
+    ``network`` itself, whose forward pass reads the head's weight without calling the head.
 
     Raises:
         ConfigError: the model cannot be sharded by ``tensor_parallel_size``.

@@ -40,7 +40,7 @@ from ibro_lightning.update.loss import PolicyLoss, Surrogate, loss_class
 from ibro_lightning.update.reference import ReferenceKL
 from ibro_lightning.update.scoring import Scorer
 from ibro_lightning.update.steps import TokenBudget
-from ibro_lightning.update.updater import Updater, mean_of
+from ibro_lightning.update.updater import Updater, update_metrics
 from ibro_lightning.update.whitening import whiten
 
 AdvantageEstimator = Literal["grpo", "dr_grpo", "rloo", "reinforce++"]
@@ -148,15 +148,7 @@ class DAPOModule(PolicyModule):
         measured = self.experience_metrics(scored, rollout)
         if self.kl is not None:  # for the next iteration: the logged coefficient is the one used in this
             observe(self.kl.coefficient, scored.extra["reference_kl"], scored, self.ranks)
-        return {
-            "update/skipped_rollouts": 0.0,
-            "update/steps": float(len(steps)),
-            "update/scored_first": float(experience.old_logp is not None),
-            **measured,
-            **mean_of(steps),
-            **shift,
-            **timer.metrics(),
-        }
+        return {**update_metrics(experience, steps), **measured, **shift, **timer.metrics()}
 
     def prepare(self, rollout: Rollout) -> Experience:
         """Compute what stays fixed during the update, without gradients."""

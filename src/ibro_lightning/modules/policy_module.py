@@ -30,6 +30,7 @@ from ibro_lightning.models import (
     compile_in_place,
     export_folder,
 )
+from ibro_lightning.models.compiled import compile_hook
 from ibro_lightning.models.pretrained import local_folders
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.modules import network_optimizers
@@ -102,8 +103,8 @@ class PolicyModule(pl.LightningModule):
         policy_options: PolicyOptions = PolicyOptions(),
     ) -> None:
         super().__init__()
-        for name, value in {"learning_rate": learning_rate, "warmup_steps": warmup_steps}.items():
-            check_at_least(name, value, 0)
+        check_at_least("learning_rate", learning_rate, 0)
+        check_at_least("warmup_steps", warmup_steps, 0)
         check_optimizer(optimizer, "optimizer")
         check_schedule(lr_scheduler, "lr_scheduler")
         self.automatic_optimization = False
@@ -116,12 +117,11 @@ class PolicyModule(pl.LightningModule):
         self.loop = TrainerLoop(self, tuple(self.trained))
         self.policy: Policy
         self.evaluator = Evaluator(self)
-        self.evaluations: dict[str, Evaluation] = {}
-        """The latest evaluation of each set."""
+        self.evaluations: dict[str, Evaluation] = {}  # the latest of each set
         self._optimizer_watch: OptimizerWatch | None = None
         # The names in a state have no prefixes of torch.compile, wherever it was applied.
-        self.register_state_dict_pre_hook(_remove_compile_wrappers)
-        self.register_load_state_dict_pre_hook(_remove_compile_wrappers)
+        self.register_state_dict_pre_hook(compile_hook)
+        self.register_load_state_dict_pre_hook(compile_hook)
 
     @property
     def ranks(self) -> Ranks:
@@ -254,7 +254,7 @@ class PolicyModule(pl.LightningModule):
 
     @property
     def iteration(self) -> int:
-        """Completed training batches of the whole run: the x-axis of every curve."""
+        """Completed training batches of the run: the x-axis of every curve."""
         return self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
     # The interface for datamodules and callbacks (engines.base.PolicyProvider).
@@ -319,7 +319,3 @@ class PolicyModule(pl.LightningModule):
 
     def predict_step(self, rollout: Rollout, batch_idx: int, dataloader_idx: int = 0) -> Rollout:
         return rollout
-
-
-def _remove_compile_wrappers(module: PolicyModule, *_: Any) -> None:
-    compile_in_place(module)

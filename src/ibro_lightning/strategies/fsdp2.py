@@ -40,9 +40,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     """Fully sharded data parallelism (``torch.distributed.fsdp.fully_shard``), on GPUs (NCCL) and on CPUs (gloo).
 
     Networks are sharded as they are built (``build_policy(..., sharding=strategy.sharding)``); Lightning moves and
-    initialises nothing. All ranks write and read checkpoints collectively, and any strategy reads them: Lightning's
-    strategy keys optimizer states by the parameter's name in the whole module; here they are keyed, as in all other
-    strategies, by its position in its own optimizer, so that two optimizers, or one without a state yet, work.
+    initialises nothing. All ranks write and read checkpoints collectively, and any strategy reads them: optimizer
+    states are keyed by the parameter's position in its optimizer, not by its name, as in Lightning's strategy.
 
     Args:
         tensor_parallel_size: number of ranks that split the computation of each decoder block and see the same data;

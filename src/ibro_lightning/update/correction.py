@@ -71,10 +71,7 @@ def sampled_tokens(sampler_logp: Tensor, tokens: Tensor, ranks: Ranks = ALONE) -
 
     A token without one (nan, −inf) comes from an unknown distribution: it is left out of the loss, the regulariser's
     term and both denominators. If no rank has any log-prob, the responses were not sampled by one of our engines, and
-    all tokens take part, which makes sense only without a correction.
-
-    Args:
-        sampler_logp: ``[B, T]``; tokens: ``[B, T]`` bool, the response tokens that may be trained on.
+    all tokens take part, which makes sense only without a correction. All ``[B, T]``.
     """
     sampled = tokens & sampler_logp.isfinite()
     return sampled if bool(ranks.sum(sampled.sum())) else tokens

@@ -32,11 +32,9 @@ def mini_batches(groups: Tensor, prompts: int | None, seed: int, total: int | No
 
 
 def token_budget_batches(lengths: Sequence[int], budget: int, *, padded: bool = True) -> Iterator[Tensor]:
-    """Rows of each micro-batch: sorted by length for little padding, at most ``budget`` tokens each, balanced.
-
-    As few micro-batches as the budget allows, and of sizes as equal as possible: the budget is lowered as long as
-    their number stays the same. A single sequence longer than the budget gets a micro-batch of its own. Losses are
-    divided by the tokens of the whole step, so the split changes memory and speed, never the gradient.
+    """Rows of each micro-batch: sorted by length for little padding, as few as the budget allows, and balanced: the
+    budget is lowered as long as their number stays the same. A sequence longer than the budget gets a micro-batch of
+    its own. Losses are divided by the tokens of the whole step, so the split never changes the gradient.
 
     Args:
         lengths: tokens of each row.

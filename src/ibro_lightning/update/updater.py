@@ -210,12 +210,15 @@ def optimizers_of(loop: Loop, network: str) -> list[Optimizer]:
     ]
 
 
-def mean_of(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over the steps that report it; counters of skipped steps are summed."""
+def update_metrics(experience: Experience, steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The curves of an update: the mean of each metric over the steps that report it; skipped steps are summed."""
     names = dict.fromkeys(name for step in steps for name in step)
     columns = {name: [step[name] for step in steps if name in step] for name in names}
     return {
-        name: sum(values) if name.endswith(SKIPPED) else sum(values) / len(values) for name, values in columns.items()
+        "update/skipped_rollouts": 0.0,
+        "update/steps": float(len(steps)),
+        "update/scored_first": float(experience.old_logp is not None),
+        **{name: sum(v) if name.endswith(SKIPPED) else sum(v) / len(v) for name, v in columns.items()},
     }
 
 
