@@ -7,12 +7,16 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from helpers.rollouts import rollouts
+from helpers.updates import dapo, ppo
+from helpers.updates import fit as train
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.modules import DAPOModule
@@ -41,9 +45,10 @@ MEASURED = [0.3, 0.05, 0.1, 0.2, 0.7, 0.0, 0.15, 0.01, 0.4, 0.2]
 
 
 def values_over(coefficient: Coefficient, measured: Sequence[float], samples: int = 1) -> list[float]:
-    """The coefficient after each observation."""
+    """The coefficient in each iteration, after it has observed."""
     values = []
     for one in measured:
+        coefficient.start_iteration()
         coefficient.observe(one, samples)
         values.append(coefficient.value)
     return values
@@ -202,6 +207,7 @@ def test_a_measurement_that_is_not_finite_moves_nothing_but_the_iteration(name: 
     coefficient = CONTROLLERS[name]()
     values_over(coefficient, MEASURED[:3], samples=3)
     before = coefficient.state_dict()
+    coefficient.start_iteration()
     coefficient.observe(measured, 3)
     assert coefficient.state_dict() == {**before, "iterations": before["iterations"] + 1}
 
@@ -286,8 +292,8 @@ def test_a_number_is_a_constant_and_an_object_stays_itself() -> None:
     moving = Linear(0.1, 0.2, 3)
     assert as_coefficient(moving, "x", "entropy") is moving
     regularizer = EntropyBonus(moving)
-    moving.observe(1.0)
-    moving.observe(1.0)
+    moving.start_iteration()
+    moving.start_iteration()
     assert regularizer.coef == moving.value == pytest.approx(0.1 + 0.1 / 3)
 
 
@@ -384,6 +390,16 @@ def test_a_resumed_run_has_the_same_curves_and_weights_bit_for_bit(workspace: Pa
         assert halves[metric] == whole[metric]
     ends = [load_file(workspace / folder / "model" / "model.safetensors") for folder in ("whole", "halves")]
     assert all(torch.equal(ends[0][weight], ends[1][weight]) for weight in ends[0])
+
+
+@pytest.mark.parametrize("placement", ["loss", "reward"])
+@pytest.mark.parametrize("module", [dapo, ppo])
+def test_a_schedule_of_the_kl_keeps_pace_with_one_of_the_regularizer(module: Any, placement: Any) -> None:
+    """0.4 → 0.1 in 3 iterations: every iteration uses its own value, of β as of α."""
+    kl = ReferenceKL(Linear(0.4, 0.1, 3), placement=placement)
+    _, recorder = train(module(regularizer=EntropyBonus(Linear(0.4, 0.1, 3)), kl=kl), rollouts(4))
+    for name in ("regularizer/coef", "kl/coef"):
+        assert [metrics[name] for metrics in recorder.metrics] == pytest.approx([0.4, 0.3, 0.2, 0.1], rel=1e-12), name
 
 
 def test_the_coefficient_is_what_the_update_used(workspace: Path) -> None:

@@ -58,7 +58,10 @@ def test_a_layout_is_what_the_trainer_section_says() -> None:
         ({"devices": "many"}, "trainer.devices"),
         ({"strategy": "deepspeed"}, "trainer.strategy"),
         ({"precision": "16-mixed"}, "trainer.precision"),
-        ({"devices": 3, "strategy": FSDP2Strategy(tensor_parallel_size=2)}, "tensor_parallel_size"),
+        (
+            {"devices": 3, "strategy": FSDP2Strategy(tensor_parallel_size=2)},
+            "^trainer.strategy.tensor_parallel_size: 2",
+        ),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused(changes: dict[str, Any], setting: str) -> None:

@@ -871,6 +871,20 @@ def test_exactly_a_fifth_of_the_valid_tokens_is_chosen_even_among_equals(tokens:
         assert not len(rest) or step.old_entropy[chosen].min() >= rest.max()
 
 
+@pytest.mark.parametrize("method", [TopEntropyTokens, KLCov])
+def test_rounding_does_not_choose_between_equal_tokens(method: type[TopEntropyTokens] | type[KLCov]) -> None:
+    """Of three rows that begin alike, up to rounding, the first groups' are chosen, whatever their order."""
+    generator = torch.Generator().manual_seed(0)
+    name = "top_entropy" if method is TopEntropyTokens else "kl_cov"
+    for _ in range(5):
+        noise = 1e-6 * torch.rand(3, 3, generator=generator)
+        order = torch.randperm(3, generator=generator)
+        same = torch.tensor([[3.0, 1.0, 1.0]] * 3) + noise
+        step = step_of([[3.0, 0.0, 0.0]] * 3, old_entropy=same.tolist(), old_logp=same.tolist())
+        chosen = method(fraction=0.23).prepare(replace(step, groups=order), alone()).extra[name]
+        assert order[chosen[:, 0]].sort().values.tolist() == [0, 1], chosen
+
+
 def test_all_tokens_are_learned_from_with_a_fraction_of_one(experience: Experience) -> None:
     all_of_them, none = dapo(TopEntropyTokens(fraction=1.0)), dapo(NoRegularizer())
     assert_same(

@@ -622,7 +622,7 @@ def test_an_export_that_overwrites_keeps_the_earlier_one_also_if_it_fails(
     before = content(folder / "out")
     again = ["--ckpt_path", "last", "--run", "run", "--output", "out/policy", "--overwrite"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ibro_lightning.models.export.write_beside", lambda *_, **__: 1 / 0)
+        patch.setattr("ibro_lightning.models.hf_folder.write_beside", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export(again)
     assert {name: content(folder / "out").get(name) for name in before} == before
@@ -691,7 +691,7 @@ def test_a_resumed_run_replaces_only_what_it_wrote(
     "moment",
     [
         Moment("file", 3),
-        pytest.param(Moment("ibro_lightning.models.export.finish", 1), marks=pytest.mark.slow),
+        pytest.param(Moment("ibro_lightning.models.hf_folder.finish", 1), marks=pytest.mark.slow),
         pytest.param(Moment("half", 2), marks=pytest.mark.slow),
         *(pytest.param(Moment("file", number), marks=pytest.mark.slow) for number in range(6, 120, 16)),
     ],

@@ -93,7 +93,7 @@ class TestNonFinite:
     def test_a_new_iteration_begins_with_no_causes(self):
         guard = NonFiniteGuard(2)
         guard.record("policy", "loss")
-        guard.begin()
+        guard.start_iteration()
         assert guard.causes == []
         assert guard.in_a_row == {"policy": 1}
 

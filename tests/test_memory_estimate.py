@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.processes import logs, run_ranks
 from ibro_lightning.batches.sequences import Sequences
-from ibro_lightning.dry_run.generation import engine_memory
+from ibro_lightning.dry_run.engine_memory import engine_memory
 from ibro_lightning.dry_run.layout import GIB, Layout
 from ibro_lightning.dry_run.memory import MemoryEstimate, estimate_memory
 from ibro_lightning.dry_run.networks import NetworkMemory

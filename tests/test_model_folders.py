@@ -24,7 +24,7 @@ from ibro_lightning.models import (
     build_policy,
     export_folder,
 )
-from ibro_lightning.models.generation import repaired
+from ibro_lightning.models.generation_config import repaired
 from ibro_lightning.modules import PPOModule, SFTModule
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.9}

@@ -87,6 +87,11 @@ def check_choices(ranks: Ranks) -> None:
             assert sorted((value for own in chosen for value in own), reverse=True) == largest
         places = ranks.gather(ranks.top(values[ranks.rank], 4).tolist())
         assert all(len(set(own)) == len(own) for own in places)
+        # Of equal values, those with the smallest order: 0, 1 and 2, wherever they are.
+        equal = torch.ones(2, dtype=torch.float64)
+        order = torch.tensor([SIZE - 1 - ranks.rank, SIZE + ranks.rank])
+        chosen = ranks.gather(ranks.top(equal, 3, order).tolist())
+        assert chosen == [[0]] * SIZE
 
 
 def outcome_of(ranks: Ranks, work: Callable[[], None]) -> str:

@@ -1,4 +1,4 @@
-"""A run that goes on with other optimizer settings: what can change is applied and reported, what cannot is refused."""
+"""A run that resumes with other optimizer settings: what can change is applied and reported, what cannot is refused."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_what_can_change_is_applied_and_reported(
         settings["learning_rate"] = 1e-5
     with caplog.at_level(logging.INFO):
         trainer, recorder = train(kind(TinySource(), **settings), 2, before)
-    assert said(caplog) == [f"goes on with other optimizer settings: {new.line}"]
+    assert said(caplog) == [f"resumes with other optimizer settings: {new.line}"]
     if new.rates is not None and (kind is not SFTModule or change == "a schedule"):
         assert rate(recorder) == pytest.approx(new.rates)
     if new.group is not None:
@@ -162,7 +162,7 @@ def test_the_critics_settings_may_change_too(before: Path, caplog: pytest.LogCap
     with caplog.at_level(logging.INFO):
         _, recorder = train(PPOModule(TinySource(), **settings), 2, before)
     assert said(caplog) == [
-        "goes on with other optimizer settings: critic_learning_rate 0.004 (checkpoint: 1e-05), "
+        "resumes with other optimizer settings: critic_learning_rate 0.004 (checkpoint: 1e-05), "
         "critic_optimizer.weight_decay 0.5 (checkpoint: 0.01)"
     ]
     assert [metrics["critic/lr"] for metrics in recorder.metrics] == pytest.approx([3e-3, 4e-3])
@@ -179,7 +179,7 @@ def test_a_schedules_settings_may_change(before: Path, t_max: int, caplog: pytes
     with caplog.at_level(logging.INFO):
         _, recorder = train(DAPOModule(TinySource(), **settings), 3, before)
     assert rate(recorder) == rate(whole)[2:]
-    line = "goes on with other optimizer settings: lr_scheduler.T_max 8 (checkpoint: 4)"
+    line = "resumes with other optimizer settings: lr_scheduler.T_max 8 (checkpoint: 4)"
     assert said(caplog) == ([] if t_max == 4 else [line])
 
 
@@ -200,7 +200,7 @@ def grouped(p: list[Any]) -> Any:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "SGD": (SGD, r"model\.optimizer: 'SGD' - the checkpoint has the state of AdamW, which SGD cannot go on from: "),
+    "SGD": (SGD, r"model\.optimizer: 'SGD' - the checkpoint has the state of AdamW, from which SGD cannot resume: "),
     "Adam": (torch.optim.Adam, r"model\.optimizer: 'Adam' - the checkpoint has the state of AdamW, "),
     "amsgrad": (adamw(amsgrad=True), r"model\.optimizer\.amsgrad: True - the checkpoint was made with False "),
     "groups": (grouped, r"model\.optimizer: 'AdamW' - it has 2 parameter groups, the checkpoint 1"),
@@ -242,7 +242,7 @@ def test_a_checkpoint_of_an_older_version_goes_on(before: Path, caplog: pytest.L
     assert all(torch.equal(value, recorder.weights[-1][name]) for name, value in whole.weights[-1].items())
     with caplog.at_level(logging.INFO):
         _, recorder = train(DAPOModule(TinySource(), **{**SETTINGS, "learning_rate": 4e-3}), 2, before)
-    assert said(caplog) == ["goes on with other optimizer settings: learning_rate 0.004 (checkpoint: 0.001)"]
+    assert said(caplog) == ["resumes with other optimizer settings: learning_rate 0.004 (checkpoint: 0.001)"]
     assert rate(recorder) == pytest.approx([0.003, 0.004])
     with pytest.raises(ConfigError, match="the checkpoint has the state of an optimizer with amsgrad, betas, "):
         train(DAPOModule(TinySource(), **{**SETTINGS, "optimizer": SGD}), 2, before)
@@ -267,7 +267,7 @@ def test_a_subclasss_own_schedule_takes_the_new_rate(before: Path, caplog: pytes
     with caplog.at_level(logging.INFO):
         _, recorder = train(FasterOptimizers(TinySource()), 2, before)
     assert rate(recorder) == pytest.approx([0.08 / 4, 0.08 / 8])
-    assert said(caplog) == ["goes on with other optimizer settings: learning_rate 0.08 (checkpoint: 0.01)"]
+    assert said(caplog) == ["resumes with other optimizer settings: learning_rate 0.08 (checkpoint: 0.01)"]
 
 
 class Own(DAPOModule):
@@ -346,7 +346,7 @@ def test_a_subclasss_own_schedule_may_change(change: str, tmp_path: Path, caplog
     with caplog.at_level(logging.INFO):
         trainer, recorder = train(Own(scheduled(new)), 2, tmp_path / "before.ckpt")
     assert rate(recorder) == rate(whole)[2:]
-    assert said(caplog) == [f"goes on with other optimizer settings: {line}"]
+    assert said(caplog) == [f"resumes with other optimizer settings: {line}"]
     groups = [{k: v for k, v in t.optimizers[0].param_groups[0].items() if k != "params"} for t in (trainer, ended)]
     assert groups[0] == groups[1]
     # Nothing has changed from there on.
@@ -410,7 +410,7 @@ def test_a_schedule_goes_on_with_its_own_state_when_another_is_gone(
     with caplog.at_level(logging.INFO):
         trainer, _ = train(Own(after), 2, tmp_path / "before.ckpt")
     assert [o.param_groups[0]["lr"] for o in trainer.optimizers] == pytest.approx([1e-3, 1e-6])
-    assert said(caplog) == ["goes on with other optimizer settings: lr_scheduler none (checkpoint: CosineAnnealingLR)"]
+    assert said(caplog) == ["resumes with other optimizer settings: lr_scheduler none (checkpoint: CosineAnnealingLR)"]
 
 
 RATES: dict[str, tuple[Any, Any, bool]] = {
@@ -435,7 +435,7 @@ def test_a_rate_may_be_a_tensor(change: str, schedule: Any, tmp_path: Path, capl
     first = float(new) * (1 if schedule is None else 0.25)
     assert rate(recorder)[0] == pytest.approx(first, rel=1e-6)
     assert type(trainer.optimizers[0].param_groups[0]["lr"]) is type(new)
-    line = "goes on with other optimizer settings: learning_rate 0.01 (checkpoint: 0.001)"
+    line = "resumes with other optimizer settings: learning_rate 0.01 (checkpoint: 0.001)"
     assert said(caplog) == ([line] if is_changed else [])
 
 
@@ -525,7 +525,7 @@ def test_the_command_line_refuses_before_it_touches_anything(
     with caplog.at_level(logging.INFO):
         main([*quick, "run", "--ckpt_path", "last", "--trainer.max_epochs", "3", *changed])
     assert said(caplog) == [
-        "goes on with other optimizer settings: learning_rate 0.003 (checkpoint: 0.01), "
+        "resumes with other optimizer settings: learning_rate 0.003 (checkpoint: 0.01), "
         "optimizer.weight_decay 0.2 (checkpoint: 0.01)"
     ]
     text = (workspace / "run" / "config.yaml").read_text()
@@ -552,7 +552,7 @@ def test_two_sharded_ranks_go_on_from_a_folder_with_other_settings(workspace: Pa
     changed = ["--model.optimizer.lr", "3e-3", "--model.optimizer.weight_decay", "0.2", "--model.warmup_steps", "7"]
     fit_ranks(workspace, [*run, "--ckpt_path", "last", *changed], ranks=2)
     line = (
-        "goes on with other optimizer settings: learning_rate 0.003 (checkpoint: 0.01), "
+        "resumes with other optimizer settings: learning_rate 0.003 (checkpoint: 0.01), "
         "optimizer.weight_decay 0.2 (checkpoint: 0.01), warmup_steps 7 (checkpoint: 0)"
     )
     assert logs(workspace).count(line) == 1

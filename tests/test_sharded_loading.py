@@ -32,11 +32,11 @@ from ibro_lightning.models import (
     build_critic,
     build_policy,
     export_folder,
+    full_tensor,
     local_part,
-    whole,
 )
 from ibro_lightning.models.building import parameters_on_meta
-from ibro_lightning.models.weight_files import RankZero, WeightFiles, all_or_none
+from ibro_lightning.models.weight_files import RankZero, WeightFiles, raise_on_all_ranks
 from ibro_lightning.tasks import NumberPath
 
 torch.set_num_threads(1)
@@ -76,7 +76,7 @@ def check_same(ours: nn.Module, theirs: nn.Module) -> None:
         assert list(got) == list(expected)
         for name, tensor in expected.items():
             assert got[name].dtype == tensor.dtype, name
-            assert torch.equal(whole(got[name]), tensor), name
+            assert torch.equal(full_tensor(got[name]), tensor), name
     assert [p.requires_grad for p in ours.parameters()] == [p.requires_grad for p in theirs.parameters()]
     assert ours.training == theirs.training
     assert [m.training for m in ours.modules()] == [m.training for m in theirs.modules()]
@@ -257,8 +257,8 @@ def hear_of_errors(folder: Path) -> None:
         return 5
 
     with pytest.raises(RuntimeError if rank == 0 else Local, match="only here"):
-        all_or_none(attempt)
-    assert all_or_none(lambda: rank) == rank
+        raise_on_all_ranks(attempt)
+    assert raise_on_all_ranks(lambda: rank) == rank
     options = replace(PolicyOptions(), packing=True)
     policy = build_policy(Qwen2FromScratch(NumberPath(size=12)), options, sharding)
     policy.check_packing()  # a forward pass of its own, before any other

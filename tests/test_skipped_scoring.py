@@ -347,7 +347,7 @@ def test_a_constant_coefficient_counts_the_iterations_in_any_case(kind: type[Pol
     module.on_save_checkpoint(checkpoint)
     resumed = DAPOModule(TinySource(), regularizer=InformationBottleneck(Linear(0.0, 1.0, 10)))
     resumed.on_load_checkpoint(checkpoint)
-    resumed.regularizer.coefficient.observe(1.0)
+    resumed.regularizer.coefficient.start_iteration()
     assert resumed.regularizer.coef == pytest.approx(0.2), "the third iteration's"
 
 

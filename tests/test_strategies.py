@@ -43,8 +43,8 @@ from ibro_lightning.models import (
     build_policy,
     clip_gradients,
     export_folder,
+    full_tensor,
     grad_norm,
-    whole,
 )
 from ibro_lightning.runs.checkpoints.plugin import read_checkpoint
 from ibro_lightning.strategies import FSDP2Strategy
@@ -113,7 +113,7 @@ def compare_mixed_precision(folder: Path) -> None:
         with context:
             values.append(network(Sequences.collate(PROMPTS, RESPONSES), temperature=0.8)[0])
             backward(network, here)
-        gradients.append(torch.cat([whole(p.grad).flatten() for p in network.parameters()]))
+        gradients.append(torch.cat([full_tensor(p.grad).flatten() for p in network.parameters()]))
     assert all(value.dtype == torch.float32 for value in values)
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
     # Autocast's own rounding, measured against float32, is the yardstick: ours must be the same one, not another.
@@ -176,7 +176,7 @@ def export_and_read(folder: Path) -> None:
         assert torch.equal(tensor, weights[name]), name
     again = build_critic(source_of(Path("out/critic")), OPTIONS)
     for (name, expected), parameter in zip(again.named_parameters(), critic.parameters(), strict=True):
-        assert torch.equal(expected, whole(parameter)), name
+        assert torch.equal(expected, full_tensor(parameter)), name
     try:
         if distributed.get_rank() == 0:
             Path("blocked").write_text("a file where a folder should be")

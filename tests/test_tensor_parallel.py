@@ -23,7 +23,7 @@ from helpers.sharded import (
     source_of,
 )
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.models import build_critic, build_policy, export_folder, whole
+from ibro_lightning.models import build_critic, build_policy, export_folder, full_tensor
 from ibro_lightning.models.tensor_parallel import parallelize
 
 torch.set_num_threads(1)
@@ -64,7 +64,7 @@ def train(folders: list[Path], data_parallel: int) -> None:
         critic, single_critic = build_critic(source, OPTIONS, sharding), build_critic(source, OPTIONS)
         check_training(critic, single_critic, sharding, steps=2)
         for ours, theirs in zip(critic.parameters(), single_critic.parameters(), strict=True):
-            torch.testing.assert_close(whole(ours), theirs.detach(), rtol=0, atol=1e-10)
+            torch.testing.assert_close(full_tensor(ours), theirs.detach(), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("data_parallel", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -113,15 +113,18 @@ class Ranks:
         distributed.all_reduce(total, operation, group=self.data)
         return total
 
-    def top(self, values: Tensor, count: int) -> Tensor:
-        """Indices of those of this rank's values ``[N]`` that are among the ``count`` largest of all ranks."""
-        best = values.topk(min(count, len(values)))
+    def top(self, values: Tensor, count: int, order: Tensor | None = None) -> Tensor:
+        """Indices of those of this rank's values ``[N]`` that are among the ``count`` largest of all ranks. Among equal
+        values, those with the smallest ``order`` ``[N]`` come first, then this rank's own order counts."""
+        order = torch.zeros_like(values) if order is None else order
+        by_order = order.argsort(stable=True)
+        best = by_order[values[by_order].argsort(descending=True, stable=True)][:count]
         if self.size == 1:
-            return best.indices
-        gathered = enumerate(self.gather(best.values.tolist()))
-        ordered = sorted((-value, rank, index) for rank, theirs in gathered for index, value in enumerate(theirs))
-        mine = [index for _, rank, index in ordered[:count] if rank == self.rank]
-        return best.indices[mine]
+            return best
+        keys = zip((-values[best]).tolist(), order[best].tolist(), strict=True)
+        gathered = enumerate(self.gather(list(keys)))
+        ranked = sorted((key, rank, place) for rank, theirs in gathered for place, key in enumerate(theirs))
+        return best[[place for _, rank, place in ranked[:count] if rank == self.rank]]
 
     # Objects are pickled, so they must come from this run itself.
 

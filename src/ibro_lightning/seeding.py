@@ -60,18 +60,10 @@ def permutation(size: int, seed: int) -> list[int]:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def update_order(seed: int, groups: int) -> list[int]:
-    """Order in which one pass of an update visits a rollout's groups. Optimizer steps take consecutive slices of it, so
-    ranks that take every ``size``-th group have equally many groups in each step.
-
-    Args:
-        seed: from :func:`update_seed`.
-    """
-    return permutation(groups, seed)
-
-
 def update_seed(run_seed: int, iteration: int, epoch: int) -> int:
-    """Seed of the group order in pass ``epoch`` over the rollout of ``iteration``."""
+    """Seed of the :func:`permutation` in which pass ``epoch`` over the rollout of ``iteration`` visits its groups.
+    Optimizer steps take consecutive slices of it, so ranks that take every ``size``-th group have equally many groups
+    in each step."""
     return derive_seed(run_seed, "mini-batches", iteration, epoch)
 
 

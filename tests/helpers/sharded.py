@@ -25,8 +25,8 @@ from ibro_lightning.models import (
     build_critic,
     build_policy,
     clip_gradients,
+    full_tensor,
     grad_norm,
-    whole,
 )
 from ibro_lightning.runs.checkpoints.plugin import CheckpointFiles
 
@@ -71,7 +71,7 @@ def objective(network: nn.Module, rows: list[int]) -> Tensor:
 
 def backward(network: nn.Module, sharding: Sharding | None = None) -> None:
     """Gradients of all rows, in two micro-batches; each rank takes its share of both."""
-    size, rank = (sharding.data_parallel_size, sharding.data_parallel_rank) if sharding else (1, 0)
+    size, rank = (sharding.data_parallel_size, sharding.mesh["data_parallel"].get_local_rank()) if sharding else (1, 0)
     for rows in ([0, 1, 2, 3], [4, 5, 6, 7]):
         (objective(network, rows[rank::size]) * size).backward()
 
@@ -105,7 +105,9 @@ def check_training(sharded: Any, single: Any, sharding: Sharding, steps: int = 3
             assert (expected.grad is None) == (parameter.grad is None), name
             if expected.grad is not None:
                 size = expected.grad.abs().max().item()
-                torch.testing.assert_close(whole(parameter.grad), expected.grad, rtol=0, atol=tolerance * (1 + size))
+                torch.testing.assert_close(
+                    full_tensor(parameter.grad), expected.grad, rtol=0, atol=tolerance * (1 + size)
+                )
         norms = [clip_gradients(network.parameters(), 1.0) for network in (single, sharded)]
         assert type(norms[1]) is Tensor
         torch.testing.assert_close(norms[1], norms[0], rtol=tolerance, atol=0)

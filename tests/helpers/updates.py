@@ -112,8 +112,8 @@ def adamw(lr: float) -> Any:
     return lambda parameters: torch.optim.AdamW(parameters, lr=lr)
 
 
-def dapo(**settings: Any) -> DAPOModule:
-    module = DAPOModule(TinySource(), **settings)
+def dapo(dtype: torch.dtype = torch.float64, **settings: Any) -> DAPOModule:
+    module = DAPOModule(TinySource(dtype), **settings)
     module.configure_model()
     return module
 

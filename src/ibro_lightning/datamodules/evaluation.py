@@ -19,7 +19,7 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.evaluation.record import EvaluationRecord, fingerprint
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.rewards import PoolOptions, Reward
-from ibro_lightning.runs.folder import evaluation_counts, evaluation_name, claim_for, is_fast_dev_run, run_folder
+from ibro_lightning.runs.folder import claim_for, evaluation_counts, evaluation_name, is_fast_dev_run, run_folder
 from ibro_lightning.runs.holding import RunLock
 from ibro_lightning.seeding import run_seed
 from ibro_lightning.sources.base import PromptSource

@@ -18,7 +18,7 @@ from ibro_lightning.engines.base import RolloutEngine, check_length
 from ibro_lightning.engines.weight_check import WeightCheck
 from ibro_lightning.errors import ConfigError, RolloutError
 from ibro_lightning.rewards import PoolOptions, Reward
-from ibro_lightning.seeding import derive_seed, run_seed, update_order, update_seed
+from ibro_lightning.seeding import derive_seed, permutation, run_seed, update_seed
 from ibro_lightning.sources.base import PromptSource
 from ibro_lightning.sources.control_text import report_shown
 from ibro_lightning.sources.prompts import PromptCursor, PromptLimits, check_count
@@ -240,7 +240,7 @@ class RolloutDataModule(EvaluationDataModule):
         """This rank's groups by number; in each step of the first pass, ranks' shares differ by at most one group."""
         if self.ranks.size == 1:
             return {number: sampled.mine[position] for number, position in enumerate(trained)}
-        order = update_order(update_seed(run_seed(), self.iteration, 0), len(trained))
+        order = permutation(len(trained), update_seed(run_seed(), self.iteration, 0))
         owners = {trained[number]: index % self.ranks.size for index, number in enumerate(order)}
         numbers = {position: number for number, position in enumerate(trained)}
         parcels: list[dict[int, Group]] = [{} for _ in range(self.ranks.size)]

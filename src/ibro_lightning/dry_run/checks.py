@@ -24,22 +24,19 @@ SHOWN = 600
 
 @dataclass
 class Checked:
-    """Results of the checks.
-
-    Args:
-        lines: text to print.
-        prompts: training prompts that were read.
-        prompt, response: tokens of the longest prompt that was read, and of the longest possible response.
-        mean_prompt: mean tokens of a prompt.
-        complete: whether all training problems were read.
-    """
+    """Results of the checks."""
 
     lines: list[str] = field(default_factory=list)
+    """Text to print."""
     prompts: list[Prompt] = field(default_factory=list)
+    """Training prompts that were read."""
     prompt: int = 0
+    """Tokens of the longest of them, with a mean of :attr:`mean_prompt`."""
     response: int = 0
+    """Tokens of the longest possible response."""
     mean_prompt: float = 0.0
     complete: bool = False
+    """Whether all training problems were read."""
 
 
 def check_data(module: Any, data: EvaluationDataModule) -> Checked:
@@ -53,7 +50,9 @@ def check_data(module: Any, data: EvaluationDataModule) -> Checked:
     data.trainer = SimpleNamespace(lightning_module=module, num_devices=1, strategy=None)  # type: ignore[assignment]
     try:
         data.prepare("fit", ROWS)
-        data.check_lengths("fit", _positions(module, data))
+        positions = getattr(module.policy_source.config().get_text_config(), "max_position_embeddings", None)
+        limits = [limit for limit in (positions, data.engine.max_model_len) if limit is not None]
+        data.check_lengths("fit", min(limits, default=None))
         if isinstance(data, RolloutDataModule):
             checked.prompts = data.prompts
             checked.prompt = max(len(prompt.token_ids) for prompt in checked.prompts)
@@ -61,7 +60,7 @@ def check_data(module: Any, data: EvaluationDataModule) -> Checked:
             checked.complete = len(checked.prompts) < ROWS
             checked.response = data.sampling.max_tokens
             checked.lines += _source_report("data.source", data.prompts, data.reward, data.sampling, data)
-            _check_templates(checked, module, data.sampling)
+            _check_templates(checked, module, data.sampling, positions)
         elif isinstance(data, SFTDataModule):
             _check_demonstrations(checked, module, data)
         for name, eval_set in data.eval_sets.items():
@@ -71,13 +70,6 @@ def check_data(module: Any, data: EvaluationDataModule) -> Checked:
         data.collector.stop_judging()
         data.trainer = None
     return checked
-
-
-def _positions(module: Any, data: EvaluationDataModule) -> int | None:
-    """Limit of engine and model on prompt + response, in tokens; None if neither has one."""
-    positions = getattr(module.policy_source.config().get_text_config(), "max_position_embeddings", None)
-    limits = [limit for limit in (positions, data.engine.max_model_len) if limit is not None]
-    return min(limits, default=None)
 
 
 def _source_report(
@@ -103,7 +95,7 @@ def _reward_report(
     golden = [(prompt, _reference_responses(prompt)) for prompt in prompts]
     judged = [(prompt, [_completion(text, sampling, tokenizer) for text in golds]) for prompt, golds in golden if golds]
     if not judged:
-        return [*lines, "the right answers are no text: what they earn was not tried"]
+        return [*lines, "the right answers are not text, so they are not judged here"]
     best = [max(row, key=lambda result: result.parts["accuracy"]) for row in judge_all(reward, judged, judge)]
     right = sum(result.parts["accuracy"] == 1 for result in best)
     lines.append(f"the right answer is accepted for {right} of {len(judged)} problems")
@@ -131,10 +123,9 @@ def _completion(text: str, sampling: SamplingParams, tokenizer: Any) -> Completi
     return Completion(tokens, (0.0,) * len(tokens), "stop", text, max(sampling.max_tokens, len(tokens)), seed=0)
 
 
-def _check_templates(checked: Checked, module: Any, sampling: SamplingParams) -> None:
+def _check_templates(checked: Checked, module: Any, sampling: SamplingParams, positions: int | None) -> None:
     """Report on the prompts that show the answer, if the regulariser builds any."""
     regularizer = getattr(module, "regularizer", None)
-    positions = getattr(module.policy_source.config().get_text_config(), "max_position_embeddings", None)
     for template in vars(regularizer).values() if regularizer is not None else ():
         if not isinstance(template, HindsightTemplate):
             continue

@@ -9,7 +9,7 @@ from typing import Any
 from ibro_lightning.datamodules import RolloutDataModule
 from ibro_lightning.datamodules.demonstrations import SFTDataModule
 from ibro_lightning.dry_run.checks import Checked, check_data
-from ibro_lightning.dry_run.generation import EngineMemory, engine_memory
+from ibro_lightning.dry_run.engine_memory import engine_memory
 from ibro_lightning.dry_run.layout import Layout
 from ibro_lightning.dry_run.memory import MemoryEstimate, estimate_memory
 from ibro_lightning.dry_run.networks import parameter_count
@@ -34,7 +34,7 @@ def dry_run(module: Any, data: Any, trainer: Any, options: EstimateOptions) -> M
     layout = Layout.of(trainer, options.gib)
     if not isinstance(module, PolicyModule) or not isinstance(data, RolloutDataModule | SFTDataModule):
         kinds = f"{type(module).__name__} with {type(data).__name__}"
-        raise ConfigError("dry_run", kinds, "it knows our modules with RolloutDataModule or SFTDataModule, only")
+        raise ConfigError("dry_run", kinds, "it needs one of our modules with RolloutDataModule or SFTDataModule")
 
     def say(*lines: str) -> None:
         print(*lines, sep="\n", flush=True)
@@ -43,77 +43,51 @@ def dry_run(module: Any, data: Any, trainer: Any, options: EstimateOptions) -> M
     checked = check_data(module, data)
     shapes = _shapes(module, data, layout, checked)
     say(*checked.lines, shape_line(shapes), *_warnings(module, data, layout))
-    engine = _engine(module, data, layout, shapes)
+    engine = None  # evaluations use the engine of training
+    if isinstance(data, RolloutDataModule):
+        config, parameters = module.policy_source.config(), parameter_count(module.policy_source, module.policy_options)
+        sizes = {"prompt": shapes.prompt, "group_size": data.group_size, "responses": shapes.rows}
+        engine = engine_memory(data.engine, config, parameters, data.sampling, layout, **sizes)
     estimate = estimate_memory(module, shapes, layout, engine)
     say("", *memory_table(estimate, shapes, module), "")
     folder = Path(trainer.default_root_dir or "runs/default")
-    say(*_time(module, data, checked, shapes, estimate, options, folder))
+    speeds = measured_speeds(folder)
+    length = options.response_tokens or speeds.get("rollout/length") or shapes.response
+    if isinstance(data, RolloutDataModule):
+        prompts = data.prompts_per_rollout
+        tokens = Tokens(prompts, prompts * data.group_size, checked.mean_prompt, length)
+        rounds = data.dynamic_sampling.max_rounds if data.dynamic_sampling else 1
+    else:
+        tokens, rounds = Tokens(data.batch_size, data.batch_size, checked.mean_prompt, length), 1
+    work = work_of(module, estimate, tokens, module.policy_loss is not None and shapes.scores_first(module))
+    say(*time_lines(work, tokens, layout, options.tflops, speeds, rounds, folder))
     return estimate
 
 
 def _shapes(module: Any, data: Any, layout: Layout, checked: Checked) -> Shapes:
-    ranks = layout.data_parallel
+    ranks, prompt = layout.data_parallel, checked.prompt
     if isinstance(data, SFTDataModule):
         check_at_least("data.batch_size", data.batch_size, ranks, ": every rank needs a sequence")
-        return Shapes.of_demonstrations(ranks, data.batch_size, checked.prompt, checked.response)
-    prompt = checked.prompt
+        return Shapes.of_demonstrations(ranks, data.batch_size, prompt, checked.response)
     if not checked.complete and data.prompt_limits.max_tokens is not None:  # others may reach the limit
         prompt = data.prompt_limits.max_tokens
-    return Shapes.of_rollouts(
-        module, ranks, data.prompts_per_rollout, data.group_size, prompt, checked.response, checked.prompts
-    )
+    sizes = data.prompts_per_rollout, data.group_size, prompt, checked.response
+    return Shapes.of_rollouts(module, ranks, *sizes, checked.prompts)
 
 
 def _warnings(module: Any, data: Any, layout: Layout) -> Iterator[str]:
     """Settings that work but waste time."""
     if not isinstance(data, RolloutDataModule):
         return
-    ranks = layout.data_parallel
+    ranks, mini_batch = layout.data_parallel, module.updater.mini_batch_prompts
     for setting, prompts in (
         ("data.prompts_per_rollout", data.prompts_per_rollout),
-        ("model.mini_batch_prompts", module.updater.mini_batch_prompts),
+        ("model.mini_batch_prompts", mini_batch),
     ):
-        if prompts is not None and prompts % ranks:
+        if prompts and prompts % ranks:
             yield f"{setting}: {prompts} is no multiple of the {ranks} ranks: some wait for others"
-    if module.updater.mini_batch_prompts and data.prompts_per_rollout % module.updater.mini_batch_prompts:
+    if mini_batch and data.prompts_per_rollout % mini_batch:
         yield (
-            f"model.mini_batch_prompts: {module.updater.mini_batch_prompts} does not divide "
-            f"data.prompts_per_rollout: {data.prompts_per_rollout}: the last optimizer step is smaller"
+            f"model.mini_batch_prompts: {mini_batch} does not divide data.prompts_per_rollout: "
+            f"{data.prompts_per_rollout}: the last optimizer step is smaller"
         )
-
-
-def _engine(module: Any, data: Any, layout: Layout, shapes: Shapes) -> EngineMemory | None:
-    """The engine's memory in training; evaluations use the same engine."""
-    if not isinstance(data, RolloutDataModule):
-        return None
-    source = module.policy_source
-    return engine_memory(
-        data.engine,
-        source.config(),
-        parameter_count(source, module.policy_options),
-        data.sampling,
-        layout,
-        prompt=shapes.prompt,
-        group_size=data.group_size,
-        responses=shapes.rows,
-    )
-
-
-def _time(
-    module: Any,
-    data: Any,
-    checked: Checked,
-    shapes: Shapes,
-    estimate: MemoryEstimate,
-    options: EstimateOptions,
-    folder: Path,
-) -> Iterator[str]:
-    speeds = measured_speeds(folder)
-    rollouts = isinstance(data, RolloutDataModule)
-    prompts, group = (data.prompts_per_rollout, data.group_size) if rollouts else (data.batch_size, 1)
-    length = options.response_tokens or speeds.get("rollout/length") or shapes.response
-    tokens = Tokens(prompts, prompts * group, checked.mean_prompt, length)
-    scored = module.policy_loss is not None and shapes.scores_first(module)
-    work = work_of(module, estimate, tokens, scored)
-    rounds = data.dynamic_sampling.max_rounds if getattr(data, "dynamic_sampling", None) else 1
-    return time_lines(work, tokens, estimate.layout, options.tflops, speeds, rounds, folder)

@@ -12,10 +12,11 @@ import torch
 from lightning.fabric.connector import _convert_precision_to_unified_args
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import distributed
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import Sharding
+from ibro_lightning.models.tensor_parallel import SETTING as TENSOR_PARALLEL
 from ibro_lightning.strategies import FSDP2Strategy
 
 GIB = 2**30
@@ -48,26 +49,23 @@ class Layout:
 
     @classmethod
     def of(cls, trainer: Any, gib: float | None = None) -> Layout:
-        """The layout that the ``trainer`` section of a recipe describes.
+        """The layout that the ``trainer`` section of a recipe, classes instantiated, describes.
 
         Args:
-            trainer: its settings, classes instantiated.
             gib: memory of one device; None takes that of this machine's, if it has such devices.
 
         Raises:
-            ConfigError: a setting is not supported by ibro_lightning, or depends on devices that this machine lacks.
+            ConfigError: a setting is not supported, or depends on devices that this machine lacks.
         """
         device = {"gpu": "cuda"}.get(trainer.accelerator, trainer.accelerator)
         if device not in ("cpu", "cuda"):
-            raise ConfigError("trainer.accelerator", trainer.accelerator, "a dry run needs to be told: cpu or cuda")
+            raise ConfigError("trainer.accelerator", trainer.accelerator, "a dry run cannot choose: write cpu or cuda")
         world = _devices(trainer.devices, device) * trainer.num_nodes
         kind, strategy = _kind(trainer.strategy, world)
         tensor_parallel = int(strategy._tensor_parallel_size) if strategy else 1
         if world % tensor_parallel:
             raise ConfigError(
-                "trainer.strategy.init_args.tensor_parallel_size",
-                tensor_parallel,
-                f"it must divide the number of processes, which is {world}",
+                TENSOR_PARALLEL, tensor_parallel, f"it must divide the number of processes, which is {world}"
             )
         precision = "32-true" if trainer.precision is None else _convert_precision_to_unified_args(trainer.precision)
         if precision not in ("32-true", "bf16-mixed"):
@@ -99,18 +97,12 @@ class Layout:
 
         distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.world)
         try:
-            yield Sharding(
-                self._mesh(),
-                torch.device("cpu"),
-                torch.bfloat16 if self.precision == "bf16-mixed" else None,
-                reshard_after_forward=self.reshard,
-            )
+            sizes, names = (self.data_parallel, self.tensor_parallel), ("data_parallel", "tensor_parallel")
+            mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+            dtype = torch.bfloat16 if self.precision == "bf16-mixed" else None
+            yield Sharding(mesh, torch.device("cpu"), dtype, reshard_after_forward=self.reshard)
         finally:
             distributed.destroy_process_group()
-
-    def _mesh(self) -> DeviceMesh:
-        sizes, names = (self.data_parallel, self.tensor_parallel), ("data_parallel", "tensor_parallel")
-        return init_device_mesh("cpu", sizes, mesh_dim_names=names)
 
     def autocast(self) -> torch.autocast:
         """The autocast that Lightning's precision plugin puts around a training step."""
@@ -132,7 +124,7 @@ def _devices(devices: Any, device: str) -> int:
         if device == "cpu":
             return 1
         if torch.cuda.device_count() == 0:
-            raise ConfigError("trainer.devices", devices, "this machine has none of them to count: write a number")
+            raise ConfigError("trainer.devices", devices, "this machine has no GPU to count: write a number")
         return torch.cuda.device_count()
     if "," in text:
         return len([part for part in text.split(",") if part.strip()])
@@ -153,7 +145,7 @@ def _kind(strategy: Any, world: int) -> tuple[Kind, FSDP2Strategy | None]:
     if isinstance(strategy, SingleDeviceStrategy):
         return "single", None
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    raise ConfigError("trainer.strategy", name, "a dry run knows auto, ddp and fsdp2: write one of them")
+    raise ConfigError("trainer.strategy", name, "not supported by a dry run: write auto, ddp or fsdp2")
 
 
 def _memory_here(device: str, processes: int) -> int | None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ibro_lightning.dry_run.generation import EngineMemory
+from ibro_lightning.dry_run.engine_memory import EngineMemory
 from ibro_lightning.dry_run.layout import Layout
-from ibro_lightning.dry_run.networks import NetworkMemory, critic_network, frozen_network, policy_network
+from ibro_lightning.dry_run.networks import NetworkMemory, frozen_network, trained_network
 from ibro_lightning.dry_run.shapes import Shapes
 from ibro_lightning.modules import PPOModule
 
@@ -73,12 +74,12 @@ class MemoryEstimate:
 
     @property
     def generate(self) -> int:
-        """Bytes of the device while responses are generated."""
+        """Bytes while responses are generated."""
         return sum(row.generate for row in self.rows)
 
     @property
     def update(self) -> int:
-        """Bytes of the device at the worst moment of an update."""
+        """Bytes at the worst moment of an update."""
         return sum(row.update for row in self.rows)
 
     @property
@@ -101,18 +102,20 @@ def estimate_memory(module: Any, shapes: Shapes, layout: Layout, engine: EngineM
         shapes: of an iteration on one rank.
         engine: the engine's memory, if anything generates.
     """
-    accumulates = shapes.micro_batches > 1
+
+    def trained(name: str, loss: Callable[[Any, Shapes], Tensor]) -> NetworkMemory:
+        return trained_network(module, name, layout, partial(loss, module, shapes), shapes.micro_batches > 1)
+
     notes = []
     try:
-        policy = policy_network(module, layout, lambda: _policy_loss(module, shapes), accumulates=accumulates)
+        networks = [trained("policy", _policy_loss)]
     except (RuntimeError, TypeError, AttributeError) as error:
         # A custom loss or regulariser may read values, which do not exist here.
         reason = " ".join(str(error).split())[:120]
         notes.append(f"the loss was left out: it cannot be run on tensors without values ({reason})")
-        policy = policy_network(module, layout, lambda: _plain_loss(module, shapes), accumulates=accumulates)
-    networks = [policy]
+        networks = [trained("policy", _plain_loss)]
     if isinstance(module, PPOModule):
-        networks.append(critic_network(module, layout, lambda: _value_loss(module, shapes), accumulates=accumulates))
+        networks.append(trained("critic", _value_loss))
     if module.kl is not None:
         networks.append(frozen_network("reference", module.kl.source, module.policy_options, layout))
     return MemoryEstimate(tuple(networks), engine, shapes.rollout_bytes(module), layout, tuple(notes))
@@ -125,9 +128,7 @@ def _policy_loss(module: Any, shapes: Shapes) -> Tensor:
     policy_loss, context = module.policy_loss, module.context()
     step = policy_loss.prepare(shapes.experience(module), context)
     micro = step.select(torch.arange(len(step)))
-    loss: Tensor
-    loss, _ = policy_loss(policy_loss.stats(micro, context), micro)
-    return loss
+    return policy_loss(policy_loss.stats(micro, context), micro)[0]
 
 
 def _plain_loss(module: Any, shapes: Shapes) -> Tensor:
@@ -138,7 +139,5 @@ def _plain_loss(module: Any, shapes: Shapes) -> Tensor:
 
 
 def _value_loss(module: PPOModule, shapes: Shapes) -> Tensor:
-    experience = shapes.experience(module)
-    micro = dataclasses.replace(experience, num_tokens=1.0).select(torch.arange(len(experience)))
-    value_loss = module.value_loss
-    return value_loss(value_loss.stats(micro, module.context()), micro)[0]
+    micro, loss = replace(shapes.experience(module), num_tokens=1.0), module.value_loss
+    return loss(loss.stats(micro, module.context()), micro)[0]

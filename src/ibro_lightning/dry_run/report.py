@@ -33,11 +33,11 @@ def memory_table(estimate: MemoryEstimate, shapes: Shapes, module: Any) -> Itera
         yield f"  {row.name:42}{_gib(row.generate)}{_gib(row.update)}" + (f"  {row.note}" if row.note else "")
     yield f"  {'total':42}{_gib(estimate.generate)}{_gib(estimate.update)}"
     if estimate.host:
-        yield f"  {'in the memory of the host, beside all else':42}{_gib(estimate.host)}{_gib(estimate.host)}"
+        yield f"  {'in host memory, in addition':42}{_gib(estimate.host)}{_gib(estimate.host)}"
     if estimate.engine is not None and estimate.engine.unknown:
         yield f"  not counted: the engine ({estimate.engine.unknown})"
     yield from (f"  {note}" for note in estimate.notes)
-    yield "  for the longest prompts and responses; tensors alone: drivers, libraries and fragmentation come on top"
+    yield "  for the longest prompts and responses, tensors alone: add drivers, libraries and fragmentation"
     yield verdict(estimate, shapes, module)
 
 
@@ -45,7 +45,7 @@ def verdict(estimate: MemoryEstimate, shapes: Shapes, module: Any) -> str:
     """Whether the run fits, and if not, what to change."""
     memory, peak = estimate.layout.memory, estimate.peak
     if memory is None:
-        return "the device's memory is not known: give --estimate.gib"
+        return "the device's memory is unknown: give --estimate.gib"
     of = f"{peak / GIB:.1f} of {memory / GIB:.1f} GiB"
     if peak <= MOST_USED * memory:
         return f"fits: {of}"
@@ -105,7 +105,7 @@ def time_lines(
         yield f"  {_seconds(seconds)} at {tflops:g} TFLOP/s on each of {layout.world} devices, generation included"
     if not measured and tflops is None:
         yield (
-            f"  no time: nothing was measured. Give --estimate.tflops, or run a few iterations; their speed is read "
+            f"  no time, as no speed is known: give --estimate.tflops, or run a few iterations, whose speed is read "
             f"from the curves in {folder}"
         )
 

@@ -2,9 +2,8 @@
 
 torch's ``FakeTensorMode`` alone cannot run an update: code that reads masks and lengths raises
 ``DataDependentOutputException``, so small tensors are real here. Its ``MemTracker`` counts the same peak on top of this
-mode (29.5 MiB of 29.7 for the quick start's policy, in more than twice the time), but only for a module that is called
-once between two resets, unlike micro-batches and probes. In exchange it splits the peak by module and by kind of
-tensor, and tracks several devices.
+mode, in more than twice the time, but only for a module that is called once between two resets, unlike micro-batches
+and probes. In exchange it splits the peak by module and by kind of tensor, and tracks several devices.
 """
 
 from __future__ import annotations

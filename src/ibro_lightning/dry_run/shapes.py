@@ -53,27 +53,19 @@ class Shapes:
         response: int,
         prompts: Sequence[Prompt] = (),
     ) -> Shapes:
-        """Shapes of a reinforcement-learning module's iteration."""
+        """Of a reinforcement-learning module's iteration."""
         rows = -(-prompts_per_rollout // ranks) * group_size
         per_step = min(module.updater.mini_batch_prompts or prompts_per_rollout, prompts_per_rollout)
         step_rows = min(rows, -(-per_step // ranks) * group_size)
         lengths, padded = [prompt + response] * step_rows, not module.policy_options.packing
         batches = list(token_budget_batches(lengths, module.updater.budget.tokens, padded=padded))
-        micro_rows = max(len(batch) for batch in batches)
-        return cls(
-            rows,
-            step_rows,
-            micro_rows,
-            len(batches),
-            prompt,
-            response,
-            prompts_per_rollout,
-            tuple(prompts[:micro_rows]),
-        )
+        micro_rows = max(map(len, batches))
+        counts = rows, step_rows, micro_rows, len(batches)
+        return cls(*counts, prompt, response, prompts_per_rollout, tuple(prompts[:micro_rows]))
 
     @classmethod
     def of_demonstrations(cls, ranks: int, batch_size: int, prompt: int, response: int) -> Shapes:
-        """Shapes of supervised fine-tuning, where a batch is a micro-batch."""
+        """Of supervised fine-tuning, where a batch is a micro-batch."""
         rows = -(-batch_size // ranks)
         return cls(rows, rows, rows, 1, prompt, response)
 

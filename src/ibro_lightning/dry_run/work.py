@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ibro_lightning.dry_run.generation import head_dim
 from ibro_lightning.dry_run.memory import MemoryEstimate
+from ibro_lightning.models.tensor_parallel import head_dim
 from ibro_lightning.modules import PPOModule
 
 LATEST = 10

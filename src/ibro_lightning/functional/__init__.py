@@ -4,13 +4,7 @@ Conventions: ``B`` responses, ``T`` response tokens, ``V`` vocabulary, ``N`` val
 ``mask`` is 1 on response tokens (EOS included) and 0 on padding; log-probs and entropies are in nats.
 """
 
-from ibro_lightning.functional.accuracy import (
-    avg_at_k,
-    bootstrap_interval,
-    majority_at_k,
-    pass_at_k,
-    sign_flip_p_value,
-)
+from ibro_lightning.functional.accuracy import avg_at_k, bootstrap_interval, majority_at_k, pass_at_k, sign_flip_p_value
 from ibro_lightning.functional.advantages import (
     GAE,
     dr_grpo_advantages,
@@ -42,12 +36,7 @@ from ibro_lightning.functional.mismatch import (
     mismatch_diagnostics,
     mismatch_weights,
 )
-from ibro_lightning.functional.policy_loss import (
-    ClippedSurrogate,
-    cispo_surrogate,
-    clipped_surrogate,
-    gspo_surrogate,
-)
+from ibro_lightning.functional.policy_loss import ClippedSurrogate, cispo_surrogate, clipped_surrogate, gspo_surrogate
 from ibro_lightning.functional.regularization import information_bottleneck_objective
 from ibro_lightning.functional.shaping import informative_groups, overlong_penalty
 from ibro_lightning.functional.value_loss import ValueLoss, clipped_value_loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -74,14 +75,7 @@ def _least_deviation(outcomes: Tensor, span: Tensor | float, groups: Tensor, siz
 
 def dr_grpo_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
     """``A_i = R_i − mean_group R``: the advantage of Dr. GRPO (arXiv 2503.20783), which has no standard deviation.
-
-    Args:
-        rewards: ``[B]``, one per response.
-        groups: ``[B]`` int64, the prompt that a response answers, as indices 0..G-1 in any order.
-
-    Returns:
-        ``[B]`` in the rewards' dtype (the default one for integer rewards). A group whose rewards are all equal gets
-        exactly 0; so does a group of one.
+    Arguments, dtype and groups without variance as in :func:`group_advantages`.
 
     >>> dr_grpo_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]))
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
@@ -94,15 +88,8 @@ def rloo_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
     """``A_i = R_i − mean of the others of its group``: REINFORCE leave-one-out (arXiv 2402.14740).
 
     Equal to ``n / (n − 1)`` times :func:`dr_grpo_advantages`; unlike it, the baseline does not depend on the response
-    itself, so the policy gradient is unbiased.
-
-    Args:
-        rewards: ``[B]``, one per response.
-        groups: ``[B]`` int64, the prompt that a response answers, as indices 0..G-1 in any order.
-
-    Returns:
-        ``[B]`` in the rewards' dtype (the default one for integer rewards). A group whose rewards are all equal gets
-        exactly 0; so does a group of one, which has nothing to compare with.
+    itself, so the policy gradient is unbiased. Arguments, dtype and groups without variance as in
+    :func:`group_advantages`.
 
     >>> rloo_advantages(torch.tensor([1.0, 0.0, 0.0, 5.0]), torch.tensor([0, 0, 0, 1]))
     tensor([ 1.0000, -0.5000, -0.5000,  0.0000])
@@ -115,12 +102,9 @@ def reward_to_go(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor
     """``R_t = Σ_l γ^l r_{t+l}``: the discounted rewards from each token on.
 
     Args:
-        rewards: ``[B, T]`` per token. Those on padding are ignored, even nan.
+        rewards: ``[B, T]`` per token. Those on padding are ignored, even nan, and 0 in the result.
         mask: ``[B, T]``, the response mask: 1 on a *prefix* of each row.
         gamma: discount per token.
-
-    Returns:
-        ``[B, T]`` in at least float32, exactly 0 on padding.
     """
     mask = mask.bool()
     rewards = torch.where(mask, rewards.to(_working_dtype(rewards)), 0.0)
@@ -183,9 +167,6 @@ def length_adaptive_lambda(lengths: Tensor, *, alpha: float = 0.05) -> Tensor:
     Returns:
         ``[B]`` in the default dtype (the lengths' own if they are floating).
 
-    Raises:
-        ValueError: for ``alpha`` that is not larger than 0.
-
     >>> length_adaptive_lambda(torch.tensor([10, 40, 1000]))
     tensor([0.0000, 0.5000, 0.9800])
     """
@@ -245,10 +226,7 @@ def _shift_left(x: Tensor, places: int) -> Tensor:
 
 def _working_dtype(*tensors: Tensor) -> torch.dtype:
     """At least float32: sums over thousands of tokens fail in half precision."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
 def _float_dtype(x: Tensor) -> torch.dtype:
@@ -262,14 +240,5 @@ def _centre(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     values = rewards.double()
     count = torch.zeros(size, dtype=values.dtype, device=values.device).index_add_(0, groups, torch.ones_like(values))
     total = torch.zeros_like(count).index_add_(0, groups, values)  # [G]
-    constant = _is_constant(values, groups, size)  # [G]
-    return torch.where(constant[groups], 0.0, values - (total / count)[groups]), count
-
-
-def _is_constant(values: Tensor, groups: Tensor, size: int) -> Tensor:
-    """``[G]`` bool: whether all values of a group are equal."""
-    low = torch.full((size,), torch.inf, dtype=values.dtype, device=values.device)
-    high = -low
-    low = low.scatter_reduce(0, groups, values, "amin")
-    high = high.scatter_reduce(0, groups, values, "amax")
-    return low == high
+    varies = informative_groups(values, groups, size) | total.isnan()  # [G]
+    return torch.where(varies[groups], values - (total / count)[groups], 0.0), count

@@ -19,11 +19,8 @@ def token_mean(values: Tensor, mask: Tensor, num_tokens: Tensor | float) -> Tens
 
     Args:
         values, mask: ``[B, T]`` of one micro-batch. Values under a zero mask are ignored.
-        num_tokens: ``N``, the valid tokens of the *whole step* (all micro-batches, all ranks). Given this, the sum of
-            the micro-batches' results does not depend on how the step is split.
-
-    Returns:
-        A scalar; 0 for a micro-batch without valid tokens.
+        num_tokens: ``N``, the valid tokens of the *whole step* (all micro-batches, all ranks): the sum of the
+            micro-batches' results does not depend on how the step is split.
     """
     return torch.where(mask.bool(), values, 0.0).sum() / num_tokens
 
@@ -77,10 +74,7 @@ def aggregation_weights(
         dtype: of the weights; torch's default one if None.
 
     Returns:
-        ``[B, T]``, exactly 0 under a zero mask; a row without valid tokens is all 0.
-
-    Raises:
-        ValueError: for an unknown mode, and for ``seq-mean-token-sum-norm`` without ``max_tokens``.
+        ``[B, T]``, exactly 0 under a zero mask.
     """
     if mode not in get_args(AggregationMode):
         raise ValueError(f"aggregation must be one of {', '.join(get_args(AggregationMode))}; got {mode!r}")
@@ -106,15 +100,8 @@ def aggregate(
     num_sequences: Tensor | float,
     max_tokens: float | None = None,
 ) -> Tensor:
-    """``Σ w·x`` with the weights of :func:`aggregation_weights`, in at least float32.
-
-    Args:
-        values, mask: ``[B, T]`` of one micro-batch. Values under a zero mask are ignored, even nan and inf, and get
-            a gradient of exactly 0.
-        mode, num_tokens, num_sequences, max_tokens: see :func:`aggregation_weights`.
-
-    Returns:
-        A scalar; 0 for a micro-batch without valid tokens.
+    """``Σ w·x`` with the weights of :func:`aggregation_weights`, which explains the arguments; in at least float32.
+    Values under a zero mask are ignored, even nan and inf, and get a gradient of exactly 0.
 
     >>> values, mask = torch.tensor([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
     >>> aggregate(values, mask, "token-mean", num_tokens=4, num_sequences=2)
@@ -154,12 +141,9 @@ def masked_whiten(
     # In float64: rewards with a large common part (a length, a score of 10,000) would lose their differences.
     x = torch.where(mask, values, 0.0).double()
     centre = masked_mean(x, mask) if mean is None else torch.as_tensor(mean, device=x.device).double()
-    spread = (
-        masked_mean((x - centre) ** 2, mask)
-        if variance is None
-        else torch.as_tensor(variance, device=x.device).double()
-    )
-    spread = torch.maximum(spread, torch.as_tensor(least_variance, device=x.device).double())
+    spread = masked_mean((x - centre) ** 2, mask) if variance is None else variance
+    spread, least = (torch.as_tensor(value, device=x.device).double() for value in (spread, least_variance))
+    spread = torch.maximum(spread, least)
     dtype = values.dtype if values.is_floating_point() else torch.get_default_dtype()
     return torch.where(mask, (x - centre) / (spread + epsilon).sqrt(), 0.0).to(dtype)
 
@@ -170,13 +154,11 @@ def explained_variance(
     """``1 − Var(returns − values) / Var(returns)`` over valid tokens: how much of the returns a critic predicts.
 
     1 is a perfect critic, 0 one no better than a constant; a bad one is below 0. A constant error does not count.
+    The result is 0 if the returns are all equal or there are none.
 
     Args:
         values, returns, mask: any common shape. Values under a zero mask are ignored, even nan and inf.
         mean, largest: over the valid tokens, of all processes if they share the batch.
-
-    Returns:
-        A scalar; 0 if the returns are all equal or there are none.
     """
     mask = mask.bool()
     # A nan outside the mask must go before the subtraction: it would reappear in the gradient.

@@ -28,16 +28,11 @@ def kl_divergence(logp: Tensor, ref_logp: Tensor, estimator: KLEstimator = "k3")
     gradients corrects for tokens from an older policy than ``π``.
 
     Args:
-        logp: ``[B, T]`` log-probs under the current policy (gradient flows here).
-        ref_logp: ``[B, T]`` under the reference.
-        estimator: one of the above.
+        logp: ``[B, T]`` log-probs under the current policy (gradient flows here); ``ref_logp``: under the reference.
 
     Returns:
         ``[B, T]``. ``log r`` is clamped to ±20, so that an impossible token cannot make it infinite; beyond that there
         is no gradient.
-
-    Raises:
-        ValueError: for an unknown estimator.
     """
     if estimator not in get_args(KLEstimator):
         raise ValueError(f"KL estimator must be one of {', '.join(get_args(KLEstimator))}; got {estimator!r}")

@@ -51,11 +51,7 @@ def mismatch_weights(
             them. ``geometric``: the geometric mean of these, for each of them.
         mode: ``truncate``: ``min(w, cap)``. ``mask``: ``w`` inside ``[floor, cap]`` and 0 outside.
         cap: upper bound of a ratio.
-        floor: lower bound in mode ``mask``; ``1 / cap`` if None.
-
-    Raises:
-        ValueError: for an unknown level or mode, a cap that is not larger than 0, and a floor that is larger than the
-            cap or given in mode ``truncate``, which has none.
+        floor: lower bound in mode ``mask``, which alone has one; ``1 / cap`` if None.
     """
     _check(level, mode, cap, floor)
     mask = mask.bool()

@@ -65,12 +65,10 @@ def gspo_surrogate(
     gradient are those of ``max(−sA, −clip(s)A)`` averaged over responses; another aggregation weights them by length.
 
     Args:
-        logp: ``[B, T]`` log-probs of the response tokens under the current policy (gradient flows here).
-        old_logp: ``[B, T]`` under the policy that the rollout came from.
-        advantages: ``[B, T]`` or broadcastable; GSPO's are equal along a row.
+        logp, old_logp, dual_clip: as in :func:`clipped_surrogate`.
+        advantages: likewise; GSPO's are equal along a row.
         mask: ``[B, T]``, 1 on response tokens. Everything else is ignored, even nan.
         clip_ratio_low, clip_ratio_high: ε of the paper; far smaller than PPO's since ``s`` is a geometric mean.
-        dual_clip: as in :func:`clipped_surrogate`.
 
     Returns:
         All fields ``[B, T]``, with loss 0, no flags and no gradient under a zero mask. Log-ratios are clamped to ±20.
@@ -84,21 +82,14 @@ def gspo_surrogate(
 
 
 def cispo_surrogate(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantages: Tensor,
-    *,
-    clip_ratio_low: float = 1.0,
-    clip_ratio_high: float = 4.0,
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip_ratio_low: float = 1.0, clip_ratio_high: float = 4.0
 ) -> ClippedSurrogate:
     """``−sg(clip(r, 1−ε_low, 1+ε_high))·A·logp``: CISPO (arXiv 2506.13585, eq. 4-5), REINFORCE with clipped weights.
 
     Unlike in PPO the *weight* is clipped and not the token: every token keeps a gradient, that of ``−weight·A·logp``.
 
     Args:
-        logp: ``[B, T]`` log-probs of the response tokens under the current policy (gradient flows here).
-        old_logp: ``[B, T]`` under the policy that the rollout came from.
-        advantages: ``[B, T]`` or broadcastable.
+        logp, old_logp, advantages: as in :func:`clipped_surrogate`.
         clip_ratio_low: 1 or more means no lower bound.
         clip_ratio_high: one less than the largest weight.
 

@@ -24,14 +24,10 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
     its full gradient.
 
     Args:
-        values: ``[B, T]`` of the current critic (gradient flows here).
-        old_values: ``[B, T]`` of the critic at the time of the rollout.
-        returns: ``[B, T]``, the regression targets, in the same units.
+        values, old_values: ``[B, T]`` of the current critic (gradient flows here), and at the time of the rollout.
+        returns: ``[B, T]``, the regression targets. Padding must hold finite numbers: a nan there does not reach the
+            aggregate, but it does reach the gradient.
         clip: how far a value may move per rollout, in units of reward; None switches clipping off.
-
-    Returns:
-        Loss and flags ``[B, T]``. Padding must hold finite numbers: a nan there does not reach the
-        aggregate, but it does reach the gradient.
     """
     loss = (values - returns) ** 2
     clipped = torch.zeros_like(loss, dtype=torch.bool)

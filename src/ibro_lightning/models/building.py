@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from ibro_lightning.models.policy import Policy
 from ibro_lightning.models.pretrained import PretrainedPolicy
 from ibro_lightning.models.sharding import Sharding, materialize, named_parameters, shard
 from ibro_lightning.models.tensor_parallel import SETTING as TENSOR_PARALLEL
-from ibro_lightning.models.weight_files import RankZero, WeightFiles, WeightSource, all_or_none, local_part
+from ibro_lightning.models.weight_files import RankZero, WeightFiles, WeightSource, local_part, raise_on_all_ranks
 
 
 def build_policy(
@@ -39,29 +39,35 @@ def build_policy(
     Raises:
         ConfigError: the weights cannot be loaded, or the model does not support this sharding or these adapters.
     """
-    lora = None if frozen else options.lora
-    if lora is not None and sharding is not None and sharding.tensor_parallel_size > 1:
+    if options.lora is not None and not frozen and sharding is not None and sharding.tensor_parallel_size > 1:
         size = sharding.tensor_parallel_size
         raise ConfigError(TENSOR_PARALLEL, size, "adapters (policy_options.lora) cannot be cut like this: write 1")
     if sharding is None:
         model, weights = source.build(options), None
     else:
-        model, weights = _empty(source, options, sharding, critic=False)
-    if lora is not None:
-        add_adapters(model, lora, empty=weights is not None)
+        model, weights = _empty_and_weights(source, options, sharding, critic=False)
+    policy = wrap_policy(model, options, frozen=frozen, empty=weights is not None)
+    if sharding is not None and weights is not None:
+        _shard_and_fill(policy, sharding, weights, options)
+    _check_finite(policy.model, "policy", source, sharding)
+    return policy
+
+
+def wrap_policy(model: Any, options: PolicyOptions, *, frozen: bool = False, empty: bool = False) -> Policy:
+    """The policy of a transformers model, with the adapters that the options ask for unless it is frozen.
+
+    Args:
+        empty: the model is on the meta device, and so are its adapters.
+    """
+    if options.lora is not None and not frozen:
+        add_adapters(model, options.lora, empty=empty)
     policy = Policy(
         model,
         gradient_checkpointing=options.gradient_checkpointing and not frozen,
         fused_head=options.fused_head,
         packing=options.packing,
     )
-    if frozen:
-        policy.requires_grad_(False)
-    if sharding is not None:
-        assert weights is not None
-        _shard_and_fill(policy, sharding, weights, options)
-    _check_finite(policy.model, "policy", source, sharding)
-    return policy
+    return policy.requires_grad_(False) if frozen else policy
 
 
 def build_critic(source: PolicySource, options: PolicyOptions, sharding: Sharding | None = None) -> Critic:
@@ -69,13 +75,17 @@ def build_critic(source: PolicySource, options: PolicyOptions, sharding: Shardin
     if sharding is None:
         model, weights = source.build_critic(options), None
     else:
-        model, weights = _empty(source, options, sharding, critic=True)
-    critic = Critic(model, gradient_checkpointing=options.gradient_checkpointing, packing=options.packing)
-    if sharding is not None:
-        assert weights is not None
+        model, weights = _empty_and_weights(source, options, sharding, critic=True)
+    critic = wrap_critic(model, options)
+    if sharding is not None and weights is not None:
         _shard_and_fill(critic, sharding, weights, options)
     _check_finite(critic.model, "critic", source, sharding)
     return critic
+
+
+def wrap_critic(model: Any, options: PolicyOptions) -> Critic:
+    """The critic of a transformers model."""
+    return Critic(model, gradient_checkpointing=options.gradient_checkpointing, packing=options.packing)
 
 
 def _check_finite(model: nn.Module, setting: str, source: PolicySource, sharding: Sharding | None) -> None:
@@ -85,7 +95,7 @@ def _check_finite(model: nn.Module, setting: str, source: PolicySource, sharding
         if reason := why_not_finite(dict(model.named_parameters())):
             raise ConfigError(setting, str(source), f"{reason}: name a model whose weights are all numbers")
 
-    check() if sharding is None else all_or_none(check)
+    check() if sharding is None else raise_on_all_ranks(check)
 
 
 def _shard_and_fill(network: Any, sharding: Sharding, weights: WeightSource, options: PolicyOptions) -> None:
@@ -99,7 +109,8 @@ def _shard_and_fill(network: Any, sharding: Sharding, weights: WeightSource, opt
                 continue
             if is_adapter(name):
                 assert options.lora is not None
-                _fill_adapter(name, parameter, options)
+                start = initial_adapter(name, parameter, options.lora)
+                parameter.to_local().copy_(local_part(parameter, start))  # type: ignore[attr-defined]  # a DTensor
             else:
                 weights.fill(name.replace(BASE, "."), parameter)
     for name, value in buffers.items():
@@ -108,12 +119,20 @@ def _shard_and_fill(network: Any, sharding: Sharding, weights: WeightSource, opt
     network.device = sharding.device
 
 
-def _fill_adapter(name: str, parameter: Any, options: PolicyOptions) -> None:
-    assert options.lora is not None
-    parameter.to_local().copy_(local_part(parameter, initial_adapter(name, parameter, options.lora)))
+def empty_model(source: PolicySource, options: PolicyOptions, *, critic: bool = False) -> Any:
+    """The model of ``source``, or a critic with its backbone, on the meta device and from its config alone."""
+    auto_class: Any = AutoModelForTokenClassification if critic else AutoModelForCausalLM
+    config = copy.deepcopy(source.config())
+    if critic:
+        config.num_labels = 1
+    with parameters_on_meta():
+        if isinstance(source, PretrainedPolicy):
+            return source.empty(auto_class, config, options)
+        dtype = getattr(torch, options.dtype)
+        return auto_class.from_config(config, dtype=dtype, attn_implementation=options.attn_implementation)
 
 
-def _empty(
+def _empty_and_weights(
     source: PolicySource, options: PolicyOptions, sharding: Sharding, *, critic: bool
 ) -> tuple[Any, WeightSource]:
     """A model with parameters on the meta device, and the source of their values.
@@ -121,34 +140,24 @@ def _empty(
     That is the files if they hold the parameters one by one; otherwise (other formats or names, random weights, a
     custom source) rank 0 builds the model as a single process would.
     """
-    if isinstance(source, PretrainedPolicy) and _reads_files(source):
-        model, files = all_or_none(lambda: _from_files(source, options, critic))
+    ours = (PretrainedPolicy.build, PretrainedPolicy.build_critic)  # subclasses may not build from their files
+    if isinstance(source, PretrainedPolicy) and (type(source).build, type(source).build_critic) == ours:
+        model, files = raise_on_all_ranks(lambda: _from_files(source, options, critic))
         fits = torch.tensor(int(files is not None), device=sharding.device)
         distributed.all_reduce(fits, distributed.ReduceOp.MIN)
         if files is not None and bool(fits):
             return model, files
-    built = all_or_none(lambda: _on_rank_zero(source.build_critic if critic else source.build, options))
+    build = source.build_critic if critic else source.build
+    built = raise_on_all_ranks(lambda: build(options) if distributed.get_rank() == 0 else None)
     model = _copy_of(built, options)
     return model, RankZero(built, sharding.device)
-
-
-def _reads_files(source: PretrainedPolicy) -> bool:
-    """Whether ``source`` builds its models from its files; subclasses may not."""
-    ours = (PretrainedPolicy.build, PretrainedPolicy.build_critic)
-    return (type(source).build, type(source).build_critic) == ours
 
 
 def _from_files(source: PretrainedPolicy, options: PolicyOptions, critic: bool) -> tuple[Any, WeightFiles | None]:
     files = source.weight_files()
     if files is None:
         return None, None
-    config = copy.deepcopy(source.config())
-    auto_class = AutoModelForCausalLM
-    if critic:
-        config.num_labels = 1
-        auto_class = AutoModelForTokenClassification
-    with parameters_on_meta():
-        model = source.empty(auto_class, config, options)
+    model = empty_model(source, options, critic=critic)
     if source.quantization is not None:
         return None, None
     absent: frozenset[str] = frozenset()
@@ -164,10 +173,6 @@ def _from_files(source: PretrainedPolicy, options: PolicyOptions, critic: bool) 
     return model, WeightFiles(files.files, absent)
 
 
-def _on_rank_zero(build: Callable[[PolicyOptions], Any], options: PolicyOptions) -> Any:
-    return build(options) if distributed.get_rank() == 0 else None
-
-
 def _copy_of(built: Any, options: PolicyOptions) -> Any:
     """An empty model with the class, parameters, dtypes and ties of rank 0's ``built``, on every rank."""
     description: list[Any] = [None]
@@ -179,9 +184,7 @@ def _copy_of(built: Any, options: PolicyOptions) -> Any:
     model_class, config, generation, tensors, buffers = description[0]
     with parameters_on_meta():
         model = model_class._from_config(
-            copy.deepcopy(config),
-            dtype=getattr(torch, options.dtype),
-            attn_implementation=config._attn_implementation,
+            copy.deepcopy(config), dtype=getattr(torch, options.dtype), attn_implementation=config._attn_implementation
         )
     shared: dict[str, nn.Parameter] = {}
     for name, (first, shape, dtype) in tensors.items():

@@ -29,6 +29,11 @@ def compile_in_place(module: Any) -> Any:
     return module
 
 
+def compile_hook(module: Any, *_: Any) -> None:
+    """:func:`compile_in_place` as a hook before a state is saved or loaded."""
+    compile_in_place(module)
+
+
 def _unwrapped(wrapper: Any) -> Any:
     """The module as ``nn.Module.compile`` would leave it, backbone included, which runs without the head."""
     inner: Any = wrapper._orig_mod

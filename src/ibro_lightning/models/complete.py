@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -32,38 +32,34 @@ def check_complete(
     Raises:
         ConfigError: one line, with the first names.
     """
+
+    def refuse(remedy: str) -> NoReturn:
+        raise ConfigError(setting, source, remedy)
+
     for name, *shapes in mismatched:
         stored, expected = (tuple(shape) for shape in shapes)
-        raise ConfigError(
-            setting,
-            source,
+        refuse(
             f"{name} is {stored} on the disk, and config.json makes it {expected}: name a folder whose config.json "
-            "belongs to its weights",
+            "belongs to its weights"
         )
     if missing and all(HEAD.search(name) for name in missing) and not says_tied(model.config):
-        raise ConfigError(
-            setting,
-            source,
+        refuse(
             "config.json says tie_word_embeddings: false, but the folder holds no head (lm_head.weight): write true "
-            "there if the head is the embedding, or name a folder with all weights",
+            "there if the head is the embedding, or name a folder with all weights"
         )
     if missing:
-        raise ConfigError(
-            setting, source, f"the folder lacks {_count(missing)} of the model: name one that holds all of its weights"
-        )
-    unplaced = sorted(name for name in unexpected if _belongs(name, model))
-    if unplaced:
-        raise ConfigError(
-            setting,
-            source,
+        refuse(f"the folder lacks {_count(missing)} of the model: name one that holds all of its weights")
+    if unplaced := sorted(name for name in unexpected if _belongs(name, model)):
+        refuse(
             f"the folder holds {_count(unplaced)} for which config.json leaves no place, so it would be another model: "
-            "name a folder whose config.json belongs to its weights (whole and merged ones)",
+            "name a folder whose config.json belongs to its weights (whole and merged ones)"
         )
 
 
 def _belongs(name: str, model: nn.Module) -> bool:
     """Whether a leftover weight belongs to a module of ``model`` that has weights, or to one more layer."""
-    if TABLES.search(name) or any(re.search(ignored, name) for ignored in _ignored(model)):
+    ignored: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if TABLES.search(name) or any(re.search(pattern, name) for pattern in ignored):
         return False
     modules = dict(model.named_modules())
     owner, _, _ = name.rpartition(".")
@@ -75,10 +71,6 @@ def _belongs(name: str, model: nn.Module) -> bool:
             return isinstance(modules[outer], nn.ModuleList) and leaf.isdigit()
         owner = outer
     return False
-
-
-def _ignored(model: Any) -> list[str]:
-    return list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
 
 
 def _count(names: Collection[str]) -> str:

@@ -12,24 +12,10 @@ from ibro_lightning.errors import ConfigError
 TEMPLATES = "additional_chat_templates"
 # Files of tokenizers and multimodal processors, by transformers' names for them, old and new.
 SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "image_processor_config.json",
-    "feature_extractor_config.json",
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+    *("chat_template.jinja", "chat_template.json", "processor_config.json", "preprocessor_config.json"),
+    *("video_preprocessor_config.json", "image_processor_config.json", "feature_extractor_config.json"),
     "audio_tokenizer_config.json",
 )
 MORE = re.compile(r".*token.*\.(json|model|txt)|.*processor.*\.json|.*\.(tiktoken|jinja)|.*vocab.*|.*\.bpe\.model")
@@ -45,7 +31,7 @@ def check_folder(path: str, setting: str, *, is_folder: bool = False) -> None:
     """
     folder = Path(path)
     if not path.strip():
-        raise ConfigError(setting, path, "no name at all: write a Hugging Face folder or hub name")
+        raise ConfigError(setting, path, "empty: write a Hugging Face folder or hub name")
     if folder.is_file():
         remedy = "this is a file: name a Hugging Face model folder (config.json, model.safetensors, tokenizer)"
         if folder.suffix == ".ckpt":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import reduce
 
 import torch
 from torch import Tensor, distributed, nn
@@ -37,7 +38,8 @@ def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
         for dim in dims:
             distributed.all_reduce(squares, group=mesh.get_group(dim))
         total = total.to(device) + squares
-    return total.sqrt().to(_widest(parameters))
+    widest = reduce(torch.promote_types, (parameter.dtype for parameter in parameters), torch.float32)
+    return total.sqrt().to(widest)
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
@@ -79,10 +81,3 @@ def _device(mesh: DeviceMesh) -> torch.device:
     if mesh.device_type == "cpu":
         return torch.device("cpu")
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
-
-
-def _widest(parameters: list[Tensor]) -> torch.dtype:
-    dtype = torch.float32
-    for parameter in parameters:
-        dtype = torch.promote_types(dtype, parameter.dtype)
-    return dtype

@@ -8,12 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models.loading import PolicyOptions, PolicySource, quiet_transformers
@@ -48,7 +43,7 @@ class ModelPolicy(PolicySource):
         self._options = options or PolicyOptions()
         self.trusts_code = self._options.trust_remote_code
         if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise ConfigError(setting, str(self), f"beside it is a {type(tokenizer).__name__}, no tokenizer: {PAIR}")
+            raise ConfigError(setting, str(self), f"a {type(tokenizer).__name__} is not a tokenizer: {PAIR}")
         self._check()
         self._config = copy.deepcopy(model.config)
         if self._is_language_model:
@@ -61,7 +56,7 @@ class ModelPolicy(PolicySource):
     def tokenizer(self) -> Any:
         if self._tokenizer is None:
             if not (name := getattr(self._model, "name_or_path", "")):
-                raise ConfigError(self.setting, str(self), f"nothing tells its tokenizer: {PAIR}")
+                raise ConfigError(self.setting, str(self), f"its tokenizer is unknown: {PAIR}")
             try:
                 self._tokenizer = PretrainedPolicy(name, self._options, self.setting).tokenizer()
             except ConfigError as error:
@@ -102,12 +97,14 @@ class ModelPolicy(PolicySource):
         if self.setting == "critic" and model.config.num_labels == 1:
             classes += _classes(AutoModelForTokenClassification, model.config)
         if not issubclass(type(model), classes):
-            remedy = "it is no causal language model of transformers: write AutoModelForCausalLM.from_pretrained(...)"
+            remedy = "not a causal language model of transformers: write AutoModelForCausalLM.from_pretrained(...)"
             raise ConfigError(self.setting, value, remedy)
         if any(".lora_" in name or ".base_layer." in name for name, _ in model.named_parameters()):
             remedy = "it has adapters: merge them first (peft's merge_and_unload)"
             raise ConfigError(self.setting, value, f"{remedy}; new ones are model.policy_options.lora")
-        if getattr(model, "hf_quantizer", None) is not None or not _all_floats(model):
+        if getattr(model, "hf_quantizer", None) is not None or not all(
+            p.is_floating_point() for p in model.parameters()
+        ):
             raise ConfigError(self.setting, value, "it is quantized, and cannot be trained: load it unquantized")
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ConfigError(self.setting, value, "its weights are not all in memory: load it without device_map")
@@ -162,7 +159,3 @@ def _classes(auto_class: Any, config: Any) -> tuple[type, ...]:
         return ()
     classes = auto_class._model_mapping[type(config)]
     return classes if isinstance(classes, tuple) else (classes,)
-
-
-def _all_floats(model: nn.Module) -> bool:
-    return all(parameter.is_floating_point() for parameter in model.parameters())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ibro_lightning.errors import ConfigError, check_at_least
-from ibro_lightning.models.sharding import decoder_blocks, whole
+from ibro_lightning.models.sharding import decoder_blocks, full_tensor
 
 FIELD = "policy_options.lora"
 ADAPTER = "default"
@@ -120,18 +120,12 @@ def initial_adapter(name: str, parameter: Tensor, options: LoRAOptions) -> Tenso
     """The initial value of an adapter's parameter, as a whole tensor: a function of seed and name alone."""
     start = torch.zeros(parameter.shape)
     if ".lora_A." in name:
-        digits = [options.seed, *name.encode()]
-        generator = torch.Generator().manual_seed(_mix(digits))
+        state = 0xCBF29CE484222325  # FNV-1a, 63 bits: Python's own hash of strings differs between processes
+        for digit in (options.seed, *name.encode()):
+            state = (state ^ digit) * 0x100000001B3 % (1 << 63)
+        generator = torch.Generator().manual_seed(state)
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
     return start.to(parameter.dtype)
-
-
-def _mix(values: list[int]) -> int:
-    """FNV-1a, 63 bits: Python's own hash of strings differs between processes."""
-    state = 0xCBF29CE484222325
-    for value in values:
-        state = (state ^ value) * 0x100000001B3 % (1 << 63)
-    return state
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:
@@ -140,13 +134,13 @@ def adapter_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights with adapters merged, under the base model's names, one at a time; see :func:`whole`."""
+    """Weights with adapters merged, under the base model's names, one at a time; see :func:`full_tensor`."""
     layers = adapter_layers(model)
     for name, tensor in model.state_dict().items():
         if is_adapter(name):
             continue
         layer, _, leaf = name.rpartition(BASE)
-        full = whole(tensor)
+        full = full_tensor(tensor)
         if layer in layers and leaf == "weight":
             full = full + _difference(layers[layer]).to(full.dtype)
         yield name.replace(BASE, "."), full
@@ -154,7 +148,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _difference(layer: Any) -> Tensor:
     """What a layer's adapter adds to its weight, in the adapter's dtype."""
-    a, b = whole(layer.lora_A[ADAPTER].weight), whole(layer.lora_B[ADAPTER].weight)
+    a, b = full_tensor(layer.lora_A[ADAPTER].weight), full_tensor(layer.lora_B[ADAPTER].weight)
     difference = b @ a * layer.scaling[ADAPTER]
     return difference.T if layer.fan_in_fan_out else difference
 
@@ -163,7 +157,7 @@ def adapter_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The adapters under peft's names in files, one at a time."""
     for name, tensor in model.state_dict().items():
         if is_adapter(name):
-            yield f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}", whole(tensor)
+            yield f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}", full_tensor(tensor)
 
 
 def save_adapter(model: Any, weights: dict[str, Tensor], folder: Path) -> None:

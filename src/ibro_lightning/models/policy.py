@@ -10,13 +10,13 @@ from torch import Tensor
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.functional import logprob_and_entropy
 from ibro_lightning.models.compiled import compile_in_place
-from ibro_lightning.models.export import full_weights
 from ibro_lightning.models.head import LinearHead, find_linear_head
-from ibro_lightning.models.randomness import StillNetwork, remove_dropout
-from ibro_lightning.models.transformer import check_packing, response_states, scatter_rows
+from ibro_lightning.models.hf_folder import full_weights
+from ibro_lightning.models.randomness import DeterministicNetwork
+from ibro_lightning.models.transformer import response_states, scatter_rows
 
 
-class Policy(StillNetwork):
+class Policy(DeterministicNetwork):
     """A causal language model that scores the response tokens of a batch.
 
     Dropout and all other random draws in training are permanently off: they would make the probability ratio to the
@@ -26,21 +26,15 @@ class Policy(StillNetwork):
     Args:
         model: a transformers causal language model.
         fused_head: compute log-probs and entropies without ever holding all logits, if the head allows it.
-        packing: run micro-batches as one row without padding; see :meth:`check_packing`.
+        packing: run micro-batches as one row without padding.
     """
 
     def __init__(
         self, model: Any, *, gradient_checkpointing: bool = False, fused_head: bool = True, packing: bool = False
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.packing = packing
+        super().__init__(model, gradient_checkpointing=gradient_checkpointing, packing=packing)
         self._fused_head = fused_head
         self._head: tuple[LinearHead | None] | None = None  # cached; a tuple, so that it is not a submodule
-        remove_dropout(model)
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.train()
 
     def forward(
         self, sequences: Sequences, *, temperature: float, with_entropy: bool = True
@@ -76,11 +70,6 @@ class Policy(StillNetwork):
         """
         self.model = compile_in_place(self.model)
         yield from full_weights(self.model)
-
-    def check_packing(self) -> None:
-        """Test packing, if it is on; raises ConfigError if sequences see each other."""
-        if self.packing:
-            check_packing(self.model, self.device)
 
     def _linear_head(self) -> LinearHead | None:
         if self._head is None:

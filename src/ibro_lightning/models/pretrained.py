@@ -20,7 +20,7 @@ from transformers import (
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models.complete import check_complete
 from ibro_lightning.models.folders import check_folder, find_side_files, hint, is_of_tokenizer
-from ibro_lightning.models.generation import read_generation_config
+from ibro_lightning.models.generation_config import read_generation_config
 from ibro_lightning.models.loading import PolicyOptions, PolicySource, load_critic, quiet_transformers, zero_head
 from ibro_lightning.models.lora import adapter_layers
 from ibro_lightning.models.quantization import forget_quantization, refuse_quantized, take_quantization
@@ -28,6 +28,11 @@ from ibro_lightning.models.stored import StoredWeights, names_on_hub, pickled, s
 from ibro_lightning.models.ties import differs_on_disk, has_head_and_embedding, is_tied, says_tied, set_tied
 from ibro_lightning.models.weight_files import WeightFiles
 from ibro_lightning.ranks import rank_zero_warn
+
+
+def local_folders(*sources: PolicySource) -> tuple[Path, ...]:
+    """The folders of those sources that have one."""
+    return tuple(Path(source.path).resolve() for source in sources if isinstance(source, PretrainedPolicy))
 
 
 class PretrainedPolicy(PolicySource):
@@ -61,7 +66,7 @@ class PretrainedPolicy(PolicySource):
         """config.json without quantization, and untied if the weights are: trainer, engine and export follow it."""
         if self._config is None:
             config = self._load(AutoConfig)
-            self._refuse("weights", lambda: self._go_by_weights(config))
+            self._refuse("weights", lambda: self._correct_by_weights(config))
             self._config = config
         return self._config
 
@@ -88,7 +93,7 @@ class PretrainedPolicy(PolicySource):
         if self.quantization is not None:
             forget_quantization(model, self.quantization, self.setting, self.path)
         if type(model).__module__.startswith("transformers.") and is_tied(model) != says_tied(self.config()):
-            remedy = "its head is tied to its embedding in config.json or in the weights, but not in both: mend"
+            remedy = "its head is tied to its embedding in config.json or in the weights, but not in both: correct"
             raise ConfigError(self.setting, self.path, f"{remedy} tie_word_embeddings in config.json")
         return model
 
@@ -114,7 +119,7 @@ class PretrainedPolicy(PolicySource):
         return zero_head(critic, self, report["missing_keys"])
 
     def weight_files(self) -> WeightFiles | None:
-        """Its safetensors files, downloaded if on the hub; None if its weights are in another format."""
+        """Its safetensors files, downloaded if need be; None if its weights are in another format."""
         return self._refuse("weights", lambda: WeightFiles.find(self.path, str(self._hub["revision"])))
 
     def generation_config(self) -> GenerationConfig | None:
@@ -146,7 +151,7 @@ class PretrainedPolicy(PolicySource):
 
         return self._refuse(auto_class.__name__[4:], make)
 
-    def _go_by_weights(self, config: Any) -> None:
+    def _correct_by_weights(self, config: Any) -> None:
         """Correct ``config`` where the weights on disk contradict it, reading no more of them than necessary."""
         stored: list[StoredWeights | None] = []
 

@@ -20,13 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.models.transformer import probe_states
+from ibro_lightning.guards.finite import why_not_finite
+from ibro_lightning.models.transformer import check_packing, probe_states
 
 T = TypeVar("T")
 Run = Callable[[], Tensor]
 
 
-def remove_dropout(model: nn.Module) -> None:
+def _remove_dropout(model: nn.Module) -> None:
     """Set every dropout probability in ``model`` to 0, in modules and in the attributes that attention layers read."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -36,63 +37,72 @@ def remove_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-class StillNetwork(nn.Module):
+class DeterministicNetwork(nn.Module):
     """A network around ``self.model`` that draws no random numbers in train mode.
 
-    :meth:`hold_still` ensures that, or else the first forward pass.
+    :meth:`ensure_deterministic` sees to that, or else the first forward pass.
+
+    Args:
+        model: of transformers.
+        packing: run micro-batches as one row without padding; see :meth:`check_packing`.
     """
 
-    model: Any
     device: torch.device | None = None
     """Where a sharded network computes, possibly not where its shards are; None: where its weights are."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any, *, gradient_checkpointing: bool = False, packing: bool = False) -> None:
         super().__init__()
-        self._still: list[nn.Module] | None = None  # to keep in evaluation mode; None: not determined yet
+        self.model, self.packing = model, packing
+        self._evaluated: list[nn.Module] | None = None  # to keep in evaluation mode; None: not determined yet
+        _remove_dropout(model)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.train()
 
-    def hold_still(self) -> None:
+    def check_packing(self) -> None:
+        """Test packing, if it is on; raises ConfigError if sequences see each other."""
+        if self.packing:
+            check_packing(self.model, self.device)
+
+    def ensure_deterministic(self) -> None:
         """Ensure that results in train mode do not depend on random numbers.
 
         Raises:
             ConfigError: they do; names the module that draws them.
         """
-        self._still = self._still or still_modules(self.model, lambda: probe_states(self.model, self.device))
+        if not self._evaluated:
+            self._evaluated = _evaluate_drawing_modules(self.model, lambda: probe_states(self.model, self.device))
 
     def without_draws(self, compute: Callable[[], T]) -> T:
         """``compute()``; if it draws random numbers, these are switched off and it is repeated."""
-        if self._still is None and self.training and not _is_shadow(self.model):
+        if self._evaluated is None and self.training and not _is_shadow(self.model):
             has_moved = _watch_states()
             result = compute()
             if not has_moved():
-                self._still = []
+                self._evaluated = []
                 return result
-            # Not self.hold_still(), which a sharded network runs as a forward pass of its own.
-            StillNetwork.hold_still(self)
+            # Not self.ensure_deterministic(), which a sharded network runs as a forward pass of its own.
+            DeterministicNetwork.ensure_deterministic(self)
         return compute()
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        for module in self._still or ():
+        for module in self._evaluated or ():
             module.training = False
         return self
 
 
 @torch.no_grad()
-def still_modules(model: nn.Module, run: Run, setting: str = "policy") -> list[nn.Module]:
-    """Put those modules of ``model`` into evaluation mode that make ``run`` depend on a random state, and return them.
-    Most models have none. Every rank runs the model equally often.
-
-    Args:
-        model: as it is trained.
-        run: a small forward pass of it.
-        setting: name of the model's setting, for errors.
+def _evaluate_drawing_modules(model: nn.Module, run: Run) -> list[nn.Module]:
+    """Put those modules of ``model`` into evaluation mode that make ``run``, a small forward pass of it, depend on a
+    random state, and return them. Most models have none. Every rank runs the model equally often.
 
     Raises:
         ConfigError: modules draw in evaluation mode as well, or weights are not finite; names them.
     """
     if _is_shadow(model):
         return []
-    _check_finite(model, run, setting)
+    _check_finite(model, run)
     found: list[nn.Module] = []
     drawing: list[nn.Module] = []
     random_numbers = False
@@ -105,23 +115,19 @@ def still_modules(model: nn.Module, run: Run, setting: str = "policy") -> list[n
             module.training = False
         found += in_training
     if drawing and any(_differ(run, seed) for seed in range(8)):
-        what, does = (
-            ("depends on random numbers", "draws them")
-            if random_numbers
-            else ("changes from one run to the next", "gives other results for the same input")
-        )
+        what, does = "changes from one run to the next", "gives other results for the same input"
+        if random_numbers:
+            what, does = "depends on random numbers", "draws them"
         raise ConfigError(
-            setting,
+            "policy",
             type(model).__name__,
             f"what it computes {what}, and not in training alone: {_named(model, drawing)} {does}; the ratio to the "
             "policy that sampled would be noise: take another model, or switch it off there",
         )
     if found:
-        does = (
-            "draws random numbers in training (router jitter, layer drop or the like)"
-            if random_numbers
-            else "gives other results for the same input in training"
-        )
+        does = "gives other results for the same input in training"
+        if random_numbers:
+            does = "draws random numbers in training (router jitter, layer drop or the like)"
         warnings.warn(
             f"{type(model).__name__}: {_named(model, found)} {does}: like dropout, this is off, as it is while "
             "responses are sampled",
@@ -135,18 +141,16 @@ def _is_shadow(model: nn.Module) -> bool:
     return any(isinstance(getattr(p, "_local_tensor", p), FakeTensor) for p in model.parameters())
 
 
-def _check_finite(model: nn.Module, run: Run, setting: str) -> None:
-    """Raise :class:`ConfigError` if a weight, or the model's output, is not finite."""
-    for name, parameter in model.named_parameters():
-        values = getattr(parameter, "_local_tensor", parameter)  # this rank's part if sharded
-        if not torch.isfinite(values).all():
-            remedy = f"its weight {name} is not finite (NaN or infinity): take the model from before it broke"
-            raise ConfigError(setting, type(model).__name__, remedy)
+def _check_finite(model: nn.Module, run: Run) -> None:
+    """Raise :class:`ConfigError` if a weight (of this rank's part), or the model's output, is not finite."""
+    name = type(model).__name__
+    if reason := why_not_finite(dict(model.named_parameters())):
+        raise ConfigError("policy", name, f"{reason}: take the model from before it broke")
     with _seeded(0):
         output = run()
     if not torch.isfinite(output).all():
         remedy = "what it computes is not finite, though its weights are: try model.policy_options.dtype: float32"
-        raise ConfigError(setting, type(model).__name__, remedy)
+        raise ConfigError("policy", name, remedy)
 
 
 def _named(model: nn.Module, modules: list[nn.Module]) -> str:
@@ -190,14 +194,8 @@ def _drawing_modules(model: nn.Module, run: Run) -> tuple[list[nn.Module], bool]
         drew[module] = drew.get(module, False) or advanced()
         traces[-1].append((module, inputs, _tensors(output)))
 
-    handles = [
-        handle
-        for module in model.modules()
-        for handle in (
-            module.register_forward_pre_hook(enter, with_kwargs=True),
-            module.register_forward_hook(leave, with_kwargs=True),
-        )
-    ]
+    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in model.modules()]
+    handles += [module.register_forward_hook(leave, with_kwargs=True) for module in model.modules()]
     try:
         for seed in (1, 2):
             traces.append([])
@@ -216,12 +214,9 @@ def _drawing_modules(model: nn.Module, run: Run) -> tuple[list[nn.Module], bool]
         ]
     outer = {parent for parent in drawing if any(child in drawing for child in list(parent.modules())[1:])}
     innermost = [module for module in dict.fromkeys(drawing) if module not in outer] or [model]
-    return innermost, random_numbers or any(_has_generator(module) for module in innermost)
-
-
-def _has_generator(module: nn.Module) -> bool:
     kinds = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
-    return any(isinstance(value, kinds) for value in vars(module).values())
+    has_generator = any(isinstance(value, kinds) for module in innermost for value in vars(module).values())
+    return innermost, random_numbers or has_generator
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -48,10 +48,6 @@ class Sharding:
         return self.mesh["data_parallel"].size()
 
     @property
-    def data_parallel_rank(self) -> int:
-        return self.mesh["data_parallel"].get_local_rank()
-
-    @property
     def tensor_parallel_size(self) -> int:
         """Ranks that share one copy of the blocks' arithmetic and see the same data."""
         return self.mesh["tensor_parallel"].size()
@@ -65,8 +61,8 @@ class Sharding:
 def shard(network: nn.Module, sharding: Sharding) -> None:
     """Shard ``network`` (a Policy or a Critic whose ``model`` is on the meta device) in place. It stays empty.
 
-    Its blocks are groups of their own, and so is an input embedding that is not tied to the head. Everything else
-    belongs to the root, ``network``: its forward pass reads the head's weight without calling the head.
+    Its blocks are groups of their own, and so is an input embedding that is not tied to the head; the rest belongs to
+    ``network`` itself, whose forward pass reads the head's weight without calling the head.
 
     Raises:
         ConfigError: the model cannot be sharded by ``tensor_parallel_size``.
@@ -91,7 +87,7 @@ def shard(network: nn.Module, sharding: Sharding) -> None:
     if embedding is not None and not _is_shared(embedding, model):
         fully_shard(embedding, **common)
     fully_shard(network, **common)
-    for method in ("check_packing", "hold_still"):
+    for method in ("check_packing", "ensure_deterministic"):
         register_fsdp_forward_method(network, method)
 
 
@@ -136,7 +132,7 @@ def local_slices(tensor: DTensor) -> tuple[slice, ...]:
     return tuple(slice(*bounds) for bounds in ranges)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A detached whole tensor; all ranks must call this for a sharded one. Offloaded shards meet on the device."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from huggingface_hub import get_safetensors_metadata
@@ -17,20 +17,6 @@ from ibro_lightning.models.weight_files import WeightFiles, files_of
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Suffixes of files that are usually pickled."""
-
-
-class StoredWeights(Protocol):
-    """Weights in files: names and shapes without reading them, rows on demand."""
-
-    @property
-    def names(self) -> Collection[str]: ...
-
-    def shape(self, name: str) -> torch.Size: ...
-
-    def dtype(self, name: str) -> str:
-        """In safetensors' notation: F32, BF16, F8_E4M3, I32, …"""
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
 
 
 def stored_weights(path: str, revision: str) -> StoredWeights | None:
@@ -63,14 +49,15 @@ def pickled(path: str, error: Exception) -> str | None:
 
 
 class TorchFiles:
-    """Weights written by torch.save, mapped into memory and read on access."""
+    """Weights written by torch.save, mapped into memory and read on access; members as of :class:`WeightFiles`."""
 
     _DTYPES: ClassVar = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._tensors: dict[str, Tensor] = {}
         for file in files:
-            self._tensors |= torch.load(file, map_location="cpu", mmap=_can_be_mapped(file), weights_only=True)
+            mappable = zipfile.is_zipfile(file)  # torch.save has written zip files since 1.6
+            self._tensors |= torch.load(file, map_location="cpu", mmap=mappable, weights_only=True)
 
     @classmethod
     def find(cls, path: str, revision: str) -> TorchFiles | None:
@@ -96,5 +83,5 @@ class TorchFiles:
         return self._tensors[name][start:stop]
 
 
-def _can_be_mapped(file: Path) -> bool:
-    return zipfile.is_zipfile(file)  # torch.save has written zip files since 1.6
+StoredWeights: TypeAlias = WeightFiles | TorchFiles
+"""Weights in files: names, shapes and dtypes without reading them, rows on demand."""

@@ -55,11 +55,12 @@ def _style(style: str, module: nn.Module, config: Any, size: int, kind: str) -> 
     if style == "rowwise":
         return RowwiseParallel()
     weights = list(module.parameters(recurse=False))
-    if style == "replicated_with_grad_allreduce" and [w.shape for w in weights] == [(_head_dim(config),)]:
+    if style == "replicated_with_grad_allreduce" and [w.shape for w in weights] == [(head_dim(config),)]:
         # Norm of each head's queries or keys, [B, L, heads, head_dim]: ranks have different heads and the same weight.
         return SequenceParallel(sequence_dim=2, use_local_output=True)
     raise ConfigError(SETTING, size, f"the tensor-parallel plan of {kind} has a {style} layer, not supported: write 1")
 
 
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def head_dim(config: Any) -> int:
+    text = config.get_text_config()
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)

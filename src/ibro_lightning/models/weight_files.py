@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -17,16 +17,6 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ibro_lightning.models.sharding import local_slices, named_parameters
-
-
-class WeightSource(Protocol):
-    """Fills sharded tensors. Every rank requests the same names in the same order."""
-
-    def fill(self, name: str, tensor: Tensor) -> None:
-        """Write the weight ``name`` (of the transformers model) into ``tensor``, or this rank's part of it."""
-
-    def buffers(self, model: nn.Module) -> dict[str, Tensor]:
-        """Values of the model's buffers, on the CPU, by name."""
 
 
 def local_part(like: Tensor, value: Tensor) -> Tensor:
@@ -55,6 +45,7 @@ class WeightFiles:
             return torch.Size(file.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
+        """In safetensors' notation: F32, BF16, F8_E4M3, I32, …"""
         with safe_open(self.files[name], framework="pt") as file:
             return str(file.get_slice(name).get_dtype())
 
@@ -93,6 +84,7 @@ class WeightFiles:
         )
 
     def fill(self, name: str, tensor: Tensor) -> None:
+        """Write the weight ``name`` (of the transformers model) into ``tensor``, or this rank's part of it."""
         local = _local(tensor)
         if name in self.zero:
             local.zero_()
@@ -101,6 +93,7 @@ class WeightFiles:
             local.copy_(self._read(name, slices))
 
     def buffers(self, model: nn.Module) -> dict[str, Tensor]:
+        """Values of the model's buffers, on the CPU, by name."""
         kept = model.state_dict()
         return {
             name: self._read(name).to(buffer.dtype) if name in kept else buffer.detach().clone()
@@ -156,7 +149,11 @@ class RankZero:
         return tensor
 
 
-def all_or_none(attempt: Any) -> Any:
+WeightSource: TypeAlias = WeightFiles | RankZero
+"""Fills sharded tensors. Every rank requests the same names in the same order."""
+
+
+def raise_on_all_ranks(attempt: Any) -> Any:
     """The result of ``attempt()``; if it raises on any rank, every rank raises the first rank's error.
 
     Without this, ranks would wait forever for one that has failed.

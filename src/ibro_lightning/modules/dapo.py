@@ -40,7 +40,7 @@ from ibro_lightning.update.loss import PolicyLoss, Surrogate, loss_class
 from ibro_lightning.update.reference import ReferenceKL
 from ibro_lightning.update.scoring import Scorer
 from ibro_lightning.update.steps import TokenBudget
-from ibro_lightning.update.updater import Updater, mean_of
+from ibro_lightning.update.updater import Updater, update_metrics
 from ibro_lightning.update.whitening import whiten
 
 AdvantageEstimator = Literal["grpo", "dr_grpo", "rloo", "reinforce++"]
@@ -50,41 +50,13 @@ GROUP_RELATIVE = {"grpo": group_advantages, "dr_grpo": dr_grpo_advantages, "rloo
 class DAPOModule(PolicyModule):
     """Group-relative advantages, clip-higher, dual clip, token-mean loss; no critic.
 
+    The arguments that are not explained here are in :class:`.PolicyModule`.
+
     Args:
-        policy: a Hugging Face folder or hub name, a transformers model or ``(model, tokenizer)``, or a
-            :class:`PolicySource`.
         advantage: ``grpo``: reward less the group's mean, over its standard deviation (DAPO too); ``dr_grpo``: not
             divided; ``rloo``: less the mean of the others; ``reinforce++``: reward to go, whitened over the rollout,
             which needs no groups. Where accuracy does not differ, ``grpo`` and ``reinforce++`` do not scale other
             parts of the reward up to the size of right and wrong (``docs/rewards.md``).
-        regularizer: an entropy method; None: none.
-        surrogate: the policy loss. ``ppo``: each token's clipped ratio (PPO, GRPO, DAPO); ``gspo``: one clipped ratio
-            per sequence (with clip ratios near 3e-4 and aggregation ``seq-mean-token-mean``); ``cispo``: the clipped
-            ratio as a weight, no token loses its gradient; or a subclass of
-            :class:`~ibro_lightning.update.loss.PolicyLoss`.
-        clip_ratio_low, clip_ratio_high: the probability ratio is clipped to [1 − low, 1 + high].
-        dual_clip: bounds the loss of negative advantages by c·|A|; None switches it off. Not in ``cispo``.
-        aggregation: how token losses become one number; denominators count the whole optimizer step.
-        aggregation_max_tokens: the constant length of ``seq-mean-token-sum-norm`` (Dr.GRPO).
-        kl: a KL penalty to a reference policy; None, as in DAPO and in the paper, has none.
-        sampler_correction: weights the policy loss for an engine whose probabilities are not quite the policy's; None
-            does not, as responses from elsewhere need, which have no log-probs. The curves ``sampler/…`` show the
-            mismatch in either case.
-        overlong_filter: leave responses that were cut at the length limit out of the loss. Advantages still compare
-            with them.
-        mini_batch_prompts: prompts (whole groups) per optimizer step; None takes the rollout in one step.
-        update_epochs: passes over each rollout.
-        micro_batch_tokens: tokens in memory at once, padding included; changes speed and memory, never the result.
-        optimizer: called with the policy's parameters. An ``lr`` that is set here replaces ``learning_rate``; two that
-            differ are refused. The default of the optimizer's class never counts.
-        learning_rate: the policy's, after the warm-up.
-        warmup_steps: optimizer steps over which the learning rate rises linearly to its value.
-        lr_scheduler: called with each optimizer: a class of ``torch.optim.lr_scheduler``, stepped with every optimizer
-            step after the warm-up. None: constant; ``ReduceLROnPlateau`` is refused.
-        max_grad_norm: gradients are scaled down to this norm; None (or 0) leaves them as they are.
-        max_nonfinite_steps: a step whose loss, advantages or gradient are not finite is skipped on all ranks; after
-            this many in a row training stops, and the batch is saved in ``nonfinite/``. 0 never stops.
-        policy_options: dtype, attention implementation and the like.
     """
 
     policy_loss: PolicyLoss
@@ -158,10 +130,11 @@ class DAPOModule(PolicyModule):
     def training_step(self, rollout: Rollout, batch_idx: int) -> dict[str, float]:
         """One Lightning batch is one rollout."""
         loss, updater, timer = self.policy_loss, self.updater, PhaseTimer()
-        if not updater.begin(rollout):
+        if not updater.start_iteration(rollout):
             return {"update/skipped_rollouts": 1.0}
         context = self.context()
         steps: list[dict[str, float]] = []
+        loss.start_iteration()
         with timer("prepare"), torch.no_grad():
             experience = self.prepare(rollout)  # score → advantages [B, T]
             observe(self.regularizer.coefficient, experience.old_entropy, experience, self.ranks)
@@ -175,15 +148,7 @@ class DAPOModule(PolicyModule):
         measured = self.experience_metrics(scored, rollout)
         if self.kl is not None:  # for the next iteration: the logged coefficient is the one used in this
             observe(self.kl.coefficient, scored.extra["reference_kl"], scored, self.ranks)
-        return {
-            "update/skipped_rollouts": 0.0,
-            "update/steps": float(len(steps)),
-            "update/scored_first": float(experience.old_logp is not None),
-            **measured,
-            **mean_of(steps),
-            **shift,
-            **timer.metrics(),
-        }
+        return {**update_metrics(experience, steps), **measured, **shift, **timer.metrics()}
 
     def prepare(self, rollout: Rollout) -> Experience:
         """Compute what stays fixed during the update, without gradients."""
@@ -196,7 +161,7 @@ class DAPOModule(PolicyModule):
         A single optimizer step sees the policy that sampled, so its own forward pass gives them, which saves one;
         unless they are needed earlier.
         """
-        several = self.updater.count(rollout.num_groups) > 1
+        several = self.updater.num_steps(rollout.num_groups) > 1
         return several or self.advantages_need_scores or self.policy_loss.needs_scores
 
     def advantages(self, experience: Experience) -> Tensor:

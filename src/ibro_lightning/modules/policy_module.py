@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.sequences import Sequences
@@ -24,17 +24,17 @@ from ibro_lightning.models import (
     Policy,
     PolicyLike,
     PolicyOptions,
-    PolicySource,
-    PretrainedPolicy,
     Sharding,
     as_source,
     build_policy,
     compile_in_place,
     export_folder,
 )
+from ibro_lightning.models.compiled import compile_hook
+from ibro_lightning.models.pretrained import local_folders
 from ibro_lightning.models.spec import ModelSpec
+from ibro_lightning.modules import network_optimizers
 from ibro_lightning.modules.evaluating import Evaluator
-from ibro_lightning.modules.optimizers import NetworkOptimizers
 from ibro_lightning.modules.trainer_loop import TrainerLoop
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.regularizers import StepContext
@@ -45,13 +45,43 @@ from ibro_lightning.types import Dtype
 from ibro_lightning.update.loss import PolicyLoss
 from ibro_lightning.update.optimizer import Schedule, check_optimizer, check_schedule
 from ibro_lightning.update.reference import ReferenceKL
+from ibro_lightning.update.resumed_optimizers import OptimizerWatch
 from ibro_lightning.update.scoring import Scorer
 from ibro_lightning.update.updater import Updater
 
 
 class PolicyModule(pl.LightningModule):
-    """A policy, and an updater that takes its optimizer steps. Subclasses define the batch and the loss, and document
-    the arguments."""
+    """A policy, and an updater that takes its optimizer steps. Subclasses define the batch and the loss. The arguments
+    that several of them have are explained here; those from ``regularizer`` to ``micro_batch_tokens`` are for rollouts.
+
+    Args:
+        policy: a Hugging Face folder or hub name, a transformers model, ``(model, tokenizer)``, or a ``PolicySource``.
+        regularizer: an entropy method; None: none.
+        surrogate: the policy loss. ``ppo``: each token's clipped ratio (PPO, GRPO, DAPO); ``gspo``: one clipped ratio
+            per sequence (with clip ratios near 3e-4 and aggregation ``seq-mean-token-mean``); ``cispo``: the clipped
+            ratio as a weight, no token loses its gradient; or a subclass of :class:`.PolicyLoss`.
+        clip_ratio_low, clip_ratio_high: the probability ratio is clipped to [1 − low, 1 + high].
+        dual_clip: bounds the loss of negative advantages by c·|A|; None switches it off. Not in ``cispo``.
+        aggregation: how token losses become one number; denominators count the whole optimizer step.
+        aggregation_max_tokens: the constant length of ``seq-mean-token-sum-norm`` (Dr.GRPO).
+        kl: a KL penalty to a reference policy; None, as in DAPO and in the paper, has none.
+        sampler_correction: weights the policy loss for an engine whose probabilities are not quite the policy's; None
+            does not, which responses without log-probs need. The curves ``sampler/…`` show the mismatch in either case.
+        overlong_filter: leave responses cut at the length limit out of the loss; advantages still compare with them.
+        mini_batch_prompts: prompts (whole groups) per optimizer step; None takes the rollout in one step.
+        update_epochs: passes over each rollout.
+        micro_batch_tokens: tokens in memory at once, padding included; changes speed and memory, never the result.
+        optimizer: called with the policy's parameters. An ``lr`` that is set here replaces ``learning_rate``; two that
+            differ are refused. The default of the optimizer's class never counts.
+        learning_rate: the policy's, after the warm-up.
+        warmup_steps: optimizer steps over which the learning rate rises linearly to its value.
+        lr_scheduler: called with each optimizer: a class of ``torch.optim.lr_scheduler``, stepped with every optimizer
+            step after the warm-up. None: constant; ``ReduceLROnPlateau`` is refused.
+        max_grad_norm: gradients are scaled down to this norm; None (or 0) leaves them as they are.
+        max_nonfinite_steps: a step whose loss, advantages or gradient are not finite is skipped on all ranks; after
+            this many in a row training stops, and the batch is saved in ``nonfinite/``. 0 never stops.
+        policy_options: dtype, attention implementation and the like.
+    """
 
     min_group_size = 1
     trained: ClassVar[Mapping[str, tuple[str, str]]] = {"policy": ("optimizer", "learning_rate")}
@@ -73,8 +103,8 @@ class PolicyModule(pl.LightningModule):
         policy_options: PolicyOptions = PolicyOptions(),
     ) -> None:
         super().__init__()
-        for name, value in {"learning_rate": learning_rate, "warmup_steps": warmup_steps}.items():
-            check_at_least(name, value, 0)
+        check_at_least("learning_rate", learning_rate, 0)
+        check_at_least("warmup_steps", warmup_steps, 0)
         check_optimizer(optimizer, "optimizer")
         check_schedule(lr_scheduler, "lr_scheduler")
         self.automatic_optimization = False
@@ -87,9 +117,15 @@ class PolicyModule(pl.LightningModule):
         self.loop = TrainerLoop(self, tuple(self.trained))
         self.policy: Policy
         self.evaluator = Evaluator(self)
-        self.evaluations: dict[str, Evaluation] = {}
-        """The latest evaluation of each set."""
-        self.network_optimizers = NetworkOptimizers(self)
+        self.evaluations: dict[str, Evaluation] = {}  # the latest of each set
+        self._optimizer_watch: OptimizerWatch | None = None
+        # The names in a state have no prefixes of torch.compile, wherever it was applied.
+        self.register_state_dict_pre_hook(compile_hook)
+        self.register_load_state_dict_pre_hook(compile_hook)
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.loop.ranks
 
     @property
     def kl(self) -> ReferenceKL | None:
@@ -131,9 +167,8 @@ class PolicyModule(pl.LightningModule):
             settings: the constructor's arguments, at least ``policy``; a checkpoint holds none of them.
         """
         if not Path(checkpoint_path).is_dir():
-            return super().load_from_checkpoint(
-                checkpoint_path, map_location, hparams_file, strict, weights_only, **settings
-            )
+            options = (map_location, hparams_file, strict, weights_only)
+            return super().load_from_checkpoint(checkpoint_path, *options, **settings)
         checkpoint = read_checkpoint(Path(checkpoint_path), with_optimizers=False)
         module = cls(**settings)
         module.configure_model()
@@ -141,65 +176,48 @@ class PolicyModule(pl.LightningModule):
         module.load_state_dict(checkpoint["state_dict"], strict=strict is not False)
         return module
 
-    # The names in a state have no prefixes of torch.compile, wherever it was applied.
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        compile_in_place(self)
-        return super().state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        compile_in_place(self)
-        return super().load_state_dict(*args, **kwargs)
-
     def on_fit_start(self) -> None:
         compile_in_place(self)
         if self._trainer is not None:
-            self.network_optimizers.watch()
+            self._optimizer_watch = network_optimizers.watch(self)
         if self.policy_options.packing:
             with self.forward_context():
                 self.check_packing()
 
     def on_train_start(self) -> None:
-        self.network_optimizers.report_changes()
+        if self._optimizer_watch is not None:
+            self._optimizer_watch.report()
         with self.forward_context():
-            self.policy.hold_still()  # before anything is generated
+            self.policy.ensure_deterministic()  # before anything is generated
 
     def forward_context(self) -> AbstractContextManager[None]:
         """The Trainer's precision, for code outside Lightning's steps, such as the generation of a batch."""
         return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
 
     def check_packing(self) -> None:
-        """Refuse to train if packed sequences see each other in any of the networks."""
+        """Refuse to train if packed sequences see each other in a network."""
         self.policy.check_packing()
         if self.kl is not None:
             self.kl.on(self.device).check_packing()
 
-    # Optimizers. A subclass may return its own from configure_optimizers: one or several, with or without schedules.
-
     def configure_optimizers(self) -> Any:
+        """A subclass may return optimizers of its own: one or several, with or without schedules."""
         pairs = [self.optimizer_for(network) for network in self.trained]
         return [optimizer for optimizer, _ in pairs], [schedule for _, schedule in pairs]
 
     def optimizer_for(self, network: str) -> tuple[torch.optim.Optimizer, Schedule]:
         """The optimizer and the schedule of a network, given its name in this module."""
-        return self.network_optimizers.build(network)
-
-    def make_optimizer(self, network: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """The configured optimizer of a network, for these parameters."""
-        return self.network_optimizers.make(network, parameters)
+        return network_optimizers.optimizer_and_schedule(self, network)
 
     def learning_rate_factor(self, step: int) -> float:
         """The factor of the learning rate in optimizer step ``step`` (from 0), unless there is an ``lr_scheduler``."""
         return min(1.0, (step + 1) / (self.warmup_steps + 1))
 
     def check_resumed_optimizers(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Check the states of a checkpoint before anything is built or moved. Optimizers of an overridden
-        ``configure_optimizers`` are checked when the states are loaded.
-
-        Raises:
-            ConfigError: an optimizer cannot resume from its state.
-        """
+        """Raise :class:`ConfigError` if an optimizer cannot resume from its state in a checkpoint, before anything is
+        built or moved. Those of an overridden ``configure_optimizers`` are checked when the states are loaded."""
         if type(self).configure_optimizers is PolicyModule.configure_optimizers and len(states) == len(self.trained):
-            self.network_optimizers.check_resumed(states)
+            network_optimizers.check_resumed(self, states)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["nonfinite"] = self.updater.nonfinite.state_dict()
@@ -211,18 +229,13 @@ class PolicyModule(pl.LightningModule):
         self.updater.nonfinite.load_state_dict(checkpoint.get("nonfinite", {}))
         saved = checkpoint.get("coefficients", {})
         for name, coefficient in (self.policy_loss.coefficients if self.policy_loss else {}).items():
-            if name in saved:
-                coefficient.load_state_dict(saved[name])
+            coefficient.load_state_dict(saved.get(name, {}))
 
     def report_skipped_steps(self, rollout: Rollout | None = None) -> None:
         """Report the skipped optimizer steps of an iteration, and stop if there were too many in a row."""
         save = None if rollout is None else partial(write_parquet, rollout=rollout, tokens=True)
         self.updater.nonfinite.report(self.iteration)
         self.updater.nonfinite.check(run_folder(self.trainer), self.iteration, self.trainer.global_rank, save)
-
-    @property
-    def ranks(self) -> Ranks:
-        return self.loop.ranks
 
     def context(self) -> StepContext:
         """What losses and regularisers can use in an optimizer step."""
@@ -241,19 +254,16 @@ class PolicyModule(pl.LightningModule):
 
     @property
     def iteration(self) -> int:
-        """Completed training batches of the whole run: the x-axis of every curve."""
+        """Completed training batches of the run: the x-axis of every curve."""
         return self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
     # The interface for datamodules and callbacks (engines.base.PolicyProvider).
 
     def model_spec(self) -> ModelSpec:
-        return ModelSpec(
-            config=self.policy_source.config(),
-            eos_token_ids=self.eos_token_ids,
-            # Not self.device: datamodules are set up before the module moves to its device.
-            device=self.device if self._trainer is None else self.trainer.strategy.root_device,
-            trust_remote_code=self.policy_options.trust_remote_code,
-        )
+        # Not self.device with a trainer: datamodules are set up before the module moves to its device.
+        device = self.device if self._trainer is None else self.trainer.strategy.root_device
+        trusted = self.policy_options.trust_remote_code
+        return ModelSpec(self.policy_source.config(), self.eos_token_ids, device, trusted)
 
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
         return self.policy.named_full_weights()
@@ -282,8 +292,8 @@ class PolicyModule(pl.LightningModule):
     @property
     def evaluation_is_current(self) -> bool:
         """Whether :attr:`evaluations` belong to the present weights; True if there are no evaluation sets."""
-        has_sets = bool(getattr(self.trainer.datamodule, "eval_sets", None))  # type: ignore[attr-defined]
-        return not has_sets or self.evaluator.at_step == self.trainer.global_step
+        sets = getattr(self.trainer.datamodule, "eval_sets", None)  # type: ignore[attr-defined]
+        return not sets or self.evaluator.at_step == self.trainer.global_step
 
     def on_validation_epoch_start(self) -> None:
         self.evaluator.begin()
@@ -304,14 +314,8 @@ class PolicyModule(pl.LightningModule):
 
     def _number(self, batch: Any, dataloader_idx: int) -> Any:
         """Number a rollout that does not come from a datamodule of ours."""
-        if isinstance(batch, Rollout) and self.trainer.training and not batch.iteration:
-            return replace(batch, iteration=self.iteration + 1)
-        return batch
+        unnumbered = isinstance(batch, Rollout) and self.trainer.training and not batch.iteration
+        return replace(batch, iteration=self.iteration + 1) if unnumbered else batch
 
     def predict_step(self, rollout: Rollout, batch_idx: int, dataloader_idx: int = 0) -> Rollout:
         return rollout
-
-
-def local_folders(*sources: PolicySource) -> tuple[Path, ...]:
-    """The folders of those sources that are local."""
-    return tuple(Path(source.path).resolve() for source in sources if isinstance(source, PretrainedPolicy))

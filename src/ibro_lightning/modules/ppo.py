@@ -31,7 +31,8 @@ from ibro_lightning.models import (
     check_same_vocabulary,
     export_folder,
 )
-from ibro_lightning.modules.policy_module import PolicyModule, local_folders
+from ibro_lightning.models.pretrained import local_folders
+from ibro_lightning.modules.policy_module import PolicyModule
 from ibro_lightning.regularizers import EntropyRegularizer
 from ibro_lightning.timing import PhaseTimer
 from ibro_lightning.update.correction import SamplerCorrection
@@ -41,7 +42,7 @@ from ibro_lightning.update.optimizer import check_optimizer
 from ibro_lightning.update.reference import ReferenceKL
 from ibro_lightning.update.scoring import Scorer
 from ibro_lightning.update.steps import TokenBudget
-from ibro_lightning.update.updater import Updater, mean_of
+from ibro_lightning.update.updater import Updater, update_metrics
 from ibro_lightning.update.value_loss import ValueLoss
 from ibro_lightning.update.whitening import whiten
 
@@ -49,9 +50,9 @@ from ibro_lightning.update.whitening import whiten
 class PPOModule(PolicyModule):
     """Generalised advantage estimation, whitened advantages, a clipped value loss, a critic with its own optimizer.
 
+    The arguments that are not explained here are in :class:`.PolicyModule`.
+
     Args:
-        policy: a Hugging Face folder or hub name, a transformers model or ``(model, tokenizer)``, or a
-            :class:`PolicySource`.
         critic: the initial critic: the folder of a critic (``critic/`` of an earlier run) or of a language model, whose
             values all start at 0; None takes the policy's.
         critic_optimizer: called with the critic's parameters; ``warmup_steps``, ``lr_scheduler`` and ``max_grad_norm``
@@ -67,34 +68,6 @@ class PPOModule(PolicyModule):
             the whole response: a token sampled without a finite log-prob stays in them, but out of both losses.
         bootstrap_truncated: continue a response cut at the length limit with the critic's value instead of 0.
         critic_warmup_iterations: the first iterations, in which only the critic learns.
-        regularizer: an entropy method; None: none.
-        surrogate: the policy loss. ``ppo``: each token's clipped ratio (PPO, GRPO, DAPO); ``gspo``: one clipped ratio
-            per sequence (with clip ratios near 3e-4 and aggregation ``seq-mean-token-mean``); ``cispo``: the clipped
-            ratio as a weight, no token loses its gradient; or a subclass of
-            :class:`~ibro_lightning.update.loss.PolicyLoss`.
-        clip_ratio_low, clip_ratio_high: the probability ratio is clipped to [1 − low, 1 + high].
-        dual_clip: bounds the loss of negative advantages by c·|A|; None switches it off. Not in ``cispo``.
-        aggregation: how token losses become one number; denominators count the whole optimizer step.
-        aggregation_max_tokens: the constant length of ``seq-mean-token-sum-norm`` (Dr.GRPO).
-        kl: a KL penalty to a reference policy; None, as in DAPO and in the paper, has none.
-        sampler_correction: weights the policy loss for an engine whose probabilities are not quite the policy's; None
-            does not, as responses from elsewhere need, which have no log-probs. The curves ``sampler/…`` show the
-            mismatch in either case.
-        overlong_filter: leave responses that were cut at the length limit out of the loss. Advantages still compare
-            with them.
-        mini_batch_prompts: prompts (whole groups) per optimizer step; None takes the rollout in one step.
-        update_epochs: passes over each rollout.
-        micro_batch_tokens: tokens in memory at once, padding included; changes speed and memory, never the result.
-        optimizer: called with the policy's parameters. An ``lr`` that is set here replaces ``learning_rate``; two that
-            differ are refused. The default of the optimizer's class never counts.
-        learning_rate: the policy's, after the warm-up.
-        warmup_steps: optimizer steps over which the learning rate rises linearly to its value.
-        lr_scheduler: called with each optimizer: a class of ``torch.optim.lr_scheduler``, stepped with every optimizer
-            step after the warm-up. None: constant; ``ReduceLROnPlateau`` is refused.
-        max_grad_norm: gradients are scaled down to this norm; None (or 0) leaves them as they are.
-        max_nonfinite_steps: a step whose loss, advantages or gradient are not finite is skipped on all ranks; after
-            this many in a row training stops, and the batch is saved in ``nonfinite/``. 0 never stops.
-        policy_options: dtype, attention implementation and the like.
     """
 
     policy_loss: PolicyLoss
@@ -202,11 +175,12 @@ class PPOModule(PolicyModule):
     def training_step(self, rollout: Rollout, batch_idx: int) -> dict[str, float]:
         """One Lightning batch is one rollout."""
         loss, updater, timer = self.policy_loss, self.updater, PhaseTimer()
-        if not updater.begin(rollout):
+        if not updater.start_iteration(rollout):
             return {"update/skipped_rollouts": 1.0}
         context = self.context()
         steps: list[dict[str, float]] = []
-        trains_policy = self.trains_policy(rollout.iteration)
+        if trains_policy := self.trains_policy(rollout.iteration):
+            loss.start_iteration()
         with timer("prepare"), torch.no_grad():
             experience = self.prepare(rollout)  # score → values → advantages [B, T]
             if trains_policy:
@@ -222,15 +196,7 @@ class PPOModule(PolicyModule):
         measured = self.experience_metrics(scored, rollout)
         if self.kl is not None and trains_policy:  # for the next iteration: this one has used the logged coefficient
             observe(self.kl.coefficient, scored.extra["reference_kl"], scored, self.ranks)
-        return {
-            "update/skipped_rollouts": 0.0,
-            "update/steps": float(len(steps)),
-            "update/scored_first": float(experience.old_logp is not None),
-            **measured,
-            **mean_of(steps),
-            **shift,
-            **timer.metrics(),
-        }
+        return {**update_metrics(experience, steps), **measured, **shift, **timer.metrics()}
 
     def prepare(self, rollout: Rollout) -> Experience:
         """Compute what stays fixed during the update, without gradients."""
@@ -258,7 +224,7 @@ class PPOModule(PolicyModule):
     def scores_first(self, rollout: Rollout) -> bool:
         """Whether the old log-probs are computed before the update: as in :class:`DAPOModule`, and while the critic
         warms up, since the policy then has no update to compute them in."""
-        several = self.updater.count(rollout.num_groups) > 1
+        several = self.updater.num_steps(rollout.num_groups) > 1
         needed = self.advantages_need_scores or self.policy_loss.needs_scores
         return several or needed or not self.trains_policy(rollout.iteration)
 

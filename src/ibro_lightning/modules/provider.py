@@ -11,7 +11,7 @@ from torch import Tensor
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.functional import logprob_and_entropy
 from ibro_lightning.models import Policy
-from ibro_lightning.models.export import full_weights
+from ibro_lightning.models.hf_folder import full_weights
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.models.transformer import response_states, scatter_rows
 from ibro_lightning.types import Dtype

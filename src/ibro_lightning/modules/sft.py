@@ -19,21 +19,14 @@ from ibro_lightning.update.updater import Updater
 class SFTModule(PolicyModule):
     """Maximises the likelihood of the response tokens; cosine learning rate over the whole run.
 
+    The arguments that are not explained here are in :class:`.PolicyModule`.
+
     Args:
-        policy: a Hugging Face folder or hub name, a transformers model or ``(model, tokenizer)``, or a
-            :class:`PolicySource`.
-        optimizer: called with the policy's parameters. An ``lr`` that is set here replaces ``learning_rate``; two that
-            differ are refused. The default of the optimizer's class never counts.
         learning_rate: at its peak, after the warm-up. The default is for a pretrained model; one from scratch needs
             about a hundred times as much.
-        warmup_steps: optimizer steps over which the learning rate rises linearly to its value.
         final_lr_factor: the learning rate ends at this share of its peak, unless there is an ``lr_scheduler``.
         lr_scheduler: called with the optimizer: a class of ``torch.optim.lr_scheduler``, stepped with every optimizer
             step after the warm-up. None: the cosine; ``ReduceLROnPlateau`` is refused.
-        max_grad_norm: gradients are scaled down to this norm; None (or 0) leaves them as they are.
-        max_nonfinite_steps: a step whose loss or gradient is not finite is skipped on all ranks; after this many in a
-            row training stops, and the batch is saved in ``nonfinite/``. 0 never stops.
-        policy_options: dtype, attention implementation and the like.
     """
 
     schedule_settings = ("final_lr_factor",)
@@ -78,7 +71,7 @@ class SFTModule(PolicyModule):
             loss = -token_mean(logp, batch.response_mask, self.ranks.sum(batch.response_mask.sum()))
             self.manual_backward(loss * self.ranks.size)  # DDP and FSDP average gradients over ranks
             losses = {"sft/loss": self.ranks.sum(loss.detach()).item()}
-            self.updater.nonfinite.begin()
+            self.updater.nonfinite.start_iteration()
             metrics = self.updater.clip_and_step("policy", losses, batch)
         self.report_skipped_steps()
         return {**losses, **metrics, **timer.metrics()}

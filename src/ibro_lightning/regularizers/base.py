@@ -64,9 +64,8 @@ class EntropyRegularizer(ABC):
         return self.coefficient.value
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
-        """Called once per optimizer step, without gradients, before it is split into micro-batches: the place for
-        statistics of the whole step, for another advantage, and for ``step.with_extra(name=[B, T])``. The mean of each
-        added tensor is logged as ``regularizer/name``."""
+        """Called without gradients before the step is split into micro-batches: for statistics of the whole step, for
+        another advantage, and for ``step.with_extra(name=[B, T])``, whose mean is logged as ``regularizer/name``."""
         return step
 
     def statistics(self, micro: Experience, context: StepContext) -> Mapping[str, Tensor]:

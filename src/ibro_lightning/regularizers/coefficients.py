@@ -1,8 +1,8 @@
 """Coefficients of an entropy term or of a KL penalty, constant or changing during training.
 
-Each is one small class: :attr:`Coefficient.value` is used during an update; :meth:`Coefficient.observe` is called once
-per iteration before it, with the measured entropy or KL of the policy (nats per token). The state is a few numbers and
-part of the checkpoint.
+Each is one small class: :attr:`Coefficient.value` is used during an update. In every iteration, a coefficient first
+counts it and then moves by the measured entropy or KL of the policy (nats per token): that of an entropy term before
+the update, that of a KL penalty after it, for the next one. The state is a few numbers and part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Coefficient(ABC):
     """A number ≥ 0 that may follow the iteration or a measurement. Subclasses keep their state in :attr:`state`."""
 
     measures: Literal["entropy", "KL"] | None = None
-    """The quantity that :meth:`observe` needs; None for either."""
+    """The quantity that :meth:`move` needs; None for either."""
 
     def __init__(self, **state: float) -> None:
         self.state: dict[str, float] = {"iterations": 0.0, **state}
@@ -28,10 +28,12 @@ class Coefficient(ABC):
     def value(self) -> float:
         """The present factor of the term."""
 
-    def observe(self, measured: float, samples: int = 1) -> None:
-        """Count an iteration, with ``measured`` in nats per token over ``samples`` responses. A measurement that is not
-        finite moves nothing."""
+    def start_iteration(self) -> None:
+        """Count an iteration, before its first use of the value."""
         self.state["iterations"] += 1
+
+    def observe(self, measured: float, samples: int = 1) -> None:
+        """Move by what was measured over ``samples`` responses. A number that is not finite moves nothing."""
         if math.isfinite(measured):
             self.move(measured, samples)
 
@@ -223,5 +225,5 @@ def as_coefficient(coef: Coefficient | float, setting: str, measures: Literal["e
         return Constant(coef)
     if coef.measures not in (None, measures):
         name = type(coef).__name__
-        raise ConfigError(setting, name, f"it follows {coef.measures}, and here it is told the {measures}")
+        raise ConfigError(setting, name, f"it follows the {coef.measures}, but is given the {measures} here")
     return coef

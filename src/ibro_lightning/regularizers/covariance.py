@@ -75,15 +75,25 @@ class KLCov(PolicyLossMethod):
         self.fraction, self.kl_coef = fraction, kl_coef
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
-        covariance = token_covariance(step, context).masked_fill(~step.mask, -torch.inf)
-        highest = context.ranks.top(covariance.flatten(), count_of(step.mask, self.fraction, context))
-        held = torch.zeros(covariance.numel(), dtype=torch.bool, device=covariance.device)
-        held[highest] = True
-        return step.with_extra(kl_cov=held.view_as(step.mask) & step.mask)
+        return step.with_extra(kl_cov=top_tokens(token_covariance(step, context), step, self.fraction, context))
 
     def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:
         penalty = self.kl_coef * (stats.logp - stats.old_logp).abs()
         return loss + torch.where(stats.extra["kl_cov"], penalty, 0.0)
+
+
+def top_tokens(values: Tensor, step: Experience, fraction: float, context: StepContext) -> Tensor:
+    """``[B, T]`` bool: that share of the step's valid tokens, on all ranks, which has the largest ``values``.
+
+    The first tokens of a group's responses share one state, so equal values are common, and rounding, which depends on
+    how the step is split, must not choose between them: values that agree to 0.001 count as equal, and among these the
+    first groups and rows are chosen.
+    """
+    rounded = values.round(decimals=3).masked_fill(~step.mask, -torch.inf).flatten()
+    groups = step.groups[:, None].expand(values.shape).flatten()
+    chosen = torch.zeros_like(step.mask).flatten()
+    chosen[context.ranks.top(rounded, count_of(step.mask, fraction, context), groups)] = True
+    return chosen.view_as(step.mask)
 
 
 def count_of(mask: Tensor, fraction: float, context: StepContext) -> int:

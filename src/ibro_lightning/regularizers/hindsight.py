@@ -44,7 +44,10 @@ class HindsightTemplate:
             ConfigError: prompt and response together are longer than ``max_length`` tokens; or the tokenizer cannot
                 write what the template adds.
         """
-        tokens = [self._token_ids(prompt, tokenizer) for prompt in prompts]
+        for prompt in prompts:
+            if (prompt.id, prompt.text) not in self._rendered:
+                self._rendered[prompt.id, prompt.text] = self._render(prompt, tokenizer)
+        tokens = [self._rendered[prompt.id, prompt.text] for prompt in prompts]
         on_cpu = responses.to("cpu")
         rows = zip(on_cpu.input_ids, on_cpu.is_response, strict=True)
         shown = Sequences.collate(tokens, [ids[mask].tolist() for ids, mask in rows])
@@ -95,12 +98,6 @@ class HindsightTemplate:
                 f"prompt {prompt.id} has no such value ({error!r}); its answer is {prompt.answer!r} "
                 f"and its meta data {dict(prompt.meta)!r}",
             ) from error
-
-    def _token_ids(self, prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
-        key = (prompt.id, prompt.text)
-        if key not in self._rendered:
-            self._rendered[key] = self._render(prompt, tokenizer)
-        return self._rendered[key]
 
     def _render(self, prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
         control = ControlTokens.of(tokenizer) if prompt.control_text == "as_text" else None

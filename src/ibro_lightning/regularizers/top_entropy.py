@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience, TokenStats
 from ibro_lightning.regularizers.base import PolicyLossMethod, StepContext
-from ibro_lightning.regularizers.covariance import check_fraction, count_of
+from ibro_lightning.regularizers.covariance import check_fraction, top_tokens
 
 
 class TopEntropyTokens(PolicyLossMethod):
@@ -29,10 +29,7 @@ class TopEntropyTokens(PolicyLossMethod):
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         assert step.old_entropy is not None
-        entropy = step.old_entropy.masked_fill(~step.mask, -torch.inf)
-        chosen = torch.zeros(entropy.numel(), dtype=torch.bool, device=entropy.device)
-        chosen[context.ranks.top(entropy.flatten(), count_of(step.mask, self.fraction, context))] = True
-        return step.with_extra(top_entropy=chosen.view_as(step.mask))
+        return step.with_extra(top_entropy=top_tokens(step.old_entropy, step, self.fraction, context))
 
     def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:
         return torch.where(stats.extra["top_entropy"], loss, 0.0)

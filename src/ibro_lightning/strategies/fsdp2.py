@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import Sharding
-from ibro_lightning.models.weight_files import all_or_none
+from ibro_lightning.models.weight_files import raise_on_all_ranks
 from ibro_lightning.runs.checkpoints.plugin import read_checkpoint, refuse_non_finite, refusing
 from ibro_lightning.runs.checkpoints.shards import check_shards_fit, load_shards, save_shards
 from ibro_lightning.runs.checkpoints.validity import why_known_invalid
@@ -33,9 +33,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     """Fully sharded data parallelism (``torch.distributed.fsdp.fully_shard``), on GPUs (NCCL) and on CPUs (gloo).
 
     Networks are sharded as they are built (``build_policy(..., sharding=strategy.sharding)``); Lightning moves and
-    initialises nothing. All ranks write and read checkpoints collectively, and any strategy reads them: Lightning's
-    strategy keys optimizer states by the parameter's name in the whole module; here they are keyed, as in all other
-    strategies, by its position in its own optimizer, so that two optimizers, or one without a state yet, work.
+    initialises nothing. All ranks write and read checkpoints collectively, and any strategy reads them: optimizer
+    states are keyed by the parameter's position in its optimizer, not by its name, as in Lightning's strategy.
 
     Args:
         tensor_parallel_size: number of ranks that split the computation of each decoder block and see the same data;
@@ -145,8 +144,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         one of them refuses it, all do.
         """
         path = Path(self.broadcast(checkpoint_path))
-        all_or_none(lambda: self._check(path))
-        loaded: dict[str, Any] = all_or_none(lambda: self._load_folder(path) if path.is_dir() else self._map_file(path))
+        raise_on_all_ranks(lambda: self._check(path))
+        loaded: dict[str, Any] = raise_on_all_ranks(
+            lambda: self._load_folder(path) if path.is_dir() else self._map_file(path)
+        )
         return loaded
 
     def _check(self, path: Path) -> None:

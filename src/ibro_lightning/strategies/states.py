@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ibro_lightning.models import local_part, whole
+from ibro_lightning.models import full_tensor, local_part
 
 
 def full_model_state(module: nn.Module) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _like(parameter: DTensor, value: Tensor) -> DTensor:
 
 
 def _to_rank_zero(tensor: Tensor) -> Tensor:
-    full = whole(tensor)
+    full = full_tensor(tensor)
     return full.cpu() if _is_rank_zero() else torch.empty(0)
 
 

@@ -71,10 +71,7 @@ def sampled_tokens(sampler_logp: Tensor, tokens: Tensor, ranks: Ranks = ALONE) -
 
     A token without one (nan, −inf) comes from an unknown distribution: it is left out of the loss, the regulariser's
     term and both denominators. If no rank has any log-prob, the responses were not sampled by one of our engines, and
-    all tokens take part, which makes sense only without a correction.
-
-    Args:
-        sampler_logp: ``[B, T]``; tokens: ``[B, T]`` bool, the response tokens that may be trained on.
+    all tokens take part, which makes sense only without a correction. All ``[B, T]``.
     """
     sampled = tokens & sampler_logp.isfinite()
     return sampled if bool(ranks.sum(sampled.sum())) else tokens
@@ -103,7 +100,7 @@ def rows_without_logp(sampler_logp: Tensor, tokens: Tensor) -> tuple[Tensor, Ten
     )
 
 
-def looks_made_up(sampler_logp: Tensor, tokens: Tensor) -> Tensor:
+def logp_are_suspicious(sampler_logp: Tensor, tokens: Tensor) -> Tensor:
     """0-dim bool: whether the log-probs alone call for a comparison with the policy's."""
     finite = tokens & sampler_logp.isfinite()
     mean = torch.where(finite, sampler_logp, 0.0).sum(dim=1) / finite.sum(dim=1).clamp(min=1)  # [B]
@@ -111,11 +108,7 @@ def looks_made_up(sampler_logp: Tensor, tokens: Tensor) -> Tensor:
 
 
 def refuse_impossible_logp(sampler_logp: Tensor, tokens: Tensor, ranks: Ranks = ALONE) -> None:
-    """Raise :class:`ConfigError` if a token's log-prob is above 0 by more than rounding.
-
-    Args:
-        sampler_logp, tokens: ``[B, T]``.
-    """
+    """Raise :class:`ConfigError` if a token's log-prob ``[B, T]`` is above 0 by more than rounding."""
     above = (tokens & sampler_logp.isfinite() & (sampler_logp > _ABOVE_ZERO)).sum()
     if count := int(ranks.sum(above)):
         raise _refused(f"{count} of the sampler's log-probs are above 0, which no probability is")

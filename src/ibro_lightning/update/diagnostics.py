@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -59,10 +57,9 @@ def experience_metrics(
 
 
 def observe(coefficient: Coefficient, measured: Tensor | None, experience: Experience, ranks: Ranks) -> None:
-    """Pass a coefficient the mean of ``measured`` ``[B, T]`` over the rollout's response tokens on all ranks; None (not
-    measured yet) suits one that only counts iterations."""
+    """Pass a coefficient the mean of ``measured`` ``[B, T]`` over the rollout's response tokens on all ranks; None: it
+    is not measured yet, which suits a coefficient that follows nothing."""
     if measured is None:
-        coefficient.observe(math.nan)
         return
     mean = ranks.mean(measured, experience.responses).item()
     count = 0 if experience.placeholder else len(experience)

@@ -141,6 +141,11 @@ class PolicyLoss:
         means = {f"regularizer/{name}": context.ranks.mean(v.float(), step.mask).item() for name, v in added.items()}
         return replace(prepared, metrics=means)
 
+    def start_iteration(self) -> None:
+        """Let the coefficients count the iteration, before it uses them."""
+        for coefficient in self.coefficients.values():
+            coefficient.start_iteration()
+
     @property
     def needs_scores(self) -> bool:
         """Whether an update of a single optimizer step needs the old log-probs and entropies before it begins."""

@@ -47,8 +47,7 @@ class NonFiniteGuard:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.in_a_row = dict(state)
 
-    def begin(self) -> None:
-        """Begin an iteration."""
+    def start_iteration(self) -> None:
         self.steps, self.causes, self._offender = 0, [], None
 
     def record(self, network: str, cause: str | None, batch: Any = None) -> None:
@@ -85,6 +84,7 @@ class NonFiniteGuard:
 
         Raises:
             NonFiniteError: the limit is reached.
+            DiskFullError: there is no room for the batch.
         """
         if self._offender is None:
             return
@@ -93,13 +93,15 @@ class NonFiniteGuard:
         if name.with_name(f"{name.name}.pt").exists():
             name = free_name(name, ".pt", ".parquet")
         path = name.with_name(f"{name.name}.pt")
-        save_tensors(path, {"network": network, "cause": cause, "iteration": iteration}, batch)
+        tensors = dict(_tensors("", batch))  # under dotted names, for torch.load(path)
+        with written_atomically(path) as partial:
+            torch.save({"network": network, "cause": cause, "iteration": iteration, **tensors}, partial)
         if save_rollout is not None:
             save_rollout(path.with_suffix(".parquet"))
         raise NonFiniteError(
             f"iteration {iteration}: {self.in_a_row[network]} optimizer steps of the {network} in a row were left out, "
             f"as the {cause} is not finite (max_nonfinite_steps: {self.limit}); its batch is in {path}: look in "
-            "it for what is infinite, or go on from a checkpoint with a lower learning rate"
+            "it for what is infinite, or resume from a checkpoint with a lower learning rate"
         )
 
 
@@ -116,18 +118,8 @@ def advantages_are_finite(step: Experience, ranks: Ranks) -> bool:
     return not bool(ranks.max(bad.to(torch.float32)))
 
 
-def save_tensors(path: Path, about: Mapping[str, Any], batch: Any) -> Path:
-    """Write all tensors of nested dataclasses and mappings under dotted names, for ``torch.load(path)``.
-
-    Raises:
-        DiskFullError: there is no room for it.
-    """
-    with written_atomically(path) as partial:
-        torch.save({**about, **dict(_tensors("", batch))}, partial)
-    return path
-
-
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of nested dataclasses and mappings."""
     if isinstance(value, Tensor):
         yield name.removeprefix("."), value.detach().cpu()
     elif is_dataclass(value):

@@ -30,7 +30,7 @@ def build_optimizer(
     rate_setting: str,
     default_rate: float | None = None,
 ) -> Optimizer:
-    """Build the optimizer of the parameters, with the learning rate that counts.
+    """Build the optimizer of the parameters.
 
     A factory that takes ``lr`` is given the learning rate, unless one is bound to it. From any other factory, a rate
     other than the default of the optimizer's class counts as set.
@@ -85,10 +85,8 @@ def check_optimizer(factory: Any, setting: str) -> None:
         raise ConfigError(setting, kind.__name__, "it is not a torch optimizer: write one, such as AdamW")
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
-        raise ConfigError(
-            setting, kind.__name__, "its step computes the loss anew, several times, which no update here does: "
-            "write another, such as AdamW"
-        )  # fmt: skip
+        remedy = "its step computes the loss several times, which no update here does: write another, such as AdamW"
+        raise ConfigError(setting, kind.__name__, remedy)
     if issubclass(kind, torch.optim.SparseAdam):
         raise ConfigError(setting, kind.__name__, "gradients are dense here: write another, such as AdamW")
 
@@ -96,14 +94,13 @@ def check_optimizer(factory: Any, setting: str) -> None:
 def _call(
     factory: Callable[..., Optimizer], parameters: list[nn.Parameter], learning_rate: float, takes: str | None
 ) -> Optimizer:
-    if takes is None:
-        return factory(parameters)
-    try:
-        return factory(parameters, lr=learning_rate)
-    except TypeError:
-        if takes == "lr":
-            raise
-    return factory(parameters)  # its **kwargs are not for an lr
+    if takes is not None:
+        try:
+            return factory(parameters, lr=learning_rate)
+        except TypeError:
+            if takes == "lr":
+                raise  # otherwise its **kwargs are not for an lr
+    return factory(parameters)
 
 
 def _takes_rate(target: Any) -> str | None:
@@ -136,14 +133,10 @@ def _unwrapped(factory: Any) -> tuple[Any, dict[str, Any]]:
 def default_rate(kind: type, name: str) -> float | None:
     """The default of a module's learning rate ``name``, in the nearest class with it in its signature."""
     for base in kind.__mro__:
-        if "__init__" in vars(base) and (default := _default_of(base, name)) is not None:
-            return float(default)
+        parameter = inspect.signature(vars(base)["__init__"]).parameters.get(name) if "__init__" in vars(base) else None
+        if parameter is not None and parameter.default not in (parameter.empty, None):
+            return float(parameter.default)
     return None
-
-
-def _default_of(kind: type, name: str) -> Any:
-    parameter = inspect.signature(kind.__init__).parameters.get(name)  # type: ignore[misc]
-    return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
 def class_of(factory: Any) -> type | None:
@@ -210,9 +203,8 @@ class Schedule:
         if isinstance(self.scheduler, ReduceLROnPlateau):
             raise ConfigError(setting, type(self.scheduler).__name__, NO_PLATEAU)
         if not isinstance(self.scheduler, LRScheduler):
-            raise ConfigError(
-                setting, _name(factory), f"it gives a {type(self.scheduler).__name__}, not an LRScheduler"
-            )
+            remedy = f"it gives a {type(self.scheduler).__name__}, not an LRScheduler"
+            raise ConfigError(setting, _name(factory), remedy)
         self._start = copy.deepcopy(self.scheduler.state_dict())
         self._full = [group["lr"] for group in optimizer.param_groups]
         self.changes: list[str] = []
@@ -256,23 +248,10 @@ class Schedule:
         for group, full in zip(self.optimizer.param_groups, self._full, strict=True):
             group["lr"] = full
         self._warm_up()
-        with _quiet(self.optimizer):
-            for _ in range(state["last_epoch"]):
-                self.step()
-
-
-class _quiet:
-    """Silences torch's warning of a scheduler that steps before its optimizer, while it is replayed."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self.optimizer = optimizer
-
-    def __enter__(self) -> None:
-        self.before = getattr(self.optimizer, "_opt_called", False)
-        self.optimizer._opt_called = True
-
-    def __exit__(self, *_: object) -> None:
-        self.optimizer._opt_called = self.before
+        for _ in range(state["last_epoch"]):
+            # Or torch would warn of a scheduler that steps before its optimizer.
+            setattr(self.optimizer, "_opt_called", True)  # noqa: B010 - for mypy
+            self.step()
 
 
 _POSITION = ("base_lrs", "last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial")

@@ -21,7 +21,7 @@ HOW = ("foreach", "fused", "capturable")
 """Settings of how a step is computed, not of its result: their changes are not reported."""
 
 
-def check_goes_on(
+def check_resumable(
     optimizer: Optimizer, state: Mapping[str, Any], setting: str, groups: Sequence[Mapping[str, Any]] | None = None
 ) -> list[dict[str, Any]]:
     """The new settings of each parameter group, provided that the optimizer can resume from ``state`` with them.
@@ -42,7 +42,7 @@ def check_goes_on(
         raise ConfigError(
             setting,
             kind,
-            f"the checkpoint has the state of {other}, which {kind} cannot go on from: write that again, or start a "
+            f"the checkpoint has the state of {other}, from which {kind} cannot resume: write that again, or start a "
             "new run from the folder that `export` makes of the checkpoint",
         )
     if len(groups) != len(saved["groups"]):

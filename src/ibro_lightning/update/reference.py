@@ -71,7 +71,6 @@ class ReferenceKL:
 
     @property
     def source(self) -> PolicySource:
-        """Where the reference comes from."""
         assert self._source is not None, "setup comes first"
         return self._source
 

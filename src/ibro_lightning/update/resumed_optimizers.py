@@ -19,7 +19,7 @@ from ibro_lightning.update.optimizer import Schedule, qualified_name
 from ibro_lightning.update.optimizer_settings import (
     CONFIGURED,
     HOW,
-    check_goes_on,
+    check_resumable,
     configured_in,
     of_kind,
     settings_of,
@@ -36,7 +36,6 @@ class OptimizerWatch:
 
     Args:
         networks: those that learn, by name, with the arguments for optimizer and learning rate.
-        optimizers_of: the optimizers with parameters of a network.
         schedules: Lightning's configurations of all schedules; torch's own are wrapped in an :class:`AdoptedSchedule`.
         names: of the module's parameters, by ``id``.
 
@@ -77,7 +76,7 @@ class OptimizerWatch:
         changes = [change for settings in self.settings for change in settings.changes]
         changes += [change for settings in self.settings for change in settings.schedules.changes]
         if changes:
-            rank_zero_info(f"goes on with other optimizer settings: {', '.join(dict.fromkeys(changes))}")
+            rank_zero_info(f"resumes with other optimizer settings: {', '.join(dict.fromkeys(changes))}")
 
 
 class ResumedSettings:
@@ -85,8 +84,7 @@ class ResumedSettings:
 
     Args:
         optimizer: as configured, its schedule included, before anything is restored.
-        setting: its name in the configuration, such as ``model.optimizer``.
-        rate_setting: the name of its learning rate there, such as ``learning_rate``.
+        setting, rate_setting: names in the configuration, such as ``model.optimizer`` and ``learning_rate``.
         schedules: of this optimizer.
         names: of parameters, by ``id``; others are named by their shape.
     """
@@ -127,32 +125,31 @@ class ResumedSettings:
         }
 
     def _adopt(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        changed = check_goes_on(optimizer, state, self.setting, self.groups)
+        changed = check_resumable(optimizer, state, self.setting, self.groups)
         self._check_parameters(optimizer, state)
         saved = configured_in(state)
         self.steps = saved.get("steps", _steps(state))
         self.schedules.steps, self.schedules.saved = self.steps, saved.get("schedules")
-        self.changes = list(dict.fromkeys(
+        changes = (
             f"{self._setting_name(name)} {short_value(value)} (checkpoint: {short_value(old.get(name))})"
             for old, settings in zip(saved["groups"], changed, strict=True)
             for name, value in sorted(settings.items(), key=lambda item: item[0] not in _RATE)
             if name not in HOW and (name not in _SCHEDULED or "initial_lr" not in settings)
-        ))  # fmt: skip
+        )
+        self.changes = list(dict.fromkeys(changes))
         other_schedules = self._other_schedules(optimizer, state)
-        groups = []
+        groups, here = [], optimizer.param_groups
         for number, (group, old, settings) in enumerate(
             zip(state["param_groups"], saved["groups"], changed, strict=True)
         ):
-            here = optimizer.param_groups[number]
-            if other_schedules:  # the earlier one may have changed more than the rate, and left other keys
-                kept = {name: value for name, value in group.items() if name in here or name == "params"}
-                groups.append(of_kind(here, {**kept, **self.groups[number]}))
-                continue
             new = {**group, **settings}
-            if settings.get("initial_lr") and old.get("initial_lr"):
+            if other_schedules:  # the earlier one may have changed more than the rate, and left other keys
+                kept = {name: value for name, value in group.items() if name in here[number] or name == "params"}
+                new = {**kept, **self.groups[number]}
+            elif settings.get("initial_lr") and old.get("initial_lr"):
                 # For a schedule that is not watched; watched ones are replayed up to this step.
                 new["lr"] = group["lr"] * settings["initial_lr"] / old["initial_lr"]
-            groups.append(of_kind(here, new))
+            groups.append(of_kind(here[number], new))
         return {**state, "param_groups": groups}
 
     def _other_schedules(self, optimizer: Optimizer, state: Mapping[str, Any]) -> bool:
@@ -167,27 +164,22 @@ class ResumedSettings:
         return before != kinds
 
     def _check_parameters(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-        sizes = [
-            [len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state["param_groups"])
-        ]
-        remedy = None
+        sizes = [[len(g["params"]) for g in groups] for groups in (optimizer.param_groups, state["param_groups"])]
         if sizes[0] != sizes[1]:
             remedy = f"its groups have {sizes[0]} parameters, the checkpoint's {sizes[1]}"
         else:
             saved = configured_in(state).get("parameters", self.parameters)
-            pairs = (
-                (number, name, before)
+            differences = [
+                f"its parameter group {number} has {name} where the checkpoint's has {before}"
                 for number, (group, old) in enumerate(zip(self.parameters, saved, strict=True))
                 for name, before in zip(group, old, strict=True)
-            )
-            for number, name, before in pairs:
-                if name != before:
-                    remedy = f"its parameter group {number} has {name} where the checkpoint's has {before}"
-                    break
-        if remedy is not None:
-            raise ConfigError(
-                self.setting, qualified_name(type(optimizer)), f"{remedy}: group them as they were, in the same order"
-            )
+                if name != before
+            ]
+            if not differences:
+                return
+            remedy = differences[0]
+        kind = qualified_name(type(optimizer))
+        raise ConfigError(self.setting, kind, f"{remedy}: group them as they were, in the same order")
 
     def _setting_name(self, name: str) -> str:
         if name in _RATE:

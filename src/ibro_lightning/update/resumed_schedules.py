@@ -39,10 +39,8 @@ class AdoptedSchedule(Schedule):
 
 
 class ResumedSchedules:
-    """Watches the schedules of one optimizer, whose state holds theirs.
-
-    Lightning assigns states to schedules by their number in the whole run, which is wrong once one is added or removed,
-    and assigns none to the last ones if it has too few.
+    """Watches the schedules of one optimizer, whose state holds theirs: Lightning assigns states by a schedule's number
+    in the whole run, which is wrong once one is added or removed.
     """
 
     def __init__(self, schedules: Sequence[Schedule]) -> None:

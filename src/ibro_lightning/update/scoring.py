@@ -15,7 +15,7 @@ from ibro_lightning.models import Critic
 from ibro_lightning.ranks import rank_zero_warn
 from ibro_lightning.regularizers import StepContext
 from ibro_lightning.update.correction import (
-    looks_made_up,
+    logp_are_suspicious,
     refuse_impossible_logp,
     refuse_missing_logp,
     sampled_tokens,
@@ -38,21 +38,14 @@ class Scorer:
     """
 
     def __init__(
-        self,
-        loop: Loop,
-        loss: PolicyLoss,
-        budget: TokenBudget = TokenBudget(),
-        *,
-        overlong_filter: bool = False,
+        self, loop: Loop, loss: PolicyLoss, budget: TokenBudget = TokenBudget(), *, overlong_filter: bool = False
     ) -> None:
         self.loop, self.loss, self.budget, self.overlong_filter = loop, loss, budget, overlong_filter
         self._warned_of_missing_logp = False
 
     def __call__(self, rollout: Rollout, *, scores_first: bool = True) -> Experience:
-        """The rollout as the policy sees it before the update; advantages are still 0.
-
-        ``mask`` leaves out late responses, and tokens without a finite sampler log-prob; rewards and advantages remain
-        those of the whole response.
+        """The rollout as the policy sees it before the update; advantages are still 0. ``mask`` leaves out late
+        responses, and tokens without a finite sampler log-prob; rewards remain those of the whole response.
 
         Args:
             scores_first: compute the old log-probs and entropies; otherwise a single optimizer step has to.
@@ -153,7 +146,7 @@ class Scorer:
         """Raise :class:`ConfigError` if there is nothing to correct by; warn once of responses left out."""
         ranks, tokens = self.loop.ranks, experience.responses & ~rollout.late[:, None]  # [B, T]
         refuse_impossible_logp(rollout.sampler_logp, tokens, ranks)
-        suspicious = looks_made_up(rollout.sampler_logp, tokens).to(torch.float32)
+        suspicious = logp_are_suspicious(rollout.sampler_logp, tokens).to(torch.float32)
         old_logp = experience.old_logp
         if old_logp is None:
             if not bool(ranks.max(suspicious)):
@@ -164,5 +157,5 @@ class Scorer:
             self._warned_of_missing_logp = True
             rank_zero_warn(
                 f"iteration {rollout.iteration}: {missing} responses have no sampler log-probs and are left out of the "
-                "loss (sampler/non_finite counts their tokens; said once)"
+                "loss (sampler/non_finite counts their tokens; warned of once)"
             )

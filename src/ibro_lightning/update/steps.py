@@ -14,7 +14,7 @@ from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.errors import check_at_least
 from ibro_lightning.guards.memory_advice import memory_advice
 from ibro_lightning.ranks import ALONE, Ranks
-from ibro_lightning.seeding import update_order
+from ibro_lightning.seeding import permutation
 
 
 def mini_batches(groups: Tensor, prompts: int | None, seed: int, total: int | None = None) -> Iterator[Tensor]:
@@ -26,17 +26,15 @@ def mini_batches(groups: Tensor, prompts: int | None, seed: int, total: int | No
         prompts: groups per step; None means all.
         total: groups on all ranks; None: there are no others than these.
     """
-    order = torch.tensor(update_order(seed, int(groups.max()) + 1 if total is None else total))
+    order = torch.tensor(permutation(int(groups.max()) + 1 if total is None else total, seed))
     for chosen in order.split(prompts or len(order)):
         yield torch.isin(groups.cpu(), chosen).nonzero().squeeze(-1)
 
 
 def token_budget_batches(lengths: Sequence[int], budget: int, *, padded: bool = True) -> Iterator[Tensor]:
-    """Rows of each micro-batch: sorted by length for little padding, at most ``budget`` tokens each, balanced.
-
-    As few micro-batches as the budget allows, and of sizes as equal as possible: the budget is lowered as long as
-    their number stays the same. A single sequence longer than the budget gets a micro-batch of its own. Losses are
-    divided by the tokens of the whole step, so the split changes memory and speed, never the gradient.
+    """Rows of each micro-batch: sorted by length for little padding, as few as the budget allows, and balanced: the
+    budget is lowered as long as their number stays the same. A sequence longer than the budget gets a micro-batch of
+    its own. Losses are divided by the tokens of the whole step, so the split never changes the gradient.
 
     Args:
         lengths: tokens of each row.

@@ -74,13 +74,13 @@ class Updater:
         self.max_grad_norm = max_grad_norm
         self.nonfinite = NonFiniteGuard(max_nonfinite_steps)
 
-    def begin(self, rollout: Rollout) -> bool:
-        """Begin an iteration; False if no rank has anything to learn from its rollout."""
-        self.nonfinite.begin()
+    def start_iteration(self, rollout: Rollout) -> bool:
+        """False if no rank has anything to learn from the iteration's rollout."""
+        self.nonfinite.start_iteration()
         on_time = self.loop.ranks.sum((~rollout.late).sum())
         return not rollout.skip_update and bool(on_time)
 
-    def count(self, num_groups: int) -> int:
+    def num_steps(self, num_groups: int) -> int:
         """The number of optimizer steps on a rollout of ``num_groups`` groups."""
         size = self.mini_batch_prompts
         return self.update_epochs * (1 if size is None else -(-num_groups // size))
@@ -126,7 +126,8 @@ class Updater:
             for name, share in metrics.items() if counts else ():
                 totals[name] += share
         metrics = self._total_over_ranks(totals, step.sequences.input_ids.device)
-        taken = self.clip_and_step(network, losses_of(metrics), step)
+        losses = {name: value for name, value in metrics.items() if name.endswith("loss")}
+        taken = self.clip_and_step(network, losses, step)
         measured = {**(step.metrics if network == "policy" else {}), **metrics, **taken}
         return with_scores(step, scores), measured
 
@@ -209,17 +210,15 @@ def optimizers_of(loop: Loop, network: str) -> list[Optimizer]:
     ]
 
 
-def losses_of(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The losses among a step's metrics."""
-    return {name: value for name, value in metrics.items() if name.endswith("loss")}
-
-
-def mean_of(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over the steps that report it; counters of skipped steps are summed."""
+def update_metrics(experience: Experience, steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The curves of an update: the mean of each metric over the steps that report it; skipped steps are summed."""
     names = dict.fromkeys(name for step in steps for name in step)
     columns = {name: [step[name] for step in steps if name in step] for name in names}
     return {
-        name: sum(values) if name.endswith(SKIPPED) else sum(values) / len(values) for name, values in columns.items()
+        "update/skipped_rollouts": 0.0,
+        "update/steps": float(len(steps)),
+        "update/scored_first": float(experience.old_logp is not None),
+        **{name: sum(v) if name.endswith(SKIPPED) else sum(v) / len(v) for name, v in columns.items()},
     }
 
 

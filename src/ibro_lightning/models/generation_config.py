@@ -41,9 +41,9 @@ def read_generation_config(path: str, revision: str) -> tuple[GenerationConfig |
     try:
         values = json.loads(text)
     except ValueError:
-        return None, "this is no JSON, so it is left out"
+        return None, "it is not JSON, so it is left out"
     if not isinstance(values, dict):
-        return None, "these are no settings, so they are left out"
+        return None, "it holds no settings, so it is left out"
     return repaired(values)
 
 
@@ -90,10 +90,6 @@ def _means_sampling(values: Mapping[str, Any]) -> bool:
     beams = values.get("num_beams")
     greedy = values.get("temperature") == 0 or values.get("top_k") == 1 or beams not in (None, 1)
     return not greedy and any(
-        name in values and values[name] not in nothing and _is_number(values[name])
+        isinstance(value := values.get(name), int | float) and math.isfinite(value) and value not in nothing
         for name, nothing in SAMPLING.items()
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""Exports a model: whole weights under their Hugging Face names, or a Hugging Face folder."""
+"""Writes a model as a Hugging Face folder: whole weights under their Hugging Face names, config and tokenizer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
-from ibro_lightning.models.beside import attempt, report, write_beside
 from ibro_lightning.models.compiled import compile_in_place
-from ibro_lightning.models.generation import repaired
+from ibro_lightning.models.generation_config import repaired
 from ibro_lightning.models.loading import PolicySource
 from ibro_lightning.models.lora import BASE, adapter_layers, adapter_weights, merged_weights, save_adapter
-from ibro_lightning.models.sharding import is_sharded, named_parameters, whole
+from ibro_lightning.models.sharding import full_tensor, is_sharded, named_parameters
+from ibro_lightning.models.side_files import attempt, report, write_beside
 from ibro_lightning.models.ties import is_tied, says_tied, set_tied
-from ibro_lightning.models.weight_files import all_or_none
+from ibro_lightning.models.weight_files import raise_on_all_ranks
 from ibro_lightning.runs.model_folders import begin, finish
 
 
@@ -27,7 +27,7 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from merged_weights(model)
         return
     for name, tensor in model.state_dict().items():
-        yield name, whole(tensor)
+        yield name, full_tensor(tensor)
 
 
 def export_folder(
@@ -51,24 +51,26 @@ def export_folder(
         the folder written: ``folder``, or a free name next to it if what is there is not an export.
     """
     model, folder = compile_in_place(model), Path(folder)
-    if not is_sharded(model):
-        if not distributed.is_initialized() or distributed.get_rank() == 0:
-            weights = _collect(model) if adapter_layers(model) else None
-            written = _write(model, tokenizer, folder, weights, source)
-            return _finish(model, written, folder, _adapters(model), keep_earlier)
+    sharded, first = is_sharded(model), not distributed.is_initialized() or distributed.get_rank() == 0
+    if not (sharded or first):
         return folder
-    weights, adapters = _collect(model), _adapters(model)
-    if distributed.get_rank() != 0:
-        all_or_none(lambda: None)
-        return folder
-    places: list[Path] = []
+    weights = _collect(model) if sharded or adapter_layers(model) else None
+    adapters = _on_rank_zero(adapter_weights(model)) if adapter_layers(model) else {}
 
-    def write() -> None:
-        written = _write(model, tokenizer, folder, weights, source)
-        places.append(_finish(model, written, folder, adapters, keep_earlier))
+    def write() -> Path:
+        if not first:
+            return folder
+        partial = _write(model, tokenizer, folder, weights, source)
+        written = finish(partial, folder, keep_earlier=keep_earlier)
+        if adapters:
+            adapter_folder = folder.with_name("adapter")
+            partial = begin(adapter_folder)
+            if attempt(partial, "the adapter", lambda: save_adapter(model, adapters, partial)):
+                finish(partial, adapter_folder, keep_earlier=keep_earlier)
+        return written
 
-    all_or_none(write)
-    return places[0]
+    written: Path = raise_on_all_ranks(write) if sharded else write()
+    return written
 
 
 def _write(
@@ -85,16 +87,6 @@ def _write(
         attempt(partial, "what lies beside the base model's weights", lambda: originals.update(source.side_files()))
     write_beside(tokenizer, partial, originals, trust_remote_code=source is not None and source.trusts_code)
     return partial
-
-
-def _finish(model: Any, partial: Path, folder: Path, adapters: dict[str, Tensor], keep_earlier: bool) -> Path:
-    written = finish(partial, folder, keep_earlier=keep_earlier)
-    if adapters:
-        adapter_folder = folder.with_name("adapter")
-        partial = begin(adapter_folder)
-        if attempt(partial, "the adapter", lambda: save_adapter(model, adapters, partial)):
-            finish(partial, adapter_folder, keep_earlier=keep_earlier)
-    return written
 
 
 def _make_writable(model: Any, folder: Path) -> None:
@@ -114,11 +106,8 @@ def _write_plainly(model: Any, weights: dict[str, Tensor] | None, folder: Path) 
     weights = dict(model.state_dict()) if weights is None else weights
     distinct = {(t.data_ptr(), t.shape, t.stride()): name for name, t in reversed(weights.items())}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: weights[name].detach().cpu().contiguous() for name in distinct.values()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    tensors = {name: weights[name].detach().cpu().contiguous() for name in distinct.values()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
     attempt(folder, "config.json", lambda: model.config.to_json_file(folder / "config.json"))
     if getattr(model, "generation_config", None) is not None:
@@ -130,10 +119,6 @@ def _collect(model: nn.Module) -> dict[str, Tensor]:
     canonical = {name.replace(BASE, "."): first.replace(BASE, ".") for name, first, _ in named_parameters(model)}
     kept = _on_rank_zero(full_weights(model))
     return {name: kept[canonical.get(name, name)] for name in kept}
-
-
-def _adapters(model: nn.Module) -> dict[str, Tensor]:
-    return _on_rank_zero(adapter_weights(model)) if adapter_layers(model) else {}
 
 
 def _on_rank_zero(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from ibro_lightning.engines import HFEngine, VLLMEngine
 from ibro_lightning.engines.base import RolloutEngine
 from ibro_lightning.engines.sampling import sample_tokens
 from ibro_lightning.engines.vllm_build import CPU_CACHE_GIB
+from ibro_lightning.models.tensor_parallel import head_dim
 from ibro_lightning.types import SamplingParams
 
 
@@ -55,8 +56,7 @@ def engine_memory(
     """Memory of generation on one rank.
 
     Args:
-        config: the model's.
-        parameters: the model's number of parameters, tied ones counted once.
+        config, parameters: the model's, tied parameters counted once.
         prompt: tokens of the longest prompt.
         group_size: responses per prompt.
         responses: that this rank generates in one round.
@@ -64,7 +64,7 @@ def engine_memory(
     if isinstance(engine, VLLMEngine):
         return _vllm(engine, config, parameters, layout)
     if not isinstance(engine, HFEngine):
-        return EngineMemory(unknown=f"{type(engine).__name__}: a dry run knows HFEngine and VLLMEngine")
+        return EngineMemory(unknown=f"a dry run cannot estimate {type(engine).__name__}, only HFEngine and VLLMEngine")
     dtype, text, rows = getattr(torch, engine.dtype), config.get_text_config(), min(engine.max_batch_size, responses)
     tokens = rows * (prompt + sampling.max_tokens)
     # Appending a token copies a layer's keys and values.
@@ -92,11 +92,6 @@ def _cache_bytes_per_layer(config: Any, dtype: torch.dtype) -> int:
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return 2 * heads * head_dim(config) * dtype.itemsize
-
-
-def head_dim(config: Any) -> int:
-    text = config.get_text_config()
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def _vllm(engine: VLLMEngine, config: Any, parameters: int, layout: Layout) -> EngineMemory:

@@ -26,7 +26,7 @@ PROBES = (
 
 
 def report(folder: Path, what: str) -> None:
-    """Warn in one line about a file of ``folder``."""
+    """Warn about a file of ``folder``."""
     rank_zero_warn(f"{folder.name.removesuffix('.partial')}: {what}")
 
 
@@ -41,13 +41,10 @@ def attempt(folder: Path, what: str, write: Callable[[], Any]) -> bool:
     except Exception as error:
         if as_disk_full(error, folder / what) is not None:
             raise
-        report(folder, f"{what} cannot be written ({reason(error)})")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+        report(folder, f"{what} cannot be written ({reason})")
         return False
     return True
-
-
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 
 def write_beside(tokenizer: Any, folder: Path, originals: Mapping[str, Path], *, trust_remote_code: bool) -> None:
@@ -58,8 +55,8 @@ def write_beside(tokenizer: Any, folder: Path, originals: Mapping[str, Path], *,
         originals: the base model's files besides its weights, by name.
     """
     _write_tokenizer(tokenizer, folder, originals, trust_remote_code)
-    others = {name: file for name, file in originals.items() if not is_of_tokenizer(name)}
-    _copy({name: file for name, file in others.items() if not (folder / name).exists()}, folder)
+    others = [name for name in originals if not (is_of_tokenizer(name) or (folder / name).exists())]
+    _copy({name: originals[name] for name in others}, folder)
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path, originals: Mapping[str, Path], trust_remote_code: bool) -> None:
