@@ -18,6 +18,8 @@ from ibro_lightning.cli.main import main
 from ibro_lightning.runs.contents import MARK
 from ibro_lightning.version import __version__
 
+TRAIN = ["fit", "--config", "tiny.yaml", "--trainer.limit_val_batches", "0"]
+"""Without evaluations."""
 PHASES = ("sync", "generate", "reward", "prepare", "update")
 
 
@@ -89,7 +91,7 @@ def test_fit_leaves_all_that_a_person_needs(workspace: Path, tiny_policy: Path, 
 
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(workspace: Path) -> None:
     for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
-        main(["fit", "--config", "tiny.yaml", "--seed_everything", seed, "--trainer.default_root_dir", name])
+        main([*TRAIN, "--seed_everything", seed, "--trainer.default_root_dir", name])
     assert identical(weights(workspace / "a"), weights(workspace / "b"))
     assert not identical(weights(workspace / "a"), weights(workspace / "c"))
 
@@ -199,7 +201,7 @@ def test_micro_batches_do_not_change_what_is_learned(workspace: Path) -> None:
     """Only floating-point summation order differs."""
     for name, budget in (("large", "10000"), ("small", "20")):
         root = ["--trainer.default_root_dir", name, "--trainer.max_epochs", "1"]
-        main(["fit", "--config", "tiny.yaml", "--model.micro_batch_tokens", budget, *root])
+        main([*TRAIN, "--model.micro_batch_tokens", budget, *root])
     large, small = weights(workspace / "large"), weights(workspace / "small")
     for name in large:
         torch.testing.assert_close(large[name], small[name], rtol=1e-3, atol=1e-4)
@@ -212,7 +214,7 @@ def test_regularizers_of_ones_own_and_of_ours_act_on_the_weights(workspace: Path
         coef = [] if name == "NoRegularizer" else ["--model.regularizer.coef", "0.5"]
         regularizer = ["--model.regularizer", name, *coef]
         root = ["--trainer.default_root_dir", name, "--trainer.max_epochs", "1"]
-        main(["fit", "--config", "tiny.yaml", *regularizer, *root])
+        main([*TRAIN, *regularizer, *root])
         results[name] = weights(workspace / name)
     names = list(results)
     for i, first in enumerate(names):

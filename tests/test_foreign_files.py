@@ -59,13 +59,6 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_waiting_for_the_disk() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
-
-
 # A run's folder as a run leaves it, without the run.
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.processes import run_ranks
 from ibro_lightning.batches.experience import Experience
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.errors import ConfigError
@@ -186,7 +185,7 @@ class TestMemory:
         if room and factor > 2:
             assert (more + asked) / factor <= room * (1 + 1e-9), "a micro-batch so much smaller would have fitted"
 
-    def test_an_allocation_that_really_fails(self):
+    def test_an_allocation_that_really_fails(self, tmp_path):
         """In a process that may have little memory: the error is torch's own, and so is what it says."""
         code = """
 import resource, torch
@@ -201,8 +200,8 @@ held = torch.zeros(2**26)
 with memory_advice("update", batch, 16384):
     held = [torch.zeros(2**24), torch.zeros(2**31)]
 """
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-        said = result.stderr.splitlines()[-1]
+        assert run_ranks(1, exec, code, folder=tmp_path) == [1]
+        said = (tmp_path / "rank_0.log").read_text().splitlines()[-1]
         assert "OutOfMemory: micro_batch_tokens: 16384 - out of memory in update" in said
         assert "asked for 8.0 GiB more" in said
         assert "in use on cpu" in said

@@ -20,6 +20,7 @@ from ibro_lightning.update.loss import PolicyLoss
 from ibro_lightning.update.updater import Updater
 
 FIT = ["fit", "--config", "tiny.yaml", "--checkpoint.every_n_iterations=1", "--trainer.max_epochs=3"]
+FIT += ["--trainer.limit_val_batches=0"]
 
 
 class NaNGradient(torch.autograd.Function):
@@ -140,7 +141,7 @@ def test_out_of_memory_in_generation_names_the_engines_setting(
 
     monkeypatch.setattr(HFEngine, "_generate_batch", full)
     with pytest.raises(SystemExit) as end:
-        main([*FIT, "--trainer.num_sanity_val_steps=0", "--data.weight_check=null"])
+        main([*FIT, "--data.weight_check=null"])
     assert end.value.code == 2
     said = capfd.readouterr().err.splitlines()[-1]
     assert said.startswith("error: data.engine.max_batch_size: 256 - out of memory in generate: 16 responses of up to ")
@@ -171,10 +172,10 @@ def test_a_reward_worker_that_is_killed_changes_nothing(workspace: Path) -> None
         "--data.reward_pool.workers=2",
         "--data.reward_pool.deadline_s=60",
     ]
-    main([*FIT, *judged, "--trainer.num_sanity_val_steps=0"])
+    main([*FIT, *judged])
     assert (workspace / "killed").exists()
     crashes = curve(workspace / "run", "verifier/crash")
     assert sum(crashes.values()) == 0, "a first crash is not the response's doing"
-    main([*FIT, "--trainer.num_sanity_val_steps=0", "--trainer.default_root_dir=here"])
+    main([*FIT, "--trainer.default_root_dir=here"])
     for name, weight in load_file(workspace / "here/model/model.safetensors").items():
         assert torch.equal(weight, load_file(workspace / "run/model/model.safetensors")[name])

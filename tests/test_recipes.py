@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -18,16 +21,21 @@ from ibro_lightning.update import ReferenceKL
 RECIPES = recipe_names()
 
 
-def printed_config(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
-    with pytest.raises(SystemExit) as stop:
+@cache
+def printed(*arguments: str) -> str:
+    with redirect_stdout(io.StringIO()) as text, pytest.raises(SystemExit) as stop:
         main([*arguments, "--print_config"])
     assert stop.value.code == 0
-    return yaml.safe_load(capsys.readouterr().out)
+    return text.getvalue()
+
+
+def printed_config(*arguments: str) -> dict:
+    return yaml.safe_load(printed(*arguments))
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_shipped_recipe_parses(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    config = printed_config(capsys, "fit", "--config", name)
+def test_every_shipped_recipe_parses(name: str) -> None:
+    config = printed_config("fit", "--config", name)
     assert config["model"]["class_path"].startswith("ibro_lightning.modules.")
     assert config["data"]["class_path"].startswith("ibro_lightning.datamodules.")
 
@@ -55,8 +63,8 @@ def test_every_shipped_recipe_is_at_most_80_lines(name: str) -> None:
     assert len((recipe_folder() / name).read_text().splitlines()) <= 80
 
 
-def test_the_published_dapo_values_are_in_dapo_ib(capsys: pytest.CaptureFixture[str]) -> None:
-    config = printed_config(capsys, "fit", "--config", "dapo_ib.yaml")
+def test_the_published_dapo_values_are_in_dapo_ib() -> None:
+    config = printed_config("fit", "--config", "dapo_ib.yaml")
     model, data = config["model"]["init_args"], config["data"]["init_args"]
     assert model["policy"] == "Qwen/Qwen2.5-7B"
     assert (model["clip_ratio_low"], model["clip_ratio_high"], model["dual_clip"]) == (0.2, 0.28, 10.0)
@@ -76,16 +84,14 @@ def test_the_published_dapo_values_are_in_dapo_ib(capsys: pytest.CaptureFixture[
     }
 
 
-def test_environment_variables_reach_a_recipe(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_environment_variables_reach_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IBRO_POLICY", "/models/mine")
-    config = printed_config(capsys, "fit", "--config", "dapo_ib.yaml")
+    config = yaml.safe_load(printed.__wrapped__("fit", "--config", "dapo_ib.yaml"))
     assert config["model"]["init_args"]["policy"] == "/models/mine"
 
 
-def test_the_command_line_overrides_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    config = printed_config(capsys, "fit", "--config", "quickstart", "--data.group_size", "4", "--model.dual_clip", "3")
+def test_the_command_line_overrides_the_recipe() -> None:
+    config = printed_config("fit", "--config", "quickstart", "--data.group_size", "4", "--model.dual_clip", "3")
     assert config["data"]["init_args"]["group_size"] == 4
     assert config["model"]["init_args"]["dual_clip"] == 3.0
 
@@ -123,14 +129,12 @@ ALGORITHMS = {
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_documented_algorithms_are_options_that_parse_and_build(
-    name: str, tiny_policy: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_documented_algorithms_are_options_that_parse_and_build(name: str, tiny_policy: Path) -> None:
     documentation = (recipe_folder().parent / "docs" / "methods.md").read_text()
     cells = ", ".join(f"`{option}`" for option in ALGORITHMS[name].split(", "))
     assert f"| {name} | {cells} |" in documentation
     options = [word for option in ALGORITHMS[name].split(", ") for word in f"--model.{option}".split()]
-    settings = printed_config(capsys, "fit", "--config", "quickstart.yaml", *options)["model"]["init_args"]
+    settings = printed_config("fit", "--config", "quickstart.yaml", *options)["model"]["init_args"]
     kl = settings.pop("kl")
     kl = ReferenceKL(**kl["init_args"]) if kl else None
     for setting in ("policy", "policy_options", "regularizer", "optimizer"):
@@ -140,15 +144,13 @@ def test_the_documented_algorithms_are_options_that_parse_and_build(
 
 @pytest.mark.parametrize("algorithm", ["dapo", "ppo"])
 @pytest.mark.parametrize(("number", "regularizer"), [(0, "EntropyBonus"), (1, "NoRegularizer")])
-def test_the_papers_arms_differ_in_the_regularizer_alone(
-    algorithm: str, number: int, regularizer: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_papers_arms_differ_in_the_regularizer_alone(algorithm: str, number: int, regularizer: str) -> None:
     """Otherwise their difference would say nothing about it. The options are those in the recipe's head comment."""
     name = f"{algorithm}_ib.yaml"
     arms = [line for line in find_config(name).read_text().splitlines() if line.startswith("#   --")]
     assert len(arms) == 2
-    ours = printed_config(capsys, "fit", "--config", name)
-    theirs = printed_config(capsys, "fit", "--config", name, *arms[number].removeprefix("#").split())
+    ours = printed_config("fit", "--config", name)
+    theirs = printed_config("fit", "--config", name, *arms[number].removeprefix("#").split())
     kinds = [config["model"]["init_args"].pop("regularizer")["class_path"].split(".")[-1] for config in (ours, theirs)]
     assert kinds == ["InformationBottleneck", regularizer]
     assert ours["trainer"].pop("default_root_dir") != theirs["trainer"].pop("default_root_dir")

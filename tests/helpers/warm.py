@@ -4,10 +4,12 @@ page that it shares with the others."""
 
 import gc
 import io
+import os
 from contextlib import redirect_stdout, suppress
 
 from ibro_lightning.cli.main import main
 
+os.fsync = lambda descriptor: None  # as in conftest.py
 with redirect_stdout(io.StringIO()), suppress(SystemExit):
     main(["fit", "--config", "quickstart.yaml", "--print_config"])
 gc.collect()
