@@ -345,7 +345,7 @@ ENDS = """
 signals.begin()
 signals.end({code})
 print('ready', flush=True)
-wait(lambda: signals._heard > 0)
+wait(lambda: signals._handled_at > 0)
 if {waits}:
     print('ready', flush=True)
     wait()
@@ -356,7 +356,7 @@ def test_what_is_done_keeps_its_exit_code() -> None:
     assert struck(ENDS.format(code=0, waits=False), signal.SIGINT)[0] == 0
     code, said = struck(ENDS.format(code=0, waits=True), signal.SIGTERM, signal.SIGINT)
     assert code == 0
-    assert "about to end" in said
+    assert "about to exit" in said
     assert struck(ENDS.format(code=143, waits=True), signal.SIGINT)[0] == 143, "the second one, for who asks"
 
 

@@ -252,7 +252,7 @@ def test_samples_without_a_logger_and_interruptions_without_a_checkpoint_say_so(
         trainer_in(tmp_path, [ours.SamplesTable()], logger=False, max_epochs=1, limit_val_batches=0).fit(
             DAPOModule(tiny()), rollout_data()
         )
-    with pytest.warns(UserWarning, match="Interruptions saves nothing .* needs an IterationCheckpoint"):
+    with pytest.warns(UserWarning, match="Interruptions saves nothing .* add an IterationCheckpoint"):
         trainer_in(tmp_path, [ours.Interruptions()], max_epochs=1, limit_val_batches=0).fit(
             DAPOModule(tiny()), rollout_data()
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -117,45 +117,25 @@ def _numbers(outputs: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-class Response(NamedTuple):
-    """The numbers of a sampled response that the curves need, and that ranks exchange."""
-
-    reward: float
-    length: float
-    truncated: float
-    late: float
-    trained_on: bool
-    parts: Mapping[str, float]
-
-
-def responses_of(rollout: Rollout) -> list[Response]:
-    """All sampled responses, those in the batch first, then the dropped ones."""
-    own = [] if rollout.placeholder else list(zip(rollout.completions, rollout.results, strict=True))
-    dropped = [pair for group in rollout.dropped for pair in zip(group.completions, group.results, strict=True)]
-    return [
-        Response(
-            float(result.reward),
-            float(len(completion.token_ids)),
-            float(completion.truncated),
-            float(completion.late),
-            row < len(own) and not rollout.skip_update,
-            result.parts,
-        )
-        for row, (completion, result) in enumerate([*own, *dropped])
-    ]
-
-
 def rollout_metrics(rollout: Rollout, ranks: Ranks = ALONE) -> dict[str, float]:
     """Statistics of *all* sampled responses, and (``train/``) of those trained on; over all ranks.
 
     Dynamic sampling keeps a biased subset: its accuracy stays near one half while the policy's rises. Lengths are in
     response tokens, including EOS.
     """
-    responses = [response for share in ranks.gather(responses_of(rollout)) for response in share]
-    rewards, lengths, truncated, late = torch.tensor([response[:4] for response in responses]).reshape(-1, 4).unbind(1)
-    names = dict.fromkeys(name for response in responses for name in response.parts)
-    parts = {name: torch.tensor([float(r.parts.get(name, 0.0)) for r in responses]) for name in names}
-    trained_on = torch.tensor([response.trained_on for response in responses], dtype=torch.bool)
+    own = [] if rollout.placeholder else list(zip(rollout.completions, rollout.results, strict=True))
+    dropped = [pair for group in rollout.dropped for pair in zip(group.completions, group.results, strict=True)]
+    updates = len(own) if not rollout.skip_update else 0
+    share = [
+        ((result.reward, len(completion.token_ids), completion.truncated, completion.late, row < updates), result.parts)
+        for row, (completion, result) in enumerate([*own, *dropped])
+    ]
+    responses = [response for share in ranks.gather(share) for response in share]
+    numbers = torch.tensor([[float(number) for number in row] for row, _ in responses])
+    rewards, lengths, truncated, late, trained = numbers.reshape(-1, 5).unbind(1)
+    trained_on = trained > 0
+    names = dict.fromkeys(name for _, parts in responses for name in parts)
+    parts = {name: torch.tensor([float(given.get(name, 0.0)) for _, given in responses]) for name in names}
     metrics = {
         "rollout/reward": rewards.mean(),
         "rollout/reward_std": rewards.std(correction=0),

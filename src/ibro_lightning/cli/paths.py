@@ -30,7 +30,8 @@ class RecipePaths:
             built = kind(*args, **settings)
         except ConfigError as error:
             if not error.path and _root(error.field) in settings:
-                error.path = next((path for path, given in groups(self.recipe) if _same(given, settings, kind)), "")
+                found = (path for path, given in settings_in(self.recipe, groups=True) if _same(given, settings, kind))
+                error.path = next(found, "")
             raise
         self._built.append((built, settings))
         return built
@@ -76,21 +77,13 @@ def _is_ours(value: Any) -> bool:
     return any(kind.__module__.startswith("ibro_lightning.") for kind in type(value).__mro__)
 
 
-def groups(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every group of settings in a recipe, with its path as the user types it: without ``init_args``."""
-    if path and isinstance(value, Mapping | Namespace):
-        yield path, value
-    for key, part in _parts(value, path):
-        yield from groups(part, key)
-
-
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every single setting in a recipe, with its path."""
+def settings_in(value: Any, path: str = "", *, groups: bool = False) -> Iterator[tuple[str, Any]]:
+    """Every single setting, or every group of settings, with its path as the user types it: without ``init_args``."""
     parts = list(_parts(value, path))
-    if path and not parts:
+    if path and (isinstance(value, Mapping | Namespace) if groups else not parts):
         yield path, value
     for key, part in parts:
-        yield from leaves(part, key)
+        yield from settings_in(part, key, groups=groups)
 
 
 def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -19,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from torch import Tensor
 
-from ibro_lightning.cli.paths import leaves
+from ibro_lightning.cli.paths import settings_in
 from ibro_lightning.errors import NO_PLATEAU, ConfigError
 
 _KEY = re.compile(r'(?:Parser key "|argument --)([\w.]+)')
@@ -232,8 +232,8 @@ def _written() -> Iterator[tuple[str, Any]]:
             yield name, value
             if value[:1] in ("[", "{"):
                 with suppress(yaml.YAMLError):
-                    yield from leaves(yaml.safe_load(value), name)
+                    yield from settings_in(yaml.safe_load(value), name)
     for path in flags:
         if path.endswith((".yaml", ".yml")) and Path(path).is_file():
             with suppress(yaml.YAMLError, OSError, UnicodeDecodeError):
-                yield from leaves(yaml.safe_load(Path(path).read_text()))
+                yield from settings_in(yaml.safe_load(Path(path).read_text()))
