@@ -56,9 +56,7 @@ class EvaluationRecord:
         self._manifest = new
         write_json(folder / MANIFEST, new)
 
-    def read(
-        self, name: str, batch: int, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]
-    ) -> list[Group] | None:
+    def read(self, name: str, batch: int, prompts: list[Prompt], seeds: Sequence[Sequence[int]]) -> list[Group] | None:
         """The responses of a recorded batch; None if it is missing or its file was modified."""
         path = self._path(name, batch)
         recorded = self._manifest["files"].get(self._key(path)) if self.continues else None

@@ -1,6 +1,7 @@
 """Rendering of problems as model input: chat templates, BOS and control tokens."""
 
 from ibro_lightning.rendering.control_tokens import (
+    Content,
     ControlTextError,
     ControlTokens,
     TextTokenizer,
@@ -8,7 +9,6 @@ from ibro_lightning.rendering.control_tokens import (
     masked_content,
 )
 from ibro_lightning.rendering.render import (
-    Content,
     RenderingError,
     appended_tokens,
     last_question,

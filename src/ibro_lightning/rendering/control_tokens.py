@@ -16,9 +16,11 @@ from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
-OPEN, CLOSE, OURS = "\U000ff000", "\U000ff001", "\U000ff002"
+Content = str | Sequence[Mapping[str, Any]]
+"""Raw text, or ``{role, content}`` messages."""
+OPEN, CLOSE, PREFIX = "\U000ff000", "\U000ff001", "\U000ff002"
 """Delimiters of a masked token's index, and the prefix of a template token's id. Planes 15 and 16 are private use."""
-RESERVED = {OPEN, CLOSE, OURS}
+RESERVED = {OPEN, CLOSE, PREFIX}
 _DIGITS = "\U000ff010"
 _MASKED = re.compile(f"{OPEN}([^{CLOSE}]*){CLOSE}")
 _BRACKETED = re.compile(r"<\|.*\|>", re.DOTALL)
@@ -112,14 +114,14 @@ def within(match: re.Match[str], text: str, own: Sequence[str]) -> bool:
 
 def disguised(number: int) -> str:
     """The name of a control token in the vocabulary of :class:`TextTokenizer`."""
-    return OURS + "".join(chr(ord(_DIGITS) + int(digit)) for digit in str(number)) + CLOSE
+    return PREFIX + "".join(chr(ord(_DIGITS) + int(digit)) for digit in str(number)) + CLOSE
 
 
 def _number(digits: str) -> int:
     return int("".join(str(ord(digit) - ord(_DIGITS)) for digit in digits))
 
 
-def control_text(content: str | Sequence[Mapping[str, Any]], control: ControlTokens, own: Sequence[str] = ()) -> str:
+def control_text(content: Content, control: ControlTokens, own: Sequence[str] = ()) -> str:
     """The first control token in a prompt's data, outside the recipe's ``own`` prefixes and suffixes; "" if none."""
     for text, assistant in _texts(content):
         for match in control.found(text, assistant=assistant):
@@ -128,9 +130,7 @@ def control_text(content: str | Sequence[Mapping[str, Any]], control: ControlTok
     return ""
 
 
-def masked_content(
-    content: str | Sequence[Mapping[str, Any]], control: ControlTokens, own: Sequence[str] = ()
-) -> str | list[dict[str, Any]]:
+def masked_content(content: Content, control: ControlTokens, own: Sequence[str] = ()) -> Content:
     """``content`` with control tokens masked (see :meth:`ControlTokens.mask`), in all fields of messages."""
     if isinstance(content, str):
         return control.mask(content, own=own)

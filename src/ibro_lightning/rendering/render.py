@@ -11,10 +11,7 @@ from itertools import takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ibro_lightning.rendering.control_tokens import ControlTextError, ControlTokens, TextTokenizer
-
-Content = str | Sequence[Mapping[str, Any]]
-"""Raw text, or ``{role, content}`` messages."""
+from ibro_lightning.rendering.control_tokens import Content, ControlTextError, ControlTokens, TextTokenizer
 
 _END = "<|the words end here|>"
 _PRINTED = ("'text': '", '"text": "', '"text":"')
