@@ -201,7 +201,7 @@ class EvaluationDataModule(pl.LightningDataModule):
             if not warn:
                 raise ConfigError(setting, count, f"are trained on ({examples}): {remedy}")
             rank_zero_warn(
-                f"data.{setting}: {count} are trained on ({examples}): its accuracy says little about new problems"
+                f"data.{setting}: {count} are trained on ({examples}): accuracy says little about new problems"
             )
 
     def teardown(self, stage: str) -> None:

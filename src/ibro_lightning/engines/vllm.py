@@ -150,9 +150,7 @@ class VLLMEngine(RolloutEngine):
 
     def generate(self, prompts: Rows, sampling: SamplingParams, seeds: Rows) -> list[list[Generation]]:
         if self._engine is None:
-            raise RolloutError(
-                "VLLMEngine: call setup(spec) and load_weights(...), which must succeed, before generate()"
-            )
+            raise RolloutError("VLLMEngine: setup(spec) and a successful load_weights(...) come before generate(...)")
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many lists of seeds, not {len(seeds)}")
         self._check_prompts(prompts, sampling)

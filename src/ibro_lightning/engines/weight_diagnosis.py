@@ -99,9 +99,8 @@ class Diagnosis:
         questions = self.questions
         lengths = (questions.prompt_tokens, max(1, questions.prompt_tokens // SHARES[-1]))
         seeds = questions.same().seeds
-        long, short = (
-            questions.ask([Question(questions.prompt(length, "window", length), seeds)])[0] for length in lengths
-        )
+        asked = [Question(questions.prompt(length, "window", length), seeds) for length in lengths]
+        long, short = (questions.ask([question])[0] for question in asked)
         limits = [length + questions.new_tokens for length in lengths]
         windows = {name: size for name, size in self._windows.items() if limits[1] <= size < limits[0]}
         return _window_cause(windows) if windows and self.fits([short]) and not self.fits([long]) else None
@@ -113,10 +112,8 @@ class Diagnosis:
         names = [name for name, _ in self._provider.named_full_weights()]
         groups = dict.fromkeys(map(weight_group, names))
         for group in sorted(groups, key=lambda group: group != "head"):  # the most likely group first
-            weights = (
-                (name, tensor) for name, tensor in self._provider.named_full_weights() if weight_group(name) == group
-            )
-            self._engine.load_weights(weights, partial=True)
+            weights = self._provider.named_full_weights()
+            self._engine.load_weights((pair for pair in weights if weight_group(pair[0]) == group), partial=True)
             after = self.questions.ask_all("stale")
             if before.same.generation != after.same.generation:
                 stale.append(group)

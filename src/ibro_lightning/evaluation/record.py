@@ -110,9 +110,8 @@ def describe(value: Any, depth: int = 0) -> Any:
         return [type(value).__qualname__, repr(value)]
     description = _code(type(value))
     if depth < 6:
-        description |= {
-            name: describe(item, depth + 1) for name, item in vars(value).items() if _is_setting(name, item)
-        }
+        settings = {name: item for name, item in vars(value).items() if _is_setting(name, item)}
+        description |= {name: describe(item, depth + 1) for name, item in settings.items()}
     return description
 
 

@@ -154,9 +154,7 @@ def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> 
         if infinite := {key: value for key, value in values.items() if not math.isfinite(value)}:
             raise bad(infinite, "return finite numbers, 0 for 'cannot tell'")
         if not 0 <= (accuracy := result.parts.get("accuracy", 0.0)) <= 1:
-            remedy = (
-                "an accuracy lies between 0 (wrong) and 1 (right); rewards such as -1 go into correct and incorrect"
-            )
+            remedy = "it lies between 0 (wrong) and 1 (right); rewards such as -1 go into correct and incorrect"
             raise bad(f"the accuracy {accuracy}", remedy)
     return list(results)
 

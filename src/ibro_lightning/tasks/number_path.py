@@ -235,9 +235,7 @@ class NumberPathReward(VerifiableReward):
             task = NumberPath(size, moves)
             vocabulary = self._tokenizer.get_vocab()
             if missing := [token for token in task.vocabulary() if token not in vocabulary]:
-                remedy = (
-                    "use a policy trained on this task (sft_quickstart.yaml makes one for 50 numbers), or another task"
-                )
+                remedy = "use a policy trained on this task, as by sft_quickstart.yaml (50 numbers), or another task"
                 reason = f"the policy's tokenizer has no token {missing[0]!r}"
                 raise ConfigError("reward", "NumberPathReward", f"{reason}: {remedy}")
             self._tasks[size, moves] = task

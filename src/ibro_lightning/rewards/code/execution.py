@@ -41,9 +41,8 @@ def tests_passed(prompt: Prompt, problem: CodeProblem, program: str, limits: San
 def _by_value(prompt: Prompt, problem: CodeProblem, program: str, limits: SandboxLimits, stop_early: bool) -> int:
     token, tests = secrets.token_hex(16), problem.tests
     steps = [list(test.steps) for test in tests]
-    observed = run_python(
-        f"{_in_sandbox()}\nobserve({problem.setup!r}, {program!r}, {steps!r}, {token!r})", limits=limits
-    )
+    call = f"observe({problem.setup!r}, {program!r}, {steps!r}, {token!r})"
+    observed = run_python(f"{_in_sandbox()}\n{call}", limits=limits)
     report = observed.report.split("\n")
     if report[0] != "setup" and observed.status == "error":
         last_line = observed.stderr.strip().rpartition("\n")[2]
