@@ -196,8 +196,6 @@ def _logp_of(prompt: Prompt, completion: Completion) -> Tensor:
     """``[T]`` float32, nan where missing."""
     logp, count = completion.logp or (), len(completion.token_ids)
     if len(logp) not in (0, count):
-        raise RolloutError(
-            f"a response to prompt {prompt.id!r} has {count} tokens and {len(logp)} log-probs: give each token one "
-            "(nan if it is unknown), or none at all"
-        )
+        counts = f"a response to prompt {prompt.id!r} has {count} tokens and {len(logp)} log-probs"
+        raise RolloutError(f"{counts}: give each token one (nan if it is unknown), or none at all")
     return torch.tensor([torch.nan if value is None else float(value) for value in logp] or [torch.nan] * count)

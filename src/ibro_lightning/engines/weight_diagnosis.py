@@ -24,11 +24,9 @@ def beyond_windows(config: Any, limit: int, questions: Questions) -> tuple[Quest
 
 def _window_cause(windows: dict[str, int]) -> str:
     sizes = ", ".join(f"{name} {size}" for name, size in windows.items())
-    return (
-        f"{NOT_THE_WEIGHTS} how far back the engine looks: shorter prompts are right, and one beyond what the config "
-        f"says ({sizes}) is not. If this architecture has no such window, remove it from config.json; otherwise use "
-        "another engine"
-    )
+    cause = f"how far back the engine looks: shorter prompts are right, and one beyond the config's {sizes} is not"
+    remedy = "If this architecture has no such window, remove it from config.json; otherwise use another engine"
+    return f"{NOT_THE_WEIGHTS} {cause}. {remedy}"
 
 
 class Diagnosis:

@@ -130,10 +130,8 @@ def _code(code: Any) -> dict[str, Any]:
         if module.split(".")[0] in ("ibro_lightning", *sys.stdlib_module_names):  # covered by the version
             continue
         # The object's own source, too, because a notebook has no module source.
-        description |= {
-            f"source of {part.__qualname__}": _source(part),
-            f"source of {module}": _source(sys.modules.get(module)),
-        }
+        description[f"source of {part.__qualname__}"] = _source(part)
+        description[f"source of {module}"] = _source(sys.modules.get(module))
     return description
 
 

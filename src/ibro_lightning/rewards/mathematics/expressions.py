@@ -43,18 +43,17 @@ def equal(gold: Any, answer: Any, options: Comparison) -> bool:
     try:
         if is_heavy(gold) or is_heavy(answer):
             return bool(gold == answer)
-        return bool(
-            _library().verify(
-                gold,
-                answer,
-                float_rounding=options.precision,
-                numeric_precision=options.numeric_precision,
-                strict=options.strict,
-                allow_set_relation_comp=options.allow_set_relation_comp,
-                timeout_seconds=None,
-                raise_on_error=True,
-            )
+        same = _library().verify(
+            gold,
+            answer,
+            float_rounding=options.precision,
+            numeric_precision=options.numeric_precision,
+            strict=options.strict,
+            allow_set_relation_comp=options.allow_set_relation_comp,
+            timeout_seconds=None,
+            raise_on_error=True,
         )
+        return bool(same)
     except MemoryError:
         raise
     except Exception:  # as above
