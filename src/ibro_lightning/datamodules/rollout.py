@@ -258,7 +258,7 @@ class RolloutDataModule(EvaluationDataModule):
 
     def _exhausted_message(self, rule: DynamicSampling, sampled: SampledGroups) -> str:
         others, right = len(sampled.uninformative), sum(sampled.uninformative.values())
-        remedy = "a larger max_skips" if self._skips >= rule.max_skips else "on_exhausted: fill"  # which skips, too
+        remedy = "a larger max_skips" if self._skips >= rule.max_skips else "on_exhausted: fill"  # fill skips as well
         found = f"found {len(sampled.kept)} of {self.prompts_per_rollout} informative groups"
         found += f", and none in {self._skips} rollouts in a row" if self._skips else ""
         found += f"; of {others} others {right} were all right and {others - right} all wrong"
