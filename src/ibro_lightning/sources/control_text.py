@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -22,12 +22,6 @@ from ibro_lightning.types import ControlText, Prompt
 SETTING = "data.control_text"
 MAX_NAMED = 5
 """Maximum number of rows named in an error."""
-
-
-def check_control_text(value: str) -> None:
-    """Raise :class:`ConfigError` for an invalid value."""
-    if value not in get_args(ControlText):
-        raise ConfigError("control_text", value, "write warn, refuse or as_text")
 
 
 def rendered(
