@@ -21,7 +21,8 @@ Content = str | Sequence[Mapping[str, Any]]
 OPEN, CLOSE, PREFIX = "\U000ff000", "\U000ff001", "\U000ff002"
 """Delimiters of a masked token's index, and the prefix of a template token's id. Planes 15 and 16 are private use."""
 RESERVED = {OPEN, CLOSE, PREFIX}
-_DIGITS = "\U000ff010"
+_TO_PRIVATE = {ord(str(digit)): 0xFF010 + digit for digit in range(10)}
+_FROM_PRIVATE = {private: digit for digit, private in _TO_PRIVATE.items()}
 _MASKED = re.compile(f"{OPEN}([^{CLOSE}]*){CLOSE}")
 _BRACKETED = re.compile(r"<\|.*\|>", re.DOTALL)
 _MARKS = re.compile(r"[<\[{|](?!\s).*[>\]}|]", re.DOTALL)
@@ -87,13 +88,13 @@ class ControlTokens:
         for match in self.found(text, assistant=assistant):
             if within(match, text, own):
                 continue
-            number = "".join(chr(ord(_DIGITS) + int(digit)) for digit in str(self.tokens.index(match[0])))
+            number = str(self.tokens.index(match[0])).translate(_TO_PRIVATE)
             pieces += [text[last : match.start()], OPEN, number, CLOSE]
             last = match.end()
         return "".join([*pieces, text[last:]])
 
     def unmask(self, text: str) -> str:
-        return _MASKED.sub(lambda match: self.tokens[_number(match[1])], text)
+        return _MASKED.sub(lambda match: self.tokens[int(match[1].translate(_FROM_PRIVATE))], text)
 
     def disguise(self, text: str) -> str:
         """Masked text as :class:`TextTokenizer` encodes it: unmasked control tokens renamed, masked ones restored."""
@@ -114,11 +115,7 @@ def within(match: re.Match[str], text: str, own: Sequence[str]) -> bool:
 
 def disguised(number: int) -> str:
     """The name of a control token in the vocabulary of :class:`TextTokenizer`."""
-    return PREFIX + "".join(chr(ord(_DIGITS) + int(digit)) for digit in str(number)) + CLOSE
-
-
-def _number(digits: str) -> int:
-    return int("".join(str(ord(digit) - ord(_DIGITS)) for digit in digits))
+    return PREFIX + str(number).translate(_TO_PRIVATE) + CLOSE
 
 
 def control_text(content: Content, control: ControlTokens, own: Sequence[str] = ()) -> str:
