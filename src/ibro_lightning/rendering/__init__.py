@@ -2,14 +2,13 @@
 
 from ibro_lightning.rendering.control_tokens import (
     Content,
-    ControlTextError,
     ControlTokens,
+    RenderingError,
     TextTokenizer,
     control_text,
     masked_content,
 )
 from ibro_lightning.rendering.render import (
-    RenderingError,
     appended_tokens,
     last_question,
     prefill,
@@ -20,7 +19,6 @@ from ibro_lightning.rendering.render import (
 
 __all__ = [
     "Content",
-    "ControlTextError",
     "ControlTokens",
     "RenderingError",
     "TextTokenizer",

@@ -23,13 +23,14 @@ OPEN, CLOSE, PREFIX = "\U000ff000", "\U000ff001", "\U000ff002"
 RESERVED = {OPEN, CLOSE, PREFIX}
 _TO_PRIVATE = {ord(str(digit)): 0xFF010 + digit for digit in range(10)}
 _FROM_PRIVATE = {private: digit for digit, private in _TO_PRIVATE.items()}
+_CANNOT = "control tokens cannot be encoded as text"
 _MASKED = re.compile(f"{OPEN}([^{CLOSE}]*){CLOSE}")
 _BRACKETED = re.compile(r"<\|.*\|>", re.DOTALL)
 _MARKS = re.compile(r"[<\[{|](?!\s).*[>\]}|]", re.DOTALL)
 
 
-class ControlTextError(ValueError):
-    """Control text cannot be encoded as text."""
+class RenderingError(ValueError):
+    """Text or messages cannot be rendered as a prompt."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ class ControlTokens:
 
     def mask(self, text: str, *, own: Sequence[str] = (), assistant: bool = False) -> str:
         """``text`` with its control tokens masked, except in the prefixes and suffixes ``own`` from the recipe's
-        template. Raises :class:`ControlTextError` if it contains the masking characters."""
+        template. Raises :class:`RenderingError` if it contains the masking characters."""
         if RESERVED & set(text):
-            raise ControlTextError(
+            raise RenderingError(
                 "the text contains characters that are reserved for masking control tokens (U+FF000 to U+FF002)"
             )
         pieces, last = list[str](), 0
@@ -184,18 +185,18 @@ class TextTokenizer:
         return getattr(self._tokenizer, "all_special_ids", ())
 
     def __call__(self, masked: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
-        """Encode masked text: unmasked control tokens as tokens, masked ones as text. Raises :class:`ControlTextError`
+        """Encode masked text: unmasked control tokens as tokens, masked ones as text. Raises :class:`RenderingError`
         if the vocabulary has no tokens for these, or the copy does not reproduce the tokenizer on this text."""
         control, tokenizer = self._control, self._tokenizer
         plain = control.unmask(masked)
         # With all control tokens renamed, including those in the data, the copy must agree with the tokenizer.
         reference = self._ids(control.disguise(plain), add_special_tokens)
         if reference != list(tokenizer(plain, add_special_tokens=add_special_tokens)["input_ids"]):
-            raise ControlTextError(f"{type(tokenizer).__name__} prepares text in a way of its own")
+            raise RenderingError(f"{_CANNOT}: {type(tokenizer).__name__} prepares text in a way of its own")
         ids = self._ids(control.disguise(masked), add_special_tokens)
         unknown = getattr(tokenizer, "unk_token_id", None)
         if unknown is not None and ids.count(unknown) > reference.count(unknown):
-            raise ControlTextError("the tokenizer has no other tokens for what is written there")
+            raise RenderingError(f"{_CANNOT}: the tokenizer has no other tokens for what is written there")
         return {"input_ids": ids}
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -206,7 +207,7 @@ def _twin_of(tokenizer: Any, control: ControlTokens) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):
         needed = "a tokenizer of the library tokenizers, which alone can encode control tokens as text"
-        raise ControlTextError(f"{type(tokenizer).__name__} is not {needed}")
+        raise RenderingError(f"{_CANNOT}: {type(tokenizer).__name__} is not {needed}")
     from tokenizers import Tokenizer  # lazy: rarely needed
 
     twin = Tokenizer.from_str(json.dumps(_renamed(json.loads(backend.to_str()), control)))

@@ -11,7 +11,7 @@ from itertools import takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ibro_lightning.rendering.control_tokens import Content, ControlTextError, ControlTokens, TextTokenizer
+from ibro_lightning.rendering.control_tokens import Content, ControlTokens, RenderingError, TextTokenizer
 
 _END = "<|the words end here|>"
 _PRINTED = ("'text': '", '"text": "', '"text":"')
@@ -19,10 +19,6 @@ _PRINTED = ("'text': '", '"text": "', '"text":"')
 _THINK, _THOUGHT = "<think>", "</think>"
 _forms: WeakKeyDictionary[Any, dict[Any, list[bool]]] = WeakKeyDictionary()
 """Results of :func:`_content_parts`, by tokenizer, then by template, roles and template variables."""
-
-
-class RenderingError(ValueError):
-    """These messages cannot be rendered as a prompt."""
 
 
 def render(
@@ -33,17 +29,14 @@ def render(
     With ``masked``, control tokens in ``content`` are masked (:mod:`.control_tokens`) and encoded as text; the returned
     text contains them unmasked.
     """
-    try:
-        encode = TextTokenizer.of(tokenizer) if masked else tokenizer
-        if isinstance(content, str):
-            text, token_ids = content, _raw_tokens(content, encode)[0]
-        else:
-            text = _chat_text(text_messages(content), tokenizer, chat_template_kwargs or {})
-            # The template has already written the special tokens.
-            token_ids = tuple(encode(text, add_special_tokens=False)["input_ids"])
-        return ControlTokens.of(tokenizer).unmask(text) if masked else text, token_ids
-    except ControlTextError as error:
-        raise RenderingError(f"control tokens cannot be encoded as text: {error}") from error
+    encode = TextTokenizer.of(tokenizer) if masked else tokenizer
+    if isinstance(content, str):
+        text, token_ids = content, _raw_tokens(content, encode)[0]
+    else:
+        text = _chat_text(text_messages(content), tokenizer, chat_template_kwargs or {})
+        # The template has already written the special tokens.
+        token_ids = tuple(encode(text, add_special_tokens=False)["input_ids"])
+    return ControlTokens.of(tokenizer).unmask(text) if masked else text, token_ids
 
 
 def appended_tokens(text: str, tokenizer: Any) -> tuple[int, ...]:

@@ -10,9 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.rendering import (
     Content,
-    ControlTextError,
     ControlTokens,
-    RenderingError,
     control_text,
     masked_content,
     render,
@@ -36,11 +34,7 @@ def rendered(
     if rule == "as_text":
         control = ControlTokens.of(tokenizer)
         if control.normalized or control_text(content, control, own):
-            try:
-                masked = masked_content(content, control, own)
-            except ControlTextError as error:
-                raise RenderingError(str(error)) from error
-            return render(masked, tokenizer, chat_template_kwargs, masked=True)
+            return render(masked_content(content, control, own), tokenizer, chat_template_kwargs, masked=True)
     return render(content, tokenizer, chat_template_kwargs)
 
 
