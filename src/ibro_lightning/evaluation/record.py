@@ -58,22 +58,20 @@ class EvaluationRecord:
 
     def read(self, name: str, batch: int, prompts: list[Prompt], seeds: Sequence[Sequence[int]]) -> list[Group] | None:
         """The responses of a recorded batch; None if it is missing or its file was modified."""
-        path = self._path(name, batch)
-        recorded = self._manifest["files"].get(self._key(path)) if self.continues else None
+        key = _file(name, batch)
+        path, recorded = self.folder / key, self._manifest["files"].get(key) if self.continues else None
         if recorded is None or not path.exists() or _digest(path) != recorded:
             return None
         return read_groups(path, prompts, seeds)
 
     def write(self, name: str, batch: int, rollout: Rollout) -> None:
-        path = write_parquet(self._path(name, batch), rollout, tokens=True)
-        self._manifest["files"][self._key(path)] = _digest(path)
+        key = _file(name, batch)
+        self._manifest["files"][key] = _digest(write_parquet(self.folder / key, rollout, tokens=True))
         write_json(self.folder / MANIFEST, self._manifest)
 
-    def _key(self, path: Path) -> str:
-        return path.relative_to(self.folder).as_posix()
 
-    def _path(self, name: str, batch: int) -> Path:
-        return self.folder / name / f"batch_{batch:04d}.parquet"
+def _file(name: str, batch: int) -> str:
+    return f"{name}/batch_{batch:04d}.parquet"
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]], settings: Mapping[str, Any]) -> dict[str, str]:
