@@ -99,8 +99,7 @@ class Problem:
     part: str = ""
     """The part of a mixture that it comes from."""
     own_text: tuple[str, ...] = ()
-    """Text that a template of the recipe, not the data, puts at the beginning or end of the prompt or of one of its
-    messages: control tokens there are intended (``data.control_text``)."""
+    """Text around the data that a recipe's template adds: control tokens there are intended (``data.control_text``)."""
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,7 @@ class Rollout:
 
     @classmethod
     def from_groups(cls, groups: Sequence[Group], numbers: Sequence[int] | None = None, **others: Any) -> Self:
-        """Build from whole groups, numbered 0, 1, … or by ``numbers``; ``others`` are the remaining fields (name,
-        iteration, temperature, …). Raises :class:`RolloutError` if a completion has log-probs, but not one per
-        token."""
+        """Build from whole groups, numbered 0, 1, … or by ``numbers``; ``others`` are the remaining fields."""
         numbers = range(len(groups)) if numbers is None else numbers
         rows = [
             (i, g.prompt, c, r)

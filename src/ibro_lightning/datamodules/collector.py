@@ -50,8 +50,7 @@ class Collector:
         self.provider, self.ranks = provider, ranks
 
     def start_judging(self, rewards: list[Reward], local_processes: int = 1) -> None:
-        """Set up the rewards and start the pool, whose workers the run's ``local_processes`` on this machine share; a
-        no-op if these rewards are set up already."""
+        """Set up these rewards once, and start the pool, shared with ``local_processes`` of the run on this machine."""
         if self.pool is not None and self.pool.rewards == rewards:
             return
         self.stop_judging()

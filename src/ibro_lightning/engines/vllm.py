@@ -193,8 +193,7 @@ class VLLMEngine(RolloutEngine):
             release(engine, owns_process_group=self._owns_process_group)
 
     def _reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Pass the weights to vLLM one at a time. It buffers a layer until that is complete, and a padded embedding or
-        head until the end."""
+        """Pass the weights to vLLM one at a time; it buffers a layer, a padded embedding and a padded head."""
         if self.settings.same_process:
             self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             return

@@ -114,8 +114,7 @@ def describe(value: Any, depth: int = 0) -> Any:
 
 
 def _is_setting(name: str, item: Any) -> bool:
-    """Whether an attribute is a setting: public, and not a callable object such as a tokenizer, except for rewards,
-    classes and functions."""
+    """Whether an attribute is public and no callable object (a tokenizer), unless it is a reward, class or function."""
     is_code = isinstance(item, Reward | type) or inspect.isroutine(item)
     return not name.startswith("_") and (is_code or not callable(item))
 

@@ -79,8 +79,7 @@ class ControlTokens:
         return list(pattern.finditer(text)) if pattern else []
 
     def mask(self, text: str, *, own: Sequence[str] = (), assistant: bool = False) -> str:
-        """``text`` with its control tokens masked, except in the prefixes and suffixes ``own`` from the recipe's
-        template. Raises :class:`RenderingError` if it contains the masking characters."""
+        """``text`` with its control tokens masked, except in its prefixes and suffixes ``own`` from the recipe."""
         if RESERVED & set(text):
             raise RenderingError(
                 "the text contains characters that are reserved for masking control tokens (U+FF000 to U+FF002)"

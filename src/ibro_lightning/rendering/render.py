@@ -62,8 +62,7 @@ def last_question(content: Content) -> str:
 
 
 def text_messages(content: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of messages with their content as text; other fields, such as ``tool_calls``, are kept. Raises
-    :class:`RenderingError` if there are none, or one has no role or has content other than text."""
+    """Copies of messages with their content as text, other fields kept; raises RenderingError for anything else."""
     if not isinstance(content, Sequence) or not content:
         raise RenderingError(f"a prompt is text or a list of {{role, content}} messages, not {content!r}")
     messages = []
