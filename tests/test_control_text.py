@@ -376,7 +376,7 @@ class TestCounting:
         assert len(encode_prompts(short, tokenizer(), PromptLimits(max_tokens=4), **given)) == 1
 
     def test_the_word_is_checked(self):
-        with pytest.raises(ConfigError, match=r"^control_text: 'ignore' - write warn, refuse or as_text"):
+        with pytest.raises(ConfigError, match=r"^control_text: 'ignore' - write warn or refuse or as_text"):
             SFTDataModule(Demonstrations(("a", "b")), control_text="ignore")
 
     def test_is_cheap(self):

@@ -31,7 +31,7 @@ from helpers.processes import logs, run_ranks, start_ranks
 from ibro_lightning.batches import Rollout
 from ibro_lightning.callbacks.evaluation_report import evaluation_table
 from ibro_lightning.cli.main import main
-from ibro_lightning.datamodules import base as datamodule_base
+from ibro_lightning.datamodules import evaluation as evaluation_module
 from ibro_lightning.datamodules.collector import Collector
 from ibro_lightning.evaluation.metrics import Estimate, Evaluation
 from ibro_lightning.evaluation.record import EvaluationRecord, describe, fingerprint
@@ -629,7 +629,7 @@ def test_evaluations_within_training_leave_samples_and_curves_and_hash_no_weight
     def refuse(*arguments: object, **settings: object) -> None:
         raise AssertionError("weights were hashed")
 
-    monkeypatch.setattr(datamodule_base, "fingerprint", refuse)
+    monkeypatch.setattr(evaluation_module, "fingerprint", refuse)
     reward = ["--data.eval_sets.starts.reward", "graders.Reads"]
     main(["fit", "--config", "tiny.yaml", "--data.eval_batch_prompts", "4", *reward])
     evaluations = lab / "run" / "evaluations"

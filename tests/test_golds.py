@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ibro_lightning.datamodules import gold_check as golds_module
+from ibro_lightning.datamodules.collector import Collector
 from ibro_lightning.datamodules.gold_check import usable_golds
 from ibro_lightning.errors import ConfigError, RewardError
 from ibro_lightning.ranks import Ranks
@@ -533,7 +534,7 @@ def test_what_hangs_on_a_gold_is_stopped_by_the_pool_and_the_gold_refused() -> N
 
 def test_a_setting_that_means_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^on_bad_gold: 'skip' - write refuse or drop"):
-        golds_module.check_on_bad_gold("skip")
+        Collector(on_bad_gold="skip")
 
 
 # From files.

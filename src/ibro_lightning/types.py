@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ibro_lightning.errors import ConfigError
 
@@ -28,6 +28,12 @@ ControlText = Literal["warn", "refuse", "as_text"]
 
 MIN_TEMPERATURE = 1e-6
 """The lowest temperature above 0: dividing logits by much less overflows float32."""
+
+
+def check_choice(field: str, value: object, choices: Any) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is one of a ``Literal``."""
+    if value not in get_args(choices):
+        raise ConfigError(field, value, f"write {' or '.join(map(str, get_args(choices)))}")
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,7 @@ class Problem:
     part: str = ""
     """The part of a mixture that it comes from."""
     own_text: tuple[str, ...] = ()
-    """Text that a template of the recipe, not the data, puts at the beginning or end of the prompt or of one of its
-    messages: control tokens there are intended (``data.control_text``)."""
+    """Text around the data that a recipe's template adds: control tokens there are intended (``data.control_text``)."""
 
 
 @dataclass(frozen=True)

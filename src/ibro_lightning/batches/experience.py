@@ -40,8 +40,7 @@ class Experience:
     sampler_logp: Tensor | None = None
     """``[B, T]`` log-probs that the engine sampled with, nan where it gave none."""
     weights: Tensor | None = None
-    """``[B, T]`` the weight of each token in the loss of its optimizer step: ``agg(x) = Σ weights·x``. Set from the
-    whole step when it begins, so that nothing depends on how the step is split into micro-batches."""
+    """``[B, T]`` each token's weight in its optimizer step's loss, ``Σ weights·x``, however the step is split."""
     num_tokens: Tensor | float = 1.0
     """Valid tokens of the optimizer step on all ranks: the denominator of its metrics."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)

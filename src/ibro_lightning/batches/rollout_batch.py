@@ -53,9 +53,7 @@ class Rollout:
 
     @classmethod
     def from_groups(cls, groups: Sequence[Group], numbers: Sequence[int] | None = None, **others: Any) -> Self:
-        """Build from whole groups, numbered 0, 1, … or by ``numbers``; ``others`` are the remaining fields (name,
-        iteration, temperature, …). Raises :class:`RolloutError` if a completion has log-probs, but not one per
-        token."""
+        """Build from whole groups, numbered 0, 1, … or by ``numbers``; ``others`` are the remaining fields."""
         numbers = range(len(groups)) if numbers is None else numbers
         rows = [
             (i, g.prompt, c, r)
@@ -196,8 +194,6 @@ def _logp_of(prompt: Prompt, completion: Completion) -> Tensor:
     """``[T]`` float32, nan where missing."""
     logp, count = completion.logp or (), len(completion.token_ids)
     if len(logp) not in (0, count):
-        raise RolloutError(
-            f"a response to prompt {prompt.id!r} has {count} tokens and {len(logp)} log-probs: give each token one "
-            "(nan if it is unknown), or none at all"
-        )
+        counts = f"a response to prompt {prompt.id!r} has {count} tokens and {len(logp)} log-probs"
+        raise RolloutError(f"{counts}: give each token one (nan if it is unknown), or none at all")
     return torch.tensor([torch.nan if value is None else float(value) for value in logp] or [torch.nan] * count)

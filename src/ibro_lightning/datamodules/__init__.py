@@ -7,11 +7,4 @@ from ibro_lightning.datamodules.eval_sets import EvalSet
 from ibro_lightning.datamodules.evaluation import EvaluationDataModule
 from ibro_lightning.datamodules.rollout import RolloutDataModule
 
-__all__ = [
-    "Collector",
-    "DynamicSampling",
-    "EvalSet",
-    "EvaluationDataModule",
-    "RolloutDataModule",
-    "SFTDataModule",
-]
+__all__ = ["Collector", "DynamicSampling", "EvalSet", "EvaluationDataModule", "RolloutDataModule", "SFTDataModule"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ibro_lightning.datamodules.gold_check import OnBadGold, check_on_bad_gold, usable_golds
+from ibro_lightning.datamodules.gold_check import OnBadGold, usable_golds
 from ibro_lightning.datamodules.lost_verdicts import check_verdicts
 from ibro_lightning.engines import HFEngine
 from ibro_lightning.engines.base import PolicyProvider, RolloutEngine
@@ -19,7 +19,7 @@ from ibro_lightning.rewards.blame import blamed_on
 from ibro_lightning.rewards.pool import Verdicts
 from ibro_lightning.seeding import run_seed
 from ibro_lightning.timing import PhaseTimer
-from ibro_lightning.types import Completion, Generation, Group, Prompt, SamplingParams
+from ibro_lightning.types import Completion, Generation, Group, Prompt, SamplingParams, check_choice
 
 
 class Collector:
@@ -36,7 +36,7 @@ class Collector:
         keep_special_tokens: bool = False,
         on_bad_gold: OnBadGold = "refuse",
     ) -> None:
-        check_on_bad_gold(on_bad_gold)
+        check_choice("on_bad_gold", on_bad_gold, OnBadGold)
         self.engine: RolloutEngine = engine or HFEngine()
         self.weight_check, self.reward_pool = weight_check, reward_pool
         self.keep_special_tokens, self.on_bad_gold = keep_special_tokens, on_bad_gold
@@ -50,8 +50,7 @@ class Collector:
         self.provider, self.ranks = provider, ranks
 
     def start_judging(self, rewards: list[Reward], local_processes: int = 1) -> None:
-        """Set up the rewards and start the pool, whose workers the run's ``local_processes`` on this machine share; a
-        no-op if these rewards are set up already."""
+        """Set up these rewards once, and start the pool, shared with ``local_processes`` of the run on this machine."""
         if self.pool is not None and self.pool.rewards == rewards:
             return
         self.stop_judging()

@@ -12,7 +12,7 @@ from ibro_lightning.datamodules.gold_check import OnBadGold
 from ibro_lightning.engines.base import RolloutEngine
 from ibro_lightning.engines.weight_check import WeightCheck
 from ibro_lightning.errors import ConfigError, check_at_least
-from ibro_lightning.rendering import ControlTextError, ControlTokens, RenderingError, TextTokenizer, control_text
+from ibro_lightning.rendering import ControlTokens, RenderingError, TextTokenizer, control_text
 from ibro_lightning.rewards import PoolOptions
 from ibro_lightning.seeding import derive_seed, run_seed
 from ibro_lightning.sources.base import DemonstrationSource
@@ -141,8 +141,5 @@ def _as_text(response: str, token_ids: list[int], tokenizer: Any) -> list[int]:
     answer, control = _without_eos(response, tokenizer), ControlTokens.of(tokenizer)
     if not control.normalized and not control.found(answer, assistant=True):
         return token_ids
-    try:
-        masked = control.mask(answer, assistant=True) + response[len(answer) :]
-        return TextTokenizer.of(tokenizer)(masked)["input_ids"]
-    except ControlTextError as error:
-        raise RenderingError(f"control tokens cannot be encoded as text: {error}") from error
+    masked = control.mask(answer, assistant=True) + response[len(answer) :]
+    return TextTokenizer.of(tokenizer)(masked)["input_ids"]

@@ -25,9 +25,8 @@ from ibro_lightning.seeding import run_seed
 from ibro_lightning.sources.base import PromptSource
 from ibro_lightning.sources.chat_template import check_reserved, check_template_kwargs
 from ibro_lightning.sources.contamination import TrainingTexts
-from ibro_lightning.sources.control_text import check_control_text
 from ibro_lightning.sources.prompts import PromptLimits, check_count, check_vocabulary, encode_prompts
-from ibro_lightning.types import ControlText, Prompt
+from ibro_lightning.types import ControlText, Prompt, check_choice
 
 Batch = TypeVar("Batch")
 
@@ -76,7 +75,7 @@ class EvaluationDataModule(pl.LightningDataModule):
         control_text: ControlText = "warn",
     ) -> None:
         super().__init__()
-        check_control_text(control_text)
+        check_choice("control_text", control_text, ControlText)
         check_reserved("chat_template_kwargs", chat_template_kwargs)
         check_count("eval_batch_prompts", eval_batch_prompts)
         self.collector = Collector(engine, weight_check, reward_pool, keep_special_tokens, on_bad_gold)
@@ -201,7 +200,7 @@ class EvaluationDataModule(pl.LightningDataModule):
             if not warn:
                 raise ConfigError(setting, count, f"are trained on ({examples}): {remedy}")
             rank_zero_warn(
-                f"data.{setting}: {count} are trained on ({examples}): its accuracy says little about new problems"
+                f"data.{setting}: {count} are trained on ({examples}): accuracy says little about new problems"
             )
 
     def teardown(self, stage: str) -> None:

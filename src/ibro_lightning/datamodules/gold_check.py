@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -24,12 +24,6 @@ _EMPTY = Completion((), (), "stop", "", 1, 0)
 _Trial = tuple[GoldTrial, Prompt]
 _Key = tuple[int, type, str]
 """``(id of the verifier, type of the gold, repr of the gold)``."""
-
-
-def check_on_bad_gold(value: str) -> None:
-    """Raise :class:`ConfigError` for an invalid value."""
-    if value not in get_args(OnBadGold):
-        raise ConfigError("on_bad_gold", value, f"write {' or '.join(get_args(OnBadGold))}")
 
 
 def usable_golds(

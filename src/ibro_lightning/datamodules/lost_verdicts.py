@@ -66,8 +66,7 @@ class LostVerdicts:
 def check_verdicts(
     pool: RewardPool | None, reward: Reward, prompts: Sequence[Prompt], sampling: SamplingParams, tokenizer: Any
 ) -> None:
-    """Judge a plain response to one prompt of each part before training. Raises :class:`RewardError` if its verdict is
-    lost twice, unless ``max_lost_rollouts`` is null."""
+    """Judge a plain response to one prompt per part; raises RewardError if it is lost twice (``max_lost_rollouts``)."""
     if pool is None:
         return
     pending = [

@@ -258,14 +258,12 @@ class RolloutDataModule(EvaluationDataModule):
 
     def _exhausted_message(self, rule: DynamicSampling, sampled: SampledGroups) -> str:
         others, right = len(sampled.uninformative), sum(sampled.uninformative.values())
-        remedy = "a larger max_skips" if self._skips >= rule.max_skips else "on_exhausted: fill"  # which skips, too
-        return (
-            f"data.dynamic_sampling: found {len(sampled.kept)} of {self.prompts_per_rollout} informative groups"
-            + (f", and none in {self._skips} rollouts in a row" if self._skips else "")
-            + f"; of {others} others {right} were all right and {others - right} all wrong - "
-            f"choose problems nearer to what the policy can do, a larger group_size, "
-            f"more max_rounds, or {remedy}"
-        )
+        remedy = "a larger max_skips" if self._skips >= rule.max_skips else "on_exhausted: fill"  # fill skips as well
+        found = f"found {len(sampled.kept)} of {self.prompts_per_rollout} informative groups"
+        found += f", and none in {self._skips} rollouts in a row" if self._skips else ""
+        found += f"; of {others} others {right} were all right and {others - right} all wrong"
+        advice = f"choose problems of medium difficulty, a larger group_size, more max_rounds, or {remedy}"
+        return f"data.dynamic_sampling: {found} - {advice}"
 
 
 def check_training_sampling(sampling: SamplingParams) -> None:

@@ -12,6 +12,9 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Dtype, Generation, SamplingParams
 
+Rows = Sequence[Sequence[int]]
+"""The token ids of each prompt, or the seeds of its samples."""
+
 
 class RolloutEngine(Protocol):
     """Generates token ids from the most recently loaded weights.
@@ -31,9 +34,7 @@ class RolloutEngine(Protocol):
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
         """Replace all weights, or (``partial``) whole layers, head or embedding; raises for missing or unknown ones."""
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[Sequence[int]]
-    ) -> list[list[Generation]]:
+    def generate(self, prompts: Rows, sampling: SamplingParams, seeds: Rows) -> list[list[Generation]]:
         """``len(seeds[i])`` samples of ``prompts[i]``, in order. Same weights, prompts and seeds → same samples."""
 
     def offload(self) -> None:
@@ -47,12 +48,7 @@ class RolloutEngine(Protocol):
 
 
 def check_length(
-    prompts: Sequence[Sequence[int]],
-    sampling: SamplingParams,
-    limit: int | None,
-    *,
-    setting: str = "sampling",
-    advice: str = "",
+    prompts: Rows, sampling: SamplingParams, limit: int | None, setting: str = "sampling", advice: str = ""
 ) -> None:
     """Raise :class:`ConfigError` if the longest prompt with ``sampling.max_tokens`` more tokens exceeds ``limit``."""
     longest = max(map(len, prompts), default=0)

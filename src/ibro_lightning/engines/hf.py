@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from copy import deepcopy
 from itertools import islice
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ibro_lightning.batches.sequences import Sequences
-from ibro_lightning.engines.base import RolloutEngine, check_length
+from ibro_lightning.engines.base import RolloutEngine, Rows, check_length
 from ibro_lightning.engines.probe import build, check_generation, in_float32
 from ibro_lightning.engines.sampling import sample_tokens
 from ibro_lightning.errors import ConfigError, RolloutError
@@ -111,9 +111,7 @@ class HFEngine(RolloutEngine):
             raise RolloutError(f"HFEngine got no new values for {summary}")
 
     @torch.no_grad()
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[Sequence[int]]
-    ) -> list[list[Generation]]:
+    def generate(self, prompts: Rows, sampling: SamplingParams, seeds: Rows) -> list[list[Generation]]:
         if self._model is None:
             raise RuntimeError("HFEngine.setup(spec) and load_weights(...) must be called before generate(...)")
         check_length(prompts, sampling, self.max_model_len)
@@ -140,9 +138,7 @@ class HFEngine(RolloutEngine):
     def close(self) -> None:
         self._model = None
 
-    def _batches(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]
-    ) -> list[list[tuple[int, list[int]]]]:
+    def _batches(self, prompts: Rows, seeds: Rows) -> list[list[tuple[int, list[int]]]]:
         """Batches of ``(prompt index, seeds)`` with at most ``max_batch_size`` responses, sorted by prompt length."""
         batches: list[list[tuple[int, list[int]]]] = []
         free = 0
@@ -158,9 +154,7 @@ class HFEngine(RolloutEngine):
                 free -= len(taken)
         return batches
 
-    def _generate_batch(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[Sequence[int]]
-    ) -> list[Generation]:
+    def _generate_batch(self, prompts: Rows, sampling: SamplingParams, seeds: Rows) -> list[Generation]:
         """All samples of these prompts, ordered by prompt, then by seed. ``P`` prompts, ``R`` rows (samples)."""
         # On the left, so that the last position predicts every row's next token.
         padded = Sequences.collate(prompts, [()] * len(prompts), padding_side="left").to(self._device)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ibro_lightning.engines.base import Rows
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Generation, SamplingParams
 
-Generate = Callable[[Sequence[Sequence[int]], SamplingParams, Sequence[Sequence[int]]], list[Generation]]
+Generate = Callable[[Rows, SamplingParams, Rows], list[Generation]]
 
 KNOWN_FAULTS = dict.fromkeys(
     ("nemotron_h", "zamba2"),

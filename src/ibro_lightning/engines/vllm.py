@@ -15,14 +15,14 @@ In addition, :mod:`ibro_lightning.engines.weight_check` verifies the engine afte
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ibro_lightning.engines.base import RolloutEngine, check_length
+from ibro_lightning.engines.base import RolloutEngine, Rows, check_length
 from ibro_lightning.engines.vllm_build import (
     VLLMSettings,
     build,
@@ -148,24 +148,16 @@ class VLLMEngine(RolloutEngine):
         if not self._engine.reset_prefix_cache():
             raise RolloutError("vLLM did not reset its prefix cache: it holds keys and values of the old weights")
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[Sequence[int]]
-    ) -> list[list[Generation]]:
+    def generate(self, prompts: Rows, sampling: SamplingParams, seeds: Rows) -> list[list[Generation]]:
         if self._engine is None:
-            raise RolloutError(
-                "VLLMEngine: call setup(spec) and load_weights(...), which must succeed, before generate()"
-            )
+            raise RolloutError("VLLMEngine: setup(spec) and a successful load_weights(...) come before generate(...)")
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many lists of seeds, not {len(seeds)}")
         self._check_prompts(prompts, sampling)
         return self._generate(prompts, sampling, seeds, self.deadline_s)
 
     def _generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        seeds: Sequence[Sequence[int]],
-        deadline_s: float | None,
+        self, prompts: Rows, sampling: SamplingParams, seeds: Rows, deadline_s: float | None
     ) -> list[list[Generation]]:
         owners = [index for index, own in enumerate(seeds) for _ in own]
         responses = [_Response() for _ in owners]
@@ -201,8 +193,7 @@ class VLLMEngine(RolloutEngine):
             release(engine, owns_process_group=self._owns_process_group)
 
     def _reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Pass the weights to vLLM one at a time. It buffers a layer until that is complete, and a padded embedding or
-        head until the end."""
+        """Pass the weights to vLLM one at a time; it buffers a layer, a padded embedding and a padded head."""
         if self.settings.same_process:
             self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             return
@@ -250,7 +241,7 @@ class VLLMEngine(RolloutEngine):
             if late and not is_dead(self._engine):
                 self._engine.abort_request(late)
 
-    def _check_prompts(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
+    def _check_prompts(self, prompts: Rows, sampling: SamplingParams) -> None:
         advice = "raise data.engine.max_model_len as far as the model allows, "
         check_length(prompts, sampling, self.max_model_len, advice=advice)
         if unknown := [token for prompt in prompts for token in prompt if not 0 <= token < self._vocab_size]:

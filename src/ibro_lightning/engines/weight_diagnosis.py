@@ -24,11 +24,9 @@ def beyond_windows(config: Any, limit: int, questions: Questions) -> tuple[Quest
 
 def _window_cause(windows: dict[str, int]) -> str:
     sizes = ", ".join(f"{name} {size}" for name, size in windows.items())
-    return (
-        f"{NOT_THE_WEIGHTS} how far back the engine looks: shorter prompts are right, and one beyond what the config "
-        f"says ({sizes}) is not. If this architecture has no such window, remove it from config.json; otherwise use "
-        "another engine"
-    )
+    cause = f"how far back the engine looks: shorter prompts are right, and one beyond the config's {sizes} is not"
+    remedy = "If this architecture has no such window, remove it from config.json; otherwise use another engine"
+    return f"{NOT_THE_WEIGHTS} {cause}. {remedy}"
 
 
 class Diagnosis:
@@ -99,9 +97,8 @@ class Diagnosis:
         questions = self.questions
         lengths = (questions.prompt_tokens, max(1, questions.prompt_tokens // SHARES[-1]))
         seeds = questions.same().seeds
-        long, short = (
-            questions.ask([Question(questions.prompt(length, "window", length), seeds)])[0] for length in lengths
-        )
+        asked = [Question(questions.prompt(length, "window", length), seeds) for length in lengths]
+        long, short = (questions.ask([question])[0] for question in asked)
         limits = [length + questions.new_tokens for length in lengths]
         windows = {name: size for name, size in self._windows.items() if limits[1] <= size < limits[0]}
         return _window_cause(windows) if windows and self.fits([short]) and not self.fits([long]) else None
@@ -113,10 +110,8 @@ class Diagnosis:
         names = [name for name, _ in self._provider.named_full_weights()]
         groups = dict.fromkeys(map(weight_group, names))
         for group in sorted(groups, key=lambda group: group != "head"):  # the most likely group first
-            weights = (
-                (name, tensor) for name, tensor in self._provider.named_full_weights() if weight_group(name) == group
-            )
-            self._engine.load_weights(weights, partial=True)
+            weights = self._provider.named_full_weights()
+            self._engine.load_weights((pair for pair in weights if weight_group(pair[0]) == group), partial=True)
             after = self.questions.ask_all("stale")
             if before.same.generation != after.same.generation:
                 stale.append(group)

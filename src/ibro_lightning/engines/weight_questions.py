@@ -66,21 +66,16 @@ def largest_difference(answers: Sequence[Answer]) -> float:
     return max(answer.difference for answer in answers)
 
 
+@dataclass(frozen=True)
 class Questions:
     """Has the engine answer questions and the trainer score the answers; collective, one engine per rank."""
 
-    def __init__(
-        self,
-        engine: RolloutEngine,
-        provider: PolicyProvider,
-        seed: int,
-        ranks: Ranks,
-        prompt_tokens: int,
-        new_tokens: int,
-    ) -> None:
-        self.engine, self.provider, self.seed, self.ranks = engine, provider, seed, ranks
-        self.prompt_tokens, self.new_tokens = prompt_tokens, new_tokens
-        self._vocabulary = int(provider.model_spec().config.get_text_config().vocab_size)
+    engine: RolloutEngine
+    provider: PolicyProvider
+    seed: int
+    ranks: Ranks
+    prompt_tokens: int
+    new_tokens: int
 
     def ask_all(self, *moment: int | str) -> Answers:
         """Ask all questions of a check; the new prompts are a function of ``moment``."""
@@ -90,11 +85,10 @@ class Questions:
         stop = _stop_token([row.token_ids[:length] for group in generated[1:] for row in group])
         again = self._generate(new, length, stop)
         questions = [same, *new, *new]
-        answers = self._score(questions, [*generated, *again])
-        rows = sum(len(question.seeds) for question in new)
+        answers, rows = self._score(questions, [*generated, *again]), sum(len(question.seeds) for question in new)
         return Answers(answers[0], answers[1 : 1 + rows], answers[1 + rows :])
 
-    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+    def ask(self, questions: list[Question]) -> list[Answer]:
         """All samples of all questions, in order."""
         return self._score(questions, self._generate(questions, self.new_tokens))
 
@@ -115,16 +109,14 @@ class Questions:
         """Random tokens, so that the check does not depend on the task."""
         seed = torch.tensor([derive_seed(self.seed, "weight check prompt", *counters)])
         draws = counter_uniforms(seed.expand(length), torch.arange(length))
-        return (draws * self._vocabulary).long().clamp(max=self._vocabulary - 1).tolist()
+        vocabulary = int(self.provider.model_spec().config.get_text_config().vocab_size)
+        return (draws * vocabulary).long().clamp(max=vocabulary - 1).tolist()
 
-    def _generate(
-        self, questions: Sequence[Question], length: int, stop: tuple[int, ...] = ()
-    ) -> list[list[Generation]]:
+    def _generate(self, questions: list[Question], length: int, stop: tuple[int, ...] = ()) -> list[list[Generation]]:
         sampling = SamplingParams(temperature=1.0, max_tokens=length, stop_token_ids=stop)
+        prompts, seeds = [question.prompt for question in questions], [question.seeds for question in questions]
         with self.ranks.all_or_none():
-            generated = self.engine.generate(
-                [question.prompt for question in questions], sampling, [question.seeds for question in questions]
-            )
+            generated = self.engine.generate(prompts, sampling, seeds)
             if not all(row.token_ids for group in generated for row in group):
                 raise RolloutError("the engine's deadline ended its check: raise data.engine.deadline_s")
         return generated

@@ -56,26 +56,22 @@ class EvaluationRecord:
         self._manifest = new
         write_json(folder / MANIFEST, new)
 
-    def read(
-        self, name: str, batch: int, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]
-    ) -> list[Group] | None:
+    def read(self, name: str, batch: int, prompts: list[Prompt], seeds: Sequence[Sequence[int]]) -> list[Group] | None:
         """The responses of a recorded batch; None if it is missing or its file was modified."""
-        path = self._path(name, batch)
-        recorded = self._manifest["files"].get(self._key(path)) if self.continues else None
+        key = _file(name, batch)
+        path, recorded = self.folder / key, self._manifest["files"].get(key) if self.continues else None
         if recorded is None or not path.exists() or _digest(path) != recorded:
             return None
         return read_groups(path, prompts, seeds)
 
     def write(self, name: str, batch: int, rollout: Rollout) -> None:
-        path = write_parquet(self._path(name, batch), rollout, tokens=True)
-        self._manifest["files"][self._key(path)] = _digest(path)
+        key = _file(name, batch)
+        self._manifest["files"][key] = _digest(write_parquet(self.folder / key, rollout, tokens=True))
         write_json(self.folder / MANIFEST, self._manifest)
 
-    def _key(self, path: Path) -> str:
-        return path.relative_to(self.folder).as_posix()
 
-    def _path(self, name: str, batch: int) -> Path:
-        return self.folder / name / f"batch_{batch:04d}.parquet"
+def _file(name: str, batch: int) -> str:
+    return f"{name}/batch_{batch:04d}.parquet"
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]], settings: Mapping[str, Any]) -> dict[str, str]:
@@ -112,15 +108,13 @@ def describe(value: Any, depth: int = 0) -> Any:
         return [type(value).__qualname__, repr(value)]
     description = _code(type(value))
     if depth < 6:
-        description |= {
-            name: describe(item, depth + 1) for name, item in vars(value).items() if _is_setting(name, item)
-        }
+        settings = {name: item for name, item in vars(value).items() if _is_setting(name, item)}
+        description |= {name: describe(item, depth + 1) for name, item in settings.items()}
     return description
 
 
 def _is_setting(name: str, item: Any) -> bool:
-    """Whether an attribute is a setting: public, and not a callable object such as a tokenizer, except for rewards,
-    classes and functions."""
+    """Whether an attribute is public and no callable object (a tokenizer), unless it is a reward, class or function."""
     is_code = isinstance(item, Reward | type) or inspect.isroutine(item)
     return not name.startswith("_") and (is_code or not callable(item))
 
@@ -133,10 +127,8 @@ def _code(code: Any) -> dict[str, Any]:
         if module.split(".")[0] in ("ibro_lightning", *sys.stdlib_module_names):  # covered by the version
             continue
         # The object's own source, too, because a notebook has no module source.
-        description |= {
-            f"source of {part.__qualname__}": _source(part),
-            f"source of {module}": _source(sys.modules.get(module)),
-        }
+        description[f"source of {part.__qualname__}"] = _source(part)
+        description[f"source of {module}"] = _source(sys.modules.get(module))
     return description
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.rendering import ControlTextError, ControlTokens, RenderingError, masked_content, render
+from ibro_lightning.rendering import ControlTokens, RenderingError, masked_content, render
 from ibro_lightning.types import Message, Prompt
 
 SETTING = "template"
@@ -105,7 +105,7 @@ class HindsightTemplate:
             content = self.content(prompt, control)
             masked = control is not None and (control.normalized or content != self.content(prompt))
             text, token_ids = render(content, tokenizer, prompt.chat_template_kwargs, masked=masked)
-        except (RenderingError, ControlTextError) as error:
+        except RenderingError as error:
             raise ConfigError(SETTING, self.template, f"prompt {prompt.id}: {error}") from error
         if _is_lost(text, token_ids, tokenizer) and not _is_lost(prompt.text, prompt.token_ids, tokenizer):
             raise ConfigError(

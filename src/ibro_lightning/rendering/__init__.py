@@ -1,15 +1,14 @@
 """Rendering of problems as model input: chat templates, BOS and control tokens."""
 
 from ibro_lightning.rendering.control_tokens import (
-    ControlTextError,
+    Content,
     ControlTokens,
+    RenderingError,
     TextTokenizer,
     control_text,
     masked_content,
 )
 from ibro_lightning.rendering.render import (
-    Content,
-    RenderingError,
     appended_tokens,
     last_question,
     prefill,
@@ -20,7 +19,6 @@ from ibro_lightning.rendering.render import (
 
 __all__ = [
     "Content",
-    "ControlTextError",
     "ControlTokens",
     "RenderingError",
     "TextTokenizer",

@@ -16,17 +16,21 @@ from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
-OPEN, CLOSE, OURS = "\U000ff000", "\U000ff001", "\U000ff002"
+Content = str | Sequence[Mapping[str, Any]]
+"""Raw text, or ``{role, content}`` messages."""
+OPEN, CLOSE, PREFIX = "\U000ff000", "\U000ff001", "\U000ff002"
 """Delimiters of a masked token's index, and the prefix of a template token's id. Planes 15 and 16 are private use."""
-RESERVED = {OPEN, CLOSE, OURS}
-_DIGITS = "\U000ff010"
+RESERVED = {OPEN, CLOSE, PREFIX}
+_TO_PRIVATE = {ord(str(digit)): 0xFF010 + digit for digit in range(10)}
+_FROM_PRIVATE = {private: digit for digit, private in _TO_PRIVATE.items()}
+_CANNOT = "control tokens cannot be encoded as text"
 _MASKED = re.compile(f"{OPEN}([^{CLOSE}]*){CLOSE}")
 _BRACKETED = re.compile(r"<\|.*\|>", re.DOTALL)
 _MARKS = re.compile(r"[<\[{|](?!\s).*[>\]}|]", re.DOTALL)
 
 
-class ControlTextError(ValueError):
-    """Control text cannot be encoded as text."""
+class RenderingError(ValueError):
+    """Text or messages cannot be rendered as a prompt."""
 
 
 @dataclass(frozen=True)
@@ -75,23 +79,22 @@ class ControlTokens:
         return list(pattern.finditer(text)) if pattern else []
 
     def mask(self, text: str, *, own: Sequence[str] = (), assistant: bool = False) -> str:
-        """``text`` with its control tokens masked, except in the prefixes and suffixes ``own`` from the recipe's
-        template. Raises :class:`ControlTextError` if it contains the masking characters."""
+        """``text`` with its control tokens masked, except in its prefixes and suffixes ``own`` from the recipe."""
         if RESERVED & set(text):
-            raise ControlTextError(
+            raise RenderingError(
                 "the text contains characters that are reserved for masking control tokens (U+FF000 to U+FF002)"
             )
         pieces, last = list[str](), 0
         for match in self.found(text, assistant=assistant):
             if within(match, text, own):
                 continue
-            number = "".join(chr(ord(_DIGITS) + int(digit)) for digit in str(self.tokens.index(match[0])))
+            number = str(self.tokens.index(match[0])).translate(_TO_PRIVATE)
             pieces += [text[last : match.start()], OPEN, number, CLOSE]
             last = match.end()
         return "".join([*pieces, text[last:]])
 
     def unmask(self, text: str) -> str:
-        return _MASKED.sub(lambda match: self.tokens[_number(match[1])], text)
+        return _MASKED.sub(lambda match: self.tokens[int(match[1].translate(_FROM_PRIVATE))], text)
 
     def disguise(self, text: str) -> str:
         """Masked text as :class:`TextTokenizer` encodes it: unmasked control tokens renamed, masked ones restored."""
@@ -112,14 +115,10 @@ def within(match: re.Match[str], text: str, own: Sequence[str]) -> bool:
 
 def disguised(number: int) -> str:
     """The name of a control token in the vocabulary of :class:`TextTokenizer`."""
-    return OURS + "".join(chr(ord(_DIGITS) + int(digit)) for digit in str(number)) + CLOSE
+    return PREFIX + str(number).translate(_TO_PRIVATE) + CLOSE
 
 
-def _number(digits: str) -> int:
-    return int("".join(str(ord(digit) - ord(_DIGITS)) for digit in digits))
-
-
-def control_text(content: str | Sequence[Mapping[str, Any]], control: ControlTokens, own: Sequence[str] = ()) -> str:
+def control_text(content: Content, control: ControlTokens, own: Sequence[str] = ()) -> str:
     """The first control token in a prompt's data, outside the recipe's ``own`` prefixes and suffixes; "" if none."""
     for text, assistant in _texts(content):
         for match in control.found(text, assistant=assistant):
@@ -128,9 +127,7 @@ def control_text(content: str | Sequence[Mapping[str, Any]], control: ControlTok
     return ""
 
 
-def masked_content(
-    content: str | Sequence[Mapping[str, Any]], control: ControlTokens, own: Sequence[str] = ()
-) -> str | list[dict[str, Any]]:
+def masked_content(content: Content, control: ControlTokens, own: Sequence[str] = ()) -> Content:
     """``content`` with control tokens masked (see :meth:`ControlTokens.mask`), in all fields of messages."""
     if isinstance(content, str):
         return control.mask(content, own=own)
@@ -187,18 +184,18 @@ class TextTokenizer:
         return getattr(self._tokenizer, "all_special_ids", ())
 
     def __call__(self, masked: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
-        """Encode masked text: unmasked control tokens as tokens, masked ones as text. Raises :class:`ControlTextError`
+        """Encode masked text: unmasked control tokens as tokens, masked ones as text. Raises :class:`RenderingError`
         if the vocabulary has no tokens for these, or the copy does not reproduce the tokenizer on this text."""
         control, tokenizer = self._control, self._tokenizer
         plain = control.unmask(masked)
         # With all control tokens renamed, including those in the data, the copy must agree with the tokenizer.
         reference = self._ids(control.disguise(plain), add_special_tokens)
         if reference != list(tokenizer(plain, add_special_tokens=add_special_tokens)["input_ids"]):
-            raise ControlTextError(f"{type(tokenizer).__name__} prepares text in a way of its own")
+            raise RenderingError(f"{_CANNOT}: {type(tokenizer).__name__} prepares text in a way of its own")
         ids = self._ids(control.disguise(masked), add_special_tokens)
         unknown = getattr(tokenizer, "unk_token_id", None)
         if unknown is not None and ids.count(unknown) > reference.count(unknown):
-            raise ControlTextError("the tokenizer has no other tokens for what is written there")
+            raise RenderingError(f"{_CANNOT}: the tokenizer has no other tokens for what is written there")
         return {"input_ids": ids}
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -209,7 +206,7 @@ def _twin_of(tokenizer: Any, control: ControlTokens) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):
         needed = "a tokenizer of the library tokenizers, which alone can encode control tokens as text"
-        raise ControlTextError(f"{type(tokenizer).__name__} is not {needed}")
+        raise RenderingError(f"{_CANNOT}: {type(tokenizer).__name__} is not {needed}")
     from tokenizers import Tokenizer  # lazy: rarely needed
 
     twin = Tokenizer.from_str(json.dumps(_renamed(json.loads(backend.to_str()), control)))

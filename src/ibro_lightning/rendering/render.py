@@ -11,10 +11,7 @@ from itertools import takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ibro_lightning.rendering.control_tokens import ControlTextError, ControlTokens, TextTokenizer
-
-Content = str | Sequence[Mapping[str, Any]]
-"""Raw text, or ``{role, content}`` messages."""
+from ibro_lightning.rendering.control_tokens import Content, ControlTokens, RenderingError, TextTokenizer
 
 _END = "<|the words end here|>"
 _PRINTED = ("'text': '", '"text": "', '"text":"')
@@ -22,10 +19,6 @@ _PRINTED = ("'text': '", '"text": "', '"text":"')
 _THINK, _THOUGHT = "<think>", "</think>"
 _forms: WeakKeyDictionary[Any, dict[Any, list[bool]]] = WeakKeyDictionary()
 """Results of :func:`_content_parts`, by tokenizer, then by template, roles and template variables."""
-
-
-class RenderingError(ValueError):
-    """These messages cannot be rendered as a prompt."""
 
 
 def render(
@@ -36,17 +29,14 @@ def render(
     With ``masked``, control tokens in ``content`` are masked (:mod:`.control_tokens`) and encoded as text; the returned
     text contains them unmasked.
     """
-    try:
-        encode = TextTokenizer.of(tokenizer) if masked else tokenizer
-        if isinstance(content, str):
-            text, token_ids = content, _raw_tokens(content, encode)[0]
-        else:
-            text = _chat_text(text_messages(content), tokenizer, chat_template_kwargs or {})
-            # The template has already written the special tokens.
-            token_ids = tuple(encode(text, add_special_tokens=False)["input_ids"])
-        return ControlTokens.of(tokenizer).unmask(text) if masked else text, token_ids
-    except ControlTextError as error:
-        raise RenderingError(f"control tokens cannot be encoded as text: {error}") from error
+    encode = TextTokenizer.of(tokenizer) if masked else tokenizer
+    if isinstance(content, str):
+        text, token_ids = content, _raw_tokens(content, encode)[0]
+    else:
+        text = _chat_text(text_messages(content), tokenizer, chat_template_kwargs or {})
+        # The template has already written the special tokens.
+        token_ids = tuple(encode(text, add_special_tokens=False)["input_ids"])
+    return ControlTokens.of(tokenizer).unmask(text) if masked else text, token_ids
 
 
 def appended_tokens(text: str, tokenizer: Any) -> tuple[int, ...]:
@@ -72,8 +62,7 @@ def last_question(content: Content) -> str:
 
 
 def text_messages(content: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of messages with their content as text; other fields, such as ``tool_calls``, are kept. Raises
-    :class:`RenderingError` if there are none, or one has no role or has content other than text."""
+    """Copies of messages with their content as text, other fields kept; raises RenderingError for anything else."""
     if not isinstance(content, Sequence) or not content:
         raise RenderingError(f"a prompt is text or a list of {{role, content}} messages, not {content!r}")
     messages = []

@@ -49,8 +49,7 @@ class Reward(ABC):
     """Judges the completions of one prompt. Subclass :class:`VerifiableReward` if answers are right or wrong."""
 
     pooled: bool = True
-    """Judge in the worker processes of the reward pool, which stop what takes too long. False keeps the reward in the
-    trainer's process: it is fast on any response, or holds something that cannot be sent (a model)."""
+    """Judge in the pool's worker processes. False: it is always fast, or holds what cannot be sent (a model)."""
     deadline_s: float | None = None
     """Seconds after which the pool stops it; None takes the pool's deadline."""
     tells_bad_answers: bool = False
@@ -154,9 +153,7 @@ def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> 
         if infinite := {key: value for key, value in values.items() if not math.isfinite(value)}:
             raise bad(infinite, "return finite numbers, 0 for 'cannot tell'")
         if not 0 <= (accuracy := result.parts.get("accuracy", 0.0)) <= 1:
-            remedy = (
-                "an accuracy lies between 0 (wrong) and 1 (right); rewards such as -1 go into correct and incorrect"
-            )
+            remedy = "it lies between 0 (wrong) and 1 (right); rewards such as -1 go into correct and incorrect"
             raise bad(f"the accuracy {accuracy}", remedy)
     return list(results)
 

@@ -83,11 +83,8 @@ class RewardSum(CombinedReward):
             parts |= result.parts
         weighted = list(zip(self.weights, results, strict=True))
         total = sum(weight * result.reward for weight, result in weighted)
-        spans = [
-            abs(weight) * (1.0 if result.outcome_span is None else result.outcome_span)
-            for weight, result in weighted
-            if "accuracy" in result.parts
-        ]
+        judging = [(weight, result.outcome_span) for weight, result in weighted if "accuracy" in result.parts]
+        spans = [abs(weight) * (1.0 if span is None else span) for weight, span in judging]
         answer = next((result.answer for result in results if result.answer is not None), None)
         timed_out = any(result.timed_out for result in results)
         return RewardResult(total, parts, answer, timed_out, spans[0] if spans else None)

@@ -13,8 +13,7 @@ STOPPED = "judging it was stopped: import slow modules in preload, or raise data
 
 
 def gives_plain_responses(reward: Reward) -> bool:
-    """Whether a reward defines plain responses for its own way of judging: a subclass that judges in another way does
-    not inherit those of its base."""
+    """Whether a reward defines plain responses for its own way of judging, not only inherits those of another."""
     order = type(reward).__mro__
     naming = next(place for place, kind in enumerate(order) if "plain_responses" in vars(kind))
     judging = next(place for place, kind in enumerate(order) if vars(kind).keys() & {"verify", "__call__"})

@@ -78,9 +78,7 @@ class LastNumberReward(VerifiableReward):
         except ValueError as error:
             reason = str(error)
         if not values or None in values:
-            what = (
-                f"the answer {str(prompt.answer)[:100]!r} of prompt {prompt.id!r} that it could compare with: {reason}"
-            )
+            what = f"the answer {str(prompt.answer)[:100]!r} of prompt {prompt.id!r} to compare with: {reason}"
             raise RewardError(f"LastNumberReward finds no number in {what} - MathVerifyReward compares expressions")
         return [value for value in values if value is not None]
 

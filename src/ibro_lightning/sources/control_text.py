@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.rendering import (
     Content,
-    ControlTextError,
     ControlTokens,
-    RenderingError,
     control_text,
     masked_content,
     render,
@@ -22,12 +20,6 @@ from ibro_lightning.types import ControlText, Prompt
 SETTING = "data.control_text"
 MAX_NAMED = 5
 """Maximum number of rows named in an error."""
-
-
-def check_control_text(value: str) -> None:
-    """Raise :class:`ConfigError` for an invalid value."""
-    if value not in get_args(ControlText):
-        raise ConfigError("control_text", value, "write warn, refuse or as_text")
 
 
 def rendered(
@@ -42,11 +34,7 @@ def rendered(
     if rule == "as_text":
         control = ControlTokens.of(tokenizer)
         if control.normalized or control_text(content, control, own):
-            try:
-                masked = masked_content(content, control, own)
-            except ControlTextError as error:
-                raise RenderingError(str(error)) from error
-            return render(masked, tokenizer, chat_template_kwargs, masked=True)
+            return render(masked_content(content, control, own), tokenizer, chat_template_kwargs, masked=True)
     return render(content, tokenizer, chat_template_kwargs)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -25,7 +25,7 @@ from ibro_lightning.sources.columns import (
 )
 from ibro_lightning.sources.files import Row, open_table
 from ibro_lightning.sources.templates import bare_question, template_text
-from ibro_lightning.types import Problem
+from ibro_lightning.types import Problem, check_choice
 
 AnswerFormat = Literal["auto", "boxed", "raw", "after_hashes"]
 PROMPT_COLUMNS = ["problem", "question", "prompt"]
@@ -106,8 +106,7 @@ class DatasetSource(PromptSource):
     ) -> None:
         if limit is not None and limit < 1:
             raise ConfigError("limit", limit, "write 1 or more rows, or null for all")
-        if answer_format not in get_args(AnswerFormat):
-            raise ConfigError("answer_format", answer_format, f"write one of {', '.join(get_args(AnswerFormat))}")
+        check_choice("answer_format", answer_format, AnswerFormat)
         for name, columns in (("prompt_column", prompt_column), ("answer_column", answer_column)):
             if not columns:
                 raise ConfigError(name, columns, "name a column, or several to choose from")

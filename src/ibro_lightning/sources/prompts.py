@@ -98,9 +98,7 @@ def _short_enough(prompts: list[Prompt], limits: PromptLimits, setting: str, nam
         reason = f"{dropped} of {len(prompts)} prompts of {name} are longer (up to {longest} tokens)"
         raise ConfigError("prompt_limits.max_tokens", limits.max_tokens, f"{reason}: {remedy}")
     if dropped:
-        counts = (
-            f"{dropped} of {len(prompts)} prompts dropped, longer than {limits.max_tokens} tokens (up to {longest})"
-        )
+        counts = f"{dropped} of {len(prompts)} prompts dropped, over {limits.max_tokens} tokens (up to {longest})"
         rank_zero_info(f"data.{setting}: {counts}")
     return kept
 
@@ -208,9 +206,7 @@ class PromptCursor:
     def refuse_others(self, then: str | None) -> None:
         """Raise :class:`ConfigError` unless ``then``, the digest in a checkpoint, is None or that of these prompts."""
         if then not in (None, self.digest):
-            remedy = (
-                "the checkpoint's position refers to others: write the same source as its run, begin a new run, or "
-            )
+            remedy = "the checkpoint's position refers to others: write its run's source, begin a new run, or "
             remedy += "continue with --resume.allow_changes true"
             raise ConfigError("source", f"{len(self.prompts)} prompts", remedy)
 

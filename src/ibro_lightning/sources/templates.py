@@ -22,9 +22,7 @@ def template_text(template: str) -> str:
     if template in TEMPLATES:
         return TEMPLATES[template]
     if "{" not in template:
-        raise ConfigError(
-            "template", template, f"write one of {', '.join(TEMPLATES)}, or a text that contains {{problem}}"
-        )
+        raise ConfigError("template", template, f"write one of {', '.join(TEMPLATES)}, or a text with {{problem}}")
     check_template("template", template, ("problem",))
     return template
 

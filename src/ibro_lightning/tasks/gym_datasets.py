@@ -71,9 +71,7 @@ def _make_dataset(name: str, config: str) -> Any:
         return create_dataset(name, **settings)
     except Exception as error:
         reason = " ".join(str(error).split()) or "refused by a check without a message"
-        raise ConfigError(
-            "config", config, f"{name} does not take this: {type(error).__name__}: {reason[:300]}"
-        ) from error
+        raise ConfigError("config", config, f"{name} refuses it: {type(error).__name__}: {reason[:300]}") from error
 
 
 def generate_entries(name: str, config: Mapping[str, Any], count: int) -> list[dict[str, Any]]:

@@ -129,15 +129,10 @@ class NumberPath:
         backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[+\-*]\d+|\d+|[>:=!]"), behavior="isolated")
         backend.decoder = decoders.Fuse()
-        special = (PAD, UNKNOWN, EOS)
-        backend.add_tokens([AddedToken(token, normalized=False) for token in vocabulary if token not in special])
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            pad_token=PAD,
-            unk_token=UNKNOWN,
-            eos_token=EOS,
-            clean_up_tokenization_spaces=False,
-        )
+        special = {"pad_token": PAD, "unk_token": UNKNOWN, "eos_token": EOS}
+        plain = [token for token in vocabulary if token not in special.values()]
+        backend.add_tokens([AddedToken(token, normalized=False) for token in plain])
+        return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
 
     @staticmethod
     def prompt(start: int, target: int) -> str:
@@ -235,9 +230,7 @@ class NumberPathReward(VerifiableReward):
             task = NumberPath(size, moves)
             vocabulary = self._tokenizer.get_vocab()
             if missing := [token for token in task.vocabulary() if token not in vocabulary]:
-                remedy = (
-                    "use a policy trained on this task (sft_quickstart.yaml makes one for 50 numbers), or another task"
-                )
+                remedy = "use a policy trained on this task, as by sft_quickstart.yaml (50 numbers), or another task"
                 reason = f"the policy's tokenizer has no token {missing[0]!r}"
                 raise ConfigError("reward", "NumberPathReward", f"{reason}: {remedy}")
             self._tasks[size, moves] = task

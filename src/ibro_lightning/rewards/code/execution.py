@@ -24,7 +24,7 @@ def tests_passed(prompt: Prompt, problem: CodeProblem, program: str, limits: San
         stop_early: only whether all are passed matters.
     """
     if not problem.inputs:
-        return _passed_by_value(prompt, problem, program, limits, stop_early)
+        return _by_value(prompt, problem, program, limits, stop_early)
     ends = time.monotonic() + limits.wall_s
     passed = 0
     for given, expected in zip(problem.inputs, problem.outputs, strict=True):
@@ -38,14 +38,11 @@ def tests_passed(prompt: Prompt, problem: CodeProblem, program: str, limits: San
     return passed
 
 
-def _passed_by_value(
-    prompt: Prompt, problem: CodeProblem, program: str, limits: SandboxLimits, stop_early: bool
-) -> int:
+def _by_value(prompt: Prompt, problem: CodeProblem, program: str, limits: SandboxLimits, stop_early: bool) -> int:
     token, tests = secrets.token_hex(16), problem.tests
     steps = [list(test.steps) for test in tests]
-    observed = run_python(
-        f"{_in_sandbox()}\nobserve({problem.setup!r}, {program!r}, {steps!r}, {token!r})", limits=limits
-    )
+    call = f"observe({problem.setup!r}, {program!r}, {steps!r}, {token!r})"
+    observed = run_python(f"{_in_sandbox()}\n{call}", limits=limits)
     report = observed.report.split("\n")
     if report[0] != "setup" and observed.status == "error":
         last_line = observed.stderr.strip().rpartition("\n")[2]

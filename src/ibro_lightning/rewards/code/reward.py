@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from typing import Literal
 
-from ibro_lightning.errors import ConfigError
 from ibro_lightning.rewards.base import Verdict, VerifiableReward
 from ibro_lightning.rewards.code.limits import CHECK_S, DEFAULT_LIMITS, SandboxLimits
-from ibro_lightning.types import Completion, Prompt
+from ibro_lightning.types import Completion, Prompt, check_choice
 
+OpenTests = Literal["refuse", "run"]
 _FENCE = "```"
 _PYTHON = ("python", "py", "python3")
 _SLACK_S = 5.0
@@ -54,13 +54,12 @@ class CodeReward(VerifiableReward):
         fenced: bool = True,
         partial: bool = False,
         limits: SandboxLimits = DEFAULT_LIMITS,
-        open_tests: Literal["refuse", "run"] = "refuse",
+        open_tests: OpenTests = "refuse",
         correct: float = 1.0,
         incorrect: float = -1.0,
     ) -> None:
         super().__init__(correct, incorrect)
-        if open_tests not in ("refuse", "run"):
-            raise ConfigError("open_tests", open_tests, "write refuse or run")
+        check_choice("open_tests", open_tests, OpenTests)
         self.fenced, self.partial, self.limits, self.open_tests = fenced, partial, limits, open_tests
         self.deadline_s = limits.wall_s + CHECK_S + _SLACK_S  # for the pool; the sandbox has its own limit
 

@@ -129,9 +129,8 @@ def _follow(
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    stdout, stderr, reported = (
-        bytes(text[: limits.output_kib * 1024]).decode("utf-8", "replace") for text in texts.values()
-    )
+    cut = limits.output_kib * 1024
+    stdout, stderr, reported = (bytes(text[:cut]).decode("utf-8", "replace") for text in texts.values())
     seconds = time.monotonic() - started
     if not reported.startswith(_READY.decode()):
         if process.returncode == _CANNOT or process.returncode == 1:  # before a line of the program ran

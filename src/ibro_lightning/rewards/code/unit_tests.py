@@ -37,8 +37,7 @@ class TestParts:
 
 
 def trusted_names(setup: str, entry_point: str | None) -> frozenset[str]:
-    """Names whose meaning does not depend on the response: builtins and what the set-up binds, less ``entry_point``.
-    Raises SyntaxError or :class:`OpenTest` if the set-up is not valid Python, or hides what it imports."""
+    """Names that do not depend on the response: builtins and what the set-up binds, less ``entry_point``."""
     bound = {name for statement in ast.parse(setup).body for name in _bound(statement)}
     return frozenset((_BUILTINS | bound) - {entry_point})
 

@@ -118,8 +118,7 @@ def spelled(answer: str) -> str:
 
 
 def same_answer(answer: str, gold: str) -> bool:
-    """Whether the two are spelled alike, or ``answer`` is an equation that ends in the number ``gold``, such as
-    ``m + n = 34``. An empty answer equals nothing."""
+    """Whether both are spelled alike, or ``answer`` is an equation ending in the number ``gold``; "" equals nothing."""
     value, right = spelled(answer), spelled(gold)
     if value and value == right:
         return True

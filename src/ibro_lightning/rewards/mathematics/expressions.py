@@ -6,7 +6,7 @@ The library and sympy are imported on first use, so that other rewards do not wa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -14,16 +14,6 @@ from typing import Any
 _MAX_BITS = 50_000  # about 15,000 digits
 _MAX_PARTS = 2000
 _MAX_EXPANDED = 200
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How to compare two answers: see :class:`~ibro_lightning.rewards.MathVerifyReward`."""
-
-    strict: bool = True
-    precision: int = 6
-    numeric_precision: int = 15
-    allow_set_relation_comp: bool = False
 
 
 def parse(text: str, match_types: tuple[str, ...]) -> tuple[Any, ...]:
@@ -36,25 +26,14 @@ def parse(text: str, match_types: tuple[str, ...]) -> tuple[Any, ...]:
         return ()
 
 
-def equal(gold: Any, answer: Any, options: Comparison) -> bool:
-    """Whether two items from :func:`parse` are the same; texts equal only texts."""
+def equal(gold: Any, answer: Any, options: Mapping[str, Any]) -> bool:
+    """Whether two items from :func:`parse` are the same, with ``options`` of the library; texts equal only texts."""
     if isinstance(gold, str) or isinstance(answer, str):
         return isinstance(gold, str) and isinstance(answer, str) and gold.strip() == answer.strip() != ""
     try:
         if is_heavy(gold) or is_heavy(answer):
             return bool(gold == answer)
-        return bool(
-            _library().verify(
-                gold,
-                answer,
-                float_rounding=options.precision,
-                numeric_precision=options.numeric_precision,
-                strict=options.strict,
-                allow_set_relation_comp=options.allow_set_relation_comp,
-                timeout_seconds=None,
-                raise_on_error=True,
-            )
-        )
+        return bool(_library().verify(gold, answer, **options, timeout_seconds=None, raise_on_error=True))
     except MemoryError:
         raise
     except Exception:  # as above

@@ -10,7 +10,7 @@ from typing import Any
 from ibro_lightning.errors import ConfigError, RewardError, check_at_least
 from ibro_lightning.rewards.base import PlainResponses, Verdict, VerifiableReward
 from ibro_lightning.rewards.mathematics.answer_text import answer_line, bare, is_quantity, without_special_tokens
-from ibro_lightning.rewards.mathematics.expressions import Comparison, equal, parse, spelled
+from ibro_lightning.rewards.mathematics.expressions import equal, parse, spelled
 from ibro_lightning.rewards.mathematics.gold_text import gold_texts
 from ibro_lightning.rewards.mathematics.perturbed import perturbed
 from ibro_lightning.types import Completion, Prompt
@@ -103,7 +103,8 @@ class MathVerifyReward(VerifiableReward):
         check_at_least("numeric_precision", numeric_precision, 1)
         check_at_least("last_chars", last_chars, 1)
         self.match_types, self.last_chars = tuple(match_types), last_chars
-        self.options = Comparison(strict, precision, numeric_precision, allow_set_relation_comp)
+        self.options = {"strict": strict, "float_rounding": precision, "numeric_precision": numeric_precision}
+        self.options["allow_set_relation_comp"] = allow_set_relation_comp
 
     def preload(self) -> None:
         one, half = (parse(f"\\boxed{{{text}}}", ("latex", "expr"))[0] for text in ("1", "\\frac{1}{2}"))
@@ -145,7 +146,7 @@ class MathVerifyReward(VerifiableReward):
         counts = _APPROXIMATELY.match(gold)
         value, rest = (gold[: counts.end()], gold[counts.end() :]) if counts else (gold, "")
         letters = "=" in value and not is_quantity(value) and not _STYLE.search(value)
-        others = perturbed(value, subscripts=False, letters=letters, decimals=self.options.precision)
+        others = perturbed(value, subscripts=False, letters=letters, decimals=self.options["float_rounding"])
         return [other + rest for other in others]
 
     def _plain(self, answer: str) -> str:
