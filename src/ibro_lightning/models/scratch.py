@@ -19,11 +19,15 @@ class Task(Protocol):
 
 
 class Qwen2FromScratch(PolicySource):
-    """A small Qwen2 with random weights and a task's own tokenizer: the start of the quick start's base policy.
+    """A small Qwen2 with random weights, tied embeddings and a task's own tokenizer: where the quick start begins.
 
     Args:
         task: whose tokenizer and vocabulary to use.
-        hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size: the usual sizes; embeddings are tied.
+        hidden_size: of a token's state.
+        num_layers: decoder blocks.
+        num_heads: of the queries.
+        num_kv_heads: of keys and values.
+        intermediate_size: of the feed-forward layers.
         max_position_embeddings: longest prompt + response in tokens.
         initializer_range: standard deviation of the initial weights. Small models need 0.08 rather than Qwen's 0.02.
         seed: of the random weights.

@@ -60,7 +60,8 @@ class PolicyModule(pl.LightningModule):
         surrogate: the policy loss. ``ppo``: each token's clipped ratio (PPO, GRPO, DAPO); ``gspo``: one clipped ratio
             per sequence (with clip ratios near 3e-4 and aggregation ``seq-mean-token-mean``); ``cispo``: the clipped
             ratio as a weight, no token loses its gradient; or a subclass of :class:`.PolicyLoss`.
-        clip_ratio_low, clip_ratio_high: the probability ratio is clipped to [1 − low, 1 + high].
+        clip_ratio_low: the probability ratio is clipped to at least 1 − this.
+        clip_ratio_high: the probability ratio is clipped to at most 1 + this.
         dual_clip: bounds the loss of negative advantages by c·|A|; None switches it off. Not in ``cispo``.
         aggregation: how token losses become one number; denominators count the whole optimizer step.
         aggregation_max_tokens: the constant length of ``seq-mean-token-sum-norm`` (Dr.GRPO).

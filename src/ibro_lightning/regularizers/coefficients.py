@@ -66,7 +66,8 @@ class Schedule(Coefficient):
     """From one value in the first iteration to another, then constant.
 
     Args:
-        start, end: first and last value.
+        start: first value.
+        end: last value.
         iterations: from the first value to the last.
     """
 
@@ -140,8 +141,10 @@ class EntropyBand(Coefficient):
     errors that push further against it are not summed (anti-windup).
 
     Args:
-        low, high: the band, nats per token.
-        proportional, integral: gains, coefficient per nat (and per iteration).
+        low: lower end of the band, nats per token.
+        high: its upper end.
+        proportional: gain, coefficient per nat.
+        integral: gain, coefficient per nat and iteration.
         start: the initial coefficient inside the band.
         maximum: upper limit.
     """

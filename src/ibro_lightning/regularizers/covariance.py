@@ -27,7 +27,8 @@ class ClipCov(PolicyLossMethod):
 
     Args:
         fraction: their share of the step's valid tokens; at least one if any is eligible.
-        low, high: tokens with ``low < c_t < high`` are eligible.
+        low: tokens with ``low < c_t < high`` are eligible.
+        high: see ``low``.
     """
 
     prepare_needs_scores = True
