@@ -36,6 +36,10 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
         torch.set_num_threads(1)
 
 
+settings.register_profile("busy", deadline=None)  # an example takes as long as a busy machine lets it
+settings.load_profile("busy")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """Modules and tests are as many as a million objects, and none is garbage: nobody looks through them."""
