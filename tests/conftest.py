@@ -32,12 +32,11 @@ os.fsync = lambda descriptor: None
 def pytest_collectstart(collector: pytest.Collector) -> None:
     if isinstance(collector, pytest.Session):  # before any test file is imported
         import torch
+        from hypothesis import settings
 
         torch.set_num_threads(1)
-
-
-settings.register_profile("busy", deadline=None)  # an example takes as long as a busy machine lets it
-settings.load_profile("busy")
+        settings.register_profile("untimed", deadline=None)  # an example takes as long as a busy machine lets it
+        settings.load_profile("untimed")
 
 
 @pytest.hookimpl(wrapper=True)
