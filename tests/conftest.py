@@ -1,6 +1,6 @@
 """Shared fixtures: one thread (two contended OpenMP pools are far slower than one), and a tiny policy on disk.
 
-xdist's controller imports this file and runs no test: what takes seconds to import is imported where it is used."""
+xdist's controller imports this file and runs no test: transformers is imported where it is used."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from hypothesis import settings
 
 from helpers.user_code import USER_CODE
 
@@ -29,14 +31,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PLACES))
 os.fsync = lambda descriptor: None
 
 
-def pytest_collectstart(collector: pytest.Collector) -> None:
-    if isinstance(collector, pytest.Session):  # before any test file is imported
-        import torch
-        from hypothesis import settings
-
-        torch.set_num_threads(1)
-        settings.register_profile("untimed", deadline=None)  # an example takes as long as a busy machine lets it
-        settings.load_profile("untimed")
+torch.set_num_threads(1)
+settings.register_profile("untimed", deadline=None)  # an example takes as long as a busy machine lets it
+settings.load_profile("untimed")
 
 
 @pytest.hookimpl(wrapper=True)
