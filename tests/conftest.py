@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 from helpers.user_code import USER_CODE
 
@@ -27,6 +28,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PLACES))
 # A process that is killed loses nothing of what it has given the kernel, so waiting for the disk would show nothing.
 # That files are synced, and in which order, is seen from the calls, in test_damaged_checkpoints.py.
 os.fsync = lambda descriptor: None
+settings.register_profile("however long an example takes", deadline=None)
+settings.load_profile("however long an example takes")
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
