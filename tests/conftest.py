@@ -29,8 +29,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PLACES))
 # A process that is killed loses nothing of what it has given the kernel, so waiting for the disk would show nothing.
 # That files are synced, and in which order, is seen from the calls, in test_damaged_checkpoints.py.
 os.fsync = lambda descriptor: None
-
-
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)  # an example takes as long as a busy machine lets it
 settings.load_profile("untimed")

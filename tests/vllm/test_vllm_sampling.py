@@ -296,7 +296,7 @@ class TestLimits:
         assert largest_difference(tiny_model("tied"), [prompt], [[sample]]) < 1e-4
 
     def test_one_token_more_is_refused(self, serve):
-        with pytest.raises(ConfigError, match=r"512: write at most 12.*max_model_len"):
+        with pytest.raises(ConfigError, match=r"512 positions of engine and model: write at most 12.*max_model_len"):
             serve("tied", eos=NEVER).generate([(LONG + LONG)[:500]], SamplingParams(max_tokens=13), [[1]])
 
     @pytest.mark.parametrize("token", [61, 64, 10**6])
