@@ -426,5 +426,5 @@ class TestRealFiles:
 
 def test_an_unknown_answer_format_is_refused() -> None:
     """From Python nothing else would check it, and every answer would be taken whole."""
-    with pytest.raises(ConfigError, match=r"^answer_format: 'box' - write one of auto, boxed, raw, after_hashes"):
+    with pytest.raises(ConfigError, match=r"^answer_format: 'box' - write auto or boxed or raw or after_hashes"):
         DatasetSource("x.jsonl", answer_format="box")  # type: ignore[arg-type]

@@ -238,5 +238,5 @@ def test_importing_and_pickling_the_reward_needs_no_sympy() -> None:
         "pickle.loads(pickle.dumps(MathVerifyReward())); assert not {'sympy', 'math_verify'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert pickle.loads(pickle.dumps(MathVerifyReward(precision=3))).options.precision == 3
+    assert pickle.loads(pickle.dumps(MathVerifyReward(precision=3))).options["float_rounding"] == 3
     assert MathVerifyReward.pooled

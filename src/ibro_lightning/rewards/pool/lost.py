@@ -36,7 +36,7 @@ class Loss(NamedTuple):
     @property
     def remedy(self) -> str:
         if self.why == "timeout" and self.first:
-            remedy = "all in fresh workers: import and load what is slow in the reward's preload, which runs once, "
+            remedy = "all in fresh workers: import and load what is slow in the reward's method preload, run once, "
             return f"{remedy}before workers are forked; or raise data.reward_pool.deadline_s"
         if self.why == "timeout":
             return "raise data.reward_pool.deadline_s or the reward's own deadline_s, or fix what takes so long"
