@@ -104,7 +104,7 @@ def test_a_rate_that_somebody_set_counts_or_contradicts(factory: Any, rate: floa
 UNUSABLE: list[tuple[Any, str]] = [
     ("AdamW", "write an optimizer's class"),
     (None, "write an optimizer's class"),
-    (torch.optim.LBFGS, "its step computes the loss anew"),
+    (torch.optim.LBFGS, "its step computes the loss several times"),
     (partial(torch.optim.SparseAdam, eps=1e-7), "gradients are dense here"),
     (nn.Linear, "it is not a torch optimizer"),
 ]
@@ -328,7 +328,7 @@ def test_two_rates_in_one_recipe_are_refused(tmp_path: Path, capsys: pytest.Capt
 
 REFUSED = {
     "--optimizer.lr null": "optimizer.lr: None - write a number, or leave it out: model.learning_rate is used then",
-    "--optimizer LBFGS": "model.optimizer: 'LBFGS' - its step computes the loss anew",
+    "--optimizer LBFGS": "model.optimizer: 'LBFGS' - its step computes the loss several times",
     "--model.optimizer SparseAdam": "model.optimizer: 'SparseAdam' - gradients are dense here",
 }
 

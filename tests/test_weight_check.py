@@ -439,7 +439,7 @@ class Warmer(HFEngine):
 @pytest.mark.parametrize("engine", [Warmer, lambda: Recording(shift=0.01)], ids=["temperature", "constant"])
 def test_another_computation_is_not_taken_for_stale_weights(engine: Any) -> None:
     message = refused(verifier_of(Trainer(), engine()))
-    assert "Sending all weights again did not mend it, so the engine computes something else" in message
+    assert "Sending all weights again did not help, so the engine computes something else" in message
     assert "data.weight_check.tolerance" in message
     assert "Cause" not in message
 
@@ -549,7 +549,7 @@ def test_once_a_prompt_exceeds_the_configs_window(window: int | None, length: in
 
 def test_weights_that_never_arrive_cannot_be_mended() -> None:
     message = cause_after_learning(Faulty(lost=r"layers\.1", deaf=True))
-    assert "Sending all weights again did not mend it" in message
+    assert "Sending all weights again did not help" in message
 
 
 class Broken(HFEngine):

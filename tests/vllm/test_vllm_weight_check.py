@@ -208,7 +208,7 @@ class TestPlantedFaults:
 
     @pytest.mark.parametrize("fault", ["without lm_head.weight", "without model.layers.1.", "rounded"])
     def test_a_fault_that_sending_again_does_not_mend_says_so(self, started, name, fault):
-        assert "did not mend it" in planted(started, name, fault, always=True)
+        assert "did not help" in planted(started, name, fault, always=True)
 
     def test_a_fault_after_many_sound_syncs(self, started, name):
         engine, provider, verifier = started(name)

@@ -166,21 +166,20 @@ class DAPOModule(PolicyModule):
 
     def advantages(self, experience: Experience) -> Tensor:
         """The advantages ``[B, T]`` of the configured estimator."""
-        rewards, responses = experience.token_rewards, experience.sequences.response_mask
+        rewards, groups = experience.token_rewards, experience.groups
         assert rewards is not None, "the scorer sets them"
-        if self.advantage in GROUP_RELATIVE:
-            per_response = self.group_relative(rewards.sum(dim=1), experience)  # [B]
-            return per_response[:, None].expand(rewards.shape)  # [B, T]
-        return reinforce_plus_plus_advantages(
-            rewards, responses, whiten=lambda to_go, _: whiten(to_go, experience, self.ranks)
-        )
-
-    def group_relative(self, rewards: Tensor, experience: Experience) -> Tensor:
-        """Advantages ``[B]``; only ``grpo`` divides by a deviation, which needs the outcomes."""
-        if self.advantage != "grpo" or experience.outcomes is None:
-            return GROUP_RELATIVE[self.advantage](rewards, experience.groups)
-        span = 1.0 if experience.outcome_span is None else experience.outcome_span
-        return group_advantages(rewards, experience.groups, outcomes=experience.outcomes, outcome_span=span)
+        if self.advantage not in GROUP_RELATIVE:
+            responses = experience.sequences.response_mask
+            return reinforce_plus_plus_advantages(
+                rewards, responses, whiten=lambda to_go, _: whiten(to_go, experience, self.ranks)
+            )
+        per_response = rewards.sum(dim=1)  # [B]
+        if self.advantage == "grpo" and experience.outcomes is not None:  # the one that divides by a deviation
+            span = 1.0 if experience.outcome_span is None else experience.outcome_span
+            advantages = group_advantages(per_response, groups, outcomes=experience.outcomes, outcome_span=span)
+        else:
+            advantages = GROUP_RELATIVE[self.advantage](per_response, groups)
+        return advantages[:, None].expand(rewards.shape)  # [B, T]
 
     def experience_metrics(self, experience: Experience, rollout: Rollout) -> dict[str, float]:
         """The curves of a rollout and of the policy before the update."""

@@ -67,7 +67,7 @@ class PolicyModule(pl.LightningModule):
         aggregation_max_tokens: the constant length of ``seq-mean-token-sum-norm`` (Dr.GRPO).
         kl: a KL penalty to a reference policy; None, as in DAPO and in the paper, has none.
         sampler_correction: weights the policy loss for an engine whose probabilities are not quite the policy's; None
-            does not, which responses without log-probs need. The curves ``sampler/…`` show the mismatch in either case.
+            does not, as responses without log-probs need. The curves ``sampler/…`` show the mismatch in either case.
         overlong_filter: leave responses cut at the length limit out of the loss; advantages still compare with them.
         mini_batch_prompts: prompts (whole groups) per optimizer step; None takes the rollout in one step.
         update_epochs: passes over each rollout.
@@ -87,8 +87,8 @@ class PolicyModule(pl.LightningModule):
     min_group_size = 1
     trained: ClassVar[Mapping[str, tuple[str, str]]] = {"policy": ("optimizer", "learning_rate")}
     """The networks that learn, by name, and the arguments with the optimizer and the learning rate of each."""
-    schedule_settings: tuple[str, ...] = ()
-    """Attributes on which :meth:`learning_rate_factor` depends besides ``warmup_steps``."""
+    schedule_settings: tuple[str, ...] = ()  # attributes that learning_rate_factor reads, besides warmup_steps
+    policy: Policy
     updater: Updater
     scorer: Scorer  # like the loss, only in modules that learn from rollouts
     policy_loss: PolicyLoss | None = None
@@ -116,7 +116,6 @@ class PolicyModule(pl.LightningModule):
         self.optimizer_factory, self.learning_rate = optimizer, learning_rate
         self.warmup_steps, self.lr_scheduler_factory = warmup_steps, lr_scheduler
         self.loop = TrainerLoop(self, tuple(self.trained))
-        self.policy: Policy
         self.evaluator = Evaluator(self)
         self.evaluations: dict[str, Evaluation] = {}  # the latest of each set
         self._optimizer_watch: OptimizerWatch | None = None
@@ -168,8 +167,9 @@ class PolicyModule(pl.LightningModule):
             settings: the constructor's arguments, at least ``policy``; a checkpoint holds none of them.
         """
         if not Path(checkpoint_path).is_dir():
-            options = (map_location, hparams_file, strict, weights_only)
-            return super().load_from_checkpoint(checkpoint_path, *options, **settings)
+            return super().load_from_checkpoint(
+                checkpoint_path, map_location, hparams_file, strict, weights_only, **settings
+            )
         checkpoint = read_checkpoint(Path(checkpoint_path), with_optimizers=False)
         module = cls(**settings)
         module.configure_model()
@@ -223,14 +223,12 @@ class PolicyModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["nonfinite"] = self.updater.nonfinite.state_dict()
         if self.policy_loss is not None:
-            coefficients = self.policy_loss.coefficients
-            checkpoint["coefficients"] = {name: coefficient.state_dict() for name, coefficient in coefficients.items()}
+            checkpoint["coefficients"] = {name: c.state_dict() for name, c in self.policy_loss.coefficients.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.updater.nonfinite.load_state_dict(checkpoint.get("nonfinite", {}))
-        saved = checkpoint.get("coefficients", {})
         for name, coefficient in (self.policy_loss.coefficients if self.policy_loss else {}).items():
-            coefficient.load_state_dict(saved.get(name, {}))
+            coefficient.load_state_dict(checkpoint.get("coefficients", {}).get(name, {}))
 
     def report_skipped_steps(self, rollout: Rollout | None = None) -> None:
         """Report the skipped optimizer steps of an iteration, and stop if there were too many in a row."""
@@ -240,8 +238,8 @@ class PolicyModule(pl.LightningModule):
 
     def context(self) -> StepContext:
         """What losses and regularisers can use in an optimizer step."""
-        positions = getattr(self.policy_source.config(), "max_position_embeddings", None)
-        return self.scorer.context(self.tokenizer, positions)
+        config = self.policy_source.config()
+        return self.scorer.context(self.tokenizer, getattr(config, "max_position_embeddings", None))
 
     @property
     def sharding(self) -> Sharding | None:
@@ -263,8 +261,7 @@ class PolicyModule(pl.LightningModule):
     def model_spec(self) -> ModelSpec:
         # Not self.device with a trainer: datamodules are set up before the module moves to its device.
         device = self.device if self._trainer is None else self.trainer.strategy.root_device
-        trusted = self.policy_options.trust_remote_code
-        return ModelSpec(self.policy_source.config(), self.eos_token_ids, device, trusted)
+        return ModelSpec(self.policy_source.config(), self.eos_token_ids, device, self.policy_options.trust_remote_code)
 
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
         return self.policy.named_full_weights()
@@ -314,7 +311,7 @@ class PolicyModule(pl.LightningModule):
     on_test_end = on_validation_end
 
     def _number(self, batch: Any, dataloader_idx: int) -> Any:
-        """Number a rollout that does not come from a datamodule of ours."""
+        """Number the rollouts of a foreign datamodule."""
         unnumbered = isinstance(batch, Rollout) and self.trainer.training and not batch.iteration
         return replace(batch, iteration=self.iteration + 1) if unnumbered else batch
 

@@ -119,14 +119,11 @@ class Scorer:
     @torch.no_grad()
     def values(self, critic: Critic, sequences: Sequences) -> Tensor:
         """``[B, T + 1]`` a critic's values before each response token and after the last, without gradients."""
-        values: Tensor | None = None
+        values = torch.nn.functional.pad(self._zeros(sequences), (0, 1))
         for rows, _ in self.budget.micro_batches(sequences, self.loop.ranks):
             with self.budget.advice("prepare", micro := sequences.select(rows)):
                 micro_values = critic(micro)  # [b, t + 1]
-            if values is None:
-                values = micro_values.new_zeros(len(sequences), sequences.max_response_length + 1)
             values[rows, : micro_values.shape[1]] = micro_values
-        assert values is not None, "a rollout has rows"
         return values
 
     def context(self, tokenizer: Any = None, max_length: int | None = None) -> StepContext:
