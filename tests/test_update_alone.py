@@ -345,3 +345,17 @@ def test_a_schedule_moves_only_with_steps_that_are_taken() -> None:
         updater.update(loss.prepare(experience, context), loss, context)
         rates += schedule.get_last_lr()
     assert rates == [0.05, 0.05, 0.025]
+
+
+class OthersWereOnTime(Ranks):
+    def sum(self, value: Tensor) -> Tensor:
+        return value + 1
+
+
+def test_a_rank_whose_responses_are_all_late_begins_with_the_others() -> None:
+    """Otherwise they would wait for it."""
+    rollout = make_rollout()
+    late = replace(rollout, late=torch.ones_like(rollout.late))
+    loop = PlainLoop({"policy": Policy(qwen2())}, [])
+    assert not Updater(loop).begin(late)
+    assert Updater(replace(loop, ranks=OthersWereOnTime())).begin(late)
