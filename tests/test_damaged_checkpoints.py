@@ -840,3 +840,11 @@ def test_ddp_refuses_nan_on_both_ranks(workspace: Path) -> None:
     assert run_ranks(2, main, argv, folder=workspace) == [2, 2], logs(workspace)
     assert logs(workspace).count(f"its weight {name} holds NaN, so it is unusable") >= 2
     assert "Traceback" not in logs(workspace)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+def test_an_optimizer_may_keep_infinity_and_a_weight_may_not(value: float) -> None:
+    """Some begin with it."""
+    tensor = torch.full((2,), value)
+    assert why_not_finite({}, [{"state": {0: {"largest": tensor}}}]) is None
+    assert why_not_finite({"weight": tensor}) == "its weight weight holds infinity"

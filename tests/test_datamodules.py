@@ -27,7 +27,7 @@ from ibro_lightning.engines.base import check_length
 from ibro_lightning.engines.sampling import sample_tokens
 from ibro_lightning.errors import ConfigError, RewardError, RolloutError
 from ibro_lightning.evaluation.metrics import SampleAccuracy
-from ibro_lightning.rewards import LastNumberReward, OverlongPenalty, RewardSum
+from ibro_lightning.rewards import LastNumberReward, OverlongPenalty, PoolOptions, RewardSum
 from ibro_lightning.sources import DatasetSource, PromptCursor, PromptLimits, encode_prompts
 from ibro_lightning.tasks import NumberPath, NumberPathDemonstrations
 from ibro_lightning.types import Problem, Prompt, SamplingParams
@@ -923,3 +923,42 @@ class TestConstructors:
             TypeError, match=rf"{kind.__name__}\.__init__\(\) got an unexpected keyword argument 'engin'"
         ):
             kind(engin=None)
+
+
+class TestFromRolloutToRollout:
+    def test_an_iteration_that_fails_begins_again_with_the_same_prompts_and_seeds(self, tokenizer):
+        straight, failing = build(tokenizer), build(tokenizer)
+        for data in (straight, failing):
+            data.next_rollout()
+        generate, failing.engine.generate = failing.engine.generate, None  # not callable
+        with pytest.raises(TypeError):
+            failing.next_rollout()
+        failing.engine.generate = generate
+        for data in (straight, failing):
+            assert data.next_rollout().iteration == 2
+        assert failing.engine.calls == straight.engine.calls
+
+    def test_a_resumed_run_goes_on_counting_lost_rollouts(self, tokenizer):
+        first, second = build(tokenizer), build(tokenizer)
+        first.load_state_dict({**first.state_dict(), "lost_rollouts": 2})
+        second.load_state_dict(first.state_dict())
+        assert second.state_dict()["lost_rollouts"] == 2
+
+    def test_stopped_verifications_are_those_of_the_rollout(self, tokenizer, monkeypatch):
+        """The pool counts those of the whole run."""
+        data = build(tokenizer)
+        counts = iter([3.0, 5.0, 5.0, 5.0])
+        monkeypatch.setattr(data.collector, "verifications_stopped", lambda: {"timed_out": next(counts)})
+        assert [data.next_rollout().metrics["verifier/timed_out"] for _ in range(2)] == [2.0, 0.0]
+
+    def test_the_share_of_lost_verdicts_is_that_of_the_whole_evaluation(self, tokenizer):
+        data = TestEvaluation().build(tokenizer)
+        data.collector.reward_pool = PoolOptions()
+        shares = [rollout.metrics.get("verifier/lost_share") for rollout in data.val_dataloader()[0]]
+        assert shares == [None, None, 0.0]
+
+    def test_a_round_is_large_enough_for_the_share_that_has_been_informative(self, tokenizer):
+        """One is missing, and two of three were informative: 1.5 prompts are two."""
+        data = build(tokenizer, [1, 1, 0, 1, 1], dynamic_sampling=DynamicSampling())
+        data.next_rollout()
+        assert [len(texts) for texts, _, _ in data.engine.calls] == [3, 2]

@@ -622,3 +622,18 @@ class TestSampling:
         expected = math.log(softmax(logits[0].tolist())[int(tokens)])
         assert logp.dtype == torch.float32
         assert logp.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_all_samples_of_one_prompt_stay_in_one_batch_if_they_fit() -> None:
+    """Three and one of four would have the second prompt computed twice."""
+    engine = engine_for(tiny_model("qwen2"), eos=(NEVER,), max_batch_size=4)
+    shapes = record_shapes(engine)
+    engine.generate([[1, 2, 3], [4, 5, 6]], SamplingParams(max_tokens=2), [[1, 2, 3], [4, 5, 6]])
+    assert [rows for rows, width in shapes if width > 1] == [1, 1]
+
+
+def test_a_transposed_weight_is_refused() -> None:
+    model, name = tiny_model("llama"), "model.layers.1.mlp.up_proj.weight"
+    weights = {**model.state_dict(), name: model.state_dict()[name].T}
+    with pytest.raises(RolloutError, match=f"weight '{name}' has shape"):
+        engine_for(model).load_weights(weights.items())

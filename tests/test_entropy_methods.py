@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from helpers.updates import begin_step, micro_loss, token_stats
+from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import Experience, TokenStats
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.errors import ConfigError
@@ -1002,3 +1003,18 @@ def test_a_hindsight_prompt_longer_than_the_model_is_refused() -> None:
     assert template.sequences([prompt], responses, Characters(), max_length=10).lengths.tolist() == [10]
     with pytest.raises(ConfigError, match=r"^template: .* up to 10 tokens.* positions for 8"):
         template.sequences([prompt], responses, Characters(), max_length=8)
+
+
+def test_a_prompt_of_tokens_alone_cannot_show_an_answer() -> None:
+    """Without a word, all prompts of all rollouts from tokens would become one: the template with "None" in it."""
+    rollout = Rollout.from_tokens([[1, 2], [3]], [[4], [5]], rewards=[1.0, 0.0])
+    with pytest.raises(ConfigError, match=r"^template: .*prompt 0 has tokens and no text"):
+        HindsightTemplate(TEMPLATE).sequences(rollout.prompts, rollout.sequences, TOKENIZER)
+
+
+def test_masked_tokens_are_not_chosen_in_place_of_certain_ones() -> None:
+    """Of valid tokens with entropy 0, all are learned from with a fraction of one."""
+    mask = [[0, 1, 0, 1, 0, 1, 0]]
+    step = step_of([[1.0] * 7], old_entropy=[[0.0] * 7], mask=mask)
+    chosen = TopEntropyTokens(fraction=1.0).prepare(step, alone()).extra["top_entropy"]
+    assert chosen.int().tolist() == mask

@@ -325,3 +325,15 @@ def test_a_policy_that_is_better_on_most_questions_is_found() -> None:
     differences = torch.tensor([0.25, 0.5, 0.0, 0.25, 0.75, -0.25, 0.5, 0.25, 0.0, 0.5, 0.25, 0.25])
     assert sign_flip_p_value(differences) == 7 / 512
     assert bootstrap_interval(differences)[0] > 0
+
+
+def test_the_interval_of_skewed_scores_is_shifted_as_edgeworths_expansion_says() -> None:
+    """To second order, z standard errors from the mean lie at z + skewness·(2z² + 1)/(6√n); the middle of both ends is
+    the mean shifted by the second term. Without the correction of the bias, that would be 2z² − 1."""
+    scores = -(1 - (torch.arange(100, dtype=torch.float64) + 0.5) / 100).log()  # exponential
+    low, high = bootstrap_interval(scores, resamples=50_000)
+    deviation = scores.std(unbiased=False).item()
+    skewness = ((scores - scores.mean()) ** 3).mean().item() / deviation**3
+    z = 1.98422 * math.sqrt(100 / 99)  # Student's t with 99 degrees of freedom
+    middle = scores.mean().item() + deviation / 10 * skewness * (2 * z**2 + 1) / 60
+    assert (low + high) / 2 == pytest.approx(middle, abs=0.0025)

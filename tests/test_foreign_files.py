@@ -791,3 +791,25 @@ def save(keeper: Keeper, folder: Path, iteration: int) -> None:
     CheckpointFiles().save_checkpoint({"state_dict": {"w": torch.zeros(2)}, "iteration": iteration}, partial)
     keeper.give_name(partial, path)
     keeper.keep(path, ())
+
+
+@pytest.mark.parametrize("part", ["rollouts/iteration_000001.parquet", "checkpoints/iteration_000001.ckpt", "model"])
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_only_a_run_without_a_complete_iteration_is_forgotten(part: str, is_complete: bool, tmp_path: Path) -> None:
+    """A folder that holds more is kept as it is. Unfinished files do not count."""
+    claim(tmp_path, PARTS["fit"], files=["hparams.yaml"])
+    (tmp_path / "config.yaml").write_text(f"{HEADER} 0.1.0\n")
+    write(tmp_path, "hparams.yaml")
+    if not is_complete:
+        (begin(tmp_path / part) / "config.json").write_text("half") if part == "model" else write(
+            tmp_path, f"{part}.partial"
+        )
+    elif part == "model":
+        a_model(tmp_path / part)
+    else:
+        write(tmp_path, part)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert forget_beginning(tmp_path) is not is_complete
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert (after == before) is is_complete
+    assert (tmp_path / "hparams.yaml").exists() is is_complete

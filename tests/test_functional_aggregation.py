@@ -309,3 +309,10 @@ def test_explained_variance_passes_gradcheck_and_gives_padding_no_gradient() -> 
     for grad in torch.autograd.grad(explained_variance(values, returns, mask), (values, returns)):
         assert grad.isfinite().all()
         assert grad[0, 2] == 0
+
+
+@pytest.mark.parametrize(("least", "expected"), [(0.0, 1.0), (1.0, 1.0), (16.0, 0.5)])
+def test_a_least_variance_counts_where_it_is_the_larger_one(least: float, expected: float) -> None:
+    """The variance of ±2 is 4."""
+    whitened = masked_whiten(f64(-2, 2), torch.ones(2), least_variance=least, epsilon=0.0)
+    torch.testing.assert_close(whitened, f64(-expected, expected))

@@ -621,3 +621,20 @@ def test_a_bad_gold_of_a_file_is_found_by_file_and_row(tmp_path: Path) -> None:
     prompts = encode_prompts(source, Characters(), PromptLimits(), setting="source")
     with pytest.raises(ConfigError, match=r"^source: 'halves/1' - 1 of 3 golds"):
         usable_golds(LastNumberReward(), prompts, setting="source")
+
+
+class OneOfTwoWithFive(OneOfTwo):
+    """The second gold of five is bad: rank 0 tries the first, the third and the fifth."""
+
+    def gather(self, item: Any) -> list[Any]:
+        shares: list[list[str | None]] = [[None, None, None], ["no plain number", None]]
+        assert [reason is None for reason in item] == [reason is None for reason in shares[self.rank]]
+        return shares
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_reason_of_another_rank_belongs_to_the_gold_that_it_tried(rank: int) -> None:
+    prompts = [prompt(answer, f"file/{n}") for n, answer in enumerate(["7", "1/2", "8", "9", "10"])]
+    ranks = OneOfTwoWithFive(rank, 2)
+    kept = usable_golds(LastNumberReward(), prompts, setting="source", on_bad_gold="drop", ranks=ranks)
+    assert [one.id for one in kept] == ["file/0", "file/2", "file/3", "file/4"]

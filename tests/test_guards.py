@@ -207,3 +207,9 @@ with memory_advice("update", batch, 16384):
         assert "in use on cpu" in said
         smaller = int(said.split("write ")[1].split()[0])
         assert 1 <= smaller < 8192 / 16, "it asked for more than 16 times of what there was"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_neither_a_norm_nor_a_loss_may_be_infinite(value):
+    assert nonfinite_cause(torch.tensor(value), {"loss": 0.0}) == "gradient"
+    assert nonfinite_cause(torch.tensor(1.0), {"loss": 0.0, "critic/loss": value}) == "loss"

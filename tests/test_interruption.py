@@ -364,3 +364,22 @@ def test_another_error_gives_the_handlers_back(handling: Interruptions) -> None:
     assert signal.getsignal(signal.SIGTERM) == handling._handle
     handling.on_exception(stub(), pl.LightningModule(), ValueError("oops"))
     assert signal.getsignal(signal.SIGTERM) != handling._handle
+
+
+def test_a_request_does_not_break_into_the_handling_of_the_first_within_other_work() -> None:
+    """Neither within the work that was given up, nor within that around it."""
+    handled = False
+
+    def work() -> None:
+        nonlocal handled
+        with interruption.abandonable():
+            try:
+                with interruption.abandonable():
+                    interruption.request("SIGINT", 130)
+            finally:
+                interruption.request("SIGTERM", 143)
+                handled = True
+
+    with pytest.raises(Interrupted, match="SIGINT"):
+        work()
+    assert handled

@@ -669,3 +669,20 @@ def test_a_run_with_a_compiled_policy_goes_on_and_exports(workspace: Path) -> No
     whole, halves = (load_file(workspace / run / "model" / "model.safetensors") for run in ("run", "half"))
     assert not [name for name in whole if "_orig_mod" in name]
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+class CriticFirst(PPOModule):
+    def configure_optimizers(self) -> Any:
+        optimizers, schedules = super().configure_optimizers()
+        return optimizers[::-1], schedules[::-1]
+
+
+def test_the_order_of_the_optimizers_does_not_matter() -> None:
+    ends = []
+    for kind in (PPOModule, CriticFirst):
+        module = kind(TinySource(), learning_rate=1e-3, critic_learning_rate=1e-2, warmup_steps=0)
+        trainer, recorder = fit(module, rollouts(2))
+        assert trainer.global_step == 2
+        ends.append(recorder.weights[-1])
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name

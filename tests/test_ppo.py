@@ -31,6 +31,7 @@ from helpers.rollouts import (
     reference_scores,
     rollouts,
     sequences,
+    with_late,
 )
 from helpers.updates import adamw, begin_step, dapo, fit, micro_loss, ppo, scored_first, token_losses, value_loss
 from ibro_lightning.batches import Rollout
@@ -796,3 +797,42 @@ def test_a_critic_whose_folder_lacks_weights_is_refused(tmp_path: Path, tiny_pol
     module = PPOModule(str(tiny_policy), critic=str(folder))
     with pytest.raises(ConfigError, match=r"^critic: .*not complete.*down_proj.*missing"):
         module.configure_model()
+
+
+@pytest.mark.parametrize("span", [0.5, 6.0])
+def test_the_least_deviation_of_a_rollout_whose_accuracy_does_not_differ_is_half_the_span(span: float) -> None:
+    module = ppo()
+    experience = module.prepare(shaped_rollout([0.0] * 8, span=span))
+    small = 1e-3 * torch.randn(experience.mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    centred = small - small[experience.mask].mean()
+    whitened = whiten(small, experience, module.ranks)
+    torch.testing.assert_close(whitened[experience.mask], centred[experience.mask] / (span / 2), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("span", [0.5, 6.0])
+def test_the_least_deviation_of_a_group_whose_accuracy_does_not_differ_is_half_the_span(span: float) -> None:
+    """Of two rewards 0.001 apart, each is 0.0005 from their mean."""
+    rollout = shaped_rollout([0.0] * 8, span=span)
+    advantages = dapo(advantage="grpo").prepare(rollout).advantages[:, 0]
+    size = 5e-4 / (span / 2)
+    first = torch.tensor([row == 0 or group != rollout.groups[row - 1] for row, group in enumerate(rollout.groups)])
+    torch.testing.assert_close(advantages.double(), torch.where(first, -size, size).double(), rtol=1e-3, atol=0)
+
+
+def test_a_late_response_is_no_truncated_one_to_bootstrap() -> None:
+    rollout = with_late({1: 2}, truncated=[4])
+    ended, bootstrapped = (
+        ppo(bootstrap_truncated=flag, whiten_advantages=False).prepare(rollout).extra["returns"]
+        for flag in (False, True)
+    )
+    differs = (ended != bootstrapped).any(dim=1)
+    assert differs.tolist() == [row == 4 for row in range(8)]
+
+
+def test_the_accuracy_of_a_stopped_verification_is_no_outcome() -> None:
+    rollout = shaped_rollout([1.0] + [0.0] * 7)
+    results = (replace(rollout.results[0], timed_out=True), *rollout.results[1:])
+    assert rollout.outcomes.tolist() == [1.0] + [0.0] * 7
+    outcomes = replace(rollout, results=results).outcomes
+    assert outcomes.isnan().tolist() == [True] + [False] * 7
+    assert outcomes[1:].tolist() == [0.0] * 7

@@ -28,6 +28,7 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.modules import DAPOModule, PolicyModule, PPOModule, SFTModule
 from ibro_lightning.runs.checkpoints.plugin import CheckpointFiles, read_checkpoint, read_optimizers
 from ibro_lightning.runs.marks import HEADER
+from ibro_lightning.update.resumed_optimizers import ResumedSettings
 
 AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
 KINDS = (DAPOModule, PPOModule, SFTModule)
@@ -562,3 +563,25 @@ def test_two_sharded_ranks_go_on_from_a_folder_with_other_settings(workspace: Pa
     assert steps > before["state"][0]["step"].item()
     assert (group["initial_lr"], group["weight_decay"]) == (3e-3, 0.2)
     assert group["lr"] == pytest.approx(3e-3 * min(1, (steps + 1) / 8))
+
+
+@pytest.mark.parametrize("before", [SFTModule], indirect=True)
+def test_the_end_of_the_cosine_may_change(before: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """At the full rate to the end, only the warm-up is left: 3/4 and 4/4 of it in the third and the fourth step."""
+    with caplog.at_level(logging.INFO):
+        _, recorder = train(SFTModule(TinySource(), **SETTINGS, final_lr_factor=1.0), 2, before)
+    assert said(caplog) == ["goes on with other optimizer settings: final_lr_factor 1 (checkpoint: 0)"]
+    assert rate(recorder) == pytest.approx([7.5e-4, 1e-3])
+
+
+def test_the_present_rate_of_a_schedule_that_is_not_watched_follows_the_new_one() -> None:
+    """Halfway down from 0.1 before, halfway down from 0.4 now."""
+    optimizers = []
+    for rate_before_schedule in (0.1, 0.4):
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        group = {"params": [parameter], "lr": rate_before_schedule, "initial_lr": rate_before_schedule}
+        optimizers.append(SGD([group]))
+        ResumedSettings(optimizers[-1], "model.optimizer", "learning_rate", [], {})
+    optimizers[0].param_groups[0]["lr"] = 0.05
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    assert optimizers[1].param_groups[0]["lr"] == pytest.approx(0.2)

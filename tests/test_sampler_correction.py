@@ -39,6 +39,7 @@ from ibro_lightning.batches.experience import Experience
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError, RolloutError
 from ibro_lightning.modules import DAPOModule
+from ibro_lightning.ranks import Ranks
 from ibro_lightning.regularizers import (
     ClipCov,
     EntropyBonus,
@@ -49,7 +50,7 @@ from ibro_lightning.regularizers import (
 )
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult
 from ibro_lightning.update import ReferenceKL
-from ibro_lightning.update.correction import SamplerCorrection, sampled_tokens
+from ibro_lightning.update.correction import SamplerCorrection, refuse_missing_logp, sampled_tokens
 
 torch.set_num_threads(1)
 LEVELS, MODES = ("token", "sequence", "geometric"), ("truncate", "mask")
@@ -604,3 +605,22 @@ def test_a_coarse_sampler_shows_in_the_curves_and_the_correction_in_the_weights(
         weights[name] = load_file(workspace / name / "model" / "model.safetensors")
     for one, other in itertools.combinations(weights, 2):
         assert any(not torch.equal(weights[one][name], weights[other][name]) for name in weights[one]), (one, other)
+
+
+@pytest.mark.parametrize("apart", [-12.0, 12.0])
+def test_a_mean_difference_that_no_precision_explains_is_refused_in_either_direction(apart: float) -> None:
+    old_logp, tokens = torch.full((2, 4), -14.0), torch.ones(2, 4, dtype=torch.bool)
+    with pytest.raises(ConfigError, match="are 12 nats per token from the policy's in the mean"):
+        refuse_missing_logp(old_logp + apart, old_logp, tokens)
+    assert refuse_missing_logp(old_logp + apart / 2, old_logp, tokens) == 0
+
+
+class OthersHaveLogProbs(Ranks):
+    def sum(self, value: Tensor) -> Tensor:
+        return value + 5
+
+
+def test_tokens_without_log_probs_are_left_out_if_any_rank_has_some() -> None:
+    nothing, tokens = torch.full((2, 3), torch.nan), torch.ones(2, 3, dtype=torch.bool)
+    assert sampled_tokens(nothing, tokens).all()
+    assert not sampled_tokens(nothing, tokens, OthersHaveLogProbs()).any()

@@ -186,3 +186,8 @@ def test_our_modules_train_on_a_plain_data_loader(kind: Any, tmp_path: Any) -> N
         after = module.policy(pair, temperature=1.0)[0].sum(dim=1)
     assert float((after - before)[1]) > float((after - before)[0])
     assert iterations.seen == [1, 2, 3, 4]
+
+
+def test_a_data_loaders_samples_are_groups_of_their_own_even_with_equal_prompts() -> None:
+    sample = {"prompt_token_ids": [5, 6], "response_token_ids": [[8, 2], [9, 2]], "rewards": [1.0, 0.0]}
+    assert collate_rollout([sample, sample]).groups.tolist() == [0, 0, 1, 1]

@@ -212,3 +212,14 @@ def test_coefficients_are_told_of_all_responses_also_of_those_left_out_of_the_lo
     ratio = (reference - logp).exp()
     assert entropy.told == [(pytest.approx(entropies.mean().item(), rel=1e-6), 8)]
     assert kl.told == [(pytest.approx((ratio - 1 - ratio.log()).mean().item(), rel=1e-6), 8)]
+
+
+def test_the_curve_of_the_kl_counts_all_responses_also_those_left_out_of_the_loss() -> None:
+    kl = ReferenceKL(0.1, policy=TinyQwen2(seed=1))
+    module = dapo(kl=kl, overlong_filter=True, **PLAIN)
+    model, rollout = copy.deepcopy(module.policy.model), with_late({1: 2, 4: 0}, truncated=[3], iteration=1)
+    metrics = trained(module, rollout)
+    with torch.no_grad():
+        logp, reference = (torch.cat(written_out.scores(one, rollout)[0]) for one in (model, TinyQwen2(seed=1).model))
+    ratio = (reference - logp).exp()
+    assert metrics["kl/reference"] == pytest.approx((ratio - 1 - ratio.log()).mean().item(), rel=1e-6)

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from helpers.rollouts import make_rollout
 from helpers.updates import fit
 from ibro_lightning import regularizers
 from ibro_lightning.batches import Rollout, TokenStats
+from ibro_lightning.batches.experience import Experience
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.functional import clipped_surrogate
 from ibro_lightning.models import LoRAOptions, Policy, PolicyOptions, Qwen2FromScratch
 from ibro_lightning.modules import DAPOModule, PolicyModule, PPOModule, SFTModule
-from ibro_lightning.regularizers import InformationBottleneck
+from ibro_lightning.ranks import ALONE, Ranks
+from ibro_lightning.regularizers import EntropyBonus, InformationBottleneck, StepContext
 from ibro_lightning.regularizers.coefficients import AdaptiveKL, Cosine, EntropyBand, Linear, TargetEntropy
 from ibro_lightning.strategies import FSDP2Strategy
 from ibro_lightning.update import (
@@ -263,3 +266,127 @@ def test_a_rank_without_rows_of_a_step_takes_part_with_one_that_does_not_count()
     step = rows_of(module.prepare(make_rollout()), torch.tensor([], dtype=torch.long))
     assert len(step) == 1
     assert not step.mask.any()
+
+
+# What takes no part in a step.
+
+
+def taken(losses: Sequence[PolicyLoss], ranks: Ranks = ALONE) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Weights after a step of gradient descent by each loss, all on the same rollout, and the metrics of the steps."""
+    policy = Policy(qwen2().double())
+    loop = PlainLoop({"policy": policy}, [torch.optim.SGD(policy.parameters(), lr=0.1)], ranks=ranks)
+    scorer, updater, rollout = Scorer(loop, PolicyLoss()), Updater(loop), make_rollout()
+    context, experience = scorer.context(), scorer(rollout)
+    advantages = rollout.rewards.double()[:, None].expand(experience.mask.shape)
+    step = replace(experience, advantages=advantages)
+    metrics = [updater.update(loss.prepare(step, context), loss, context)[1] for loss in losses]
+    return weights(policy), metrics
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-12, atol=1e-14, msg=name)
+
+
+class NotANumber(PolicyLoss):
+    """Loss and gradient are NaN."""
+
+    def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = super().surrogate(stats)
+        return loss * torch.nan, metrics
+
+
+def test_a_step_that_is_left_out_leaves_no_gradient_behind() -> None:
+    after_both, metrics = taken([NotANumber(), PolicyLoss()])
+    after_one, _ = taken([PolicyLoss()])
+    assert [step["update/skipped_steps"] for step in metrics] == [1.0, 0.0]
+    assert ["update/grad_norm" in step for step in metrics] == [False, True]
+    assert_equal(after_both, after_one)
+
+
+class AnotherRankHasMore(Ranks):
+    """As if another rank needed one micro-batch more for the step."""
+
+    def max(self, value: Tensor) -> Tensor:
+        return value if value.is_floating_point() else value + 1
+
+
+def test_a_row_that_is_repeated_for_the_sake_of_other_ranks_does_not_count() -> None:
+    """Neither in the gradient nor in the metrics."""
+    alone, metrics = taken([PolicyLoss(InformationBottleneck(0.5))])
+    repeated, other_metrics = taken([PolicyLoss(InformationBottleneck(0.5))], AnotherRankHasMore())
+    assert_equal(repeated, alone)
+    assert other_metrics == [pytest.approx(step, rel=1e-12) for step in metrics]
+
+
+class NothingElsewhere(EntropyBonus):
+    """Not a number where the mask is False, where it need not be one."""
+
+    def objective(self, stats: TokenStats) -> Tensor:
+        return torch.where(stats.mask, super().objective(stats), torch.nan)
+
+
+def test_values_under_a_false_mask_are_ignored_even_if_they_are_no_numbers() -> None:
+    expected, metrics = taken([PolicyLoss(EntropyBonus(0.5))])
+    actual, other_metrics = taken([PolicyLoss(NothingElsewhere(0.5))])
+    assert_equal(actual, expected)
+    assert other_metrics == [pytest.approx(step, rel=1e-12) for step in metrics]
+
+
+class Prepared(EntropyBonus):
+    """Prepares a weight of 0 for each token, which the weight of 1 in the statistics replaces."""
+
+    def prepare(self, step: Experience, context: StepContext) -> Experience:
+        return step.with_extra(weight=torch.zeros_like(step.advantages))
+
+    def statistics(self, micro: Experience, context: StepContext) -> dict[str, Tensor]:
+        return {"weight": torch.ones_like(micro.advantages)}
+
+    def objective(self, stats: TokenStats) -> Tensor:
+        return super().objective(stats) * stats.extra["weight"]
+
+
+def test_a_statistic_replaces_what_was_prepared_under_the_same_name() -> None:
+    assert_equal(taken([PolicyLoss(Prepared(0.5))])[0], taken([PolicyLoss(EntropyBonus(0.5))])[0])
+
+
+def test_one_group_with_a_large_rate_may_move_the_policy_far() -> None:
+    """However small the rate of the others: the policy is scored again after the step."""
+    policy = Policy(qwen2().double())
+    one, *others = policy.parameters()
+    groups = [{"params": others, "lr": 1e-9}, {"params": [one], "lr": 1e-2}]
+    loop, loss = PlainLoop({"policy": policy}, [torch.optim.AdamW(groups)]), PolicyLoss()
+    scorer, updater, rollout = Scorer(loop, loss), Updater(loop), make_rollout()
+    context, experience = scorer.context(), scorer(rollout)
+    advantages = rollout.rewards.double()[:, None].expand(experience.mask.shape)
+    step = loss.prepare(replace(experience, advantages=advantages), context)
+    done, metrics = updater.update(step, loss, context)
+    assert updater.policy_shift([metrics], done, context)["update/policy_shift"] > 0
+
+
+def test_a_schedule_moves_only_with_steps_that_are_taken() -> None:
+    policy, rollout = Policy(qwen2().double()), make_rollout()
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    loop = PlainLoop({"policy": policy}, [optimizer], [schedule])
+    scorer, updater = Scorer(loop, PolicyLoss()), Updater(loop)
+    context, experience = scorer.context(), scorer(rollout)
+    rates = []
+    for loss in (PolicyLoss(), NotANumber(), PolicyLoss()):
+        updater.update(loss.prepare(experience, context), loss, context)
+        rates += schedule.get_last_lr()
+    assert rates == [0.05, 0.05, 0.025]
+
+
+class OthersWereOnTime(Ranks):
+    def sum(self, value: Tensor) -> Tensor:
+        return value + 1
+
+
+def test_a_rank_whose_responses_are_all_late_begins_with_the_others() -> None:
+    """Otherwise they would wait for it."""
+    rollout = make_rollout()
+    late = replace(rollout, late=torch.ones_like(rollout.late))
+    loop = PlainLoop({"policy": Policy(qwen2())}, [])
+    assert not Updater(loop).begin(late)
+    assert Updater(replace(loop, ranks=OthersWereOnTime())).begin(late)

@@ -513,3 +513,20 @@ def test_experience_metrics_of_a_rollout_without_valid_tokens_are_zero_not_nan(e
         "advantage/max": 0.0,
         "advantage/min": 0.0,
     }
+
+
+def test_selected_rows_keep_their_outcomes_and_spans() -> None:
+    experience = dapo().prepare(make_rollout())
+    experience = replace(experience, outcome_span=torch.arange(8.0))
+    chosen = experience.select(torch.tensor([5, 0]))
+    assert chosen.outcomes.tolist() == experience.outcomes[[5, 0]].tolist()
+    assert chosen.outcome_span.tolist() == [5.0, 0.0]
+
+
+def test_ranks_with_a_share_of_the_groups_take_the_same_steps() -> None:
+    """Also a rank that has no group of a step: it takes part with nothing."""
+    whole = [rows.tolist() for rows in mini_batches(torch.arange(4), 2, seed=5, total=4)]
+    for mine in ([0], [1, 2, 3], [0, 3], [2]):
+        groups = torch.tensor(mine)
+        steps = [groups[rows].tolist() for rows in mini_batches(groups, 2, seed=5, total=4)]
+        assert steps == [[group for group in mine if group in step] for step in whole]

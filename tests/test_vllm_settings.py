@@ -238,3 +238,15 @@ class TestWeights:
         weights = [(str(i), torch.zeros(size)) for i, size in enumerate([2, 2, 2, 9, 1])]
         sizes = [[len(data) // 4 for _, _, _, data in chunk] for chunk in chunks(weights, limit=16)]
         assert sizes == [[2, 2], [2], [9], [1]]
+
+    def test_every_piece_is_filled_as_far_as_it_goes(self):
+        weights = [(str(i), torch.zeros(2)) for i in range(6)]
+        assert [len(chunk) for chunk in chunks(weights, limit=16)] == [2, 2, 2]
+
+    def test_a_part_of_the_weights_has_whole_layers(self):
+        """Engines fuse the matrices of a layer."""
+        shapes = {f"model.layers.{layer}.{name}.weight": torch.Size([2]) for layer in range(2) for name in "ab"}
+        first, second, *_ = ((name, torch.ones(2)) for name in shapes)
+        with pytest.raises(RolloutError, match=r"no new values for 1 weights, e\.g\. 'model\.layers\.0\.b\.weight'"):
+            list(checked_weights([first], shapes, partial=True))
+        assert len(list(checked_weights([first, second], shapes, partial=True))) == 2

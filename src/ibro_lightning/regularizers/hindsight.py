@@ -67,6 +67,9 @@ class HindsightTemplate:
             control: mask these tokens in the data's text, but not in the template's.
         """
         content = prompt.content or prompt.text  # a handmade prompt may have only its text
+        if not content and prompt.answer is None:  # as in Rollout.from_tokens
+            remedy = f"prompt {prompt.id} has tokens and no text, nor an answer: build rollouts from whole Prompts"
+            raise ConfigError(SETTING, self.template, remedy)
         if control is not None:
             content = masked_content(content, control, prompt.own_text)
         if isinstance(content, str):
