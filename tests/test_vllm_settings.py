@@ -173,7 +173,7 @@ def test_calls_in_the_wrong_order_say_what_comes_first():
     engine = VLLMEngine()
     with pytest.raises(RolloutError, match=r"setup\(spec\) comes before load_weights"):
         engine.load_weights([])
-    with pytest.raises(RolloutError, match=r"setup\(spec\) and a load_weights\(\.\.\.\) that succeeds come before"):
+    with pytest.raises(RolloutError, match=r"setup\(spec\) and a successful load_weights\(\.\.\.\) come before"):
         engine.generate([[1]], SamplingParams(), [[0]])
     engine.offload(), engine.onload(), engine.close()  # nothing to do, and no harm
 

@@ -156,11 +156,9 @@ class HFEngine(RolloutEngine):
 
     def _generate_batch(self, prompts: Rows, sampling: SamplingParams, seeds: Rows) -> list[Generation]:
         """All samples of these prompts, ordered by prompt, then by seed. ``P`` prompts, ``R`` rows (samples)."""
-        # On the left, so that the last position predicts every row's next token.
-        padded = Sequences.collate(prompts, [()] * len(prompts), padding_side="left").to(self._device)
-        attention_mask = padded.attention_mask  # [P, L]
+        input_ids, attention_mask = self._left_pad(prompts)
         cache = DynamicCache(config=self._cache_config)
-        logits = self._forward(padded.input_ids, attention_mask, cache)  # [P, V]
+        logits = self._forward(input_ids, attention_mask, cache)  # [P, V]
 
         copies = torch.tensor([len(s) for s in seeds], device=self._device)
         source = torch.arange(len(prompts), device=self._device).repeat_interleave(copies)
@@ -193,6 +191,11 @@ class HFEngine(RolloutEngine):
         reasons: list[FinishReason] = ["stop" if done else "length" for done in ended.tolist()]
         responses = zip(tokens.tolist(), logps.tolist(), lengths.tolist(), reasons, strict=True)
         return [Generation(tuple(ids[:size]), tuple(logp[:size]), reason) for ids, logp, size, reason in responses]
+
+    def _left_pad(self, prompts: Rows) -> tuple[Tensor, Tensor]:
+        """``[P, L]`` ids and mask, padded on the left so that the last position predicts every row's next token."""
+        padded = Sequences.collate(prompts, [()] * len(prompts), padding_side="left").to(self._device)
+        return padded.input_ids, padded.attention_mask
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
         """``[B, V]`` logits of the next token; ``input_ids`` are the tokens not yet in the cache."""

@@ -124,14 +124,15 @@ class VLLMEngine(RolloutEngine):
         if 0 < sampling.temperature < MIN_TEMPERATURE:
             remedy = f"vLLM would sample at {MIN_TEMPERATURE}: write that or more, or 0 (greedy, evaluation only)"
         elif sampling.temperature > MAX_TEMPERATURE:
-            remedy = f"vLLM refuses it: write {MAX_TEMPERATURE:g} or less, or use HFEngine"
+            limit = f"{MAX_TEMPERATURE:g}"
+            remedy = f"vLLM refuses temperatures above {limit}: write {limit} or less, or take HFEngine"
         if remedy:
             raise ConfigError(f"{setting}.temperature", sampling.temperature, remedy)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
         """See :class:`RolloutEngine`. A failure leaves the weights incomplete: vLLM is closed, and restarts later."""
         if self._spec is None:
-            raise RolloutError("VLLMEngine: call setup(spec) before load_weights(...)")
+            raise RolloutError("VLLMEngine: setup(spec) comes before load_weights(...)")
         self.setup(self._spec)
         weights = checked_weights(named_tensors, self._shapes, partial=partial)
         complete = False

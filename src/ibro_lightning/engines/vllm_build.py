@@ -106,7 +106,7 @@ def check_installed() -> None:
         if Version(version).release < Version(MIN_VERSION).release:
             raise ConfigError("engine", f"{package} {version}", f"VLLMEngine needs {MIN_VERSION} or later: {install}")
         if Version(version).release >= Version(UNTESTED_VERSION).release:
-            rank_zero_warn(f"ibro_lightning is tested with {package} {MIN_VERSION}, not with {version}: {install}")
+            rank_zero_warn(f"{package} {version} was not tried with ibro_lightning; {MIN_VERSION} was: {install}")
         return
     raise ConfigError("engine", "VLLMEngine", f"vLLM is not installed: {INSTALL} (or, without a GPU: {INSTALL_CPU})")
 

@@ -57,7 +57,8 @@ class Diagnosis:
             if self.ranks.any(wrong and not cache and not unchanged and batching is None and window is None):
                 stale = self._stale_groups()
         if cache and window is None:
-            return "Cause: the prefix cache was not reset: a repeated prompt is continued wrongly, and new ones are not"
+            seen = "a prompt seen before is continued wrongly, and new ones are not"
+            return f"Cause: the prefix cache was not reset, as {seen}"
         if unchanged:
             return "Cause: the sync did not reach the engine, which answers as it did before the last update"
         if fault := batching or window:
@@ -65,10 +66,10 @@ class Diagnosis:
         if stale:
             tied = self._tied and stale == ["head"]
             head = " (the output head is tied to the embedding, and the engine keeps a copy)" if tied else ""
-            return f"Cause: stale weights in the engine, corrected by sending them again: {', '.join(stale)}{head}"
+            return f"Cause: stale weights in the engine, mended by sending again: {', '.join(stale)}{head}"
         kind = self._provider.model_spec().config.get_text_config().model_type
         return (
-            "Sending all weights again did not help, so the engine computes something else: another precision "
+            "Sending all weights again did not mend it, so the engine computes something else: another precision "
             f"(raise data.weight_check.tolerance if it is harmless), another implementation of the model type {kind!r} "
             "(write another data.engine: HFEngine or VLLMEngine), or a config that does not belong to the weights"
         )
@@ -86,7 +87,7 @@ class Diagnosis:
         for answers, what in (
             (batched, "prompts of different lengths in one batch: its padding is wrong"),
             (samples, "several samples of one prompt: what they share is copied wrongly"),
-            (ended, "rows that continue after others in their batch have ended: they are mixed up"),
+            (ended, "rows that go on when others of their batch have ended: they are mixed up"),
         ):
             if not self.fits(answers):
                 return f"{NOT_THE_WEIGHTS} how the engine handles {what}"

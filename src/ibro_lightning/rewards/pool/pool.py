@@ -51,7 +51,9 @@ class RewardPool:
     The processes start in the background; the first call waits for them. Use it as a context manager, or call
     :meth:`close`; otherwise they end with this process.
 
-    Their leaves are sent to the workers, except for those with ``pooled = False``, which stay in this process.
+    Args:
+        rewards: their leaves are sent to the workers, except for those with ``pooled = False``.
+        options: processes, deadline, memory, and ``max_lost_rollouts``, which may be None.
     """
 
     def __init__(self, rewards: Iterable[Reward], options: PoolOptions = PoolOptions()) -> None:
