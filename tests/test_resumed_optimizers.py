@@ -570,7 +570,7 @@ def test_the_end_of_the_cosine_may_change(before: Path, caplog: pytest.LogCaptur
     """At the full rate to the end, only the warm-up is left: 3/4 and 4/4 of it in the third and the fourth step."""
     with caplog.at_level(logging.INFO):
         _, recorder = train(SFTModule(TinySource(), **SETTINGS, final_lr_factor=1.0), 2, before)
-    assert said(caplog) == ["goes on with other optimizer settings: final_lr_factor 1 (checkpoint: 0)"]
+    assert said(caplog) == ["resumes with other optimizer settings: final_lr_factor 1 (checkpoint: 0)"]
     assert rate(recorder) == pytest.approx([7.5e-4, 1e-3])
 
 

@@ -388,5 +388,5 @@ def test_a_rank_whose_responses_are_all_late_begins_with_the_others() -> None:
     rollout = make_rollout()
     late = replace(rollout, late=torch.ones_like(rollout.late))
     loop = PlainLoop({"policy": Policy(qwen2())}, [])
-    assert not Updater(loop).begin(late)
-    assert Updater(replace(loop, ranks=OthersWereOnTime())).begin(late)
+    assert not Updater(loop).start_iteration(late)
+    assert Updater(replace(loop, ranks=OthersWereOnTime())).start_iteration(late)
