@@ -57,19 +57,19 @@ class SFTDataModule(EvaluationDataModule):
         control_text: ControlText = "warn",
     ) -> None:
         super().__init__(
-            engine,
-            eval_sets,
-            test_sets,
-            eval_batch_prompts,
-            prompt_limits,
-            weight_check,
-            reward_pool,
-            eval_samples,
-            eval_max_tokens,
-            chat_template_kwargs,
-            keep_special_tokens,
-            on_bad_gold,
-            control_text,
+            engine=engine,
+            eval_sets=eval_sets,
+            test_sets=test_sets,
+            eval_batch_prompts=eval_batch_prompts,
+            prompt_limits=prompt_limits,
+            weight_check=weight_check,
+            reward_pool=reward_pool,
+            eval_samples=eval_samples,
+            eval_max_tokens=eval_max_tokens,
+            chat_template_kwargs=chat_template_kwargs,
+            keep_special_tokens=keep_special_tokens,
+            on_bad_gold=on_bad_gold,
+            control_text=control_text,
         )
         check_at_least("batch_size", batch_size, 1)
         check_at_least("steps_per_epoch", steps_per_epoch, 1)
