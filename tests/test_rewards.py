@@ -443,6 +443,7 @@ class TestScore:
             [RewardResult(-math.inf, {"accuracy": 1.0})],
             [RewardResult(1.0, {"accuracy": math.nan})],
             [RewardResult(1.0, {"accuracy": 1.0, "format": math.inf})],
+            [RewardResult(10**400, {"accuracy": 1.0})],
             [],
             [GOOD, GOOD],
         ],
@@ -463,6 +464,8 @@ class TestScore:
             [RewardResult("1", {"accuracy": 1.0})],
             [RewardResult(1.0, {"accuracy": "right"})],
             [RewardResult(1.0, None)],
+            [RewardResult(1.0, {"accuracy": 1.0}, outcome_span="")],
+            [RewardResult(1.0, {"accuracy": 1.0}, outcome_span=torch.ones(2))],
         ],
         ids=repr,
     )

@@ -43,6 +43,8 @@ def clipped_surrogate(
         dual_clip: ``c`` of dual-clip PPO (arXiv 1912.09729), larger than 1; None switches it off.
 
     The log-ratio is clamped to ±20 before ``exp``, so that a token that became impossible cannot give an infinite loss.
+    Training computes the same in :meth:`ibro_lightning.update.PolicyLoss.surrogate`, written out; this is for loops of
+    your own.
     """
     ratio = (logp - old_logp).clamp(-20.0, 20.0).exp()
     return _clip(ratio, advantages, clip_ratio_low, clip_ratio_high, dual_clip)

@@ -1,4 +1,4 @@
-"""DAPO (arXiv 2503.14476), top to bottom, with an exchangeable entropy regulariser; and its critic-free relatives.
+"""DAPO (arXiv 2503.14476), top to bottom, with an interchangeable entropy regulariser; and its critic-free relatives.
 
 An iteration: score → advantages → optimizer steps → micro-batches → loss → backward → clip → step. The loss, from the
 probability ratio to the regulariser's term, is in :mod:`ibro_lightning.update.loss`; the work on a micro-batch in

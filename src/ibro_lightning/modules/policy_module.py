@@ -227,8 +227,10 @@ class PolicyModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.updater.nonfinite.load_state_dict(checkpoint.get("nonfinite", {}))
+        saved = checkpoint.get("coefficients", {})
         for name, coefficient in (self.policy_loss.coefficients if self.policy_loss else {}).items():
-            coefficient.load_state_dict(checkpoint.get("coefficients", {}).get(name, {}))
+            if name in saved:
+                coefficient.load_state_dict(saved[name])
 
     def report_skipped_steps(self, rollout: Rollout | None = None) -> None:
         """Report the skipped optimizer steps of an iteration, and stop if there were too many in a row."""

@@ -1,4 +1,4 @@
-"""PPO with a critic (arXiv 1707.06347) for language models, top to bottom, with an exchangeable entropy regulariser.
+"""PPO with a critic (arXiv 1707.06347) for language models, top to bottom, with an interchangeable entropy regulariser.
 
 One token is one action, the reward comes with the last, and the critic estimates the return before every token.
 An iteration: score → values → advantages → optimizer steps; in each step, first the policy and then the critic goes

@@ -25,7 +25,7 @@ class StepContext:
     """``score(sequences, temperature)`` → the same without gradients, for any number of sequences."""
     tokenizer: Any = None
     seed: int = 0
-    """A function of the run, the iteration and the step."""
+    """For draws in :meth:`EntropyRegularizer.prepare`: a function of the run, the iteration and the step."""
     max_length: int | None = None
     """The policy's number of positions; None: not in its configuration."""
     ranks: Ranks = ALONE

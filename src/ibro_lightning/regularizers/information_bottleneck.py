@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience, TokenStats
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.functional.regularization import Part, information_bottleneck_objective
+from ibro_lightning.functional.regularization import Part
 from ibro_lightning.regularizers.base import EntropyRegularizer, StepContext
 from ibro_lightning.regularizers.coefficients import Coefficient
 
@@ -58,9 +58,11 @@ class InformationBottleneck(EntropyRegularizer):
 
     def objective(self, stats: TokenStats) -> Tensor:
         assert stats.entropy is not None
-        mean = None if self.part == "raw" else stats.extra["ib_mean_weight"]
-        weight = self.weight(stats.advantages)
-        return information_bottleneck_objective(stats.entropy, weight, stats.mask, part=self.part, mean_advantage=mean)
+        weight = self.weight(stats.advantages)  # [B, T] A
+        if self.part != "raw":
+            mean = stats.extra["ib_mean_weight"]  # [B, T] Ā
+            weight = weight - mean if self.part == "centred" else mean
+        return weight * stats.entropy
 
     def weight(self, advantages: Tensor) -> Tensor:
         """The weight of each token's entropy, before it is split into parts."""

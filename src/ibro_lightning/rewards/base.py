@@ -139,9 +139,13 @@ def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> 
     advice = "a reward must return a finite number for every response, wrong and empty ones included"
     with blamed_on(reward, f"prompt {prompt.id!r}", advice):  # MemoryError is the pool's to handle
         results = reward(prompt, completions)
+        _check_results(type(reward).__name__, prompt, completions, results)
+        return list(results)
 
+
+def _check_results(name: str, prompt: Prompt, completions: Sequence[Completion], results: object) -> None:
     def bad(what: object, remedy: str) -> RewardError:
-        return RewardError(f"{type(reward).__name__} returned {what} for prompt {prompt.id!r} - {remedy}")
+        return RewardError(f"{name} returned {what} for prompt {prompt.id!r} - {remedy}")
 
     if not isinstance(results, list | tuple) or not all(_is_result(result) for result in results):
         remedy = "return a list with one RewardResult(reward, parts) per completion, numbers in both; or subclass "
@@ -155,11 +159,10 @@ def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> 
         if not 0 <= (accuracy := result.parts.get("accuracy", 0.0)) <= 1:
             remedy = "it lies between 0 (wrong) and 1 (right); rewards such as -1 go into correct and incorrect"
             raise bad(f"the accuracy {accuracy}", remedy)
-    return list(results)
 
 
 def _is_result(value: object) -> bool:
     if not (isinstance(value, RewardResult) and isinstance(value.parts, Mapping)):
         return False
-    numbers = (value.reward, value.outcome_span or 0.0, *value.parts.values())
-    return all(isinstance(number, Real) for number in numbers)
+    span = 0.0 if value.outcome_span is None else value.outcome_span
+    return all(isinstance(number, Real) for number in (value.reward, span, *value.parts.values()))

@@ -32,7 +32,8 @@ from ibro_lightning.update.reference import ReferenceKL
 
 
 class PolicyLoss:
-    """``L = agg(w·max(−rA, −clip(r, 1−ε_low, 1+ε_high)A) + β·KL) − α·agg(J)``, the maximum being at most −cA for A < 0.
+    """``L = agg(w·max(−rA, −clip(r, 1−ε_low, 1+ε_high)·A) + β·KL) − α·agg(J)``; for A < 0 the maximum is cut to
+    ``min(…, −cA)``. A regulariser's ``shape_policy_loss`` may change the first term.
 
     For another loss, subclass it and override :meth:`surrogate`.
 
@@ -69,9 +70,9 @@ class PolicyLoss:
         self.sampler_correction, self.kl = sampler_correction, kl
 
     def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
-        """``(loss, metrics)`` ``[B, T]`` each; of the metrics, the mean over the step's tokens is logged."""
+        """The loss ``[B, T]``, and metrics ``[B, T]`` by name, of which the mean over the step's tokens is logged."""
         A, low, high = stats.advantages, 1.0 - self.clip_ratio_low, 1.0 + self.clip_ratio_high
-        ratio = (stats.logp - stats.old_logp).clamp(-20.0, 20.0).exp()  # [B, T] r; cut, so that no loss is infinite
+        ratio = (stats.logp - stats.old_logp).clamp(-20.0, 20.0).exp()  # [B, T] r; clamped: no loss is infinite
         loss = torch.maximum(-ratio * A, -ratio.clamp(low, high) * A)  # [B, T]
         clipped = {"low": (A < 0) & (ratio < low), "high": (A > 0) & (ratio > high), "dual": torch.zeros_like(A > 0)}
         if self.dual_clip is not None:
@@ -102,8 +103,8 @@ class PolicyLoss:
         return total, metrics
 
     def stats(self, micro: Experience, context: StepContext) -> TokenStats:
-        """Run the policy over a micro-batch, with gradients. Without old scores, this is the only optimizer step, and
-        the policy is still the one that sampled: its scores are the old ones."""
+        """Run the policy over a micro-batch, with gradients. If it has no old scores, this is the rollout's only
+        optimizer step: the policy is still the one that sampled, so its scores serve as the old ones."""
         active, unscored = bool(self.regularizer.coef), micro.old_logp is None
         with_entropy = unscored or (active and self.regularizer.needs_entropy)
         logp, entropy = context.policy(micro.sequences, temperature=micro.temperature, with_entropy=with_entropy)
@@ -139,10 +140,10 @@ class PolicyLoss:
             raise
         added = {name: values for name, values in prepared.extra.items() if name not in step.extra}
         means = {f"regularizer/{name}": context.ranks.mean(v.float(), step.mask).item() for name, v in added.items()}
-        return replace(prepared, metrics=means)
+        return replace(prepared, metrics={**prepared.metrics, **means})
 
     def start_iteration(self) -> None:
-        """Let the coefficients count the iteration, before it uses them."""
+        """Let the coefficients count the iteration, before the update uses them."""
         for coefficient in self.coefficients.values():
             coefficient.start_iteration()
 
@@ -160,8 +161,8 @@ class PolicyLoss:
 
 
 class GSPOLoss(PolicyLoss):
-    """One clipped ratio per response, the geometric mean of its tokens' (arXiv 2507.18071): clip ratios near 3e-4, with
-    the aggregation ``seq-mean-token-mean``."""
+    """One clipped ratio per response, the geometric mean of its tokens' ratios (arXiv 2507.18071): clip ratios near
+    3e-4, with the aggregation ``seq-mean-token-mean``."""
 
     def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
         result = gspo_surrogate(

@@ -29,7 +29,7 @@ SHIFT = "update/policy_shift"
 FAR = 0.5
 """Nats per token: an update that moves the policy further than this on average is reported."""
 HARMLESS_RATE = 1e-6
-"""The published learning rate; it bounds AdamW's steps, so that a single one does not move a policy far."""
+"""The paper's learning rate; it bounds AdamW's steps, so that a single one does not move a policy far."""
 
 
 class Loss(Protocol):
@@ -39,7 +39,8 @@ class Loss(Protocol):
         """Run the network, with gradients."""
 
     def __call__(self, stats: Any, micro: Experience, /) -> tuple[Tensor, dict[str, float]]:
-        """A scalar to be minimised, and the micro-batch's share of the step's metrics."""
+        """A scalar to be minimised, and the micro-batch's share of the step's metrics. A step in which a metric whose
+        name ends in ``loss`` is not finite is skipped."""
 
 
 class Updater:
