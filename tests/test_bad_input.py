@@ -53,7 +53,7 @@ CASES = {
     "half precision": (["--trainer.precision", "bf16-true"], ["trainer.precision: 'bf16-true'", "bf16-mixed"]),
     "a controller of KL for an entropy term": (
         ["--model.regularizer.coef", "AdaptiveKL"],
-        ["model.regularizer.coef: 'AdaptiveKL'", "follows KL"],
+        ["model.regularizer.coef: 'AdaptiveKL'", "follows the KL"],
     ),
     "a hindsight prompt that the tokenizer cannot write": (
         ["--model.regularizer", "IBRO"],

@@ -364,6 +364,23 @@ def test_killed_predictions_take_nothing_of_others_with_them(tmp_path: Path) -> 
     assert left == {"foreign.1/predictions/set/batch_0001.parquet": b"mine"}
 
 
+def test_predictions_behind_a_link_stay_where_the_link_leads(tmp_path: Path) -> None:
+    """The next command makes a folder of its own."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    claim(run, PARTS["predict"])
+    run.mkdir(exist_ok=True)
+    (run / "predictions").symlink_to(elsewhere)
+    (elsewhere / "set").mkdir()
+    rollout_of("", elsewhere / "set" / "batch_0000.parquet")
+    (elsewhere / "_manifest.json").write_text('{"version": "1", "complete": true}')
+    before = content(elsewhere)
+    set_predictions_aside(run / "predictions")
+    assert not (run / "predictions").exists()
+    assert (run / "predictions.1").readlink() == elsewhere
+    assert content(elsewhere) == before
+
+
 def test_a_new_run_has_an_id_of_its_own_and_a_run_that_goes_on_keeps_its(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     a_run(folder)

@@ -306,7 +306,7 @@ def test_a_dataset_that_has_changed_under_its_name(
     with pytest.raises(SystemExit) as end:
         main([*fit, "--ckpt_path=last"])
     assert end.value.code == 2
-    assert "error: data.source: '9 prompts' - they are not those of the checkpoint's run, " in capsys.readouterr().err
+    assert "error: data.source: '9 prompts' - not those of the checkpoint's run: " in capsys.readouterr().err
     assert (workspace / "run" / "config.yaml").read_bytes() == settings
     assert not (workspace / "run" / "config.1.yaml").exists()
     main([*fit, "--ckpt_path=last", "--resume.allow_changes=true"])

@@ -69,7 +69,7 @@ class Diagnosis:
             return f"Cause: stale weights in the engine, mended by sending again: {', '.join(stale)}{head}"
         kind = self._provider.model_spec().config.get_text_config().model_type
         return (
-            "Sending all weights again did not mend it, so the engine computes something else: another precision "
+            "Sending all weights again did not help, so the engine computes something else: another precision "
             f"(raise data.weight_check.tolerance if it is harmless), another implementation of the model type {kind!r} "
             "(write another data.engine: HFEngine or VLLMEngine), or a config that does not belong to the weights"
         )

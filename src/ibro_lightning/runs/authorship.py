@@ -97,8 +97,8 @@ def own_in(folder: Path, name: str) -> list[str]:
 
 
 def set_aside(folder: Path, aside: Path, own: list[str]) -> None:
-    """Move our files in a folder of samples to ``aside``; files of others stay."""
-    if set(own) == set(leaves(folder)):
+    """Move our files in a folder of samples to ``aside``; files of others stay. Of a link, only the link moves."""
+    if folder.is_symlink() or set(own) == set(leaves(folder)):
         folder.rename(aside)
     else:
         move_files(folder, own, aside)

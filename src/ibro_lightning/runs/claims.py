@@ -41,7 +41,7 @@ def survey(folder: Path, mark: Mark | None = None) -> Survey:
 
 
 def _owns(mark: Mark, folder: Path, path: str) -> bool:
-    if not (folder / path).is_dir():
+    if not os.path.isdir(folder / path):  # False, not an error, for a link that leads into a closed folder
         return mark.owns(folder, path)
     if not (folder / path).is_symlink():
         return mark.owns_folder(path)

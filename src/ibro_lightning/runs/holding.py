@@ -164,8 +164,10 @@ class FolderLock:
 
     def _refusal(self, holder: Holder, wait_s: float) -> ConfigError:
         waited = f" after {wait_s:g} s" if wait_s else ""
-        wait = ", or have --run_lock.wait_s wait for it" if self.setting == "trainer.default_root_dir" else ""
-        remedy = f"in use{waited} by {holder}: wait for it to end, stop it, write another folder{wait}"
+        last = "or write another folder"
+        if self.setting == "trainer.default_root_dir":
+            last = "write another folder, or have --run_lock.wait_s wait for it"
+        remedy = f"in use{waited} by {holder}: wait for it to end, stop it, {last}"
         return ConfigError(self.setting, str(self.folder), remedy)
 
     def refuse_others(self, wait_s: float = 0.0, *, except_run: str | None = None) -> None:

@@ -86,7 +86,8 @@ def place_of(logger: Any) -> str | None:
             folder = getattr(logger.experiment, "dir", None)
             return f"wandb sync {Path(folder).parent}" if folder else None
         case WandbLogger() | CometLogger():
-            return getattr(logger.experiment, "url", None) or None
+            url = getattr(logger.experiment, "url", None)
+            return str(url) if url else None
         case MLFlowLogger():
             return f"mlflow ui --backend-store-uri {logger._tracking_uri}  (run {logger.run_id})"
         case DummyLogger():

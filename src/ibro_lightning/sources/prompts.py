@@ -206,7 +206,7 @@ class PromptCursor:
     def refuse_others(self, then: str | None) -> None:
         """Raise :class:`ConfigError` unless ``then``, the digest in a checkpoint, is None or that of these prompts."""
         if then not in (None, self.digest):
-            remedy = "the checkpoint's position refers to others: write its run's source, begin a new run, or "
+            remedy = "not those of the checkpoint's run: write the source of that run, begin a new run, or "
             remedy += "continue with --resume.allow_changes true"
             raise ConfigError("source", f"{len(self.prompts)} prompts", remedy)
 
