@@ -162,10 +162,7 @@ class PolicyModule(pl.LightningModule):
         **settings: Any,
     ) -> Self:
         """Lightning's method, for a checkpoint in a file or in a folder of shards (which is read on the CPU).
-
-        Args:
-            settings: the constructor's arguments, at least ``policy``; a checkpoint holds none of them.
-        """
+        ``settings`` are the constructor's arguments, at least ``policy``; a checkpoint holds none of them."""
         if not Path(checkpoint_path).is_dir():
             return super().load_from_checkpoint(
                 checkpoint_path, map_location, hparams_file, strict, weights_only, **settings
