@@ -58,7 +58,7 @@ class InformationBottleneck(EntropyRegularizer):
 
     def objective(self, stats: TokenStats) -> Tensor:
         assert stats.entropy is not None
-        weight = self.weight(stats.advantages)  # [B, T] A
+        weight = self.weight(stats.advantages.detach())  # [B, T] A
         if self.part != "raw":
             mean = stats.extra["ib_mean_weight"]  # [B, T] Ā
             weight = weight - mean if self.part == "centred" else mean
