@@ -18,6 +18,7 @@ The profiler keeps a record of every operation, which takes several times the me
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import socket
@@ -143,6 +144,7 @@ def train(case: Case, policy: str) -> None:
 
 def measure_allocator(case: Case, policy: str) -> int:
     """The largest sum of what the CPU allocator had handed out."""
+    gc.collect()  # garbage of before, freed within, would count as less than nothing
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         train(case, policy)
     alive = peak = 0
