@@ -36,7 +36,7 @@ settings.load_profile("untimed")
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Modules and tests are as many as a million objects, and none is garbage: nobody looks through them."""
+    """Imported modules and collected tests stay for the whole session: the garbage collector need not visit them."""
     gc.disable()
     try:
         return (yield)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,13 @@ from torch.autograd import gradcheck
 
 from ibro_lightning.batches.experience import TokenStats
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.functional import group_advantages, logprob_and_entropy, token_mean
+from ibro_lightning.functional import (
+    group_advantages,
+    information_bottleneck_objective,
+    logprob_and_entropy,
+    token_mean,
+)
+from ibro_lightning.functional.regularization import Part
 from ibro_lightning.regularizers import EntropyBonus, EntropyRegularizer, InformationBottleneck, NoRegularizer
 
 torch.set_num_threads(1)
@@ -115,6 +123,18 @@ def test_ib_objective_passes_gradcheck() -> None:
     for transform in ("none", "sign", "clip"):
         regularizer = InformationBottleneck(transform=transform, clip=0.5)
         assert gradcheck(lambda x, r=regularizer: r.objective(stats_of(x, advantages)), random_logits(2, 3, 4))
+
+
+@pytest.mark.parametrize("part", ["raw", "centred", "uniform"])
+def test_the_term_for_loops_of_ones_own_is_the_one_that_training_adds(part: Part) -> None:
+    stats = stats_of(random_logits(2, 3, 5), random_logits(2, 3, seed=1).detach())
+    mean = torch.full_like(stats.advantages, 0.7)
+    ours = InformationBottleneck(part=part).objective(replace(stats, extra={"ib_mean_weight": mean}))
+    entropy, mask = stats.entropy, stats.mask
+    assert entropy is not None
+    theirs = information_bottleneck_objective(entropy, stats.advantages, mask, part=part, mean_advantage=0.7)
+    assert torch.equal(ours, theirs)
+    assert ours.abs().max() > 0
 
 
 @pytest.mark.parametrize("transform", ["none", "sign", "clip"])

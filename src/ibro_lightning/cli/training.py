@@ -64,7 +64,7 @@ class IbroCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The command that was given, or all of them: each one's parser takes a tenth of a second to build."""
+        """The command that was given, or all of them. The other three parsers take a tenth of a second to build."""
         known = LightningCLI.subcommands()
         return {name: skipped for name, skipped in known.items() if name in sys.argv[1:2]} or known
 

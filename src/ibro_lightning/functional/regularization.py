@@ -25,7 +25,8 @@ def information_bottleneck_objective(
 
         loss = policy_loss - 0.005 * token_mean(information_bottleneck_objective(entropy, advantages, mask), mask, N)
 
-    ``mean(A·H) = Ā·H̄ + Cov(A, H)`` over tokens: the first summand is a uniform entropy bonus or penalty.
+    Training computes the same in :class:`ibro_lightning.regularizers.InformationBottleneck`, written out; this is for
+    loops of your own. ``mean(A·H) = Ā·H̄ + Cov(A, H)`` over tokens: the first summand is a uniform bonus or penalty.
 
     Args:
         entropy: ``[B, T]`` of the current policy, in nats, with gradients.
