@@ -143,7 +143,8 @@ rollout = Rollout.from_groups([group], name="train", iteration=1, temperature=1.
 loop = PlainLoop({{"policy": policy}}, [torch.optim.AdamW(policy.parameters(), lr=1e-4)])
 loss = PolicyLoss(InformationBottleneck(0.005))
 scorer, updater = Scorer(loop, loss), Updater(loop)
-for step in updater.steps(scorer(rollout, scores_first=False), loss, scorer.context()):
+experience = scorer(rollout, first_step=updater.first_step(rollout))
+for step in updater.steps(experience, loss, scorer.context()):
     step, metrics = updater.update(step, loss, scorer.context())
     print(metrics["update/skipped_steps"], step.old_logp.shape, updater.policy_shift([metrics], step, scorer.context()))
 """

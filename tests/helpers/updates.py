@@ -19,9 +19,9 @@ from ibro_lightning.modules import DAPOModule, PPOModule
 
 
 def scored_first(module: Any) -> Any:
-    """``module``, made to score a rollout before the update, as with several optimizer steps; neither its scores nor
-    its loss depend on how many there are."""
-    module.updater.update_epochs = 2
+    """``module``, made to score a rollout before the update, as where anything needs the scores earlier; neither its
+    scores nor its loss depend on that."""
+    module.advantages_need_scores = True
     return module
 
 

@@ -14,6 +14,27 @@ from ibro_lightning.types import Prompt
 
 
 @dataclass(frozen=True, repr=False)
+class OldScores:
+    """What is known of a rollout before its first optimizer step, which scores its own rows."""
+
+    logp: Tensor
+    """``[B, T]``; nan where it is not known yet, 0 on padding."""
+    entropy: Tensor
+    """``[B, T]``; nan where it is not known."""
+    scored: Tensor
+    """``[B]`` bool: rows whose log-probs and entropies are the policy's own."""
+
+    __repr__ = one_line
+
+    @classmethod
+    def unknown(cls, sequences: Sequences, dtype: torch.dtype) -> Self:
+        """Nothing is known yet."""
+        responses = sequences.response_mask
+        nothing = torch.zeros(responses.shape, dtype=dtype, device=responses.device).masked_fill(responses, torch.nan)
+        return cls(nothing, nothing.clone(), torch.zeros_like(sequences.starts, dtype=torch.bool))
+
+
+@dataclass(frozen=True, repr=False)
 class Experience:
     """A rollout's sequences with everything that stays fixed while the policy moves.
 
@@ -22,9 +43,11 @@ class Experience:
 
     sequences: Sequences
     old_logp: Tensor | None
-    """``[B, T]`` under the policy that the rollout came from; None: not scored yet; the only optimizer step does so."""
+    """``[B, T]`` under the policy that the rollout came from; None: not known yet, the first optimizer step scores its
+    own rows."""
     old_entropy: Tensor | None
-    """``[B, T]`` of the same policy, in nats; None if :attr:`old_logp` is."""
+    """``[B, T]`` of the same policy, in nats; None if :attr:`old_logp` is, and in a step with rows that nobody has
+    scored (:attr:`scored`)."""
     advantages: Tensor
     """``[B, T]``."""
     mask: Tensor
@@ -55,6 +78,11 @@ class Experience:
     """Groups of the whole rollout on all ranks; None: there are no others than these."""
     placeholder: bool = False
     """This rank has no share of the rollout: its rows do not count, and only take part in the collectives."""
+    scored: Tensor | None = None
+    """``[B]`` bool: rows whose old scores are the policy's own; the others have the sampler's log-probs, and nan in
+    place of entropies. None: all rows are alike."""
+    other_rows: OldScores | None = None
+    """Of a whole rollout, while :attr:`old_logp` is None: the rows that are not in its first optimizer step."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -66,6 +94,11 @@ class Experience:
         """``[B, T]`` bool: the response tokens that statistics count, whether or not they take part in the loss."""
         responses = self.sequences.response_mask
         return torch.zeros_like(responses) if self.placeholder else responses
+
+    @property
+    def scored_responses(self) -> Tensor:
+        """``[B, T]`` bool: those of :attr:`responses` whose old log-prob and entropy are the policy's own."""
+        return self.responses if self.scored is None else self.responses & self.scored[:, None]
 
     def select(self, rows: Tensor) -> Self:
         """These rows, trimmed to the longest response among them."""
@@ -92,6 +125,8 @@ class Experience:
             outcomes=None if self.outcomes is None else self.outcomes[rows],
             outcome_span=None if self.outcome_span is None else self.outcome_span[rows],
             weights=trim_optional(self.weights),
+            scored=None if self.scored is None else self.scored[rows],
+            other_rows=None,
             extra={name: trim(values) for name, values in self.extra.items()},
         )
 
@@ -105,14 +140,15 @@ class TokenStats:
     """One micro-batch as a loss or a regulariser sees it, ``[B, T]`` each.
 
     ``logp`` and ``entropy`` belong to the current policy and carry gradients; the rest is fixed. Values are meaningless
-    where ``mask`` is False. ``entropy`` is None when the regulariser does not need it. ``extra`` holds what the
-    algorithm and the regulariser added to the :class:`Experience`.
+    where ``mask`` is False. ``entropy`` is None when the regulariser does not need it, ``old_entropy`` where the policy
+    did not score the step's rows (``old_logp: sampler``, with a regulariser that does not read it). ``extra`` holds
+    what the algorithm and the regulariser added to the :class:`Experience`.
     """
 
     logp: Tensor
     entropy: Tensor | None
     old_logp: Tensor
-    old_entropy: Tensor
+    old_entropy: Tensor | None
     advantages: Tensor
     mask: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from ibro_lightning.dry_run.shapes import Shapes
 from ibro_lightning.dry_run.work import Tokens, measured_speeds, work_of
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.modules import PolicyModule
+from ibro_lightning.modules.rollout_data import refuse_unverified_logp
 
 
 def dry_run(module: Any, data: Any, trainer: Any, options: EstimateOptions) -> MemoryEstimate:
@@ -40,6 +41,9 @@ def dry_run(module: Any, data: Any, trainer: Any, options: EstimateOptions) -> M
         print(*lines, sep="\n", flush=True)
 
     say(f"{type(module).__name__} on {layout}")
+    if isinstance(data, RolloutDataModule):
+        mixed = layout.precision == "bf16-mixed"
+        refuse_unverified_logp(module, data, "bfloat16" if mixed else module.compute_dtype)
     checked = check_data(module, data)
     shapes = _shapes(module, data, layout, checked)
     say(*checked.lines, shape_line(shapes), *_warnings(module, data, layout))
@@ -59,7 +63,7 @@ def dry_run(module: Any, data: Any, trainer: Any, options: EstimateOptions) -> M
         rounds = data.dynamic_sampling.max_rounds if data.dynamic_sampling else 1
     else:
         tokens, rounds = Tokens(data.batch_size, data.batch_size, checked.mean_prompt, length), 1
-    work = work_of(module, estimate, tokens, module.policy_loss is not None and shapes.scores_first(module))
+    work = work_of(module, estimate, tokens, 0.0 if module.policy_loss is None else shapes.scored_first(module))
     say(*time_lines(work, tokens, layout, options.tflops, speeds, rounds, folder))
     return estimate
 

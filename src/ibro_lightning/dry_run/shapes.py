@@ -84,6 +84,13 @@ class Shapes:
         rollout: Any = SimpleNamespace(num_groups=self.groups, iteration=iteration)
         return module.scores_first(rollout)
 
+    def scored_first(self, module: Any) -> float:
+        """The share of a rollout that is scored before its update, as the curve ``update/scored_first``."""
+        if self.scores_first(module):
+            return 1.0
+        in_first_step = min(module.updater.mini_batch_prompts or self.groups, self.groups)
+        return 0.0 if module.scorer.old_logp == "sampler" else 1.0 - in_first_step / self.groups
+
     def experience(self, module: Any) -> Experience:
         """A micro-batch at the start of an optimizer step, with everything that the module's own losses may read."""
 

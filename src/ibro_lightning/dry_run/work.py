@@ -59,9 +59,10 @@ class Work:
         return self.generate + self.score + self.update
 
 
-def work_of(module: Any, estimate: MemoryEstimate, tokens: Tokens, scored_first: bool) -> Work:
+def work_of(module: Any, estimate: MemoryEstimate, tokens: Tokens, scored_first: float) -> Work:
     """FLOPs of an iteration: 2 per token and weight of the blocks, 2 per response token and weight of the head, and
-    attention over preceding tokens. Backward passes count twice, recomputation once more; regularisers' passes not."""
+    attention over preceding tokens. Backward passes count twice, recomputation once more; regularisers' passes not.
+    ``scored_first``: the share of the rollout that the policy scores before the update."""
     config = module.policy_source.config().get_text_config()
     table = config.vocab_size * config.hidden_size
     tied = bool(getattr(config, "tie_word_embeddings", False))

@@ -38,7 +38,7 @@ from ibro_lightning.update.correction import SamplerCorrection
 from ibro_lightning.update.diagnostics import experience_metrics, observe
 from ibro_lightning.update.loss import PolicyLoss, Surrogate, loss_class
 from ibro_lightning.update.reference import ReferenceKL
-from ibro_lightning.update.scoring import Scorer
+from ibro_lightning.update.scoring import OldLogp, Scorer
 from ibro_lightning.update.steps import TokenBudget
 from ibro_lightning.update.updater import Updater, update_metrics
 from ibro_lightning.update.whitening import whiten
@@ -78,6 +78,7 @@ class DAPOModule(PolicyModule):
         aggregation_max_tokens: int | None = None,
         kl: ReferenceKL | None = None,
         sampler_correction: SamplerCorrection | None = SamplerCorrection(),
+        old_logp: OldLogp = "policy",
         overlong_filter: bool = False,
         mini_batch_prompts: int | None = None,
         update_epochs: int = 1,
@@ -115,7 +116,7 @@ class DAPOModule(PolicyModule):
         )
         self.regularizer = self.policy_loss.regularizer
         budget = TokenBudget(micro_batch_tokens, policy_options.packing, policy_options.gradient_checkpointing)
-        self.scorer = Scorer(self.loop, self.policy_loss, budget, overlong_filter=overlong_filter)
+        self.scorer = Scorer(self.loop, self.policy_loss, budget, overlong_filter=overlong_filter, old_logp=old_logp)
         self.updater = Updater(
             self.loop,
             budget,
@@ -133,36 +134,38 @@ class DAPOModule(PolicyModule):
         if not updater.start_iteration(rollout):
             return {"update/skipped_rollouts": 1.0}
         context = self.context()
-        steps: list[dict[str, float]] = []
+        measured: list[dict[str, float]] = []
         loss.start_iteration()
         with timer("prepare"), torch.no_grad():
             experience = self.prepare(rollout)  # score → advantages [B, T]
             observe(self.regularizer.coefficient, experience.old_entropy, experience, self.ranks)
         with timer("update"):
-            for step in updater.steps(experience, loss, context):  # whole groups [B', T]
+            steps = updater.steps(experience, loss, context)
+            for step in steps:  # whole groups [B', T]
                 done, metrics = updater.update(step, loss, context)  # micro-batches → loss → backward → clip → step
-                steps.append(metrics)
-            scored = self.scorer.complete(experience, done)
-            shift = updater.policy_shift(steps, scored, context)
+                steps.keep(done)
+                measured.append(metrics)
+            scored = steps.experience
+            shift = updater.policy_shift(measured, scored, context)
         self.report_skipped_steps(rollout)
-        measured = self.experience_metrics(scored, rollout)
+        curves = {**update_metrics(experience, measured, self.ranks), **self.experience_metrics(scored, rollout)}
         if self.kl is not None:  # for the next iteration: the logged coefficient is the one used in this
             observe(self.kl.coefficient, scored.extra["reference_kl"], scored, self.ranks)
-        return {**update_metrics(experience, steps), **measured, **shift, **timer.metrics()}
+        return {**curves, **shift, **timer.metrics()}
 
     def prepare(self, rollout: Rollout) -> Experience:
         """Compute what stays fixed during the update, without gradients."""
-        experience = self.scorer(rollout, scores_first=self.scores_first(rollout))
+        first_step = None if self.scores_first(rollout) else self.updater.first_step(rollout)
+        experience = self.scorer(rollout, first_step=first_step)
         return replace(experience, advantages=self.advantages(experience))
 
     def scores_first(self, rollout: Rollout) -> bool:
-        """Whether the old log-probs are computed before the update.
+        """Whether all old log-probs are computed before the update.
 
-        A single optimizer step sees the policy that sampled, so its own forward pass gives them, which saves one;
-        unless they are needed earlier.
+        The first optimizer step sees the policy that sampled, so its own forward pass gives those of its rows, which
+        saves one; unless they are needed earlier.
         """
-        several = self.updater.num_steps(rollout.num_groups) > 1
-        return several or self.advantages_need_scores or self.policy_loss.needs_scores
+        return self.advantages_need_scores or self.scorer.needs_scores
 
     def advantages(self, experience: Experience) -> Tensor:
         """The advantages ``[B, T]`` of the configured estimator."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -12,6 +11,7 @@ from typing import Any, ClassVar, Self
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from ibro_lightning.batches import Rollout
@@ -33,7 +33,7 @@ from ibro_lightning.models import (
 from ibro_lightning.models.compiled import compile_hook
 from ibro_lightning.models.pretrained import local_folders
 from ibro_lightning.models.spec import ModelSpec
-from ibro_lightning.modules import network_optimizers
+from ibro_lightning.modules import network_optimizers, rollout_data
 from ibro_lightning.modules.evaluating import Evaluator
 from ibro_lightning.modules.trainer_loop import TrainerLoop
 from ibro_lightning.ranks import Ranks
@@ -68,6 +68,8 @@ class PolicyModule(pl.LightningModule):
         kl: a KL penalty to a reference policy; None, as in DAPO and in the paper, has none.
         sampler_correction: weights the policy loss for an engine whose probabilities are not quite the policy's; None
             does not, as responses without log-probs need. The curves ``sampler/…`` show the mismatch in either case.
+        old_logp: of the rows that are not in a rollout's first optimizer step, which scores its own: ``policy`` scores
+            them before the update; ``sampler`` takes the log-probs that they were sampled with (``docs/update.md``).
         overlong_filter: leave responses cut at the length limit out of the loss; advantages still compare with them.
         mini_batch_prompts: prompts (whole groups) per optimizer step; None takes the rollout in one step.
         update_epochs: passes over each rollout.
@@ -134,9 +136,7 @@ class PolicyModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         refuse_trainer(self.trainer)
         refuse_loggers(self.trainer)
-        if not hasattr(self.trainer.datamodule, "collector"):  # type: ignore[attr-defined]
-            # On the instance: Lightning warns of a class that overrides the hook, whatever the datamodule.
-            self.on_before_batch_transfer = self._number  # type: ignore[method-assign]
+        rollout_data.check(self, self.trainer.datamodule, stage)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
         if not hasattr(self, "policy"):
@@ -214,7 +214,7 @@ class PolicyModule(pl.LightningModule):
     def check_resumed_optimizers(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Raise :class:`ConfigError` if an optimizer cannot resume from its state in a checkpoint, before anything is
         built or moved. Those of an overridden ``configure_optimizers`` are checked when the states are loaded."""
-        if type(self).configure_optimizers is PolicyModule.configure_optimizers and len(states) == len(self.trained):
+        if len(states) == len(self.trained) and not is_overridden("configure_optimizers", self, PolicyModule):
             network_optimizers.check_resumed(self, states)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -308,11 +308,6 @@ class PolicyModule(pl.LightningModule):
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_validation_end
-
-    def _number(self, batch: Any, dataloader_idx: int) -> Any:
-        """Number the rollouts of a foreign datamodule."""
-        unnumbered = isinstance(batch, Rollout) and self.trainer.training and not batch.iteration
-        return replace(batch, iteration=self.iteration + 1) if unnumbered else batch
 
     def predict_step(self, rollout: Rollout, batch_idx: int, dataloader_idx: int = 0) -> Rollout:
         return rollout

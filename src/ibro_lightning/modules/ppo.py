@@ -40,7 +40,7 @@ from ibro_lightning.update.diagnostics import experience_metrics, observe
 from ibro_lightning.update.loss import PolicyLoss, Surrogate, loss_class
 from ibro_lightning.update.optimizer import check_optimizer
 from ibro_lightning.update.reference import ReferenceKL
-from ibro_lightning.update.scoring import Scorer
+from ibro_lightning.update.scoring import OldLogp, Scorer
 from ibro_lightning.update.steps import TokenBudget
 from ibro_lightning.update.updater import Updater, update_metrics
 from ibro_lightning.update.value_loss import ValueLoss
@@ -99,6 +99,7 @@ class PPOModule(PolicyModule):
         aggregation_max_tokens: int | None = None,
         kl: ReferenceKL | None = None,
         sampler_correction: SamplerCorrection | None = SamplerCorrection(),
+        old_logp: OldLogp = "policy",
         overlong_filter: bool = False,
         mini_batch_prompts: int | None = None,
         update_epochs: int = 1,
@@ -152,7 +153,7 @@ class PPOModule(PolicyModule):
         )
         self.regularizer = self.policy_loss.regularizer
         budget = TokenBudget(micro_batch_tokens, policy_options.packing, policy_options.gradient_checkpointing)
-        self.scorer = Scorer(self.loop, self.policy_loss, budget, overlong_filter=overlong_filter)
+        self.scorer = Scorer(self.loop, self.policy_loss, budget, overlong_filter=overlong_filter, old_logp=old_logp)
         self.updater = Updater(
             self.loop,
             budget,
@@ -178,7 +179,7 @@ class PPOModule(PolicyModule):
         if not updater.start_iteration(rollout):
             return {"update/skipped_rollouts": 1.0}
         context = self.context()
-        steps: list[dict[str, float]] = []
+        measured: list[dict[str, float]] = []
         if trains_policy := self.trains_policy(rollout.iteration):
             loss.start_iteration()
         with timer("prepare"), torch.no_grad():
@@ -186,21 +187,24 @@ class PPOModule(PolicyModule):
             if trains_policy:
                 observe(self.regularizer.coefficient, experience.old_entropy, experience, self.ranks)
         with timer("update"):
-            for step in updater.steps(experience, loss, context):  # whole groups [B', T]
+            steps = updater.steps(experience, loss, context)
+            for step in steps:  # whole groups [B', T]
                 done, metrics = updater.update(step, loss, context) if trains_policy else (step, {})
                 _, of_critic = updater.update(done, self.value_loss, context, "critic")
-                steps.append({**metrics, **of_critic})
-            scored = self.scorer.complete(experience, done)
-            shift = updater.policy_shift(steps, scored, context)
+                steps.keep(done)
+                measured.append({**metrics, **of_critic})
+            scored = steps.experience
+            shift = updater.policy_shift(measured, scored, context)
         self.report_skipped_steps(rollout)
-        measured = self.experience_metrics(scored, rollout)
+        curves = {**update_metrics(experience, measured, self.ranks), **self.experience_metrics(scored, rollout)}
         if self.kl is not None and trains_policy:  # for the next iteration: this one has used the logged coefficient
             observe(self.kl.coefficient, scored.extra["reference_kl"], scored, self.ranks)
-        return {**update_metrics(experience, steps), **measured, **shift, **timer.metrics()}
+        return {**curves, **shift, **timer.metrics()}
 
     def prepare(self, rollout: Rollout) -> Experience:
         """Compute what stays fixed during the update, without gradients."""
-        experience = self.scorer(rollout, scores_first=self.scores_first(rollout))
+        first_step = None if self.scores_first(rollout) else self.updater.first_step(rollout)
+        experience = self.scorer(rollout, first_step=first_step)
         responses, ends = experience.sequences.response_mask, experience.sequences.response_lengths
         values = self.scorer.values(self.critic, experience.sequences)  # [B, T + 1]
         last_values = values.gather(1, ends[:, None]).squeeze(1) * rollout.truncated  # [B]
@@ -222,11 +226,10 @@ class PPOModule(PolicyModule):
         return replace(experience, advantages=advantages).with_extra(values=values[:, :-1], returns=returns)
 
     def scores_first(self, rollout: Rollout) -> bool:
-        """Whether the old log-probs are computed before the update: as in :class:`DAPOModule`, and while the critic
+        """Whether all old log-probs are computed before the update: as in :class:`DAPOModule`, and while the critic
         warms up, since the policy then has no update to compute them in."""
-        several = self.updater.num_steps(rollout.num_groups) > 1
-        needed = self.advantages_need_scores or self.policy_loss.needs_scores
-        return several or needed or not self.trains_policy(rollout.iteration)
+        needed = self.advantages_need_scores or self.scorer.needs_scores
+        return needed or not self.trains_policy(rollout.iteration)
 
     def trains_policy(self, iteration: int) -> bool:
         """Whether the policy learns in this iteration (from 1), or only the critic."""

@@ -53,7 +53,9 @@ class EntropyRegularizer(ABC):
     """Whether :meth:`objective` reads ``stats.entropy``; otherwise entropies have no gradient."""
     prepare_needs_scores: bool = False
     """Whether :meth:`prepare` reads ``step.old_logp`` or ``step.old_entropy``. Otherwise they may be None
-    there: an update of a single optimizer step takes them from its own forward pass."""
+    there: a rollout's first optimizer step takes them from its own forward pass."""
+    reads_old_entropy: bool = True
+    """Whether another hook reads ``old_entropy``. Otherwise a module's ``old_logp: sampler`` may leave it None."""
 
     def __init__(self, coef: Coefficient | float) -> None:
         self.coefficient = as_coefficient(coef, "coef", "entropy")

@@ -16,6 +16,8 @@ class EntropyBonus(EntropyRegularizer):
         coef: α of ``L = L_PG − α·agg(H_t)``; 0.001 in arXiv 2507.18391.
     """
 
+    reads_old_entropy = False
+
     def __init__(self, coef: Coefficient | float = 0.001) -> None:
         super().__init__(coef)
 

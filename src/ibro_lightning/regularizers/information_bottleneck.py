@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -35,6 +36,8 @@ class InformationBottleneck(EntropyRegularizer):
         clip: bound for ``transform: clip``.
     """
 
+    reads_old_entropy = False
+
     def __init__(
         self,
         coef: Coefficient | float = 0.005,
@@ -53,8 +56,10 @@ class InformationBottleneck(EntropyRegularizer):
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         weight = self.weight(step.advantages)
-        counted = step.mask if step.weights is None else step.weights
-        return step.with_extra(ib_mean_weight=context.ranks.mean(weight, counted).expand(weight.shape))
+        mean = context.ranks.mean(weight, step.mask if step.weights is None else step.weights)  # Ā
+        if self.part == "raw":  # for the curve alone
+            return replace(step, metrics={**step.metrics, "regularizer/ib_mean_weight": mean.item()})
+        return step.with_extra(ib_mean_weight=mean.expand(weight.shape))
 
     def objective(self, stats: TokenStats) -> Tensor:
         assert stats.entropy is not None

@@ -7,3 +7,5 @@ from ibro_lightning.regularizers.base import PolicyLossMethod
 
 class NoRegularizer(PolicyLossMethod):
     """The loss is the policy gradient alone. Entropy is still measured, for the curves."""
+
+    reads_old_entropy = False

@@ -18,7 +18,8 @@ def experience_metrics(
     experience: Experience, rollout: Rollout, loss: PolicyLoss | None = None, ranks: Ranks = ALONE
 ) -> dict[str, float]:
     """Statistics of the policy that the rollout came from, over its valid tokens on all ranks, and the coefficients of
-    ``loss``.
+    ``loss``. Those of log-probs and entropies are over the rows that the policy has scored (``experience.scored``):
+    whole groups that were chosen at random.
 
     ``ib/mean_product`` is ``mean(A·H)``, the IB objective; it is the sum of a uniform part ``Ā·H̄`` and of
     ``Cov(A, H)``. All three are reported with any regulariser, or none.
@@ -26,17 +27,19 @@ def experience_metrics(
     assert experience.old_logp is not None
     assert experience.old_entropy is not None
     advantages, entropy, mask = experience.advantages, experience.old_entropy, experience.mask
-    responses, mean = experience.responses, ranks.mean
+    responses, mean = experience.scored_responses, ranks.mean
     correction = None if loss is None else loss.sampler_correction
-    mean_advantage, mean_entropy = mean(advantages, mask), mean(entropy, mask)
-    covariance = masked_covariance(advantages, entropy, mask, mean=mean)
+    scored = mask & responses  # [B, T] of those that take part in the loss
+    mean_advantage, mean_entropy = mean(advantages, scored), mean(entropy, scored)
+    covariance = masked_covariance(advantages, entropy, scored, mean=mean)
     mismatch = (experience.old_logp - rollout.sampler_logp).abs()  # [B, T]
     compared = responses & mismatch.isfinite()  # [B, T]
+    non_finite = experience.responses & ~mismatch.isfinite()  # [B, T]
     metrics = {
         "policy/entropy": mean(entropy, responses),
         "policy/entropy_first_token": mean(entropy[:, :1], responses[:, :1]),
         "policy/logp": mean(experience.old_logp, responses),
-        "advantage/mean": mean_advantage,
+        "advantage/mean": mean(advantages, mask),
         "advantage/std": masked_covariance(advantages, advantages, mask, mean=mean).sqrt(),
         "advantage/max": _or_zero(ranks.largest(advantages, mask)),
         "advantage/min": -_or_zero(ranks.largest(-advantages, mask)),
@@ -46,6 +49,7 @@ def experience_metrics(
         "sampler/logp_difference_mean": mean(mismatch, compared),
         "sampler/logp_difference_max": _or_zero(ranks.largest(mismatch, compared)),
         **mismatch_metrics(correction, experience.old_logp, rollout.sampler_logp, responses, ranks),
+        "sampler/non_finite": ranks.sum(non_finite.sum().to(mismatch.dtype)),
     }
     if "reference_kl" in experience.extra:
         metrics["kl/reference"] = mean(experience.extra["reference_kl"], responses)

@@ -48,6 +48,7 @@ class PolicyLoss:
     """
 
     clip_ratio_low_may_be_one = False
+    must_be_finite = ("update/policy_loss",)
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class PolicyLoss:
         return total, metrics
 
     def stats(self, micro: Experience, context: StepContext) -> TokenStats:
-        """Run the policy over a micro-batch, with gradients. If it has no old scores, this is the rollout's only
+        """Run the policy over a micro-batch, with gradients. If it has no old scores, this is the rollout's first
         optimizer step: the policy is still the one that sampled, so its scores serve as the old ones."""
         active, unscored = bool(self.regularizer.coef), micro.old_logp is None
         with_entropy = unscored or (active and self.regularizer.needs_entropy)
@@ -112,7 +113,6 @@ class PolicyLoss:
             assert entropy is not None
             micro = replace(micro, old_logp=logp.detach(), old_entropy=entropy.detach())
         assert micro.old_logp is not None
-        assert micro.old_entropy is not None
         extra = {**micro.extra, **(self.regularizer.statistics(micro, context) if active else {})}
         scores = (logp, entropy, micro.old_logp, micro.old_entropy)  # [B, T] each
         return TokenStats(*scores, micro.advantages, micro.mask, extra, micro.sampler_logp)
@@ -149,7 +149,7 @@ class PolicyLoss:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether an update of a single optimizer step needs the old log-probs and entropies before it begins."""
+        """Whether an update needs the old log-probs and entropies of the whole rollout before it begins."""
         moves = not isinstance(self.regularizer.coefficient, Constant)
         return moves or self.kl is not None or self.regularizer.prepare_needs_scores
 

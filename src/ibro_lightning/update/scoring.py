@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ibro_lightning.batches import Rollout
-from ibro_lightning.batches.experience import Experience
+from ibro_lightning.batches.experience import Experience, OldScores
 from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import Critic
 from ibro_lightning.ranks import rank_zero_warn
 from ibro_lightning.regularizers import StepContext
@@ -24,6 +24,8 @@ from ibro_lightning.update.loop import Loop
 from ibro_lightning.update.loss import PolicyLoss
 from ibro_lightning.update.steps import TokenBudget
 
+OldLogp = Literal["policy", "sampler"]
+
 
 class Scorer:
     """Runs networks over whole rollouts, in micro-batches.
@@ -35,26 +37,47 @@ class Scorer:
         budget: tokens in memory at once.
         overlong_filter: leave responses that were cut at the length limit out of the loss. Advantages still compare
             with them.
+        old_logp: of the rows that are not in the rollout's first optimizer step, if that step scores its own:
+            ``policy`` scores them before the update, ``sampler`` takes the log-probs that they were sampled with.
     """
 
     def __init__(
-        self, loop: Loop, loss: PolicyLoss, budget: TokenBudget = TokenBudget(), *, overlong_filter: bool = False
+        self,
+        loop: Loop,
+        loss: PolicyLoss,
+        budget: TokenBudget = TokenBudget(),
+        *,
+        overlong_filter: bool = False,
+        old_logp: OldLogp = "policy",
     ) -> None:
+        if old_logp not in get_args(OldLogp):
+            raise ConfigError("old_logp", old_logp, "write policy or sampler")
+        if old_logp == "sampler" and loss.sampler_correction is None:
+            remedy = "sampler_correction checks these log-probs and weights the first step: set it, or write policy"
+            raise ConfigError("old_logp", old_logp, remedy)
         self.loop, self.loss, self.budget, self.overlong_filter = loop, loss, budget, overlong_filter
+        self.old_logp = old_logp
         self._warned_of_missing_logp = False
 
-    def __call__(self, rollout: Rollout, *, scores_first: bool = True) -> Experience:
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the loss needs the policy's own scores of the whole rollout before the update begins."""
+        unknown_entropies = self.old_logp == "sampler" and self.loss.regularizer.reads_old_entropy
+        return self.loss.needs_scores or unknown_entropies
+
+    def __call__(self, rollout: Rollout, *, first_step: Tensor | None = None) -> Experience:
         """The rollout as the policy sees it before the update; advantages are still 0. ``mask`` leaves out late
         responses, and tokens without a finite sampler log-prob; rewards remain those of the whole response.
 
         Args:
-            scores_first: compute the old log-probs and entropies; otherwise a single optimizer step has to.
+            first_step: the groups of the rollout's first optimizer step, which is left to score its own rows
+                (:meth:`.Updater.first_step`); None: all rows are scored now.
 
         Raises:
             ConfigError: the sampler's log-probs leave nothing to correct by.
         """
         sequences, responses = rollout.sequences, rollout.sequences.response_mask
-        logp, entropy = self.score(sequences, rollout.temperature) if scores_first else (None, None)  # [B, T]
+        logp, entropy = (None, None) if first_step is not None else self.score(sequences, rollout.temperature)  # [B, T]
         extra = {}
         rewards = self._zeros(sequences)  # [B, T]
         last = (sequences.response_lengths - 1).clamp(min=0)  # [B]; an engine's deadline may leave a response empty
@@ -83,21 +106,12 @@ class Scorer:
             outcome_span=rollout.outcome_span,
             num_groups=rollout.num_groups,
             placeholder=rollout.placeholder,
+            other_rows=None if first_step is None else self._other_rows(rollout, first_step),
             extra=extra,
         )
         if self.loss.sampler_correction is not None:
             self._check_sampler_logp(rollout, experience)
         return experience
-
-    def complete(self, experience: Experience, step: Experience) -> Experience:
-        """Add the old log-probs and entropies that a rollout's only optimizer step took from its own forward pass. If
-        that step was skipped, the policy has not moved and is scored now."""
-        if experience.old_logp is not None:
-            return experience
-        scores = (step.old_logp, step.old_entropy)
-        if step.old_logp is None:
-            scores = self.score(experience.sequences, experience.temperature)
-        return replace(experience, old_logp=scores[0], old_entropy=scores[1])
 
     @torch.no_grad()
     def score(
@@ -134,10 +148,33 @@ class Scorer:
     def policy(self) -> nn.Module:
         return self.loop.networks["policy"]
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of scores: float32, or float64 for float64 weights."""
+        return torch.float64 if next(self.policy.parameters()).dtype == torch.float64 else torch.float32
+
     def _zeros(self, sequences: Sequences) -> Tensor:
-        """``[B, T]`` for scores: float32, or float64 for float64 weights."""
-        dtype = torch.float64 if next(self.policy.parameters()).dtype == torch.float64 else torch.float32
-        return torch.zeros(sequences.response_mask.shape, dtype=dtype, device=sequences.input_ids.device)
+        """``[B, T]`` for scores."""
+        return torch.zeros(sequences.response_mask.shape, dtype=self._dtype, device=sequences.input_ids.device)
+
+    def _other_rows(self, rollout: Rollout, first_step: Tensor) -> OldScores | None:
+        """The old scores of the rows that are not in the first optimizer step; None if it has all groups."""
+        if len(first_step) >= rollout.num_groups:
+            return None
+        sequences, sampler_logp = rollout.sequences, rollout.sampler_logp
+        known = OldScores.unknown(sequences, self._dtype)  # [B, T]
+        rows = torch.isin(rollout.groups, first_step.to(rollout.groups.device), invert=True).nonzero().squeeze(-1)
+        if self.old_logp == "sampler":
+            # A token without a finite one takes no part in the loss; 0 keeps its nan out of the gradient.
+            known.logp[rows] = torch.where(sampler_logp.isfinite(), sampler_logp, 0.0).to(known.logp)[rows]
+            return known
+        # All ranks take part in the forward passes of a sharded policy; one without other rows scores one in vain.
+        part = sequences.select(rows if len(rows) else rows.new_zeros(1))
+        scores = self.score(part, rollout.temperature)  # [B', T'] each
+        if len(rows):
+            known.logp[rows, : part.max_response_length], known.entropy[rows, : part.max_response_length] = scores
+            known.scored[rows] = True
+        return known
 
     def _check_sampler_logp(self, rollout: Rollout, experience: Experience) -> None:
         """Raise :class:`ConfigError` if there is nothing to correct by; warn once of responses left out."""

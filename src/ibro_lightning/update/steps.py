@@ -26,9 +26,14 @@ def mini_batches(groups: Tensor, prompts: int | None, seed: int, total: int | No
         prompts: groups per step; None means all.
         total: groups on all ranks; None: there are no others than these.
     """
-    order = torch.tensor(permutation(int(groups.max()) + 1 if total is None else total, seed))
-    for chosen in order.split(prompts or len(order)):
+    for chosen in group_batches(int(groups.max()) + 1 if total is None else total, prompts, seed):
         yield torch.isin(groups.cpu(), chosen).nonzero().squeeze(-1)
+
+
+def group_batches(total: int, prompts: int | None, seed: int) -> Sequence[Tensor]:
+    """The groups of each optimizer step, in random order: ``prompts`` of ``total``; None means all."""
+    order = torch.tensor(permutation(total, seed))
+    return order.split(prompts or len(order))
 
 
 def token_budget_batches(lengths: Sequence[int], budget: int, *, padded: bool = True) -> Iterator[Tensor]:

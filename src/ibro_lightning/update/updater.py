@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
 from ibro_lightning.batches import Rollout
-from ibro_lightning.batches.experience import Experience
+from ibro_lightning.batches.experience import Experience, OldScores
 from ibro_lightning.errors import check_at_least
 from ibro_lightning.models import clip_gradients
-from ibro_lightning.ranks import rank_zero_warn
+from ibro_lightning.ranks import ALONE, Ranks, rank_zero_warn
 from ibro_lightning.regularizers import StepContext
 from ibro_lightning.seeding import derive_seed, run_seed, update_seed
 from ibro_lightning.update.loop import Loop
 from ibro_lightning.update.loss import PolicyLoss
 from ibro_lightning.update.nonfinite import NonFiniteGuard, advantages_are_finite, nonfinite_cause
-from ibro_lightning.update.steps import TokenBudget, mini_batches, rows_of, with_scores
+from ibro_lightning.update.steps import TokenBudget, group_batches, mini_batches, rows_of, with_scores
 
 SKIPPED = "/skipped_steps"
 SHIFT = "update/policy_shift"
@@ -35,12 +35,63 @@ HARMLESS_RATE = 1e-6
 class Loss(Protocol):
     """The loss of a network on a micro-batch: :class:`PolicyLoss`, or PPO's value loss."""
 
+    @property
+    def must_be_finite(self) -> Sequence[str]:
+        """Names of metrics: a step in which one of these is not finite is skipped."""
+
     def stats(self, micro: Experience, context: StepContext, /) -> Any:
         """Run the network, with gradients."""
 
     def __call__(self, stats: Any, micro: Experience, /) -> tuple[Tensor, dict[str, float]]:
-        """A scalar to be minimised, and the micro-batch's share of the step's metrics. A step in which a metric whose
-        name ends in ``loss`` is not finite is skipped."""
+        """A scalar to be minimised, and the micro-batch's share of the step's metrics."""
+
+
+class Steps:
+    """The optimizer steps on a rollout: iterating yields each of them, with what the loss has prepared for it.
+
+    If the rollout's first step is to score its own rows (``experience.old_logp`` is None), pass the updated step to
+    :meth:`keep`: later steps may have the same rows, and statistics cover the rollout.
+
+    Args:
+        experience: the rollout.
+        parts: rows of each step, and the seed of its draws.
+    """
+
+    def __init__(
+        self, experience: Experience, parts: Iterable[tuple[Tensor, int]], loss: PolicyLoss, context: StepContext
+    ) -> None:
+        self.experience = experience
+        self._parts, self._loss, self._context = parts, loss, context
+        self._rows = torch.tensor([], dtype=torch.long)
+
+    def __iter__(self) -> Iterator[Experience]:
+        for number, (rows, seed) in enumerate(self._parts):
+            if number and self.experience.old_logp is None:
+                raise RuntimeError(
+                    "a second optimizer step needs the log-probs that the first took from its own forward pass: call "
+                    "steps.keep(step) with what update() returns"
+                )
+            self._rows = rows.to(self.experience.groups.device)
+            step = rows_of(self.experience, self._rows)  # [B', T]
+            if step.scored is not None:  # the log-probs of some rows are the sampler's
+                step = replace(step, old_entropy=step.old_entropy if bool(step.scored.all()) else None)
+            yield self._loss.prepare(step, replace(self._context, seed=seed))
+
+    def keep(self, step: Experience) -> None:
+        """Keep the old scores that the first step took from its own forward pass; nothing to do after that."""
+        whole = self.experience
+        if whole.old_logp is not None:
+            return
+        assert step.old_logp is not None, "pass the step that update() returns"
+        assert step.old_entropy is not None
+        known = whole.other_rows or OldScores.unknown(whole.sequences, step.old_logp.dtype)
+        logp, entropy, scored = known.logp.clone(), known.entropy.clone(), known.scored.clone()
+        if len(self._rows):  # otherwise the step has a row that does not count
+            width = step.mask.shape[1]
+            logp[self._rows, :width], entropy[self._rows, :width] = step.old_logp, step.old_entropy
+            scored[self._rows] = True
+        all_scored = None if bool(scored.all()) else scored
+        self.experience = replace(whole, old_logp=logp, old_entropy=entropy, scored=all_scored, other_rows=None)
 
 
 class Updater:
@@ -86,18 +137,21 @@ class Updater:
         size = self.mini_batch_prompts
         return self.update_epochs * (1 if size is None else -(-num_groups // size))
 
-    def steps(self, experience: Experience, loss: PolicyLoss, context: StepContext) -> Iterator[Experience]:
+    def first_step(self, rollout: Rollout) -> Tensor:
+        """The groups of the first optimizer step on a rollout."""
+        seed = update_seed(run_seed(), rollout.iteration, 0)
+        return group_batches(rollout.num_groups, self.mini_batch_prompts, seed)[0]
+
+    def steps(self, experience: Experience, loss: PolicyLoss, context: StepContext) -> Steps:
         """The optimizer steps on a rollout: whole groups in random order, with what ``loss`` prepares for them."""
+        return Steps(experience, self._parts(experience), loss, context)
+
+    def _parts(self, experience: Experience) -> Iterator[tuple[Tensor, int]]:
+        """Rows of each optimizer step, and the seed of its draws."""
         for epoch in range(self.update_epochs):
             seed = update_seed(run_seed(), experience.iteration, epoch)
             parts = mini_batches(experience.groups, self.mini_batch_prompts, seed, experience.num_groups)
-            for index, rows in enumerate(parts):
-                step = experience
-                if experience.old_logp is not None:
-                    step = rows_of(experience, rows.to(experience.groups.device))  # [B', T]
-                elif (epoch, index) != (0, 0):
-                    raise RuntimeError("a second optimizer step needs log-probs from before the first")
-                yield loss.prepare(step, replace(context, seed=derive_seed(seed, index)))
+            yield from ((rows, derive_seed(seed, index)) for index, rows in enumerate(parts))
 
     def update(
         self, step: Experience, loss: Loss, context: StepContext, network: str = "policy"
@@ -110,6 +164,9 @@ class Updater:
         ranks = self.loop.ranks
         if not advantages_are_finite(step, ranks):
             self.nonfinite.record(network, "advantage", step)
+            if step.old_logp is None:  # the policy has not moved yet
+                logp, entropy = context.score(step.sequences, step.temperature)
+                step = replace(step, old_logp=logp, old_entropy=entropy)
             return step, {f"{_prefix(network)}{SKIPPED}": 1.0}
         totals: dict[str, float] = defaultdict(float)
         scores: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -127,7 +184,7 @@ class Updater:
             for name, share in metrics.items() if counts else ():
                 totals[name] += share
         metrics = self._total_over_ranks(totals, step.sequences.input_ids.device)
-        losses = {name: value for name, value in metrics.items() if name.endswith("loss")}
+        losses = {name: metrics[name] for name in loss.must_be_finite if name in metrics}
         taken = self.clip_and_step(network, losses, step)
         measured = {**(step.metrics if network == "policy" else {}), **metrics, **taken}
         return with_scores(step, scores), measured
@@ -211,14 +268,23 @@ def optimizers_of(loop: Loop, network: str) -> list[Optimizer]:
     ]
 
 
-def update_metrics(experience: Experience, steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The curves of an update: the mean of each metric over the steps that report it; skipped steps are summed."""
+def update_metrics(
+    experience: Experience, steps: Sequence[Mapping[str, float]], ranks: Ranks = ALONE
+) -> dict[str, float]:
+    """The curves of an update: the mean of each metric over the steps that report it; skipped steps are summed.
+
+    Args:
+        experience: the rollout, as it was before the update.
+    """
+    scored_first = float(experience.old_logp is not None)
+    if experience.other_rows is not None:
+        scored_first = ranks.mean(experience.other_rows.scored.float(), experience.responses.any(dim=1)).item()
     names = dict.fromkeys(name for step in steps for name in step)
     columns = {name: [step[name] for step in steps if name in step] for name in names}
     return {
         "update/skipped_rollouts": 0.0,
         "update/steps": float(len(steps)),
-        "update/scored_first": float(experience.old_logp is not None),
+        "update/scored_first": scored_first,
         **{name: sum(v) if name.endswith(SKIPPED) else sum(v) / len(v) for name, v in columns.items()},
     }
 

@@ -18,6 +18,8 @@ class ValueLoss:
         clip: how far a value may move from its old one before the loss stops rewarding it; None: no bound.
     """
 
+    must_be_finite = ("critic/loss",)
+
     def __init__(self, loop: Loop, clip: float | None = 0.5) -> None:
         self.loop, self.clip = loop, clip
 
