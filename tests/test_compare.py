@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from ibro_lightning import resampling
 from ibro_lightning.batches import Rollout
 from ibro_lightning.cli.main import main
 from ibro_lightning.evaluation.compare import compare, compare_evaluations
 from ibro_lightning.evaluation.record import EvaluationRecord
 from ibro_lightning.functional import bootstrap_interval
-from ibro_lightning.runs.parquet import mark_complete
+from ibro_lightning.runs.samples_manifest import mark_complete
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult
 
 Sets = Mapping[str, Mapping[str, Sequence[float]]]
@@ -245,3 +249,46 @@ def test_another_verifier_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "note: the two evaluations differ in rewards, too" in capsys.readouterr().out
     main(["compare", str(paths[0]), str(paths[0])])
     assert "note" not in capsys.readouterr().out
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "lightning", "transformers", "datasets"):
+            raise ImportError(f"blocked: {name}")
+sys.meta_path.insert(0, Block())
+runpy.run_module("ibro_lightning", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["--version"], 0, "ibro-lightning 0."),
+        ([], 0, "usage: ibro-lightning COMMAND"),
+        (["compare", "--help"], 0, "usage: python -m ibro_lightning compare"),
+        (["export", "--help"], 0, "usage: ibro_lightning export"),
+        (["export"], 2, "the following arguments are required: --ckpt_path, --output"),
+        (["comapre", "a", "b"], 2, "did you mean compare?"),
+        (["compare", "nowhere", "nowhere"], 2, "compare: 'nowhere' - no evaluation there"),
+        (["compare", "a/evaluations/validate.json", "b/evaluations/validate", "--json", "c.json"], 0, "aime"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_needs_no_torch_imports_none(
+    pair: tuple[Path, Path], arguments: list[str], code: int, expected: str
+) -> None:
+    """In a process of its own, in which torch cannot be imported."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=pair[0].parents[2])
+    assert done.returncode == code, done.stderr
+    assert expected in (done.stdout or done.stderr)
+
+
+def test_intervals_take_the_draws_that_earlier_versions_took_from_torch() -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(7, (500, 7), generator=generator)
+    again = np.random.RandomState(3)
+    assert np.array_equal(resampling._draws(again, 7, (500, 7)), rows.numpy())
+    assert np.array_equal(resampling._draws(again, 2, (9, 4)), torch.randint(2, (9, 4), generator=generator).numpy())

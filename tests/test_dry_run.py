@@ -155,7 +155,7 @@ def test_what_training_would_stop_at_is_one_line(
 
 def test_a_command_without_a_dry_run_imports_none_of_it(tmp_path: Path) -> None:
     """In a process that is forked from one that has imported the command line, and no test."""
-    code = "import ibro_lightning.cli.main, sys; print(*sorted(name for name in sys.modules if 'dry_run' in name))"
+    code = "import ibro_lightning.cli.run, sys; print(*sorted(name for name in sys.modules if 'dry_run' in name))"
     assert run_ranks(1, exec, code, folder=tmp_path) == [0]
     printed = (tmp_path / "rank_0.log").read_text()
     assert printed.split() == ["ibro_lightning.dry_run", "ibro_lightning.dry_run.options"]

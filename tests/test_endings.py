@@ -30,9 +30,9 @@ import ibro_lightning
 from helpers.processes import logs, run_ranks
 from ibro_lightning.callbacks import IterationProgress
 from ibro_lightning.callbacks.say import say
-from ibro_lightning.cli import main as cli
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError, RankError, RewardError
+from ibro_lightning.evaluation import compare
 from ibro_lightning.guards import interruption, printing
 from ibro_lightning.guards.disk import DiskFullError
 from ibro_lightning.guards.endings import explain
@@ -513,7 +513,7 @@ def test_other_ends_have_their_codes(
     def ends(argv: list[str]) -> None:
         raise error
 
-    monkeypatch.setattr(cli.compare, "main", ends)
+    monkeypatch.setattr(compare, "main", ends)
     assert code_of("compare") == code
     assert "Traceback" not in capsys.readouterr().err
 
@@ -530,14 +530,14 @@ def test_lightnings_own_code_for_ctrl_c_is_not_the_commands(monkeypatch: pytest.
         except KeyboardInterrupt:
             sys.exit(1)
 
-    monkeypatch.setattr(cli.compare, "main", ends)
+    monkeypatch.setattr(compare, "main", ends)
     assert code_of("compare") == 130
 
 
 def test_ctrl_c_in_a_command_without_a_trainer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli.compare, "main", lambda argv: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(compare, "main", lambda argv: os.kill(os.getpid(), signal.SIGINT))
     assert code_of("compare") == 130
     assert capsys.readouterr().err == "stopped by SIGINT\n"
 
@@ -545,7 +545,7 @@ def test_ctrl_c_in_a_command_without_a_trainer(
 def test_a_bug_has_a_traceback_and_a_line_that_says_where_to_report_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli.compare, "compare_evaluations", lambda first, second: None)  # so that ours fails on it
+    monkeypatch.setattr(compare, "compare_evaluations", lambda first, second: None)  # so that ours fails on it
     assert code_of("compare", "a", "b") == 1
     *_, kind, last = capsys.readouterr().err.splitlines()
     assert kind.startswith("AttributeError")

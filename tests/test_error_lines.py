@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import yaml
 
-import ibro_lightning.cli.main  # noqa: F401  imports every class that a recipe may name
+import ibro_lightning.cli.run  # noqa: F401  imports every class that a recipe may name
 from ibro_lightning.callbacks import Heartbeat, IterationCheckpoint, RankWatch, RolloutLog, SamplesTable
 from ibro_lightning.cli.main import main
 from ibro_lightning.cli.parser import OneLineParser

@@ -36,7 +36,8 @@ from ibro_lightning.datamodules.collector import Collector
 from ibro_lightning.evaluation.metrics import Estimate, Evaluation
 from ibro_lightning.evaluation.record import EvaluationRecord, describe, fingerprint
 from ibro_lightning.rewards import LastNumberReward, RewardByPart, RewardSum, VerifiableReward
-from ibro_lightning.runs.parquet import MANIFEST, read_groups, write_parquet
+from ibro_lightning.runs.parquet import read_groups, write_parquet
+from ibro_lightning.runs.samples_manifest import MANIFEST
 from ibro_lightning.tasks import CountdownReward
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult
 from ibro_lightning.version import __version__

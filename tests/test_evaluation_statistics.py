@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ibro_lightning.functional import avg_at_k, bootstrap_interval, majority_at_k, pass_at_k, sign_flip_p_value
-from ibro_lightning.functional.accuracy import _student_quantile
+from ibro_lightning.resampling import student_quantile
 
 torch.set_num_threads(1)
 
@@ -231,8 +231,8 @@ def test_tiny_differences_are_not_lost() -> None:
     ],
 )
 def test_quantiles_of_students_t_are_those_of_the_tables(share: float, freedom: int, value: float) -> None:
-    assert _student_quantile(share, freedom) == pytest.approx(value, abs=0.001)
-    assert _student_quantile(1 - share, freedom) == pytest.approx(-value, abs=0.001)
+    assert student_quantile(share, freedom) == pytest.approx(value, abs=0.001)
+    assert student_quantile(1 - share, freedom) == pytest.approx(-value, abs=0.001)
 
 
 # The paired test.

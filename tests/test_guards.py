@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from helpers.processes import run_ranks
 from ibro_lightning.batches.experience import Experience
 from ibro_lightning.batches.sequences import Sequences
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, is_out_of_memory
 from ibro_lightning.guards.memory_advice import (
     OutOfMemory,
     engine_memory_advice,
-    is_out_of_memory,
     lower_by,
     memory_advice,
     requested_bytes,

@@ -104,7 +104,7 @@ class TestInstallation:
     def test_building_an_engine_imports_nothing_of_vllm(self, tmp_path):
         """In a process that is forked from one that has imported the command line, and no test."""
         code = (
-            "import sys, ibro_lightning.cli.main\n"
+            "import sys, ibro_lightning.cli.run\n"
             "from ibro_lightning.engines import VLLMEngine\n"
             "VLLMEngine()\n"
             "print([name for name in sys.modules if name.split('.')[0] == 'vllm'])"

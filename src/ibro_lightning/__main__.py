@@ -2,7 +2,7 @@
 
 import sys
 
-from ibro_lightning.cli.commands import answer
+from ibro_lightning.cli.commands import COMMANDS, answer
 from ibro_lightning.guards import printing, signals
 from ibro_lightning.guards.interruption import Interrupted
 
@@ -25,19 +25,15 @@ def main() -> None:
 
 
 def _command() -> None:
-    if sys.argv[1:] in ([], ["-h"], ["--help"], ["--version"]):
-        print(answer(sys.argv[1:]))
+    argv = sys.argv[1:]
+    if argv in ([], ["-h"], ["--help"], ["--version"]):
+        print(answer(argv))
         printing.check_delivered()
         return
-    try:
-        from ibro_lightning.cli import main as cli
-    except ModuleNotFoundError as error:
-        printing.tell(f"error: the Python package {error.name} is missing: pip install . installs all that is needed")
-        raise SystemExit(2) from error
-    except Exception as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-        printing.tell("error: the installed packages are incompatible: see the traceback above, and pip check")
-        raise SystemExit(1) from error
+    from ibro_lightning.cli import main as cli
+
+    if argv[0] in COMMANDS or argv[0].startswith("-"):
+        cli.command(argv)  # imports what it needs, before the signals are those of a command that runs
     cli.main()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pickle import UnpicklingError
 from typing import SupportsFloat
@@ -33,6 +34,27 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 def is_unpickling(error: BaseException | None) -> bool:
     """Whether ``error``, or an error that it wraps, is torch's refusal to unpickle a file."""
     return any(isinstance(e, UnpicklingError) or "Weights only load failed" in str(e) for e in causes(error))
+
+
+_ON_CPU = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory|std::bad_alloc")
+_LOST = re.compile(r"[Cc]onnection (?:closed|reset|was reset)|Broken pipe|remote process exited")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means out of memory: on an accelerator, in torch on the CPU, or in Python."""
+    if isinstance(error, MemoryError) or is_a(error, "OutOfMemoryError"):
+        return True
+    return isinstance(error, RuntimeError) and bool(_ON_CPU.search(str(error)))
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone."""
+    return isinstance(error, RuntimeError) and not isinstance(error, RankError) and bool(_LOST.search(str(error)))
+
+
+def is_a(error: BaseException, name: str) -> bool:
+    """Whether an error is of the class of that name, of a library that need not be imported for this."""
+    return any(kind.__name__ == name for kind in type(error).__mro__)
 
 
 class UserError(Exception):

@@ -25,7 +25,7 @@ that calls the same function itself. A server hands on what it found when it sta
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        "ibro_lightning.cli.main",
+        "ibro_lightning.cli.run",
         "torch.utils.tensorboard",
         "transformers.models.qwen2.modeling_qwen2",
         "helpers.warm",  # the last one

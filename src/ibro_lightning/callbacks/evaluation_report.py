@@ -14,7 +14,7 @@ from ibro_lightning.callbacks.say import say
 from ibro_lightning.evaluation.metrics import Estimate, Evaluation
 from ibro_lightning.guards.disk import write_json
 from ibro_lightning.runs.folder import claim_for, evaluation_counts, evaluation_name, is_fast_dev_run, run_folder
-from ibro_lightning.runs.parquet import mark_complete
+from ibro_lightning.runs.samples_manifest import mark_complete
 
 
 class EvaluationReport(pl.Callback):

@@ -13,13 +13,14 @@ from ibro_lightning.batches import Rollout
 from ibro_lightning.callbacks.needs import is_rollout
 from ibro_lightning.callbacks.say import say
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.guards.disk import write_json
+from ibro_lightning.guards.disk import free_name, write_json
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.runs.authorship import leave_to_others, own_in, run_id, set_aside
 from ibro_lightning.runs.folder import claim_for, clear_way, is_fast_dev_run, run_folder
 from ibro_lightning.runs.holding import RunLock
-from ibro_lightning.runs.model_folders import free_name, prune, remove
-from ibro_lightning.runs.parquet import MANIFEST, read_manifest, write_parquet
+from ibro_lightning.runs.model_folders import prune, remove
+from ibro_lightning.runs.parquet import write_parquet
+from ibro_lightning.runs.samples_manifest import MANIFEST, read_manifest
 from ibro_lightning.version import __version__
 
 

@@ -1,7 +1,8 @@
-"""The commands, and what the command line answers before torch is imported: usage and version."""
+"""The commands, and what the command line answers before torch is imported: usage, version and wrong arguments."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Sequence
 
@@ -40,3 +41,18 @@ def answer(arguments: Sequence[str]) -> str | None:
         hint = f"did you mean {near[0]}?" if near else f"write one of {', '.join(COMMANDS)}"
         raise ConfigError("command", first, f"there is no such command: {hint}")
     return None
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """The arguments of ``export``."""
+    parser = argparse.ArgumentParser(
+        prog="ibro_lightning export",
+        description="Write the policy of a checkpoint as a Hugging Face folder, and its critic, if any, to critic/ "
+        "beside it. One process, on the CPU, whatever the checkpoint was written by.",
+    )
+    parser.add_argument("--ckpt_path", required=True, help="a checkpoint; or last or best, with --run")
+    parser.add_argument("--output", required=True, help="the folder to write, e.g. exported/model")
+    parser.add_argument("--run", help="the run's folder; found from the checkpoint's path if left out")
+    parser.add_argument("--config", help="a recipe; the run's own config.yaml if left out")
+    parser.add_argument("--overwrite", action="store_true", help="move what an earlier export wrote there aside")
+    return parser

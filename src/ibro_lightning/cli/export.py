@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -16,27 +15,19 @@ import yaml
 from jsonargparse import Namespace
 from omegaconf import OmegaConf
 
+from ibro_lightning.cli.commands import export_parser
 from ibro_lightning.cli.parser import OneLineParser
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.guards.disk import free_name
 from ibro_lightning.modules import PolicyModule
 from ibro_lightning.runs.checkpoints.plugin import CheckpointFiles
 from ibro_lightning.runs.holding import FolderLock
-from ibro_lightning.runs.model_folders import free_name, is_in_the_way, is_ours
+from ibro_lightning.runs.model_folders import is_in_the_way, is_ours
 from ibro_lightning.runs.resume import check_exists, find_checkpoint
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="ibro_lightning export",
-        description="Write the policy of a checkpoint as a Hugging Face folder, and its critic, if any, to critic/ "
-        "beside it. One process, on the CPU, whatever the checkpoint was written by.",
-    )
-    parser.add_argument("--ckpt_path", required=True, help="a checkpoint; or last or best, with --run")
-    parser.add_argument("--output", required=True, help="the folder to write, e.g. exported/model")
-    parser.add_argument("--run", help="the run's folder; found from the checkpoint's path if left out")
-    parser.add_argument("--config", help="a recipe; the run's own config.yaml if left out")
-    parser.add_argument("--overwrite", action="store_true", help="move what an earlier export wrote there aside")
-    settings = parser.parse_args(list(argv))
+    settings = export_parser().parse_args(list(argv))
     folder = export_checkpoint(
         settings.ckpt_path, Path(settings.output), settings.run, settings.config, overwrite=settings.overwrite
     )

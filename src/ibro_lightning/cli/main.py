@@ -1,31 +1,18 @@
-"""Entry point of the command line: runs the command, and handles output and exit."""
+"""Entry point of the command line: runs the command, and handles output and exit.
+
+A command imports what it needs and no more: ``compare``, and the help of ``compare`` and ``export``, need no torch.
+"""
 
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-import lightning.pytorch as pl
-
-from ibro_lightning.callbacks.saved_config import SaveResolvedConfig
-from ibro_lightning.cli import export as exporting
-from ibro_lightning.cli.commands import answer
-from ibro_lightning.cli.parser import OneLineParser, long_names, resolve_configs
-from ibro_lightning.cli.trainer import DEFAULTS
-from ibro_lightning.cli.training import IbroCLI
-from ibro_lightning.evaluation import compare
+from ibro_lightning.cli.commands import answer, export_parser
+from ibro_lightning.cli.recipes import resolve_configs
 from ibro_lightning.guards import interruption, printing, signals
 from ibro_lightning.guards.endings import ended
-from ibro_lightning.version import __version__
-
-# Warnings on which a user cannot act.
-NOISE = (
-    ".*LeafSpec.*",
-    ".*does not have many workers.*",
-    ".*across ranks is zero.*",
-    ".*sync_dist=True.*",  # vLLM opens a process group even for one process; torchmetrics reduces evaluations
-)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -38,35 +25,45 @@ def main(args: Sequence[str] | None = None) -> None:
     interruption.clear()
     with printing.protected(), ended(), signals.raised():
         signals.end_with_launcher()
-        for message in NOISE:
-            warnings.filterwarnings("ignore", message=message)
         if (text := answer(argv)) is not None:
             print(text)
-            printing.check_delivered()
-        elif argv[:1] == ["compare"]:
-            compare.main(argv[1:])
-            printing.check_delivered()
-        elif argv[:1] == ["export"]:
-            exporting.main(resolve_configs(argv[1:]))
-            printing.check_delivered()
         else:
-            # Lightning and the parser read sys.argv themselves (for relaunches and messages).
-            sys.argv[1:] = long_names(resolve_configs(argv))
-            _train_or_evaluate()
+            command(argv)(argv)
+        if text is not None or argv[0] in ("compare", "export"):  # their result is what they print
+            printing.check_delivered()
 
 
-def _train_or_evaluate() -> None:
-    IbroCLI(
-        model_class=pl.LightningModule,
-        datamodule_class=pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=SaveResolvedConfig,
-        save_config_kwargs={"save_to_log_dir": False},  # i.e. to a logger's folder
-        trainer_defaults=DEFAULTS,
-        seed_everything_default=0,
-        parser_class=OneLineParser,
-        parser_kwargs={"parser_mode": "omegaconf", "version": __version__},
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-    )
+def command(argv: Sequence[str]) -> Callable[[Sequence[str]], None]:
+    """The function that runs the command in ``argv[0]``, with what it needs imported."""
+    with importing():
+        if argv[0] == "compare":
+            from ibro_lightning.evaluation.compare import main as compare
+
+            return lambda argv: compare(argv[1:])
+        if argv[0] == "export":
+            return _export
+        from ibro_lightning.cli.run import main as run
+
+        return run
+
+
+def _export(argv: Sequence[str]) -> None:
+    arguments = resolve_configs(argv[1:])
+    export_parser().parse_args(arguments)  # --help and mistakes are answered before the imports, which take seconds
+    with importing():
+        from ibro_lightning.cli.export import main as export
+    export(arguments)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Context of imports: ends with a line that says what the installation lacks."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        printing.tell(f"error: the Python package {error.name} is missing: pip install . installs all that is needed")
+        raise SystemExit(2) from error
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        printing.tell("error: the installed packages are incompatible: see the traceback above, and pip check")
+        raise SystemExit(1) from error

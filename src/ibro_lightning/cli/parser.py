@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from ibro_lightning.cli.learning_rates import one_rate, refuse_no_rate, settle_learning_rates
 from ibro_lightning.cli.paths import RecipePaths
-from ibro_lightning.cli.recipes import find_config
 from ibro_lightning.cli.refusals import explain
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.endings import explanation
@@ -114,18 +113,3 @@ def long_names(argv: Sequence[str]) -> list[str]:
             argument = f"--model.{argument[2:]}" if short else argument
         current.append(argument)
     return first + last
-
-
-def resolve_configs(argv: Sequence[str]) -> list[str]:
-    """Replace the name in every ``--config NAME`` by the path of its file."""
-    resolved: list[str] = []
-    expects_config = False
-    for argument in argv:
-        if expects_config:
-            argument, expects_config = str(find_config(argument)), False
-        elif argument in ("--config", "-c"):
-            expects_config = True
-        elif argument.startswith("--config="):
-            argument = f"--config={find_config(argument.removeprefix('--config='))}"
-        resolved.append(argument)
-    return resolved

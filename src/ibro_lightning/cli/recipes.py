@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ibro_lightning.errors import ConfigError
@@ -24,3 +25,18 @@ def find_config(name: str) -> Path:
         if candidate.is_file():
             return candidate
     raise ConfigError("--config", name, f"no such file or recipe: write a path, or one of {', '.join(recipe_names())}")
+
+
+def resolve_configs(argv: Sequence[str]) -> list[str]:
+    """Replace the name in every ``--config NAME`` by the path of its file."""
+    resolved: list[str] = []
+    expects_config = False
+    for argument in argv:
+        if expects_config:
+            argument, expects_config = str(find_config(argument)), False
+        elif argument in ("--config", "-c"):
+            expects_config = True
+        elif argument.startswith("--config="):
+            argument = f"--config={find_config(argument.removeprefix('--config='))}"
+        resolved.append(argument)
+    return resolved

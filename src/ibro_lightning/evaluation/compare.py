@@ -10,15 +10,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.functional import bootstrap_interval, sign_flip_p_value
-from ibro_lightning.guards.disk import PARTIAL, write_json
-from ibro_lightning.runs.model_folders import free_name
-from ibro_lightning.runs.parquet import read_manifest
+from ibro_lightning.guards.disk import PARTIAL, free_name, write_json
+from ibro_lightning.resampling import bootstrap_interval, sign_flip_p_value
+from ibro_lightning.runs.samples_manifest import read_manifest
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ def compare(first: Mapping[str, float], second: Mapping[str, float]) -> Comparis
     shared = [question for question in first if question in second]
     if not shared:
         raise ConfigError("compare", "no question in common", "name two evaluations of the same sets")
-    a = torch.tensor([first[question] for question in shared], dtype=torch.float64)
-    b = torch.tensor([second[question] for question in shared], dtype=torch.float64)
+    a, b = (np.array([of[question] for question in shared], dtype=np.float64) for of in (first, second))
     low, high = bootstrap_interval(b - a)
     return Comparison(
         questions=len(shared),

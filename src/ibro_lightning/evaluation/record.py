@@ -17,11 +17,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ibro_lightning.batches import Rollout
-from ibro_lightning.guards.disk import write_json
+from ibro_lightning.guards.disk import free_name, write_json
 from ibro_lightning.rewards import Reward
 from ibro_lightning.runs.authorship import own_in, set_aside
-from ibro_lightning.runs.model_folders import free_name, remove
-from ibro_lightning.runs.parquet import MANIFEST, read_groups, read_manifest, write_parquet
+from ibro_lightning.runs.model_folders import remove
+from ibro_lightning.runs.parquet import read_groups, write_parquet
+from ibro_lightning.runs.samples_manifest import MANIFEST, read_manifest
 from ibro_lightning.types import Group, Prompt
 from ibro_lightning.version import __version__
 

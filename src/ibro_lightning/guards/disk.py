@@ -1,4 +1,4 @@
-"""Atomic file writes, and a full disk as an error of one line."""
+"""Atomic file writes, free names, and a full disk as an error of one line."""
 
 from __future__ import annotations
 
@@ -58,6 +58,15 @@ def write_json(path: Path, content: Any) -> Path:
     with written_atomically(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
     return path
+
+
+def free_name(path: Path, *suffixes: str) -> Path:
+    """``path`` with the first number for which neither it nor it with any of the suffixes exists, such as
+    ``runs/quickstart.1``."""
+    number, taken = 1, os.path.lexists
+    while any(taken(path.with_name(f"{path.name}.{number}{suffix}")) for suffix in ("", PARTIAL, *suffixes)):
+        number += 1
+    return path.with_name(f"{path.name}.{number}")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 What the user can fix is named in one line, with exit code 2. Errors in the user's own classes get a traceback and a
 line that names the class; unforeseen errors a traceback and a line that says where to report them; both have exit
-code 1. ``docs/endings.md`` has the complete table.
+code 1. ``docs/endings.md`` has the complete table. Neither torch nor Lightning is imported: not every command needs them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
 import ibro_lightning
-from ibro_lightning.errors import PICKLED, UserError, is_unpickling
+from ibro_lightning.errors import PICKLED, UserError, is_a, is_lost_connection, is_out_of_memory, is_unpickling
 from ibro_lightning.guards.disk import as_disk_full
-from ibro_lightning.guards.failure_watch import is_lost_connection
 from ibro_lightning.guards.interruption import Interrupted
-from ibro_lightning.guards.memory_advice import is_out_of_memory
 from ibro_lightning.guards.printing import check_delivered, tell
 from ibro_lightning.guards.signals import CTRL_C, exit_code
 
@@ -157,7 +153,7 @@ def one_line(error: BaseException) -> str | None:
         return _of_system(error)
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("ibro_lightning"):
         return f"the Python package {error.name} is missing: install it, or remove the setting that needs it"
-    if isinstance(error, MisconfigurationException):
+    if is_a(error, "MisconfigurationException"):
         return _text(error)
     package = type(error).__module__.partition(".")[0]
     if package in ("yaml", "omegaconf"):

@@ -12,7 +12,6 @@ and they monitor the first rank's.
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ from typing import Any, NoReturn
 
 from torch import distributed
 
-from ibro_lightning.errors import RankError
+from ibro_lightning.errors import RankError, is_lost_connection
 from ibro_lightning.guards.printing import tell
 from ibro_lightning.guards.signals import leave
 
@@ -32,7 +31,6 @@ JOINING_S = 900.0
 """Longest time in seconds until all processes have met; torchrun and SLURM may start them minutes apart."""
 STOP_S = 3.0
 """Longest time in seconds to wait for each thread at a normal end."""
-_LOST = re.compile(r"[Cc]onnection (?:closed|reset|was reset)|Broken pipe|remote process exited")
 
 
 class FailureWatch:
@@ -214,11 +212,6 @@ def note(rank: int, error: BaseException) -> str:
     if is_lost_connection(error):
         return f"rank {rank} lost the connection to another rank, which was killed or has ended: {text}"
     return f"rank {rank} failed: {text}"
-
-
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed because another process is gone."""
-    return isinstance(error, RuntimeError) and not isinstance(error, RankError) and bool(_LOST.search(str(error)))
 
 
 def _in_a_group() -> bool:

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 import torch
 
 from ibro_lightning.batches.sequences import Sequences
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, is_out_of_memory
 
 _ASKED = re.compile(r"(?:[Tt]ried to allocate|you tried to allocate) ([\d.]+) ?(bytes|KiB|MiB|GiB)?")
-_ON_CPU = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory|std::bad_alloc")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, None: 1}
 
 
@@ -90,13 +89,6 @@ def engine_memory_advice(setting: str, value: float, responses: int, tokens: int
             f"{_request(requested_bytes(error))}: write {smaller} (÷ {_number(value / smaller)}), or lower "
             "data.sampling.max_tokens",
         ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means out of memory: on an accelerator, in torch on the CPU, or in Python."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and bool(_ON_CPU.search(str(error)))
 
 
 def requested_bytes(error: BaseException) -> int | None:

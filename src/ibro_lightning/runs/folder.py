@@ -14,10 +14,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.guards.disk import free_name
 from ibro_lightning.runs import contents
 from ibro_lightning.runs.claims import claim, survey
 from ibro_lightning.runs.marks import read_mark
-from ibro_lightning.runs.model_folders import free_name
 from ibro_lightning.runs.moving import holds_training, move, moving_alone, recognize, recover, recover_alone
 
 T = TypeVar("T")

@@ -26,8 +26,8 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from ibro_lightning.guards.disk import free_name
 from ibro_lightning.runs.holder import START, Holder
-from ibro_lightning.runs.model_folders import free_name
 
 BEAT_S = 4.0
 """Seconds between two heartbeats."""

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ibro_lightning.guards.disk import PARTIAL, write_json
+from ibro_lightning.guards.disk import PARTIAL, free_name, write_json
 from ibro_lightning.ranks import rank_zero_info, rank_zero_warn
 from ibro_lightning.version import __version__
 
@@ -95,15 +95,6 @@ def is_in_the_way(folder: Path) -> bool:
     if folder.is_symlink() or not folder.is_dir():
         return os.path.lexists(folder)
     return any(folder.iterdir()) and not is_ours(folder)
-
-
-def free_name(path: Path, *suffixes: str) -> Path:
-    """``path`` with the first number for which neither it nor it with any of the suffixes exists, such as
-    ``runs/quickstart.1``."""
-    number, taken = 1, os.path.lexists
-    while any(taken(path.with_name(f"{path.name}.{number}{suffix}")) for suffix in ("", PARTIAL, *suffixes)):
-        number += 1
-    return path.with_name(f"{path.name}.{number}")
 
 
 def remove(folder: Path, files: Iterable[str]) -> None:

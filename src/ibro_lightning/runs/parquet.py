@@ -13,12 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ibro_lightning.batches import Rollout
-from ibro_lightning.guards.disk import write_json, written_atomically
+from ibro_lightning.guards.disk import written_atomically
 from ibro_lightning.runs.authorship import signed
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult
 
-MANIFEST = "_manifest.json"
-"""Describes the samples of an evaluation. Readers of parquet folders skip names that begin with "_"."""
 _PART = "reward_"
 # For columns that may be empty in one file and not in the next; engines return float32 log-probs.
 _TYPES = {"answer_read": pa.string(), "token_ids": pa.list_(pa.int32()), "logp": pa.list_(pa.float32())}
@@ -104,18 +102,3 @@ def _read_row(row: dict[str, Any]) -> tuple[Completion, RewardResult]:
     given = {name: value for name, value in row.items() if name.startswith(_PART) and value is not None}
     parts = {name.removeprefix(_PART): value for name, value in given.items()}
     return completion, RewardResult(row["reward"], parts, row["answer_read"], row["timed_out"])
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The description of a folder's samples; None if there is none."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) else None
-
-
-def mark_complete(folder: Path) -> None:
-    """Record that the results are written, so that the next evaluation in this folder starts over."""
-    if (manifest := read_manifest(folder)) is not None:
-        write_json(folder / MANIFEST, {**manifest, "complete": True})

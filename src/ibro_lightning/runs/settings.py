@@ -20,9 +20,8 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.guards.disk import written_atomically
+from ibro_lightning.guards.disk import free_name, written_atomically
 from ibro_lightning.runs.marks import HEADER
-from ibro_lightning.runs.model_folders import free_name
 
 FILE = "config.yaml"
 IGNORED = ("ckpt_path", "resume", "run_lock")

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience
 from ibro_lightning.errors import UserError, check_at_least
-from ibro_lightning.guards.disk import written_atomically
+from ibro_lightning.guards.disk import free_name, written_atomically
 from ibro_lightning.ranks import Ranks, rank_zero_warn
-from ibro_lightning.runs.model_folders import free_name
 
 
 class NonFiniteError(UserError, RuntimeError):

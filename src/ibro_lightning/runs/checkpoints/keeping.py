@@ -12,13 +12,13 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from ibro_lightning.guards.disk import PARTIAL, to_disk
+from ibro_lightning.guards.disk import PARTIAL, free_name, to_disk
 from ibro_lightning.runs.checkpoints.catalog import FROM, Written, checkpoints_in, iteration_of
 from ibro_lightning.runs.checkpoints.index import REST, read_rest, write_rest
 from ibro_lightning.runs.checkpoints.manifest import MANIFEST, updated_manifest
 from ibro_lightning.runs.checkpoints.validity import record_valid, why_known_invalid
 from ibro_lightning.runs.contents import is_shard
-from ibro_lightning.runs.model_folders import free_name, prune
+from ibro_lightning.runs.model_folders import prune
 
 LAST = "last.ckpt"
 
