@@ -2,7 +2,7 @@
 
 What the user can fix is named in one line, with exit code 2. Errors in the user's own classes get a traceback and a
 line that names the class; unforeseen errors a traceback and a line that says where to report them; both have exit
-code 1. ``docs/endings.md`` has the complete table. Neither torch nor Lightning is imported: not every command needs them.
+code 1. ``docs/endings.md`` has the complete table. Imports no torch and no Lightning, which not every command needs.
 """
 
 from __future__ import annotations
