@@ -412,7 +412,10 @@ def test_prepared_tensors_are_logged_as_means_over_valid_tokens(name: str, exper
     step = begin_step(module, experience, seed=11)
     expected = {}
     if name in MEASURED:
-        values = step.extra[MEASURED[name]].double().numpy()
+        regularizer = module.policy_loss.regularizer
+        raw = isinstance(regularizer, InformationBottleneck) and regularizer.part == "raw"  # a curve, and no tensor
+        measured = regularizer.weight(step.advantages) if raw else step.extra[MEASURED[name]]
+        values = measured.double().numpy()
         expected[f"regularizer/{MEASURED[name]}"] = values[experience.mask.numpy()].sum() / N
         assert abs(expected[f"regularizer/{MEASURED[name]}"]) > 1e-3
     assert step.metrics == pytest.approx(expected, rel=1e-6)
@@ -517,6 +520,18 @@ def test_the_mean_advantage_counts_the_tokens_of_all_ranks() -> None:
     regularizer = InformationBottleneck(part="uniform")
     step = regularizer.prepare(step_of([[2.0, 4.0]]), alone(ranks=TwoRanks()))
     assert step.extra["ib_mean_weight"].tolist() == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("part", ["raw", "centred", "uniform"])
+def test_the_mean_advantage_is_a_curve_and_travels_with_the_tokens_only_where_it_is_used(
+    part: str, experience: Experience
+) -> None:
+    module = dapo(InformationBottleneck(0.5, part=part))
+    step = begin_step(module, experience)
+    assert ("ib_mean_weight" in step.extra) == (part != "raw")
+    mean = experience.advantages[experience.mask].mean().item()
+    assert abs(mean) > 0.01
+    assert step.metrics["regularizer/ib_mean_weight"] == pytest.approx(mean, rel=1e-6)
 
 
 def test_ces_has_the_opposite_gradient_of_ib(experience: Experience) -> None:

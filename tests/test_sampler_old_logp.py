@@ -5,18 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from helpers.models import TinySource
 from helpers.sampler_scores import rollout_of, sampler_near, scores
-from helpers.updates import Recorder, adamw, sgd
+from helpers.updates import Recorder, Verified, adamw, fit, sgd
 from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import TokenStats
 from ibro_lightning.cli.main import main
@@ -37,18 +34,6 @@ from ibro_lightning.update.correction import SamplerCorrection
 torch.set_num_threads(1)
 
 
-class Given(pl.LightningDataModule):
-    """Rollouts of an engine whose log-probs are checked."""
-
-    def __init__(self, rollouts: list[Rollout], check: WeightCheck | None = WeightCheck(), dtype: str = "float32"):
-        super().__init__()
-        self.rollouts = rollouts
-        self.collector = SimpleNamespace(weight_check=check, engine=SimpleNamespace(dtype=dtype))
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.rollouts, batch_size=None)  # type: ignore[arg-type]
-
-
 def exact() -> Tensor:
     """``[8, 6]`` the policy's own log-probs."""
     logp = torch.zeros(8, 6, dtype=torch.float64)
@@ -61,15 +46,7 @@ def run(kind: type[PolicyModule], rollout: Rollout, **settings: Any) -> Recorder
     settings = {"optimizer": sgd, "regularizer": InformationBottleneck(0.5, part="centred"), **settings}
     if issubclass(kind, PPOModule):
         settings = {"critic_optimizer": adamw(0.01), "gae_lambda": 0.8, **settings}
-    return fitted(kind(TinySource(torch.float64), **settings), Given([rollout]))
-
-
-def fitted(module: PolicyModule, datamodule: pl.LightningDataModule) -> Recorder:
-    recorder = Recorder()
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, **quiet, callbacks=[recorder])  # type: ignore[arg-type]
-    trainer.fit(module, datamodule)
-    return recorder
+    return fit(kind(TinySource(torch.float64), **settings), Verified([rollout]))[1]
 
 
 STEPS = {
@@ -244,23 +221,20 @@ def test_what_nobody_verifies_is_refused_before_anything_is_trained(name: str) -
     settings, message = UNVERIFIED[name]
     module = DAPOModule(TinySource(), old_logp="sampler")
     with pytest.raises(ConfigError, match=message) as raised:
-        fitted(module, Given([rollout_of(exact())], **settings))
+        fit(module, Verified([rollout_of(exact())], **settings))
     assert raised.value.field == "old_logp"
-    fitted(DAPOModule(TinySource(), old_logp="policy"), Given([rollout_of(exact())], **settings))
+    fit(DAPOModule(TinySource(), old_logp="policy"), Verified([rollout_of(exact())], **settings))
 
 
 def test_rollouts_of_a_foreign_datamodule_are_refused() -> None:
-    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False)
     with pytest.raises(ConfigError, match="weight_check of a RolloutDataModule"):
-        trainer.fit(DAPOModule(TinySource(), old_logp="sampler"), DataLoader([rollout_of(exact())], batch_size=None))  # type: ignore[arg-type]
+        fit(DAPOModule(TinySource(), old_logp="sampler"), [rollout_of(exact())])
 
 
 def test_a_coarse_policy_is_refused() -> None:
-    trainer = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "enable_checkpointing": False}
+    module = DAPOModule(TinySource(), old_logp="sampler")
     with pytest.raises(ConfigError, match="the policy in bfloat16: write float32 for both"):
-        pl.Trainer(**trainer, precision="bf16-mixed").fit(  # type: ignore[arg-type]
-            DAPOModule(TinySource(), old_logp="sampler"), Given([rollout_of(exact())])
-        )
+        fit(module, Verified([rollout_of(exact())]), precision="bf16-mixed")
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry_run"]])

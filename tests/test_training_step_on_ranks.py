@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers.models import TinyQwen2
 from helpers.rollouts import make_rollout, share_of
 from helpers.sharded import on_ranks
-from helpers.updates import dapo, fit, ppo, sgd
+from helpers.updates import Verified, dapo, fit, ppo, sgd
 from ibro_lightning.batches import Rollout
 from ibro_lightning.regularizers import ClipCov, EntropyBonus, InformationBottleneck, KLCov, TopEntropyTokens
 from ibro_lightning.regularizers.coefficients import AdaptiveKL, TargetEntropy
@@ -56,23 +56,32 @@ MODULES: dict[str, Callable[[], Any]] = {
     "AdaptiveKL": lambda: dapo(kl=adaptive_kl(), **SETTINGS),
     "REINFORCE++ with AdaptiveKL": reinforce,
     "TargetEntropy": lambda: dapo(regularizer=EntropyBonus(TargetEntropy(target=10.0, step=0.1)), **SETTINGS),
+    # The first step scores its own rows; the others are scored before, or have the sampler's log-probs.
+    "IB in two passes": lambda: dapo(regularizer=InformationBottleneck(0.5), update_epochs=2, **SETTINGS),
+    "the sampler's log-probs": lambda: dapo(
+        regularizer=InformationBottleneck(0.5), update_epochs=2, old_logp="sampler", **SETTINGS
+    ),
     "PPO": lambda: ppo(critic_optimizer=sgd, gae_lambda=0.9, kl=adaptive_kl(), **SETTINGS),
 }
 HALVES, UNEQUAL, ONE_HAS_NONE = ([0, 1], [2, 3]), ([0], [1, 2, 3]), ([0, 1, 2, 3], [])
 IN_TURN, SWAPPED = ([0, 2], [1, 3]), ([2, 3], [0, 1])
+OWN_SCORES = ("IB in two passes", "the sampler's log-probs")
 FLOAT32 = [name for name in MODULES if name.endswith("float32")]
 CASES = [
     *((name, HALVES) for name in ("ClipCov", "TopEntropyTokens", "TargetEntropy", "PPO")),
     *((name, UNEQUAL) for name in ("ClipCov", "KLCov", "IB under sequence means", "AdaptiveKL")),
     *((name, shares) for name in FLOAT32 for shares in (HALVES, IN_TURN, SWAPPED)),
     *((name, ONE_HAS_NONE) for name in ("AdaptiveKL", "REINFORCE++ with AdaptiveKL", "KLCov", "PPO")),
+    *((name, shares) for name in OWN_SCORES for shares in (HALVES, IN_TURN, UNEQUAL, ONE_HAS_NONE)),
 ]
 Result = tuple[dict[str, Tensor], list[Mapping[str, float]]]
 
 
 def result_of(name: str, share: Callable[[Rollout], Rollout], **flags: Any) -> Result:
     rollouts = [share(make_rollout(iteration=number)) for number in (1, 2)]
-    _, recorder = fit(MODULES[name](), rollouts, **flags)
+    module = MODULES[name]()
+    verified = module.scorer.old_logp == "sampler"
+    _, recorder = fit(module, Verified(rollouts) if verified else rollouts, **flags)
     return recorder.weights[-1], recorder.metrics
 
 

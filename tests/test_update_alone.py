@@ -134,6 +134,33 @@ def test_the_update_itself_does_not_depend_on_the_token_budget(budget: int, mini
         torch.testing.assert_close(cut[name], value, rtol=1e-9, atol=1e-12)
 
 
+class Measured(PolicyLoss):
+    """Reports two things that are not finite; the first has a loss's name and is none."""
+
+    def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = super().surrogate(stats)
+        return loss, {**metrics, "update/information_loss": torch.full_like(loss, torch.inf)}
+
+
+class NotFinite(Measured):
+    must_be_finite = (*PolicyLoss.must_be_finite, "update/information_loss")
+
+
+@pytest.mark.parametrize(("kind", "skipped"), [(Measured, 0.0), (NotFinite, 1.0)])
+def test_a_step_is_skipped_for_the_metrics_that_its_loss_names(kind: type[PolicyLoss], skipped: float) -> None:
+    policy = Policy(qwen2().double())
+    loop = PlainLoop({"policy": policy}, [torch.optim.SGD(policy.parameters(), lr=0.1)])
+    loss, before = kind(), weights(policy)
+    scorer, updater = Scorer(loop, loss), Updater(loop)
+    experience = scorer(make_rollout())
+    advantages = make_rollout().rewards.double()[:, None].expand(experience.mask.shape)
+    (step,) = updater.steps(replace(experience, advantages=advantages), loss, scorer.context())
+    _, metrics = updater.update(step, loss, scorer.context())
+    assert metrics["update/skipped_steps"] == skipped
+    assert metrics["update/information_loss"] == torch.inf
+    assert all(torch.equal(before[name], value) for name, value in weights(policy).items()) == bool(skipped)
+
+
 def test_a_loss_of_ones_own_is_a_class_of_the_recipe(workspace: Path) -> None:
     """As the docs write it, from the command line."""
     (workspace / "my_code.py").write_text(block("# my_code.py\nfrom ibro_lightning.update import PolicyLoss"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from helpers.models import TinySource
 from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import Experience, TokenStats
+from ibro_lightning.engines.weight_check import WeightCheck
 from ibro_lightning.modules import DAPOModule, PPOModule
 
 
@@ -97,14 +99,31 @@ class Recorder(pl.Callback):
         return all(torch.equal(a[name], b[name]) for name in a if name.startswith(prefix))
 
 
-def fit(module: pl.LightningModule, rollouts: Sequence[Rollout], **settings: Any) -> tuple[pl.Trainer, Recorder]:
+class Verified(pl.LightningDataModule):
+    """Given rollouts, of an engine whose log-probs are checked after each sync."""
+
+    def __init__(
+        self, rollouts: Sequence[Rollout], check: WeightCheck | None = WeightCheck(), dtype: str = "float32"
+    ) -> None:
+        super().__init__()
+        self.rollouts = list(rollouts)
+        self.collector = SimpleNamespace(weight_check=check, engine=SimpleNamespace(dtype=dtype))
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.rollouts, batch_size=None)  # type: ignore[arg-type]
+
+
+def fit(
+    module: pl.LightningModule, rollouts: Sequence[Rollout] | pl.LightningDataModule, **settings: Any
+) -> tuple[pl.Trainer, Recorder]:
     """Train on given rollouts, one Lightning batch each."""
     recorder = Recorder()
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = pl.Trainer(
         **{"accelerator": "cpu", "devices": 1, "max_epochs": 1, **quiet, **settings}, callbacks=[recorder]
     )
-    trainer.fit(module, DataLoader(list(rollouts), batch_size=None))  # type: ignore[arg-type]
+    given = isinstance(rollouts, pl.LightningDataModule)
+    trainer.fit(module, rollouts if given else DataLoader(list(rollouts), batch_size=None))  # type: ignore[arg-type]
     return trainer, recorder
 
 

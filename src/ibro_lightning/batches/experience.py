@@ -33,6 +33,10 @@ class OldScores:
         nothing = torch.zeros(responses.shape, dtype=dtype, device=responses.device).masked_fill(responses, torch.nan)
         return cls(nothing, nothing.clone(), torch.zeros_like(sequences.starts, dtype=torch.bool))
 
+    def select(self, rows: Tensor, width: int) -> Self:
+        """These rows, trimmed to ``width``."""
+        return type(self)(self.logp[rows, :width], self.entropy[rows, :width], self.scored[rows])
+
 
 @dataclass(frozen=True, repr=False)
 class Experience:
@@ -126,7 +130,7 @@ class Experience:
             outcome_span=None if self.outcome_span is None else self.outcome_span[rows],
             weights=trim_optional(self.weights),
             scored=None if self.scored is None else self.scored[rows],
-            other_rows=None,
+            other_rows=None if self.other_rows is None else self.other_rows.select(rows, width),
             extra={name: trim(values) for name, values in self.extra.items()},
         )
 

@@ -72,7 +72,7 @@ class Steps:
                     "steps.keep(step) with what update() returns"
                 )
             self._rows = rows.to(self.experience.groups.device)
-            step = rows_of(self.experience, self._rows)  # [B', T]
+            step = rows_of(replace(self.experience, other_rows=None), self._rows)  # [B', T]
             if step.scored is not None:  # the log-probs of some rows are the sampler's
                 step = replace(step, old_entropy=step.old_entropy if bool(step.scored.all()) else None)
             yield self._loss.prepare(step, replace(self._context, seed=seed))
