@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.engines import HFEngine
-from ibro_lightning.engines.hf import cache_config
+from ibro_lightning.engines.hf_cache import cache_config
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import Policy
 from ibro_lightning.models.spec import ModelSpec

@@ -139,7 +139,7 @@ def test_out_of_memory_in_generation_names_the_engines_setting(
     def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
 
-    monkeypatch.setattr(HFEngine, "_generate_batch", full)
+    monkeypatch.setattr(HFEngine, "_generate", full)
     with pytest.raises(SystemExit) as end:
         main([*FIT, "--data.weight_check=null"])
     assert end.value.code == 2

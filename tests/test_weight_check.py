@@ -25,8 +25,8 @@ from helpers.models import VOCAB, TinyQwen2, qwen2
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.cli.main import main
 from ibro_lightning.datamodules import EvalSet, EvaluationDataModule
-from ibro_lightning.engines import HFEngine, hf
-from ibro_lightning.engines.hf import select_rows
+from ibro_lightning.engines import HFEngine, hf_batch
+from ibro_lightning.engines.hf_cache import select_rows
 from ibro_lightning.engines.weight_check import MOVED, TOLERANCES, WeightCheck, WeightVerifier
 from ibro_lightning.errors import ConfigError, RolloutError, WeightSyncError
 from ibro_lightning.models import Policy
@@ -392,15 +392,14 @@ class StalePrefixes(HFEngine):
         if self.reset:
             self.kept.clear()
 
-    def _forward(self, input_ids: Tensor, attention_mask: Tensor, cache: Any) -> Tensor:
-        if input_ids.shape[1] == 1:
-            return super()._forward(input_ids, attention_mask, cache)
-        super()._forward(input_ids[:, :-1], attention_mask[:, :-1], cache)
-        for row, prompt in enumerate(map(tuple, input_ids.tolist())):
-            fresh = [(layer.keys[row].clone(), layer.values[row].clone()) for layer in cache.layers]
-            for layer, (keys, values) in zip(cache.layers, self.kept.setdefault(prompt, fresh), strict=True):
+    def _prefill(self, prompts: Any) -> tuple[Any, Tensor]:
+        ids, mask = self._left_pad(prompts)
+        batch, _ = self._batch_type.start(self._network, ids[:, :-1], mask[:, :-1])
+        for row, prompt in enumerate(map(tuple, ids.tolist())):
+            fresh = [(layer.keys[row].clone(), layer.values[row].clone()) for layer in batch.cache.layers]
+            for layer, (keys, values) in zip(batch.cache.layers, self.kept.setdefault(prompt, fresh), strict=True):
                 layer.keys[row], layer.values[row] = keys, values
-        return super()._forward(input_ids[:, -1:], attention_mask, cache)
+        return batch, batch.extend(ids[:, -1])
 
 
 class StaleAnswers(HFEngine):
@@ -486,8 +485,8 @@ class Slides(HFEngine):
 
     def setup(self, spec: ModelSpec) -> None:
         super().setup(spec)
-        self._cache_config.layer_types = ["sliding_attention"] * self._cache_config.num_hidden_layers
-        self._cache_config.sliding_window = self.window
+        config = self._network.cache_config
+        config.layer_types, config.sliding_window = ["sliding_attention"] * config.num_hidden_layers, self.window
 
 
 ARRIVED = "Cause: not the weights, which have arrived, but "
@@ -509,7 +508,7 @@ def test_padding_that_is_off_by_one_is_named_as_that(shift: int) -> None:
 def test_rows_that_are_mixed_up_are_named_as_that(rows_kept: bool, cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
     verifier = verifier_of(Trainer(), HFEngine())
     sync(verifier)
-    monkeypatch.setattr(hf, "select_rows", permuting(rows_kept))
+    monkeypatch.setattr(hf_batch, "select_rows", permuting(rows_kept))
     assert refused(verifier).endswith(f"{ARRIVED}how the engine handles {cause}")
 
 
@@ -856,8 +855,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from ibro_lightning.engines import HFEngine, hf
-from ibro_lightning.engines.hf import select_rows
+from ibro_lightning.engines import HFEngine
 
 
 class SkipsSyncs(HFEngine):

@@ -2,60 +2,46 @@
 
 from __future__ import annotations
 
-import inspect
+from collections import deque
 from collections.abc import Iterable
-from copy import deepcopy
-from itertools import islice
-from typing import Any
+from itertools import accumulate, islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.engines.base import RolloutEngine, Rows, check_length
+from ibro_lightning.engines.hf_batch import Batch, GrowingBatch, Network
+from ibro_lightning.engines.hf_responses import Responses
 from ibro_lightning.engines.probe import build, check_generation, in_float32
-from ibro_lightning.engines.sampling import sample_tokens
 from ibro_lightning.errors import ConfigError, RolloutError
 from ibro_lightning.guards.memory_advice import engine_memory_advice
 from ibro_lightning.models.spec import ModelSpec
-from ibro_lightning.types import Dtype, FinishReason, Generation, SamplingParams
-
-CACHE_KEYS = ("layer_types", "sliding_window", "attention_chunk_size", "num_kv_shared_layers", "number_of_conv_states")
-"""Config keys from which transformers builds a cache, for any architecture."""
+from ibro_lightning.types import Dtype, Generation, SamplingParams
 
 
-def cache_config(config: Any) -> Any:
-    """A copy of a model's config from which ``DynamicCache`` builds the right cache.
-
-    Removes keys that the architecture does not use, such as a ``sliding_window`` in a Llama config: the model ignores
-    them, but transformers would build a cache that drops tokens.
-    """
-    config = deepcopy(config.get_text_config(decoder=True))
-    try:
-        own = type(config)()
-    except Exception:  # a custom class without defaults; engines.probe still checks the result
-        return config
-    for key in CACHE_KEYS:
-        if key in vars(config) and not hasattr(own, key):
-            delattr(config, key)
-    return config
+REFILL_BELOW = 0.85
+"""Share of ``max_batch_size`` below which samples of further prompts join: a forward pass of a few prompts costs as much
+as a step, so they join several at a time."""
 
 
-def select_rows(cache: DynamicCache, rows: Tensor) -> None:
-    """Select ``rows`` of the batch, in this order; rows may be repeated.
+class Group(NamedTuple):
+    """Samples of one prompt that are generated together."""
 
-    Only ``reorder_cache`` supports every kind of layer: ``batch_select_indices`` is missing for linear attention and
-    state spaces, and hybrid layers select only their keys and values with it.
-    """
-    cache.reorder_cache(rows)
+    prompt: int
+    first: int
+    """Number of the first sample among all of the call; the others follow."""
+    seeds: list[int]
 
 
 class HFEngine(RolloutEngine):
-    """Generates in left-padded batches with a key-value cache, computing each prompt once and dropping finished rows.
+    """Generates in left-padded batches with a key-value cache, computing each prompt once. Finished rows leave the
+    batch, and samples of the next prompts take their places.
 
     Holds its own copy of the weights, as every engine does. Supports attention, linear attention, state spaces and
-    hybrids of these. :meth:`setup` refuses models whose results with and without cache differ, see :mod:`.probe`.
+    hybrids of these. :meth:`setup` tries the kinds of :class:`.Batch`, the fast one first, and refuses models whose
+    results with and without cache differ in all of them, see :mod:`.probe`.
 
     Args:
         max_batch_size: responses generated concurrently; bounds the memory of the key-value cache.
@@ -72,6 +58,8 @@ class HFEngine(RolloutEngine):
         self.max_batch_size, self.compact_below = max_batch_size, compact_below
         self.max_model_len: int | None = None
         self._model: Any = None
+        self._network: Network
+        self._batch_type: type[Batch]
         self._eos: Tensor
         self._device: torch.device
 
@@ -79,18 +67,23 @@ class HFEngine(RolloutEngine):
         if self._model is not None:
             return
         model = build(spec, getattr(torch, self.dtype))
-        trial = HFEngine()  # not type(self): the check is about transformers, not about a subclass
-        trial._adopt(in_float32(model, spec), spec)
-        check_generation(trial._model, trial._generate_batch, spec, trial.max_model_len)
-        self._adopt(model, spec)
+        tested = in_float32(model, spec)
+        kinds = [kind for kind in (GrowingBatch, Batch) if kind.adopt(Network(tested))]
+        for kind in kinds:
+            trial = HFEngine()  # not type(self): the check is about transformers, not about a subclass
+            trial._adopt(tested, spec, kind)
+            try:
+                check_generation(tested, trial._generate, spec, trial.max_model_len)
+                break
+            except ConfigError:
+                if kind is kinds[-1]:
+                    raise
+        self._adopt(model, spec, kind)
 
-    def _adopt(self, model: Any, spec: ModelSpec) -> None:
-        self._model = model
-        self._cache_config = cache_config(model.config)
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_model_len = positions if positions and positions > 0 else None  # XLNet's -1 means any number
+    def _adopt(self, model: Any, spec: ModelSpec, batch_type: type[Batch]) -> None:
+        self._model, self._network, self._batch_type = model, Network(model), batch_type
+        batch_type.adopt(self._network)
+        self.max_model_len = self._network.max_length
         self._eos = torch.tensor(spec.eos_token_ids, device=spec.device)
         self._device = spec.device
 
@@ -110,21 +103,15 @@ class HFEngine(RolloutEngine):
             summary = f"{len(missing)} weights, e.g. {min(missing.values())!r}"
             raise RolloutError(f"HFEngine got no new values for {summary}")
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, prompts: Rows, sampling: SamplingParams, seeds: Rows) -> list[list[Generation]]:
         if self._model is None:
             raise RuntimeError("HFEngine.setup(spec) and load_weights(...) must be called before generate(...)")
         check_length(prompts, sampling, self.max_model_len)
-        results: list[list[Generation]] = [[] for _ in prompts]
-        for batch in self._batches(prompts, seeds):
-            indices = [index for index, _ in batch]
-            longest = max(len(prompts[i]) for i in indices) + sampling.max_tokens
-            responses = sum(len(own) for _, own in batch)
-            with engine_memory_advice("max_batch_size", self.max_batch_size, responses, longest):
-                generated = iter(self._generate_batch([prompts[i] for i in indices], sampling, [s for _, s in batch]))
-            for index, batch_seeds in batch:
-                results[index] += islice(generated, len(batch_seeds))
-        return results
+        longest = max(map(len, prompts), default=0) + sampling.max_tokens
+        with engine_memory_advice("max_batch_size", self.max_batch_size, sum(map(len, seeds)), longest):
+            samples = iter(self._generate(prompts, sampling, seeds))
+        return [list(islice(samples, len(own))) for own in seeds]
 
     def offload(self) -> None:
         if self._model is not None and self._device.type != "cpu":
@@ -138,72 +125,51 @@ class HFEngine(RolloutEngine):
     def close(self) -> None:
         self._model = None
 
-    def _batches(self, prompts: Rows, seeds: Rows) -> list[list[tuple[int, list[int]]]]:
-        """Batches of ``(prompt index, seeds)`` with at most ``max_batch_size`` responses, sorted by prompt length."""
-        batches: list[list[tuple[int, list[int]]]] = []
-        free = 0
-        for index in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-            remaining = list(seeds[index])
-            while remaining:
-                # Keep a prompt's samples in one batch if possible, because every batch recomputes the prompt.
-                if free < min(len(remaining), self.max_batch_size):
-                    batches.append([])
-                    free = self.max_batch_size
-                taken, remaining = remaining[:free], remaining[free:]
-                batches[-1].append((index, taken))
-                free -= len(taken)
-        return batches
+    def _generate(self, prompts: Rows, sampling: SamplingParams, seeds: Rows) -> list[Generation]:
+        """All samples, ordered by prompt, then by seed."""
+        waiting = self._groups(prompts, seeds)
+        ends = torch.cat([self._eos, self._eos.new_tensor(sampling.stop_token_ids)])
+        responses = Responses(sampling, ends, self.compact_below)
+        while waiting or responses.rows:
+            joins = self._batch_type.joinable and responses.rows < REFILL_BELOW * self.max_batch_size
+            if joins or not responses.rows:
+                groups = _take(waiting, self.max_batch_size - responses.rows)
+                if groups:
+                    batch, logits = self._prefill([prompts[group.prompt] for group in groups])
+                    copies = self._tensor([len(group.seeds) for group in groups])
+                    samples = self._tensor([group.first + i for group in groups for i in range(len(group.seeds))])
+                    row_seeds = self._tensor([seed for group in groups for seed in group.seeds])
+                    responses.add(batch, logits, copies, samples, row_seeds)
+            responses.step()
+        return responses.finished()
 
-    def _generate_batch(self, prompts: Rows, sampling: SamplingParams, seeds: Rows) -> list[Generation]:
-        """All samples of these prompts, ordered by prompt, then by seed. ``P`` prompts, ``R`` rows (samples)."""
-        input_ids, attention_mask = self._left_pad(prompts)
-        cache = DynamicCache(config=self._cache_config)
-        logits = self._forward(input_ids, attention_mask, cache)  # [P, V]
+    def _groups(self, prompts: Rows, seeds: Rows) -> deque[Group]:
+        """The samples of each prompt, in parts of at most ``max_batch_size``; sorted by prompt length."""
+        firsts = list(accumulate(map(len, seeds), initial=0))
+        return deque(
+            Group(index, firsts[index] + part, list(seeds[index][part : part + self.max_batch_size]))
+            for index in sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+            for part in range(0, len(seeds[index]), self.max_batch_size)
+        )
 
-        copies = torch.tensor([len(s) for s in seeds], device=self._device)
-        source = torch.arange(len(prompts), device=self._device).repeat_interleave(copies)
-        row_seeds = torch.tensor([seed for s in seeds for seed in s], dtype=torch.long, device=self._device)
-        tokens = torch.zeros(len(source), sampling.max_tokens, dtype=torch.long, device=self._device)
-        logps = torch.zeros(len(source), sampling.max_tokens, device=self._device)
-        lengths = torch.zeros_like(source)
-        ended = torch.zeros_like(source, dtype=torch.bool)
-
-        select_rows(cache, source)
-        logits, attention_mask = logits[source], attention_mask[source]
-        eos = torch.cat([self._eos, self._eos.new_tensor(sampling.stop_token_ids)])
-        rows = torch.arange(len(source), device=self._device)  # [B] sample of each row of the shrinking batch
-        for step in range(sampling.max_tokens):
-            next_tokens, next_logp = sample_tokens(logits, sampling, row_seeds[rows], step)
-            live = ~ended[rows]
-            tokens[rows[live], step], logps[rows[live], step] = next_tokens[live], next_logp[live]
-            lengths[rows[live]] += 1
-            ended[rows] |= torch.isin(next_tokens, eos) & live
-            live = ~ended[rows]
-            num_live = int(live.sum())
-            if num_live == 0 or step + 1 == sampling.max_tokens:
-                break
-            if num_live < self.compact_below * len(rows):
-                keep = live.nonzero().squeeze(-1)
-                select_rows(cache, keep)
-                rows, next_tokens, attention_mask = rows[keep], next_tokens[keep], attention_mask[keep]
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
-            logits = self._forward(next_tokens[:, None], attention_mask, cache)
-        reasons: list[FinishReason] = ["stop" if done else "length" for done in ended.tolist()]
-        responses = zip(tokens.tolist(), logps.tolist(), lengths.tolist(), reasons, strict=True)
-        return [Generation(tuple(ids[:size]), tuple(logp[:size]), reason) for ids, logp, size, reason in responses]
+    def _prefill(self, prompts: Rows) -> tuple[Batch, Tensor]:
+        """The prompts, and the logits ``[P, V]`` of their next tokens."""
+        return self._batch_type.start(self._network, *self._left_pad(prompts))
 
     def _left_pad(self, prompts: Rows) -> tuple[Tensor, Tensor]:
         """``[P, L]`` ids and mask, padded on the left so that the last position predicts every row's next token."""
         padded = Sequences.collate(prompts, [()] * len(prompts), padding_side="left").to(self._device)
         return padded.input_ids, padded.attention_mask
 
-    def _forward(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
-        """``[B, V]`` logits of the next token; ``input_ids`` are the tokens not yet in the cache."""
-        kwargs: dict[str, Any] = {}
-        if self._takes_positions:
-            positions = attention_mask.cumsum(dim=1) - 1
-            kwargs["position_ids"] = positions[:, -input_ids.shape[1] :].clamp(min=0)
-        if self._takes_logits_to_keep:
-            kwargs["logits_to_keep"] = 1
-        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache}
-        return self._model(**kwargs, use_cache=True).logits[:, -1]
+    def _tensor(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self._device)
+
+
+def _take(waiting: deque[Group], free: int) -> list[Group]:
+    """The next groups that fit into ``free`` rows, taken from those that wait. A prompt's samples stay together,
+    because it would be computed again for those that come later."""
+    taken: list[Group] = []
+    while waiting and len(waiting[0].seeds) <= free:
+        taken.append(waiting.popleft())
+        free -= len(taken[-1].seeds)
+    return taken

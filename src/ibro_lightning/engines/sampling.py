@@ -9,25 +9,30 @@ from ibro_lightning.seeding import counter_uniforms
 from ibro_lightning.types import SamplingParams
 
 
-def sample_tokens(logits: Tensor, sampling: SamplingParams, seeds: Tensor, step: int) -> tuple[Tensor, Tensor]:
+def sample_tokens(
+    logits: Tensor, sampling: SamplingParams, seeds: Tensor, step: int | Tensor
+) -> tuple[Tensor, Tensor]:
     """One token per row, with its log-prob under the sampling distribution: ``(tokens [B] int64, logp [B] float32)``.
 
     Uses inverse-CDF sampling with a uniform number that depends only on the row's seed and ``step``, so that samples do
     not depend on the composition of the batch. Greedy decoding reports log-probs at temperature 1.
 
     Args:
-        logits: ``[B, V]``; seeds: ``[B]`` int64; step: index of the token in the response.
+        logits: ``[B, V]``; seeds: ``[B]`` int64.
+        step: index of the token in the response; ``[B]`` int64 if the rows are at different ones.
     """
     logits = logits.float()
     if sampling.temperature == 0:
         logp = logits.log_softmax(dim=-1)
         tokens = logp.argmax(dim=-1)
     else:
-        logp = (logits / sampling.temperature).log_softmax(dim=-1)
+        scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
+        logp = scaled.log_softmax(dim=-1)
         if sampling.truncates_distribution:
             logp = _truncate(logp, sampling).log_softmax(dim=-1)
-        # float64, because in float32 the cumulative sum over a large vocabulary loses the tail.
-        cumulative = logp.double().exp().cumsum(dim=-1)
+        # float64, because in float32 the cumulative sum over a large vocabulary loses the tail. In place, because
+        # fresh memory for several such tensors takes longer than computing them.
+        cumulative = logp.double().exp_().cumsum_(dim=-1)
         draws = counter_uniforms(seeds, step) * cumulative[:, -1]
         # The first token whose cumulative probability exceeds the draw, hence never one of probability 0.
         tokens = torch.searchsorted(cumulative, draws[:, None], right=True).squeeze(-1)

@@ -132,10 +132,17 @@ class Questions:
             if (prompt, tokens) not in places:
                 places |= {(prompt, tokens[:length]): len(scored) for length in range(1, len(tokens) + 1)}
                 scored.append((prompt, tokens))
-        sequences = Sequences.collate(*zip(*scored, strict=True))
-        logp = self.provider.response_logp(sequences, 1.0).float().cpu()
+        logp: dict[int, Tensor] = {}
+        # Long and short prompts apart, to save most of the padding. By the questions, which are as long on every rank:
+        # all must score equally often, also if their answers have different lengths.
+        longest = max(len(question.prompt) for question in questions)
+        for short in (False, True):
+            batch = [place for place, (prompt, _) in enumerate(scored) if (2 * len(prompt) <= longest) == short]
+            if batch:
+                sequences = Sequences.collate(*zip(*(scored[place] for place in batch), strict=True))
+                logp |= dict(zip(batch, self.provider.response_logp(sequences, 1.0).float().cpu(), strict=True))
         return [
-            Answer(row, torch.tensor(row.logp), logp[places[prompt, row.token_ids], : len(row.logp)])
+            Answer(row, torch.tensor(row.logp), logp[places[prompt, row.token_ids]][: len(row.logp)])
             for prompt, row in rows
         ]
 
