@@ -10,9 +10,29 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
+from transformers import Qwen2Config
+
+from ibro_lightning.engines.weight_names import weight_shapes
+from ibro_lightning.models.spec import ModelSpec
 
 Answer = tuple[int, Any]
+VOCAB = 11
+SPEC = ModelSpec(
+    Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=12,
+        tie_word_embeddings=True,
+    ),
+    (2, 99),  # 99 is beyond the vocabulary, as EOS of other tokenizers may be
+    torch.device("cpu"),
+)
+WEIGHTS = {name: torch.full(shape, float(number)) for number, (name, shape) in enumerate(weight_shapes(SPEC).items())}
 
 
 class FakeServer:
@@ -22,8 +42,8 @@ class FakeServer:
     that is asked is in ``asked``, in order, and the weights that were handed over in ``weights``, by sync.
     """
 
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
+    def __init__(self) -> None:
+        self.vocab_size, self.model = VOCAB, "somewhere/else"
         self.answers: dict[str, Callable[[Any], Answer]] = {}
         self.headers: dict[str, str] = {}
         self.asked: list[tuple[str, Any]] = []
@@ -43,7 +63,7 @@ class FakeServer:
         return {
             "/health": lambda: (200, None),
             "/version": lambda: (200, {"version": "0.32.0"}),
-            "/v1/models": lambda: (200, {"data": [{"id": "tiny", "max_model_len": 32}]}),
+            "/v1/models": lambda: (200, {"data": [{"id": "tiny", "max_model_len": 32, "root": self.model}]}),
             "/server_info?config_format=json": lambda: (200, {"vllm_config": self.config}),
             "/collective_rpc": lambda: self._load(body),
             "/reset_prefix_cache": lambda: (200, {"success": True}),
@@ -75,9 +95,9 @@ def completion(tokens: list[int], logp: list[float], reason: str = "length") -> 
 
 
 @contextmanager
-def fake_server(vocab_size: int) -> Iterator[tuple[FakeServer, str]]:
+def fake_server() -> Iterator[tuple[FakeServer, str]]:
     """A running server and its URL."""
-    fake = FakeServer(vocab_size)
+    fake = FakeServer()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -104,7 +124,10 @@ def fake_server(vocab_size: int) -> Iterator[tuple[FakeServer, str]]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128
+
+    with Server(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:

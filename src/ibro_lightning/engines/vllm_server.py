@@ -10,8 +10,10 @@ Pitfalls of vLLM's server that are handled here:
 
 - Parameters that a request leaves out come from the model's generation_config: all are sent.
 - Without a tokenizer it does not check the ids of a prompt, and an unknown one kills it: they are checked here.
-- A reload that fails leaves weights without storage, and the next request kills the engine: nothing is generated until
-  a reload has succeeded.
+- A reload that fails leaves it with weights that the next one does not mend, or that kill it with the next request. So
+  all weights are checked before they are handed over, and nothing is generated until a reload has succeeded.
+- It takes weights of another shape, or not all of them, without a word: names and shapes are checked here as far as the
+  model that it was started with is known, and :mod:`ibro_lightning.engines.weight_check` checks the rest.
 - Requests arrive when they arrive, so batches differ from run to run, and log-probs in their last digits.
 
 The pitfalls of :mod:`ibro_lightning.engines.vllm` that concern weights and caches are handled as there.
@@ -31,7 +33,7 @@ from ibro_lightning.engines.vllm_build import one_line
 from ibro_lightning.engines.vllm_completions import completion_request, generation_of
 from ibro_lightning.engines.vllm_http import Request, ServerClient, ServerLost, ServerRefused
 from ibro_lightning.engines.vllm_limits import check_prompts, check_temperature
-from ibro_lightning.engines.vllm_server_settings import checked_settings, checked_url, is_loopback
+from ibro_lightning.engines.vllm_server_settings import check_same_model, checked_settings, checked_url, is_loopback
 from ibro_lightning.engines.weight_files import private_folder, write_weights
 from ibro_lightning.engines.weight_names import checked_weights, weight_shapes
 from ibro_lightning.errors import ConfigError, RolloutError, check_at_least
@@ -110,7 +112,8 @@ class VLLMServerEngine(RolloutEngine):
             raise ConfigError("weights_dir", self.weights_dir, "there is no such folder: write one that exists")
         self._client = ServerClient(self.url, self.max_num_seqs, self.timeout_s)
         try:
-            self.dtype, self.max_model_len = checked_settings(self._client, self._vocab_size)
+            self.dtype, self.max_model_len, model = checked_settings(self._client, self._vocab_size)
+            check_same_model(self._client, model, spec)
         except BaseException:
             self.close()
             raise
@@ -173,8 +176,10 @@ class VLLMServerEngine(RolloutEngine):
     def _hand_over(self, client: ServerClient, folder: Path) -> None:
         """Have the server load the weights in ``folder``, and forget the keys and values of the old ones."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        with self._errors(f"loading the weights in {folder}, which it must see (data.engine.weights_dir)"):
+        remedy = "; restart it, with the policy's model and a data.engine.weights_dir that it sees"
+        with self._errors(f"loading the weights in {folder}", remedy):
             client.ask([Request("POST", "/collective_rpc", body)])
+        with self._errors("resetting its prefix cache"):
             end = time.monotonic() + self.timeout_s
             # It is refused while requests run; those that a deadline aborted may take a moment to end.
             while not client.ask([Request("POST", "/reset_prefix_cache")])[0]["success"]:
@@ -183,12 +188,12 @@ class VLLMServerEngine(RolloutEngine):
                 time.sleep(RESET_PAUSE_S)
 
     @contextmanager
-    def _errors(self, doing: str) -> Iterator[None]:
-        """Convert the client's errors to a one-line RolloutError."""
+    def _errors(self, doing: str, remedy: str = "") -> Iterator[None]:
+        """Convert the client's errors to a one-line RolloutError; ``remedy`` is for what the server refuses."""
         try:
             yield
         except ServerLost as error:
-            remedy = "the last checkpoint is intact, and --ckpt_path continues from it once the server is back"
-            raise RolloutError(f"the vLLM server at {self.url} was lost while {doing}: {error}; {remedy}") from error
+            resume = "the last checkpoint is intact, and --ckpt_path continues from it once the server is back"
+            raise RolloutError(f"the vLLM server at {self.url} was lost while {doing}: {error}; {resume}") from error
         except ServerRefused as error:
-            raise RolloutError(f"the vLLM server failed while {doing}: {one_line(error)}") from error
+            raise RolloutError(f"the vLLM server failed while {doing}: {one_line(error)}{remedy}") from error

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ipaddress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from lightning.pytorch.utilities import rank_zero_warn
 from packaging.version import Version
+from transformers import AutoConfig
 
 from ibro_lightning.engines.vllm_build import MIN_VERSION, UNTESTED_VERSION, one_line
 from ibro_lightning.engines.vllm_completions import completion_request
 from ibro_lightning.engines.vllm_http import API_KEY, Request, ServerClient, ServerLost, ServerRefused
+from ibro_lightning.engines.weight_names import weight_shapes
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Dtype, SamplingParams
 
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --skip-tokenizer-init"
@@ -23,6 +28,8 @@ class ServerSettings(NamedTuple):
 
     dtype: Dtype
     max_model_len: int
+    model: str
+    """Name or folder of the model that it was started with."""
 
 
 def checked_url(url: str) -> tuple[str, str]:
@@ -52,6 +59,20 @@ def checked_settings(client: ServerClient, vocab_size: int) -> ServerSettings:
         raise ConfigError("url", client.url, f"no vLLM server answers there: {error}; start one: {START}") from error
 
 
+def check_same_model(client: ServerClient, model: str, spec: ModelSpec) -> None:
+    """Raise :class:`ConfigError` if the folder ``model`` of the server can be seen here and has other weights than the
+    policy: vLLM would take some of another shape without a word, and would not recover from refusing others."""
+    if not (Path(model) / "config.json").is_file():
+        return
+    config = AutoConfig.from_pretrained(model, trust_remote_code=spec.trust_remote_code)
+    theirs, ours = weight_shapes(replace(spec, config=config)), weight_shapes(spec)
+    if different := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        name = different[0]
+        shapes = [tuple(side[name]) if name in side else None for side in (theirs, ours)]
+        what = f"{len(different)} of its weights are not the policy's, e.g. {name}: {shapes[0]} instead of {shapes[1]}"
+        raise ConfigError("url", client.url, f"its model is {model}; {what}: start it with the policy's folder")
+
+
 class _Inquiry:
     """The questions to one server."""
 
@@ -60,7 +81,7 @@ class _Inquiry:
 
     def settings(self, vocab_size: int) -> ServerSettings:
         self._check_version(Version(str(self._answer("/version")["version"])))
-        max_model_len = int(self._answer("/v1/models")["data"][0]["max_model_len"])
+        model = self._answer("/v1/models")["data"][0]  # adapters come after it
         config = self._answer("/server_info?config_format=json")["vllm_config"]
         if (mode := config["model_config"]["logprobs_mode"]) != "processed_logprobs":
             raise self._restart_with("--logprobs-mode processed_logprobs", f"its log-probs are {mode}")
@@ -68,7 +89,8 @@ class _Inquiry:
             raise self._restart_with("--no-enable-chunked-prefill", "on CPUs it dies of seeded samples otherwise")
         if not self._has_token(vocab_size - 1) or self._has_token(vocab_size):
             raise self._refused(f"its model lacks the policy's {vocab_size} tokens: start it with the policy's folder")
-        return ServerSettings(config["model_config"]["dtype"].removeprefix("torch."), max_model_len)
+        dtype = config["model_config"]["dtype"].removeprefix("torch.")
+        return ServerSettings(dtype, int(model["max_model_len"]), model["root"])
 
     def _check_version(self, version: Version) -> None:
         if version.release < Version(MIN_VERSION).release:
