@@ -244,10 +244,14 @@ class TestWeights:
         head = {"lm_head.weight": torch.ones(VOCAB, 8)}
         ready.load_weights(head.items(), partial=True)
         assert fake.weights[-1].keys() == head.keys()
+        ready.load_weights([], partial=True)  # vLLM refuses an empty folder
+        assert fake.paths()[-2:] == ["/reset_prefix_cache"] * 2
 
     def test_nothing_is_generated_after_a_failure_until_a_sync_succeeds(self, ready, fake):
         fake.answers["/collective_rpc"] = lambda _: (500, {"error": {"message": "Repo id must\nbe"}})
-        with pytest.raises(RolloutError, match=r"failed while loading the weights in /\S+: Repo id must be; restart"):
+        with pytest.raises(
+            RolloutError, match=r"failed while loading the weights in /\S+: Repo id must be; does it see"
+        ):
             ready.load_weights(WEIGHTS.items())
         with pytest.raises(RolloutError, match=r"a successful load_weights\(\.\.\.\) comes before generate"):
             ready.generate([[1]], PARAMS, [[0]])

@@ -176,9 +176,10 @@ class VLLMServerEngine(RolloutEngine):
     def _hand_over(self, client: ServerClient, folder: Path) -> None:
         """Have the server load the weights in ``folder``, and forget the keys and values of the old ones."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        remedy = "; restart it, with the policy's model and a data.engine.weights_dir that it sees"
+        remedy = "; does it see that folder (data.engine.weights_dir)? Else restart it with the policy's model"
         with self._errors(f"loading the weights in {folder}", remedy):
-            client.ask([Request("POST", "/collective_rpc", body)])
+            if any(folder.iterdir()):  # a partial sync may have nothing to hand over
+                client.ask([Request("POST", "/collective_rpc", body)])
         with self._errors("resetting its prefix cache"):
             end = time.monotonic() + self.timeout_s
             # It is refused while requests run; those that a deadline aborted may take a moment to end.
