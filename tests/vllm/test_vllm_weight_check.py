@@ -56,10 +56,8 @@ def started(serve):
     def start(
         name: str, policy: Dtype = "float32", check: WeightCheck | None = None, **settings: Any
     ) -> tuple[FaultyEngine, Provider, WeightVerifier]:
-        engine, provider = (
-            serve(name, cls=FaultyEngine, **settings),
-            Provider(changeable(name, dtype=getattr(torch, policy)), policy),
-        )
+        engine = serve(name, cls=FaultyEngine, **settings)
+        provider = Provider(changeable(name, dtype=getattr(torch, policy)), policy)
         engines.append(engine)
         verifier = WeightVerifier(check or WeightCheck(), engine, provider, seed=11)
         engine.load_weights(provider.named_full_weights())
