@@ -27,7 +27,7 @@ from ibro_lightning.dry_run.report import verdict
 from ibro_lightning.dry_run.shadow import ShadowMemory
 from ibro_lightning.dry_run.shapes import Shapes
 from ibro_lightning.dry_run.work import Tokens, measured_speeds, seconds_at, work_of
-from ibro_lightning.engines import HFEngine, VLLMEngine
+from ibro_lightning.engines import HFEngine, VLLMEngine, VLLMServerEngine
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import PolicyOptions, randomness
 from ibro_lightning.modules import DAPOModule
@@ -247,6 +247,8 @@ def test_the_engines_cache(small_llama: str) -> None:
     assert not vllm.stays
     assert engine_memory(VLLMEngine(kv_cache_gib=2), config, 1000, sampling, gpu, **where).cache == 2 * GIB
     assert "not known" in engine_memory(VLLMEngine(), config, 1000, sampling, Layout(device="cuda"), **where).note
+    server = engine_memory(VLLMServerEngine("http://localhost:8000"), config, 1000, sampling, gpu, **where)
+    assert (server.total, server.unknown) == (0, None)
 
 
 def test_the_verdict_says_what_to_change(small_llama: str) -> None:

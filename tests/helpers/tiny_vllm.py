@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from functools import cache
 from typing import Any
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.engines import HFEngine, VLLMEngine
 from ibro_lightning.engines.base import RolloutEngine
+from ibro_lightning.models import Policy
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Dtype, Generation, SamplingParams
 
@@ -161,3 +163,31 @@ def tokens_of(generations: Sequence[Sequence[Generation]]) -> list[list[tuple[in
 def logps_of(generations: Sequence[Sequence[Generation]]) -> Tensor:
     """All log-probs in a row."""
     return torch.tensor([logp for samples in generations for sample in samples for logp in sample.logp])
+
+
+class Provider:
+    """What a module offers to a datamodule, without Lightning."""
+
+    tokenizer = None
+    eos_token_ids = EOS
+    min_group_size = 1
+
+    def __init__(self, model: Any, dtype: Dtype = "float32") -> None:
+        self.compute_dtype: Dtype = dtype
+        self.policy = Policy(model)
+        self._steps = 0
+
+    def model_spec(self) -> ModelSpec:
+        return spec_of(self.policy.model)
+
+    def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self.policy.named_full_weights()
+
+    @torch.no_grad()
+    def response_logp(self, sequences: Sequences, temperature: float) -> Tensor:
+        return self.policy(sequences, temperature=temperature, with_entropy=False)[0]
+
+    def step(self, relative: float = 0.1) -> None:
+        """Move like an optimizer."""
+        self._steps += 1
+        perturb(self.policy.model, self._steps, relative)

@@ -9,42 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.tiny_vllm import CONFIGS, EOS, changeable, difference, perturb, spec_of, weights_of
-from ibro_lightning.batches.sequences import Sequences
+from helpers.tiny_vllm import CONFIGS, Provider, changeable, difference, weights_of
 from ibro_lightning.engines import VLLMEngine
 from ibro_lightning.engines.weight_check import WeightCheck, WeightVerifier
 from ibro_lightning.errors import WeightSyncError
-from ibro_lightning.models import Policy
-from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Dtype
-
-
-class Provider:
-    """What a module offers to a datamodule, without Lightning."""
-
-    tokenizer = None
-    eos_token_ids = EOS
-    min_group_size = 1
-
-    def __init__(self, name: str, dtype: Dtype = "float32") -> None:
-        self.compute_dtype: Dtype = dtype
-        self.policy = Policy(changeable(name, dtype=getattr(torch, dtype)))
-        self._steps = 0
-
-    def model_spec(self) -> ModelSpec:
-        return spec_of(self.policy.model)
-
-    def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self.policy.named_full_weights()
-
-    @torch.no_grad()
-    def response_logp(self, sequences: Sequences, temperature: float) -> Tensor:
-        return self.policy(sequences, temperature=temperature, with_entropy=False)[0]
-
-    def step(self, relative: float = 0.1) -> None:
-        """Move like an optimizer."""
-        self._steps += 1
-        perturb(self.policy.model, self._steps, relative)
 
 
 class FaultyEngine(VLLMEngine):
@@ -87,7 +56,8 @@ def started(serve):
     def start(
         name: str, policy: Dtype = "float32", check: WeightCheck | None = None, **settings: Any
     ) -> tuple[FaultyEngine, Provider, WeightVerifier]:
-        engine, provider = serve(name, cls=FaultyEngine, **settings), Provider(name, policy)
+        engine = serve(name, cls=FaultyEngine, **settings)
+        provider = Provider(changeable(name, dtype=getattr(torch, policy)), policy)
         engines.append(engine)
         verifier = WeightVerifier(check or WeightCheck(), engine, provider, seed=11)
         engine.load_weights(provider.named_full_weights())

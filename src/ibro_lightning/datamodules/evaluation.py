@@ -114,6 +114,8 @@ class EvaluationDataModule(pl.LightningDataModule):
         if self.trainer is not None and sets and stage != TrainerFn.PREDICTING:
             claim_for(self.trainer, "evaluations")
         self.prepare(stage)
+        if use_ranks := getattr(self.engine, "use_ranks", None):
+            use_ranks(self.ranks)
         self.engine.setup(self.provider.model_spec())
         self.check_lengths(stage, self.engine.max_model_len)
 

@@ -9,7 +9,7 @@ import torch
 
 from ibro_lightning.dry_run.layout import GIB, Layout
 from ibro_lightning.dry_run.shadow import ShadowMemory
-from ibro_lightning.engines import HFEngine, VLLMEngine
+from ibro_lightning.engines import HFEngine, VLLMEngine, VLLMServerEngine
 from ibro_lightning.engines.base import RolloutEngine
 from ibro_lightning.engines.sampling import sample_tokens
 from ibro_lightning.engines.vllm_build import CPU_CACHE_GIB
@@ -63,6 +63,8 @@ def engine_memory(
     """
     if isinstance(engine, VLLMEngine):
         return _vllm(engine, config, parameters, layout)
+    if isinstance(engine, VLLMServerEngine):
+        return EngineMemory(note="on the server, which the dry run does not ask")
     if not isinstance(engine, HFEngine):
         return EngineMemory(unknown=f"a dry run cannot estimate {type(engine).__name__}, only HFEngine and VLLMEngine")
     dtype, text, rows = getattr(torch, engine.dtype), config.get_text_config(), min(engine.max_batch_size, responses)

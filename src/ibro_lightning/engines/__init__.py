@@ -2,5 +2,6 @@
 
 from ibro_lightning.engines.hf import HFEngine
 from ibro_lightning.engines.vllm import VLLMEngine
+from ibro_lightning.engines.vllm_server import VLLMServerEngine
 
-__all__ = ["HFEngine", "VLLMEngine"]
+__all__ = ["HFEngine", "VLLMEngine", "VLLMServerEngine"]

@@ -20,7 +20,8 @@ class RolloutEngine(Protocol):
     """Generates token ids from the most recently loaded weights.
 
     An engine that does not support all :class:`SamplingParams` also has a method ``check_sampling(sampling, *,
-    setting)``, which raises ConfigError for parameters that it would refuse or change. Datamodules call it at start.
+    setting)``, which raises ConfigError for parameters that it would refuse or change. One that is shared by all ranks
+    has ``use_ranks(ranks)``, called before :meth:`setup`. Datamodules call both at start.
     """
 
     dtype: Dtype

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibro_lightning.engines.base import RolloutEngine, Rows, check_length
+from ibro_lightning.engines.base import RolloutEngine, Rows
 from ibro_lightning.engines.vllm_build import (
     VLLMSettings,
     build,
@@ -32,14 +32,13 @@ from ibro_lightning.engines.vllm_build import (
     release,
     torch_rng_kept,
 )
+from ibro_lightning.engines.vllm_limits import check_prompts, check_temperature
 from ibro_lightning.engines.vllm_worker import chunks
 from ibro_lightning.engines.weight_names import checked_weights, weight_shapes
 from ibro_lightning.errors import ConfigError, RolloutError, check_at_least
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Dtype, FinishReason, Generation, SamplingParams
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
-"""Range of temperatures that vLLM 0.32 supports."""
 UPDATE_EVERY = 16
 """Tokens between two updates of a response with a deadline."""
 
@@ -120,14 +119,7 @@ class VLLMEngine(RolloutEngine):
 
     def check_sampling(self, sampling: SamplingParams, *, setting: str) -> None:
         """Raise :class:`ConfigError` for temperatures that vLLM rejects or silently replaces."""
-        remedy = ""
-        if 0 < sampling.temperature < MIN_TEMPERATURE:
-            remedy = f"vLLM would sample at {MIN_TEMPERATURE}: write that or more, or 0 (greedy, evaluation only)"
-        elif sampling.temperature > MAX_TEMPERATURE:
-            limit = f"{MAX_TEMPERATURE:g}"
-            remedy = f"vLLM refuses temperatures above {limit}: write {limit} or less, or take HFEngine"
-        if remedy:
-            raise ConfigError(f"{setting}.temperature", sampling.temperature, remedy)
+        check_temperature(sampling, setting)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
         """See :class:`RolloutEngine`. A failure leaves the weights incomplete: vLLM is closed, and restarts later."""
@@ -154,7 +146,8 @@ class VLLMEngine(RolloutEngine):
             raise RolloutError("VLLMEngine: setup(spec) and a successful load_weights(...) come before generate(...)")
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many lists of seeds, not {len(seeds)}")
-        self._check_prompts(prompts, sampling)
+        advice = "raise data.engine.max_model_len as far as the model allows, "
+        check_prompts(prompts, sampling, self.max_model_len, self._vocab_size, advice)
         return self._generate(prompts, sampling, seeds, self.deadline_s)
 
     def _generate(
@@ -241,13 +234,6 @@ class VLLMEngine(RolloutEngine):
             late = [str(number) for number, response in enumerate(responses) if response.finish_reason == "deadline"]
             if late and not is_dead(self._engine):
                 self._engine.abort_request(late)
-
-    def _check_prompts(self, prompts: Rows, sampling: SamplingParams) -> None:
-        advice = "raise data.engine.max_model_len as far as the model allows, "
-        check_length(prompts, sampling, self.max_model_len, advice=advice)
-        if unknown := [token for prompt in prompts for token in prompt if not 0 <= token < self._vocab_size]:
-            remedy = f"a prompt holds it, but the model has {self._vocab_size} tokens: the tokenizer is another model's"
-            raise ConfigError("policy", f"token id {unknown[0]}", remedy)
 
     @contextmanager
     def _errors(self, doing: str) -> Iterator[None]:
