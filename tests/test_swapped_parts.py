@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import lightning.pytorch as pl
@@ -191,3 +192,71 @@ def test_our_modules_train_on_a_plain_data_loader(kind: Any, tmp_path: Any) -> N
 def test_a_data_loaders_samples_are_groups_of_their_own_even_with_equal_prompts() -> None:
     sample = {"prompt_token_ids": [5, 6], "response_token_ids": [[8, 2], [9, 2]], "rewards": [1.0, 0.0]}
     assert collate_rollout([sample, sample]).groups.tolist() == [0, 0, 1, 1]
+
+
+WRONG_TOKENS: dict[str, Any] = {
+    "rewards: [1.0, 0.5] - 2 entries for 3 prompts": {"rewards": [1.0, 0.5]},
+    "rewards: [1.0, 0.5, -1.0, 0.0] - 4 entries": {"rewards": [1.0, 0.5, -1.0, 0.0]},
+    "response_token_ids: [(8,), (9,), (8,), (9,)] - 4 entries": {"response_token_ids": [[8], [9], [8], [9]]},
+    "groups: [0, 1] - 2 entries": {"groups": [0, 1]},
+    "logp: [[-1.0, -1.0, -1.0], [-1.0, -1.0], [-1.0, -1.0], [-1.0]] - 4 entries": {
+        "logp": [[-1.0] * 3, [-1.0] * 2, [-1.0] * 2, [-1.0]]
+    },
+    "accuracy: [1, 0, 0, 1] - 4 entries": {"accuracy": [1, 0, 0, 1]},
+    "truncated: [True] - 1 entries": {"truncated": [True]},
+    "groups: 4 - its responses answer different prompts": {"groups": [4, 4, 9]},
+    "prompt_token_ids[1]: [] - ": {"prompt_token_ids": [[5, 6], [], [5, 6]]},
+    "prompt_token_ids[1]: [-7] - ": {"prompt_token_ids": [[5, 6], [-7], [5, 6]]},
+    "response_token_ids[0]: [8, -100] - ": {"response_token_ids": [[8, -100], [9], [8]]},
+    "response_token_ids[2]: [8.0] - ": {"response_token_ids": [[8], [9], [8.0]]},
+    "accuracy[1]: 2 - ": {"accuracy": [1, 2, 0]},
+    "rewards[2]: nan - ": {"rewards": [1.0, 0.5, float("nan")]},
+    "rewards[0]: 'x' - ": {"rewards": ["x", 0.5, 1.0]},
+}
+
+
+@pytest.mark.parametrize("line", WRONG_TOKENS)
+def test_tokens_that_do_not_belong_together_are_refused(line: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(line)}"):
+        Rollout.from_tokens(**{**TOKENS, **WRONG_TOKENS[line]})
+
+
+def test_tokens_and_numbers_may_be_tensors() -> None:
+    plain = Rollout.from_tokens(**TOKENS, accuracy=[1, 0, 0])
+    of_tensors = {name: [torch.tensor(row) for row in rows] for name, rows in TOKENS.items()}
+    rollout = Rollout.from_tokens(**of_tensors, accuracy=torch.tensor([1, 0, 0]), truncated=torch.zeros(3))
+    assert rollout.groups.tolist() == [0, 0, 1]
+    assert rollout.sequences.input_ids.equal(plain.sequences.input_ids)
+    assert rollout.accuracy.equal(plain.accuracy)
+
+
+TWO = {"prompt_token_ids": [5, 6], "response_token_ids": [[8, 2], [9, 2]], "rewards": [1.0, 0.0]}
+ONE = {"prompt_token_ids": [7], "response_token_ids": [[9, 2]], "rewards": [0.5]}
+WRONG_SAMPLES: dict[str, Any] = {
+    # lengths that differ within samples, but not in sum
+    "samples[0].rewards: [1, 0, 1] - 3 entries for 2 responses": [
+        {**TWO, "rewards": [1, 0, 1]},
+        {**ONE, "rewards": []},
+    ],
+    "samples[1]: ['prompt_token_ids', 'response_token_ids', 'rewards', 'logp'] - logp: write": [
+        TWO,
+        {**ONE, "logp": [[-1.0, -1.0]]},
+    ],
+    "samples[1]: ['prompt_token_ids', 'response_token_ids', 'rewards'] - logp: write": [
+        {**TWO, "logp": [[-1.0, -1.0]] * 2},
+        ONE,
+    ],
+    "samples[1].accuracy: [1, 0] - 2 entries for 1 responses": [
+        {**TWO, "accuracy": [1, 0]},
+        {**ONE, "accuracy": [1, 0]},
+    ],
+    "samples[0]: ['prompt_token_ids', 'response_token_ids'] - rewards: write": [
+        {name: TWO[name] for name in ("prompt_token_ids", "response_token_ids")}
+    ],
+}
+
+
+@pytest.mark.parametrize("line", WRONG_SAMPLES)
+def test_a_data_loaders_samples_are_checked_one_by_one(line: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(line)}"):
+        collate_rollout(WRONG_SAMPLES[line])

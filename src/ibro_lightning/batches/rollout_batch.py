@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from operator import index
+from typing import Any, Self, SupportsFloat
 
 import torch
 from torch import Tensor
 
 from ibro_lightning.batches.sequences import Sequences, to_device
-from ibro_lightning.errors import RolloutError
-from ibro_lightning.types import Completion, Group, Prompt, RewardResult
+from ibro_lightning.errors import ConfigError, RolloutError
+from ibro_lightning.types import Completion, FinishReason, Group, Prompt, RewardResult
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,7 +77,7 @@ class Rollout:
             rewards=torch.tensor([float(result.reward) for result in results]),
             reward_parts={name: torch.tensor([float(r.parts.get(name, 0.0)) for r in results]) for name in names},
             results=tuple(results),
-            groups=torch.tensor([index for index, _, _, _ in rows], dtype=torch.long),
+            groups=torch.tensor([group for group, _, _, _ in rows], dtype=torch.long),
             truncated=torch.tensor([completion.truncated for completion in completions], dtype=torch.bool),
             late=torch.tensor([completion.late for completion in completions], dtype=torch.bool),
             **others,
@@ -107,23 +109,38 @@ class Rollout:
                 groups that are all right or all wrong. None: not available.
             truncated: cut at the length limit, before EOS.
             iteration: of the run, from 1; 0 takes the Trainer's.
+
+        Raises:
+            ConfigError: an argument has another number of entries, or values that it cannot have; or responses of one
+                group answer different prompts.
         """
+        given = {"rewards": rewards, "groups": groups, "logp": logp, "accuracy": accuracy, "truncated": truncated}
+        prompts = _token_rows("prompt_token_ids", prompt_token_ids, shortest=1)
+        responses = _token_rows("response_token_ids", response_token_ids, shortest=0)
+        for name, column in {"response_token_ids": responses, **given}.items():
+            if column is not None and len(column) != len(prompts):
+                raise ConfigError(name, column, f"{len(column)} entries for {len(prompts)} prompts: write one for each")
+        _check_numbers("rewards", rewards, -math.inf, math.inf)
+        _check_numbers("accuracy", () if accuracy is None else accuracy, 0, 1)
         rows_of: dict[Any, list[int]] = {}
-        for row, prompt in enumerate(prompt_token_ids):
-            rows_of.setdefault(tuple(prompt) if groups is None else int(groups[row]), []).append(row)
-        limit = max(map(len, response_token_ids))
+        for row, prompt in enumerate(prompts):
+            rows_of.setdefault(prompt if groups is None else int(groups[row]), []).append(row)
+        for number, rows in rows_of.items():
+            if len({prompts[row] for row in rows}) > 1:
+                raise ConfigError("groups", number, "its responses answer different prompts: number each prompt")
+        limit = max(map(len, responses), default=0)
 
         def completion(row: int) -> Completion:
-            tokens = tuple(map(int, response_token_ids[row]))
             nats = () if logp is None else tuple(map(float, logp[row]))
-            return Completion(tokens, nats, "length" if truncated and truncated[row] else "stop", "", limit, seed=0)
+            reason: FinishReason = "length" if truncated is not None and truncated[row] else "stop"
+            return Completion(responses[row], nats, reason, "", limit, seed=0)
 
         def result(row: int) -> RewardResult:
             return RewardResult(float(rewards[row]), {} if accuracy is None else {"accuracy": float(accuracy[row])})
 
         built = [
             Group(
-                Prompt(str(number), "", tuple(map(int, prompt_token_ids[rows[0]])), None),
+                Prompt(str(number), "", prompts[rows[0]], None),
                 tuple(map(completion, rows)),
                 tuple(map(result, rows)),
             )
@@ -173,21 +190,59 @@ class Rollout:
         return to_device(self, device)
 
 
+REQUIRED = ("prompt_token_ids", "response_token_ids", "rewards")
+COLUMNS = ("response_token_ids", "rewards", "logp", "accuracy", "truncated")
+"""The keys of a sample with one entry per response."""
+COLUMNS_RULE = f"write {', '.join(REQUIRED)} in every sample, and each of the others in all samples or in none"
+
+
 def collate_rollout(samples: Sequence[Mapping[str, Any]]) -> Rollout:
     """``collate_fn`` of a DataLoader; each of its samples is one prompt with all its responses.
 
     Args:
         samples: ``prompt_token_ids``; ``response_token_ids`` and ``rewards``, one per response; and, in all samples or
             in none, ``logp``, ``accuracy`` and ``truncated``, as in :meth:`Rollout.from_tokens`.
+
+    Raises:
+        ConfigError: a sample lacks one of them, or has another number of entries than responses.
     """
-    counts = [len(sample["rewards"]) for sample in samples]
-    names = ("response_token_ids", "rewards", "logp", "accuracy", "truncated")
-    columns: dict[str, Any] = {
-        name: [value for sample in samples for value in sample[name]] for name in names if name in samples[0]
-    }
-    prompts = [sample["prompt_token_ids"] for sample, count in zip(samples, counts, strict=True) for _ in range(count)]
-    groups = [number for number, count in enumerate(counts) for _ in range(count)]
+    first = samples[0].keys()
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS if name in first}
+    prompts, groups = [], []
+    for number, sample in enumerate(samples):
+        place, count = f"samples[{number}]", len(sample.get("response_token_ids", ()))
+        for name in ("prompt_token_ids", *COLUMNS):
+            if (name in sample) != (name in first or name in REQUIRED):
+                raise ConfigError(place, list(sample), f"{name}: {COLUMNS_RULE}")
+        for name, column in columns.items():
+            if len(sample[name]) != count:
+                remedy = f"{len(sample[name])} entries for {count} responses: write one for each"
+                raise ConfigError(f"{place}.{name}", sample[name], remedy)
+            column += sample[name]
+        prompts += [sample["prompt_token_ids"]] * count
+        groups += [number] * count
     return Rollout.from_tokens(prompts, groups=groups, **columns)
+
+
+def _token_rows(name: str, rows: Sequence[Sequence[int]], *, shortest: int) -> list[tuple[int, ...]]:
+    """The rows as plain integers; raises :class:`ConfigError` for rows that are too short or no token ids."""
+    remedy = f"write whole numbers from 0, at least {shortest} for every response"
+    plain: list[tuple[int, ...]] = []
+    for number, row in enumerate(rows):
+        try:
+            plain.append(tuple(map(index, row)))
+        except TypeError as error:
+            raise ConfigError(f"{name}[{number}]", row, remedy) from error
+        if len(row) < shortest or min(row, default=0) < 0:
+            raise ConfigError(f"{name}[{number}]", row, remedy)
+    return plain
+
+
+def _check_numbers(name: str, values: Sequence[float], low: float, high: float) -> None:
+    for number, value in enumerate(values):
+        if not (isinstance(value, SupportsFloat) and math.isfinite(value) and low <= value <= high):
+            bounds = "" if math.isinf(low) else f" from {low:g} to {high:g}"
+            raise ConfigError(f"{name}[{number}]", value, f"write a finite number{bounds}")
 
 
 def _logp_of(prompt: Prompt, completion: Completion) -> Tensor:
