@@ -25,7 +25,7 @@ SIZES = {
     "max_position_embeddings": 8192,
 }
 START, END, PAD, NEWLINE = "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|newline|>"
-SYSTEM = "You are a helpful AI assistant named SmolLM , trained by Hugging Face"
+SYSTEM = "You are a helpful AI assistant named Smol LM , trained by Hugging Face"
 TEMPLATE = (
     f"{START} system {NEWLINE} {SYSTEM} {END} {NEWLINE} "
     "{% for message in messages %}"

@@ -1,4 +1,5 @@
-"""What either side is told to do, what it reports, and the recipe that both follow. Needs neither torch nor Lightning."""
+"""What either side is told to do, what it reports, and the recipe that both follow. Imports neither torch nor
+Lightning."""
 
 from __future__ import annotations
 
@@ -56,6 +57,10 @@ class Iteration:
     optimizer_steps: int
     phases: dict[str, float] = field(default_factory=dict)
     """CPU seconds of the main process by phase; ours only."""
+
+    def __post_init__(self) -> None:
+        if self.phases:
+            self.phases.setdefault("other", self.cpu_s - sum(self.phases.values()))
 
     @property
     def generated(self) -> float:
