@@ -52,7 +52,7 @@ SECTIONS = {
 
 def run(name: str, section: Section, folder: Path, miniature: bool, left_s: float) -> dict[str, Any]:
     """One section's outcome: ``status`` (ok, failed, stopped, left out), ``reason``, ``seconds`` and ``rows``."""
-    if section.needs and find_spec(section.needs) is None:
+    if section.needs and not installed(section.needs):
         return {"status": "left out", "reason": f"{section.needs} is not installed", "rows": {}}
     limit = min(section.limit_s, left_s)
     if limit <= 0:
@@ -77,6 +77,12 @@ def run(name: str, section: Section, folder: Path, miniature: bool, left_s: floa
         reasons = reasons or [f"exit code {code}: {end[-1] if end else 'no output'}"]
         return outcome | {"status": "failed", "reason": "; ".join(reasons), "log_end": end[-15:]}
     return outcome
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported; a mere folder of that name on the path is none."""
+    found = find_spec(package)
+    return found is not None and found.origin is not None
 
 
 def environment(miniature: bool) -> dict[str, str]:
@@ -129,7 +135,7 @@ def shown(value: Any) -> str:
 
 def check(sections: Sequence[str], miniature: bool, folder: Path) -> dict[str, Any]:
     start, outcomes = time.perf_counter(), dict[str, Any]()
-    for name in ("machine", *(section for section in SECTIONS if section in sections)):
+    for name in [name for name in SECTIONS if name == "machine" or name in sections]:
         left = TOTAL_S - (time.perf_counter() - start)
         outcomes[name] = run(name, SECTIONS[name], folder, miniature, left)
         print(f"{name}: {outcomes[name]['status']}", flush=True)

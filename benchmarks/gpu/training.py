@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
@@ -21,7 +22,6 @@ from ibro_lightning.callbacks import MetricsLog
 from ibro_lightning.cli.main import main
 from ibro_lightning.dry_run.work import Tokens, Work, work_of
 from peers.smollm2 import tokenizer
-from peers.work import read_recipe
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SIZES = {
@@ -40,14 +40,17 @@ SIZES = {
 VOCABULARY = {False: 151936, True: 256}
 ROLLOUT = {False: (32, 8, 512), True: (2, 2, 6)}
 """Prompts, responses to each, and tokens of each; random weights practically never end earlier."""
-ITERATIONS = {False: 5, True: 2}
+ITERATIONS = {"fsdp2": 3, "vllm": 5}
+MINIATURE_ITERATIONS = 2
+CURVES = ("time/", "sync/", "tokens_per_second/generate", "tokens_per_second/prepare", "tokens_per_second/update")
+CURVES += ("rollout/length", "rollout/reward")
 QUICKSTART = {
     False: ([], ["--trainer.max_epochs=30", "--trainer.check_val_every_n_epoch=15"]),
     True: (
         ["--trainer.max_epochs=1", "--data.steps_per_epoch=2", "--data.eval_sets=null"],
         [
             *("--trainer.max_epochs=2", "--data.prompts_per_rollout=4", "--model.mini_batch_prompts=2"),
-            "--data.eval_sets.number_path.limit=2",
+            *("--data.eval_sets.number_path.limit=2", "--data.dynamic_sampling=null"),
         ],
     ),
 }
@@ -113,12 +116,16 @@ def _free() -> int:
 
 
 def measure(name: str, figures: Figures, miniature: bool, folder: Path) -> None:
+    """Run a section, and keep what it measured even where it fails later on."""
     with figures.guarded(name) as row:
-        if name == "quickstart":
-            quickstart(row, miniature, folder)
-        else:
-            half_billion(row, name, miniature, folder)
-        collect(row, Watch.latest, share=name != "quickstart")
+        try:
+            if name == "quickstart":
+                quickstart(row, miniature, folder)
+            else:
+                half_billion(row, name, miniature, folder)
+        finally:
+            if hasattr(Watch, "latest"):
+                collect(row, Watch.latest, share=name != "quickstart")
 
 
 def quickstart(row: Row, miniature: bool, folder: Path) -> None:
@@ -131,8 +138,8 @@ def quickstart(row: Row, miniature: bool, folder: Path) -> None:
         *("quickstart.yaml", f"--model.policy={folder / 'base' / 'model'}", f"--trainer.callbacks+={__name__}.Watch"),
         *(f"--trainer.default_root_dir={folder / 'run'}", *for_run),
     )
-    evaluations = read_recipe(folder / "run" / "summary.json")  # JSON is YAML
-    row["summary"] = evaluations
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    row |= {name: summary[name] for name in ("accuracy_before", "accuracy_after", "optimizer_steps", "seconds")}
 
 
 def half_billion(row: Row, engine: str, miniature: bool, folder: Path) -> None:
@@ -153,13 +160,17 @@ def recipe_of(engine: str, miniature: bool, folder: Path) -> dict[str, Any]:
     vllm = {"gpu_memory_utilization": 0.4, "max_model_len": 1024}
     if miniature:
         vllm = {"gpu_memory_utilization": 0.3, "max_model_len": 192, "kv_cache_gib": 0.1, "enforce_eager": True}
+    engines = {
+        "vllm": {"class_path": "VLLMEngine", "init_args": vllm},
+        "fsdp2": {"class_path": "HFEngine", "init_args": {"max_batch_size": prompts * group}},
+    }
     return {
         "seed_everything": 1,
         "trainer": {
             "devices": 1,
             "strategy": "fsdp2",
             "precision": "bf16-mixed",
-            "max_epochs": ITERATIONS[miniature],
+            "max_epochs": MINIATURE_ITERATIONS if miniature else ITERATIONS[engine],
             "num_sanity_val_steps": 0,
             "check_val_every_n_epoch": None,
             "default_root_dir": str(folder / engine),
@@ -175,9 +186,7 @@ def recipe_of(engine: str, miniature: bool, folder: Path) -> dict[str, Any]:
                 "sampling": {"max_tokens": new_tokens},
                 "prompts_per_rollout": prompts,
                 "group_size": group,
-                "engine": {"class_path": "VLLMEngine", "init_args": vllm}
-                if engine == "vllm"
-                else {"class_path": "HFEngine"},
+                "engine": engines[engine],
             },
         },
         "export": {"enabled": False},
@@ -201,16 +210,16 @@ def fit(recipe: str, *arguments: str) -> None:
 def collect(row: Row, watch: Watch, *, share: bool) -> None:
     """Medians over the iterations after the first, which warms up; FLOP/s of both sides, as shares of the peak."""
     warm, work = watch.curves[1:], watch.work[1:]
-    row["iterations"] = len(warm)
-    for curve in dict.fromkeys(name for one in warm for name in one):
-        if curve.startswith(("time/", "tokens_per_second/", "sync/")) or curve in ("rollout/length", "rollout/reward"):
-            row[curve] = statistics.median(one.get(curve, 0.0) for one in warm)
+    row["iterations_after_the_first"] = len(warm)
+    for curve in dict.fromkeys(name for one in warm for name in one if name.startswith(CURVES)):
+        row[curve] = statistics.median(one[curve] for one in warm if curve in one)
     peak = hardware.peak_flops(hardware.name())
-    for phase, flops in (("generate", [one.generate for one in work]), ("update", [one.update for one in work])):
-        rates = [count / one[f"time/{phase}_s"] for count, one in zip(flops, warm, strict=True)]
-        row[f"{phase}_flops_per_s"] = statistics.median(rates)
-        if share and peak:
-            row[f"{phase}_share_of_peak"] = statistics.median(rates) / peak
+    for phase in ("generate", "update"):
+        timed = [(getattr(own, phase), one.get(f"time/{phase}_s")) for own, one in zip(work, warm, strict=True)]
+        if rates := [flops / seconds for flops, seconds in timed if seconds]:
+            row[f"{phase}_flops_per_s"] = statistics.median(rates)
+            if share and peak:
+                row[f"{phase}_share_of_peak"] = statistics.median(rates) / peak
     if share and not peak:
         row["share_of_peak"] = f"left out: the peak of {hardware.name()} is not in the table"
     for name, moves in watch.moves.items():
