@@ -25,7 +25,7 @@ import yaml
 
 from peers.environment import PINS, environment
 from peers.figures import differences, learned, median_cpu_s
-from peers.tables import phase_table, side_table, summary
+from peers.tables import learning_table, phase_table, side_table, summary
 from peers.work import Job, Report, comparable, read_recipe
 
 HERE = Path(__file__).resolve().parent
@@ -113,11 +113,14 @@ class Bench:
             end = "\n".join(path.read_text().splitlines()[-15:])
             raise SystemExit(f"{side} ended with {ended.returncode}; the end of {path}:\n{end}")
 
-    def choose_micro_batch(self, candidates: Sequence[int], turns: int, iterations: int) -> int:
-        """TRL's fastest micro-batch: the candidates take turns, and the lowest median CPU time wins."""
-        taken: dict[int, list[float]] = {size: [] for size in candidates}
+    def fastest(self, micro_batches: Sequence[int]) -> int:
+        """TRL's fastest micro-batch: they take turns, and the lowest median CPU time wins."""
+        if len(micro_batches) == 1:
+            return micro_batches[0]
+        turns, iterations = {"quickstart": (2, 4), "sums": (1, 2)}[self.options.task]
+        taken: dict[int, list[float]] = {size: [] for size in micro_batches}
         for turn in range(turns):
-            for size in candidates:
+            for size in micro_batches:
                 taken[size].append(median_cpu_s(self.run("trl", turn, iterations, size)))
         medians = {size: statistics.median(values) for size, values in taken.items()}
         print("trl by micro-batch, CPU s / iteration: " + ", ".join(f"{k}: {v:.3g}" for k, v in medians.items()))
@@ -184,13 +187,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(options, (options.folder or Path(temporary)).resolve())
         if bench.trl_python and options.micro_batches:
-            one = len(options.micro_batches) == 1
-            bench.micro_batch = options.micro_batches[0]
-            if not one:
-                bench.micro_batch = bench.choose_micro_batch(options.micro_batches, turns=2, iterations=3)
+            bench.micro_batch = bench.fastest(options.micro_batches)
         reports = measure(bench, options.turns, options.iterations + 1)
     print(f"\n{options.task}: {options.turns} turns of {options.iterations} iterations after one to warm up")
-    print(side_table(reports), phase_table(reports), sep="\n")
+    print(side_table(reports), phase_table(reports), *([learning_table(reports)] if options.learn else []), sep="\n")
     failed = verdicts(reports, options.learn)
     print("same work: " + ("; ".join(failed) if failed else "yes"))
     if options.json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+import against_trl
+from peers import environment, figures, problems, smollm2, tables, work
 
-import against_trl  # noqa: E402
-from peers import environment, figures, problems, smollm2, tables, work  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 
 def iteration(cpu_s: float = 1.0, **others: Any) -> work.Iteration:
@@ -103,6 +101,7 @@ def test_learning_means_that_accuracy_rises_by_more_than_chance() -> None:
     assert not figures.learned([run([0.2, 0.6, 0.4, 0.4, 0.4, 0.4, 0.3, 0.6])])  # a gain within its standard error
     reports = {"ours": [run(rising)], "trl": [run([0.2] * 8)]}
     assert "trl does not learn" in against_trl.verdicts(reports, learn=True)
+    assert "trl: accuracy 0.200 -> 0.200" in tables.learning_table(reports)
     assert "trl does not learn" not in against_trl.verdicts(reports, learn=False)
 
 
@@ -226,6 +225,36 @@ def test_two_source_trees_run_in_turns_on_the_same_problems(sides: Callable[...,
         assert sum(one.phases.values()) == pytest.approx(one.cpu_s)
         assert 0 <= one.phases["generate"] <= one.cpu_s
     assert ours.peak_mib > 100
+
+
+def test_trl_gets_its_fastest_micro_batch(
+    sides: Callable[..., against_trl.Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, asked = sides(), list[int]()
+
+    def run(side: str, turn: int, iterations: int, micro_batch: int) -> work.Report:
+        asked.append(micro_batch)
+        return report(side, 9.0, *[{8: 3.0, 4: 2.0, 2: 4.0}[micro_batch]] * (iterations - 1))
+
+    monkeypatch.setattr(bench, "run", run)
+    assert bench.fastest([8, 4, 2]) == 4
+    assert asked == [8, 4, 2, 8, 4, 2]
+    assert bench.fastest([2]) == 2
+
+
+def test_sides_take_turns_in_changing_order(
+    sides: Callable[..., against_trl.Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, order = sides(), list[tuple[int, str]]()
+
+    def run(side: str, turn: int, iterations: int, micro_batch: int | None) -> work.Report:
+        order.append((turn, side))
+        return report(side, *[1.0] * iterations)
+
+    monkeypatch.setattr(bench, "run", run)
+    reports = against_trl.measure(bench, turns=2, iterations=3)
+    assert order == [(0, "ours"), (0, "baseline"), (1, "baseline"), (1, "ours")]
+    assert [len(one.iterations) for one in reports["ours"]] == [3, 3]
 
 
 def test_a_side_that_fails_is_shown_with_the_end_of_its_log(sides: Callable[..., against_trl.Bench]) -> None:

@@ -10,12 +10,9 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import gpu_check  # noqa: E402
-from gpu import hardware  # noqa: E402
-from gpu.report import Figures  # noqa: E402
+import gpu_check
+from gpu import hardware
+from gpu.report import Figures
 
 
 @pytest.fixture(scope="module")

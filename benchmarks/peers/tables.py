@@ -21,7 +21,7 @@ Reports = Mapping[str, Sequence[Report]]
 
 
 def side_table(reports: Reports) -> str:
-    """Per side: seconds, memory, work and accuracy; then the ratios of all pairs of sides."""
+    """Per side: seconds, memory and work; then the ratios of all pairs of sides."""
     lines = [
         f"{'':10}{'CPU s / iteration':>26}{'wall s':>9}{'peak MiB':>10}{'completions':>13}{'length':>8}{'steps':>7}"
     ]
@@ -31,14 +31,22 @@ def side_table(reports: Reports) -> str:
         wall = statistics.median(one.wall_s for one in warm)
         memory = statistics.median(report.peak_mib for report in own)
         length = sum(one.generated for one in warm) / sum(one.completions for one in warm)
-        early, late, _ = gain(own)
         lines.append(
             f"{side:10}{cpu.text():>26}{wall:9.3f}{memory:10.0f}{warm[0].completions:13}{length:8.1f}"
-            f"{warm[0].optimizer_steps:7}   accuracy {early:.3f} -> {late:.3f}"
+            f"{warm[0].optimizer_steps:7}"
         )
     for one, other in pairs(reports):
         cpu, wall, memory = all_ratios(reports[one], reports[other])
         lines.append(f"{one} / {other}: CPU {cpu.text()}, wall {wall.text()}, peak memory {memory.text()}")
+    return "\n".join(lines)
+
+
+def learning_table(reports: Reports) -> str:
+    """Accuracy of what was trained on, in the first and in the last quarter of the iterations."""
+    lines = []
+    for side, own in reports.items():
+        early, late, error = gain(own)
+        lines.append(f"{side}: accuracy {early:.3f} -> {late:.3f} (standard error of the difference {error:.3f})")
     return "\n".join(lines)
 
 
