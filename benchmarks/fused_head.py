@@ -26,17 +26,19 @@ MIB = 1 << 20
 class Problem:
     """Inputs of the size asked for, and a gradient for each of the two outputs."""
 
-    def __init__(self, n: int, d: int, v: int, dtype: torch.dtype, chunk_size: int | None) -> None:
+    def __init__(
+        self, n: int, d: int, v: int, dtype: torch.dtype, chunk_size: int | None, device: torch.device | str = "cpu"
+    ) -> None:
         draw = torch.Generator().manual_seed(0)
-        self.hidden = torch.randn(n, d, generator=draw).to(dtype).requires_grad_()
+        self.hidden = torch.randn(n, d, generator=draw).to(device, dtype).requires_grad_()
         # Logits with a standard deviation of 3: distributions of some nats, as a trained model has.
-        self.weight = (torch.randn(v, d, generator=draw) * 3 / d**0.5).to(dtype).requires_grad_()
-        self.targets = torch.randint(v, (n,), generator=draw)
-        self.upstream = torch.randn(n, generator=draw), torch.randn(n, generator=draw)
+        self.weight = (torch.randn(v, d, generator=draw) * 3 / d**0.5).to(device, dtype).requires_grad_()
+        self.targets = torch.randint(v, (n,), generator=draw).to(device)
+        self.upstream = torch.randn(n, generator=draw).to(device), torch.randn(n, generator=draw).to(device)
         self.chunk_size = chunk_size
         # Made beforehand, so that the bare products are charged with no allocation.
         self.logits, self.out = (
-            torch.zeros(n, v, dtype=dtype),
+            torch.zeros(n, v, dtype=dtype, device=device),
             [torch.zeros_like(x) for x in (self.hidden, self.weight)],
         )
 
@@ -92,14 +94,21 @@ def cpu_seconds(run: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def errors(got: list[Tensor], exact: list[Any]) -> str:
-    """Of the outputs, the largest; of the gradients, norm and largest relative to those of the exact gradient."""
+def error_sizes(got: list[Tensor], exact: list[Any]) -> dict[str, float]:
+    """Of the outputs, the largest error in nats; of the gradients, its norm and its largest entry, relative to those of
+    the exact gradient."""
     logp, entropy, *gradients = [x.double() - y for x, y in zip(got, exact, strict=True)]
-    relative = [
-        f"{float(x.norm() / y.norm()):.1e} / {float(x.abs().max() / y.abs().max()):.1e}"
-        for x, y in zip(gradients, exact[2:], strict=True)
-    ]
-    return f"{float(logp.abs().max()):9.1e} {float(entropy.abs().max()):9.1e}   {relative[0]}   {relative[1]}"
+    sizes = {"logp_error": float(logp.abs().max()), "entropy_error": float(entropy.abs().max())}
+    for name, error, right in zip(("hidden", "weight"), gradients, exact[2:], strict=True):
+        sizes[f"d_{name}_error_norm"] = float(error.norm() / right.norm())
+        sizes[f"d_{name}_error_max"] = float(error.abs().max() / right.abs().max())
+    return sizes
+
+
+def errors(got: list[Tensor], exact: list[Any]) -> str:
+    logp, entropy, *gradients = error_sizes(got, exact).values()
+    relative = [f"{norm:.1e} / {largest:.1e}" for norm, largest in zip(gradients[::2], gradients[1::2], strict=True)]
+    return f"{logp:9.1e} {entropy:9.1e}   {relative[0]}   {relative[1]}"
 
 
 def main() -> None:

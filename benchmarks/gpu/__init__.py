@@ -1,0 +1,1 @@
+"""The sections of ``gpu_check.py``, each of which runs in a process of its own."""
