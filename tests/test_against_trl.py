@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -233,6 +234,40 @@ def test_two_source_trees_run_in_turns_on_the_same_problems(sides: Callable[...,
         assert min(one.phases.values()) >= 0, "a phase has wall time"
     assert ours.peak_mib > 100
     assert ours.threads == 2
+
+
+BURN = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+
+
+def test_cpu_seconds_are_those_of_all_processes_of_a_side() -> None:
+    before = work.cpu_seconds()
+    with subprocess.Popen([sys.executable, "-c", BURN], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert work.cpu_seconds() - before > 0.25, "a child that runs"
+        child.communicate(b"\n")
+    assert work.cpu_seconds() - before > 0.25, "a child that has ended"
+
+
+def test_peak_memory_is_that_of_all_processes_of_a_side() -> None:
+    before = work.peak_mib()
+    hold = "block = bytearray(200 << 20)\nprint(flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert work.peak_mib() - before > 195
+        child.communicate(b"\n")
+
+
+def test_phases_of_our_side_are_cpu_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ibro_lightning import timing
+    from peers.ours import CpuClock
+
+    monkeypatch.setattr(timing, "time", CpuClock())
+    timer = timing.PhaseTimer()
+    with timer("generate"):
+        CpuClock().sleep(0.5)
+    assert timer.seconds["generate"] < 0.25, "waiting costs no CPU time"
 
 
 def test_trl_gets_its_fastest_micro_batch(
