@@ -52,13 +52,15 @@ class Bench:
         return [*self.trees, *(["trl"] if self.trl_python else [])]
 
     def _policy(self) -> Path:
-        if self.options.task == "quickstart":
-            policy = self.options.policy
-            if not (policy / "config.json").exists():
-                raise SystemExit(f"--policy: there is no model in {policy}: run make quickstart, or name a folder")
-            return policy.resolve()
-        if self.options.smollm2 is not None:
-            return self.options.smollm2.resolve()
+        named = self.options.policy if self.options.task == "quickstart" else self.options.smollm2
+        if named is not None:
+            if not (named / "config.json").exists():
+                remedies = {
+                    "quickstart": f"--policy: there is no model in {named}: run make quickstart, or name another",
+                    "sums": f"--smollm2: there is no model in {named}: name another folder, or leave it out",
+                }
+                raise SystemExit(remedies[self.options.task])
+            return named.resolve()
         print("sums: random weights of SmolLM2-135M's sizes, since no --smollm2 names a folder with trained ones")
         made = self.folder / "smollm2"
         if not (made / "config.json").exists():

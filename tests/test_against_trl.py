@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ def iteration(cpu_s: float = 1.0, **others: Any) -> work.Iteration:
 
 
 def report(side: str, *cpu_s: float, peak_mib: float = 100.0, **others: Any) -> work.Report:
-    return work.Report(side, [iteration(one, **others) for one in cpu_s], peak_mib, {"torch": "2"})
+    return work.Report(side, [iteration(one, **others) for one in cpu_s], peak_mib, 1, {"torch": "2"})
 
 
 def test_the_first_iteration_warms_up_and_does_not_count() -> None:
@@ -156,6 +157,13 @@ def test_what_cannot_be_compared_is_refused(
     assert remedy in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("task", "option"), [("quickstart", "--policy"), ("sums", "--smollm2")])
+def test_a_folder_without_a_model_is_refused(task: str, option: str, tmp_path: Path) -> None:
+    options = against_trl.parse([task, option, str(tmp_path), "--no_trl", "--baseline", str(ROOT)])
+    with pytest.raises(SystemExit, match=f"{option}: there is no model in"):
+        against_trl.Bench(options, tmp_path / "bench")
+
+
 def test_an_environment_that_is_ready_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
     monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
@@ -211,7 +219,7 @@ def sides(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_two_source_trees_run_in_turns_on_the_same_problems(sides: Callable[..., against_trl.Bench]) -> None:
-    bench = sides()
+    bench = sides("--threads", "2")
     reports = against_trl.measure(bench, turns=1, iterations=3)
     assert list(reports) == ["ours", "baseline"]
     assert against_trl.verdicts(reports, learn=False) == []
@@ -223,8 +231,43 @@ def test_two_source_trees_run_in_turns_on_the_same_problems(sides: Callable[...,
         assert (one.completions, one.optimizer_steps) == (8, 2)
         assert {"generate", "reward", "update", "other"} <= one.phases.keys()
         assert sum(one.phases.values()) == pytest.approx(one.cpu_s)
-        assert 0 <= one.phases["generate"] <= one.cpu_s
+        assert min(one.phases.values()) >= 0, "a phase has wall time"
     assert ours.peak_mib > 100
+    assert ours.threads == 2
+
+
+BURN = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+
+
+def test_cpu_seconds_are_those_of_all_processes_of_a_side() -> None:
+    before = work.cpu_seconds()
+    with subprocess.Popen([sys.executable, "-c", BURN], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert work.cpu_seconds() - before > 0.25, "a child that runs"
+        child.communicate(b"\n")
+    assert work.cpu_seconds() - before > 0.25, "a child that has ended"
+
+
+def test_peak_memory_is_that_of_all_processes_of_a_side() -> None:
+    before = work.peak_mib()
+    hold = "block = bytearray(200 << 20)\nprint(flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert work.peak_mib() - before > 195
+        child.communicate(b"\n")
+
+
+def test_phases_of_our_side_are_cpu_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ibro_lightning import timing
+    from peers.ours import CpuClock
+
+    monkeypatch.setattr(timing, "time", CpuClock())
+    timer = timing.PhaseTimer()
+    with timer("generate"):
+        CpuClock().sleep(0.5)
+    assert timer.seconds["generate"] < 0.25, "waiting costs no CPU time"
 
 
 def test_trl_gets_its_fastest_micro_batch(

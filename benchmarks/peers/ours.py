@@ -5,6 +5,7 @@ python -m peers.ours JOB.json
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -13,6 +14,7 @@ from itertools import groupby
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from ibro_lightning import timing
 from ibro_lightning.batches import Rollout
@@ -47,8 +49,6 @@ class Recorder(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Rollout, batch_idx: int
     ) -> None:
-        before, self._mark = self._mark, (cpu_seconds(), time.perf_counter(), trainer.global_step)
-        cpu_s, wall_s, steps = (now - then for now, then in zip(self._mark, before, strict=True))
         measured = {**batch.metrics, **outputs}
         phases = {
             name.removeprefix("time/").removesuffix("_s"): float(seconds)
@@ -57,23 +57,24 @@ class Recorder(pl.Callback):
         }
         rows = zip(batch.groups.tolist(), batch.prompts, batch.completions, batch.accuracy.tolist(), strict=True)
         groups = [list(group) for _, group in groupby(rows, key=lambda row: row[0])]
-        self.iterations.append(
-            Iteration(
-                cpu_s,
-                wall_s,
-                prompts=[group[0][1].id for group in groups],
-                prompt_tokens=[len(group[0][1].token_ids) for group in groups],
-                completions=len(batch),
-                lengths=[sum(len(row[2].token_ids) for row in group) / len(group) for group in groups],
-                accuracies=[sum(row[3] for row in group) / len(group) for group in groups],
-                optimizer_steps=int(steps),
-                phases=phases,
-            )
-        )
+        self._did = {
+            "prompts": [group[0][1].id for group in groups],
+            "prompt_tokens": [len(group[0][1].token_ids) for group in groups],
+            "completions": len(batch),
+            "lengths": [sum(len(row[2].token_ids) for row in group) / len(group) for group in groups],
+            "accuracies": [sum(row[3] for row in group) / len(group) for group in groups],
+            "phases": phases,
+        }
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """One epoch is one iteration; by now the other callbacks have had its batch, too."""
+        before, self._mark = self._mark, (cpu_seconds(), time.perf_counter(), trainer.global_step)
+        cpu_s, wall_s, steps = (now - then for now, then in zip(self._mark, before, strict=True))
+        self.iterations.append(Iteration(cpu_s, wall_s, optimizer_steps=int(steps), **self._did))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         versions = {name: version(name) for name in ("torch", "transformers", "lightning")}
-        Report(self.side, self.iterations, peak_mib(), versions).write(self.report)
+        Report(self.side, self.iterations, peak_mib(), torch.get_num_threads(), versions).write(self.report)
 
 
 def run(job: Job) -> None:
@@ -85,6 +86,7 @@ def run(job: Job) -> None:
                 *("fit", "--config", job.recipe, "--model.policy", job.policy),
                 *("--seed_everything", str(job.seed), "--trainer.max_epochs", str(job.iterations)),
                 *("--trainer.default_root_dir", f"{folder}/run", "--trainer.enable_progress_bar", "false"),
+                *("--num_threads", os.environ["OMP_NUM_THREADS"]),
                 *(recorder, f"--trainer.callbacks.report={job.report}", f"--trainer.callbacks.side={job.side}"),
                 *job.arguments,
             ]

@@ -22,9 +22,8 @@ Reports = Mapping[str, Sequence[Report]]
 
 def side_table(reports: Reports) -> str:
     """Per side: seconds, memory and work; then the ratios of all pairs of sides."""
-    lines = [
-        f"{'':10}{'CPU s / iteration':>26}{'wall s':>9}{'peak MiB':>10}{'completions':>13}{'length':>8}{'steps':>7}"
-    ]
+    widths = {"wall s": 9, "peak MiB": 10, "completions": 13, "length": 8, "steps": 7, "threads": 9}
+    lines = [f"{'':10}{'CPU s / iteration':>26}" + "".join(f"{name:>{width}}" for name, width in widths.items())]
     for side, own in reports.items():
         warm = [one for report in own for one in report.warm]
         cpu = Spread.of([one.cpu_s for one in warm])
@@ -33,7 +32,7 @@ def side_table(reports: Reports) -> str:
         length = sum(one.generated for one in warm) / sum(one.completions for one in warm)
         lines.append(
             f"{side:10}{cpu.text():>26}{wall:9.3f}{memory:10.0f}{warm[0].completions:13}{length:8.1f}"
-            f"{warm[0].optimizer_steps:7}"
+            f"{warm[0].optimizer_steps:7}{own[0].threads:9}"
         )
     for one, other in pairs(reports):
         cpu, wall, memory = all_ratios(reports[one], reports[other])

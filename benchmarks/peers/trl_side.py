@@ -163,7 +163,7 @@ def run(job: Job) -> None:
         verifier.trainer = trainer
         trainer.train()
         versions = {name: version(name) for name in ("torch", "transformers", "trl")}
-        Report(job.side, recorder.iterations, peak_mib(), versions).write(job.report)
+        Report(job.side, recorder.iterations, peak_mib(), torch.get_num_threads(), versions).write(job.report)
 
 
 if __name__ == "__main__":

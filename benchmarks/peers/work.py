@@ -80,6 +80,7 @@ class Report:
     side: str
     iterations: list[Iteration]
     peak_mib: float
+    threads: int
     versions: dict[str, str]
 
     @classmethod
