@@ -20,7 +20,8 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Generation, SamplingParams
 
-Generate = Callable[[Rows, SamplingParams, Rows], list[Generation]]
+Generate = Callable[[Rows, SamplingParams, Rows, int], list[Generation]]
+"""All samples of prompts, in order; the last argument is the maximum number of concurrent responses."""
 
 KNOWN_FAULTS = dict.fromkeys(
     ("nemotron_h", "zamba2"),
@@ -65,7 +66,7 @@ def check_generation(model: Any, generate: Generate, spec: ModelSpec, max_model_
     """Raise :class:`ConfigError` unless generation with ``model`` agrees with its forward pass without a cache.
 
     Its random weights are rescaled: with usual initialisation, matrices are so small and biases 0 that context and
-    padding hardly affect the output. ``generate`` returns all samples of the given prompts, in order.
+    padding hardly affect the output.
     """
     _rescale(model)
     try:
@@ -118,12 +119,14 @@ def _find_fault(model: Any, generate: Generate, max_model_len: int | None, attem
     ]
     seeds = [[attempt, attempt + 1], [attempt + 2], [attempt + 3]]
     sampling = SamplingParams(max_tokens=new_tokens)
-    full = generate(prompts, sampling, seeds)
+    full = generate(prompts, sampling, seeds, 4)
     # Choose stop tokens with which two of the four rows end early and leave the batch.
     stops = tuple({full[row].token_ids[min(row, len(full[row].token_ids) - 1)] for row in (0, 2)})
-    stopped = generate(prompts, replace(sampling, stop_token_ids=stops), seeds)
+    early = replace(sampling, stop_token_ids=stops)
+    # With room for three, the two samples of the longest prompt wait until the shortest one's has ended.
+    generated = full + generate(prompts, early, seeds, 4) + generate(prompts, early, seeds, 3)
     owners = [prompts[0], *prompts]
-    rows = list(zip(owners * 2, full + stopped, strict=True))
+    rows = list(zip(owners * 3, generated, strict=True))
     expected = [_plain_logp(model, prompt, answer.token_ids) for prompt, answer in rows]
     if not all(torch.isfinite(logp).all() for logp in expected):
         return None  # inconclusive with these weights
