@@ -1,4 +1,4 @@
-"""How the embedded engine's batch shrinks and grows: rows that end leave it, others take their places, and nobody notices."""
+"""How the embedded engine's batch shrinks and grows: rows that end leave it, and others take their places."""
 
 from __future__ import annotations
 

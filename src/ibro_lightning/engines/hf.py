@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ class HFEngine(RolloutEngine):
         self._model, self._network, self._batch_type = model, Network(model), batch_type
         batch_type.adopt(self._network)
         self.max_model_len = self._network.max_length
-        self._eos = torch.tensor(spec.eos_token_ids, device=spec.device)
+        self._eos = torch.tensor(spec.eos_token_ids, dtype=torch.long, device=spec.device)
         self._device = spec.device
 
     @torch.no_grad()
@@ -160,7 +161,7 @@ class HFEngine(RolloutEngine):
 def _check(batch_type: type[Batch], model: Any, spec: ModelSpec) -> None:
     """Raise :class:`ConfigError` unless ``model``, whose weights this changes, generates correctly in such batches."""
     trial = HFEngine()  # not a subclass: the check is about transformers
-    trial._adopt(model, spec, batch_type)
+    trial._adopt(model, replace(spec, eos_token_ids=()), batch_type)  # the check chooses where responses end
     check_generation(model, trial._generate, spec, trial.max_model_len)
 
 

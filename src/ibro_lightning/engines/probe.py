@@ -122,9 +122,10 @@ def _find_fault(model: Any, generate: Generate, max_model_len: int | None, attem
     full = generate(prompts, sampling, seeds, 4)
     # Choose stop tokens with which two of the four rows end early and leave the batch.
     stops = tuple({full[row].token_ids[min(row, len(full[row].token_ids) - 1)] for row in (0, 2)})
-    early = replace(sampling, stop_token_ids=stops)
-    # With room for three, the two samples of the longest prompt wait until the shortest one's has ended.
-    generated = full + generate(prompts, early, seeds, 4) + generate(prompts, early, seeds, 3)
+    generated = full + generate(prompts, replace(sampling, stop_token_ids=stops), seeds, 4)
+    # With room for three, the two samples of the longest prompt wait until one of the others ends, and join the other.
+    stops = _ends_one(full[2].token_ids, full[3].token_ids)
+    generated += generate(prompts, replace(sampling, stop_token_ids=stops), seeds, 3)
     owners = [prompts[0], *prompts]
     rows = list(zip(owners * 3, generated, strict=True))
     expected = [_plain_logp(model, prompt, answer.token_ids) for prompt, answer in rows]
@@ -142,6 +143,15 @@ def _find_fault(model: Any, generate: Generate, max_model_len: int | None, attem
     if difference <= max(TOLERANCE, RELATIVE_TOLERANCE * context):
         return None
     return f"its cache cannot hold rows of different lengths: log-probs are up to {difference:.2g} nats off"
+
+
+def _ends_one(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
+    """A stop token with which one of two responses ends while the other goes on; none if they are the same."""
+    for first, second in ((one, other), (other, one)):
+        for step, token in enumerate(first[:-1]):
+            if token not in second[: step + 2]:
+                return (token,)
+    return ()
 
 
 def _plain_logp(model: Any, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
