@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ibro_lightning.engines import HFEngine, hf_batch
+from ibro_lightning.engines import HFEngine, hf_batch, probe
 from ibro_lightning.engines.hf_attention import grouped_attention
 from ibro_lightning.engines.hf_batch import Batch, GrowingBatch
 from ibro_lightning.engines.hf_cache import BLOCK, Buffer
@@ -183,6 +183,15 @@ def test_the_probe_has_rows_join(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(hf_batch, "join_rows", mixed_up)
     assert engine_for(model_of(kind))._batch_type is Batch
+
+
+@pytest.mark.parametrize(("largest", "expected"), [(2e9, GrowingBatch), (0, Batch)])
+def test_a_model_whose_numbers_are_not_checked_takes_no_risk(
+    largest: float, expected: type[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision rounding hides faults, and a float32 copy of a large model has no room."""
+    monkeypatch.setattr(probe, "MAX_FLOAT32_PARAMETERS", largest)
+    assert engine_for(model_of("attention"), dtype="bfloat16")._batch_type is expected
 
 
 # The parts.

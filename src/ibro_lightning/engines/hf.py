@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate, islice
 from typing import Any, NamedTuple
@@ -68,13 +69,7 @@ class HFEngine(RolloutEngine):
         if self._model is not None:
             return
         model = build(spec, getattr(torch, self.dtype))
-        tested = in_float32(model, spec)
-        try:
-            _check(GrowingBatch, tested, spec)
-            self._adopt(model, spec, GrowingBatch)
-        except ConfigError:
-            _check(Batch, tested, spec)
-            self._adopt(model, spec, Batch)
+        self._adopt(model, spec, _batch_type(in_float32(model, spec), spec))
 
     def _adopt(self, model: Any, spec: ModelSpec, batch_type: type[Batch]) -> None:
         self._model, self._network, self._batch_type = model, Network(model), batch_type
@@ -158,8 +153,22 @@ class HFEngine(RolloutEngine):
         return padded.input_ids, padded.attention_mask
 
 
+def _batch_type(model: Any, spec: ModelSpec) -> type[Batch]:
+    """The fastest batch in which ``model``, whose weights this changes, generates correctly.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if model.dtype == torch.float32:  # in others the check finds errors, but not wrong numbers
+        with suppress(ConfigError):
+            _check(GrowingBatch, model, spec)
+            return GrowingBatch
+    _check(Batch, model, spec)
+    return Batch
+
+
 def _check(batch_type: type[Batch], model: Any, spec: ModelSpec) -> None:
-    """Raise :class:`ConfigError` unless ``model``, whose weights this changes, generates correctly in such batches."""
+    """Raise :class:`ConfigError` unless ``model`` generates correctly in such batches."""
     trial = HFEngine()  # not a subclass: the check is about transformers
     trial._adopt(model, replace(spec, eos_token_ids=()), batch_type)  # the check chooses where responses end
     check_generation(model, trial._generate, spec, trial.max_model_len)
