@@ -69,7 +69,7 @@ def engine_memory(
         return EngineMemory(unknown=f"a dry run cannot estimate {type(engine).__name__}, only HFEngine and VLLMEngine")
     dtype, text, rows = getattr(torch, engine.dtype), config.get_text_config(), min(engine.max_batch_size, responses)
     tokens = rows * (prompt + sampling.max_tokens)
-    # Appending a token copies a layer's keys and values.
+    # A layer's keys and values are copied when they grow.
     growing = tokens * _cache_bytes_per_layer(config, dtype)
     with ShadowMemory(layout.device) as memory, torch.no_grad():
         logits = torch.zeros(rows, text.vocab_size, dtype=dtype)

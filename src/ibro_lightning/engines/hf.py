@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
 from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
@@ -20,10 +22,9 @@ from ibro_lightning.guards.memory_advice import engine_memory_advice
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Dtype, Generation, SamplingParams
 
-
-REFILL_BELOW = 0.85
-"""Share of ``max_batch_size`` below which samples of further prompts join: a forward pass of a few prompts costs as much
-as a step, so they join several at a time."""
+REFILL_BELOW = 0.75
+"""Share of ``max_batch_size`` below which samples of further prompts join. Several join at a time, because computing a
+few prompts costs as much as a step, and moves the batch's cache."""
 
 
 class Group(NamedTuple):
@@ -40,16 +41,17 @@ class HFEngine(RolloutEngine):
     batch, and samples of the next prompts take their places.
 
     Holds its own copy of the weights, as every engine does. Supports attention, linear attention, state spaces and
-    hybrids of these. :meth:`setup` tries the kinds of :class:`.Batch`, the fast one first, and refuses models whose
-    results with and without cache differ in all of them, see :mod:`.probe`.
+    hybrids of these. :meth:`setup` tries whether a :class:`.GrowingBatch` gives the results of the model without a
+    cache, see :mod:`.probe`, then whether the slower :class:`.Batch` does, and otherwise refuses the model.
 
     Args:
         max_batch_size: responses generated concurrently; bounds the memory of the key-value cache.
         dtype: of the engine's copy of the weights.
-        compact_below: drop finished rows from the batch when the share of unfinished ones falls below this.
+        compact_below: drop finished rows from the batch when the share of unfinished ones falls below this; 1 drops
+            them at once.
     """
 
-    def __init__(self, max_batch_size: int = 256, dtype: Dtype = "float32", compact_below: float = 0.8) -> None:
+    def __init__(self, max_batch_size: int = 256, dtype: Dtype = "float32", compact_below: float = 1.0) -> None:
         if max_batch_size < 1:
             raise ConfigError("max_batch_size", max_batch_size, "write 1 or more responses")
         if not 0 < compact_below <= 1:
@@ -67,24 +69,13 @@ class HFEngine(RolloutEngine):
         if self._model is not None:
             return
         model = build(spec, getattr(torch, self.dtype))
-        tested = in_float32(model, spec)
-        kinds = [kind for kind in (GrowingBatch, Batch) if kind.adopt(Network(tested))]
-        for kind in kinds:
-            trial = HFEngine()  # not type(self): the check is about transformers, not about a subclass
-            trial._adopt(tested, spec, kind)
-            try:
-                check_generation(tested, trial._generate, spec, trial.max_model_len)
-                break
-            except ConfigError:
-                if kind is kinds[-1]:
-                    raise
-        self._adopt(model, spec, kind)
+        self._adopt(model, spec, _batch_type(in_float32(model, spec), spec))
 
     def _adopt(self, model: Any, spec: ModelSpec, batch_type: type[Batch]) -> None:
         self._model, self._network, self._batch_type = model, Network(model), batch_type
         batch_type.adopt(self._network)
         self.max_model_len = self._network.max_length
-        self._eos = torch.tensor(spec.eos_token_ids, device=spec.device)
+        self._eos = torch.tensor(spec.eos_token_ids, dtype=torch.long, device=spec.device)
         self._device = spec.device
 
     @torch.no_grad()
@@ -110,7 +101,7 @@ class HFEngine(RolloutEngine):
         check_length(prompts, sampling, self.max_model_len)
         longest = max(map(len, prompts), default=0) + sampling.max_tokens
         with engine_memory_advice("max_batch_size", self.max_batch_size, sum(map(len, seeds)), longest):
-            samples = iter(self._generate(prompts, sampling, seeds))
+            samples = iter(self._generate(prompts, sampling, seeds, self.max_batch_size))
         return [list(islice(samples, len(own))) for own in seeds]
 
     def offload(self) -> None:
@@ -125,32 +116,32 @@ class HFEngine(RolloutEngine):
     def close(self) -> None:
         self._model = None
 
-    def _generate(self, prompts: Rows, sampling: SamplingParams, seeds: Rows) -> list[Generation]:
-        """All samples, ordered by prompt, then by seed."""
-        waiting = self._groups(prompts, seeds)
+    def _generate(self, prompts: Rows, sampling: SamplingParams, seeds: Rows, at_once: int) -> list[Generation]:
+        """All samples, ordered by prompt, then by seed; ``at_once`` responses at a time."""
+        waiting = _groups(prompts, seeds, at_once)
         ends = torch.cat([self._eos, self._eos.new_tensor(sampling.stop_token_ids)])
         responses = Responses(sampling, ends, self.compact_below)
         while waiting or responses.rows:
-            joins = self._batch_type.joinable and responses.rows < REFILL_BELOW * self.max_batch_size
-            if joins or not responses.rows:
-                groups = _take(waiting, self.max_batch_size - responses.rows)
-                if groups:
-                    batch, logits = self._prefill([prompts[group.prompt] for group in groups])
-                    copies = self._tensor([len(group.seeds) for group in groups])
-                    samples = self._tensor([group.first + i for group in groups for i in range(len(group.seeds))])
-                    row_seeds = self._tensor([seed for group in groups for seed in group.seeds])
-                    responses.add(batch, logits, copies, samples, row_seeds)
+            may_join = self._batch_type.joinable and responses.rows < REFILL_BELOW * at_once
+            if may_join or not responses.rows:
+                self._begin(_take(waiting, at_once - responses.rows), prompts, responses)
             responses.step()
         return responses.finished()
 
-    def _groups(self, prompts: Rows, seeds: Rows) -> deque[Group]:
-        """The samples of each prompt, in parts of at most ``max_batch_size``; sorted by prompt length."""
-        firsts = list(accumulate(map(len, seeds), initial=0))
-        return deque(
-            Group(index, firsts[index] + part, list(seeds[index][part : part + self.max_batch_size]))
-            for index in sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-            for part in range(0, len(seeds[index]), self.max_batch_size)
+    def _begin(self, groups: list[Group], prompts: Rows, responses: Responses) -> None:
+        """Begin the responses of ``groups``."""
+        if not groups:
+            return
+        batch, logits = self._prefill([prompts[group.prompt] for group in groups])
+        copies, samples, seeds = (
+            torch.tensor(numbers, dtype=torch.long, device=self._device)
+            for numbers in (
+                [len(group.seeds) for group in groups],
+                [group.first + sample for group in groups for sample in range(len(group.seeds))],
+                [seed for group in groups for seed in group.seeds],
+            )
         )
+        responses.add(batch, logits, copies, samples, seeds)
 
     def _prefill(self, prompts: Rows) -> tuple[Batch, Tensor]:
         """The prompts, and the logits ``[P, V]`` of their next tokens."""
@@ -161,8 +152,36 @@ class HFEngine(RolloutEngine):
         padded = Sequences.collate(prompts, [()] * len(prompts), padding_side="left").to(self._device)
         return padded.input_ids, padded.attention_mask
 
-    def _tensor(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.long, device=self._device)
+
+def _batch_type(model: Any, spec: ModelSpec) -> type[Batch]:
+    """The fastest batch in which ``model``, whose weights this changes, generates correctly.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if model.dtype == torch.float32:  # in others the check finds errors, but not wrong numbers
+        with suppress(ConfigError):
+            _check(GrowingBatch, model, spec)
+            return GrowingBatch
+    _check(Batch, model, spec)
+    return Batch
+
+
+def _check(batch_type: type[Batch], model: Any, spec: ModelSpec) -> None:
+    """Raise :class:`ConfigError` unless ``model`` generates correctly in such batches."""
+    trial = HFEngine()  # not a subclass: the check is about transformers
+    trial._adopt(model, replace(spec, eos_token_ids=()), batch_type)  # the check chooses where responses end
+    check_generation(model, trial._generate, spec, trial.max_model_len)
+
+
+def _groups(prompts: Rows, seeds: Rows, at_once: int) -> deque[Group]:
+    """The samples of each prompt, in parts of at most ``at_once``; sorted by prompt length."""
+    firsts = list(accumulate(map(len, seeds), initial=0))
+    return deque(
+        Group(index, firsts[index] + part, list(seeds[index][part : part + at_once]))
+        for index in sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for part in range(0, len(seeds[index]), at_once)
+    )
 
 
 def _take(waiting: deque[Group], free: int) -> list[Group]:

@@ -18,6 +18,7 @@ from ibro_lightning.engines.hf_cache import (
     join_rows,
     select_rows,
 )
+from ibro_lightning.errors import ConfigError
 
 
 class Network:
@@ -61,11 +62,11 @@ class Batch:
         self.network, self.attention_mask, self.cache = network, attention_mask, cache
 
     @classmethod
-    def adopt(cls, network: Network) -> bool:
-        """Prepare the network; False if it cannot have such rows. Whether they are right, :mod:`.probe` checks."""
-        if network.model.config._attn_implementation in (Batch.attention, GrowingBatch.attention):
-            network.model.set_attn_implementation(cls.attention)
-        return True
+    def adopt(cls, network: Network) -> None:
+        """Prepare the network for such batches; raises ConfigError if it cannot have them."""
+        model = network.model
+        if model.config._attn_implementation in ("sdpa", GROUPED) and model._can_set_attn_implementation():
+            model.set_attn_implementation(cls.attention)
 
     @classmethod
     def start(cls, network: Network, input_ids: Tensor, attention_mask: Tensor) -> tuple[Self, Tensor]:
@@ -114,20 +115,19 @@ class GrowingBatch(Batch):
         self._all_slide = not any(type(layer) is GrowingLayer for layer in cache.layers)
 
     @classmethod
-    def adopt(cls, network: Network) -> bool:
-        cache = growing_cache(network.cache_config)
-        if cache is None or not network.takes_positions or network.model.config._attn_implementation not in OWN_MASKS:
-            return False
-        return super().adopt(network)
+    def adopt(cls, network: Network) -> None:
+        cls._new_cache(network)
+        if not network.takes_positions or network.model.config._attn_implementation not in OWN_MASKS:
+            raise ConfigError("engine", "HFEngine", "the model builds positions or masks of its own: use Batch")
+        super().adopt(network)
 
     @staticmethod
     def _new_cache(network: Network) -> DynamicCache:
-        cache = growing_cache(network.cache_config)
-        assert cache is not None, "adopt() has refused the network"
-        return cache
+        return growing_cache(network.cache_config)
 
     def extend(self, tokens: Tensor) -> Tensor:
-        positions = (self._length - self._starts)[:, None]
+        # A row that has ended, and goes on until it is dropped, may exceed the model's positions.
+        positions = (self._length - self._starts).clamp(max=(self.network.max_length or self._length + 1) - 1)[:, None]
         self._length += 1
         return self.network.logits(tokens[:, None], self._masks(), positions, self.cache)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from ibro_lightning.errors import ConfigError
+
 CACHE_KEYS = ("layer_types", "sliding_window", "attention_chunk_size", "num_kv_shared_layers", "number_of_conv_states")
 """Config keys from which transformers builds a cache, for any architecture."""
 BLOCK = 16
@@ -98,8 +100,10 @@ class Buffer:
         self._data, self._rows, self._start, self._end = data, rows, 0, length
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+class GrowingLayer(DynamicLayer):
     """Full attention: all keys and values."""
+
+    buffers: tuple[Buffer, Buffer]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values, and return all of them; ``[B, H, L, D]``."""
@@ -138,7 +142,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
 
-class GrowingWindowLayer(DynamicSlidingWindowLayer, GrowingLayer):  # type: ignore[misc]
+class GrowingWindowLayer(DynamicSlidingWindowLayer, GrowingLayer):
     """Sliding windows: the keys and values that the next token can see."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -149,23 +153,31 @@ class GrowingWindowLayer(DynamicSlidingWindowLayer, GrowingLayer):  # type: igno
         return seen
 
 
-def growing_cache(config: Any) -> DynamicCache | None:
-    """A cache whose rows can be joined to those of another with :func:`join_rows`; None if it has other layers than
-    attention, sliding windows and linear attention.
+def growing_cache(config: Any) -> DynamicCache:
+    """A cache to whose rows those of another can be added with :func:`join_rows`.
 
     Args:
         config: see :func:`cache_config`.
+
+    Raises:
+        ConfigError: it needs other layers than full attention, sliding windows of one size and linear attention.
     """
     cache = DynamicCache(config=config)
-    if "chunked_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "attention_chunk_size", 0):
-        return None  # transformers keeps chunks as it keeps windows, but they have other masks
+    # Transformers keeps chunks as it keeps windows, but their masks are others.
+    chunks = getattr(config, "attention_chunk_size", None) or "chunked_attention" in (
+        getattr(config, "layer_types", None) or ()
+    )
+    windows = set()
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[index] = GrowingLayer()
-        elif type(layer) is DynamicSlidingWindowLayer:
+        elif type(layer) is DynamicSlidingWindowLayer and not chunks:
             cache.layers[index] = GrowingWindowLayer(layer.sliding_window)
+            windows.add(layer.sliding_window)
         elif type(layer) is not LinearAttentionLayer:
-            return None
+            raise ConfigError("engine", "HFEngine", f"{type(layer).__name__} cannot grow: use Batch")
+    if len(windows) > 1:
+        raise ConfigError("engine", "HFEngine", f"windows of {sorted(windows)} tokens need several masks: use Batch")
     return cache
 
 
@@ -175,7 +187,10 @@ def join_rows(cache: DynamicCache, other: DynamicCache) -> None:
         if isinstance(layer, GrowingLayer):
             layer.join(more)
         else:
-            for states, added in ((layer.conv_states, more.conv_states), (layer.recurrent_states, more.recurrent_states)):
+            for states, added in (
+                (layer.conv_states, more.conv_states),
+                (layer.recurrent_states, more.recurrent_states),
+            ):
                 for index, state in states.items():
                     if state is not None:  # some have only one of the two
                         states[index] = torch.cat([state, added[index]])

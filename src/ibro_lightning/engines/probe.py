@@ -20,7 +20,8 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Generation, SamplingParams
 
-Generate = Callable[[Rows, SamplingParams, Rows], list[Generation]]
+Generate = Callable[[Rows, SamplingParams, Rows, int], list[Generation]]
+"""All samples of prompts, in order; the last argument is the maximum number of concurrent responses."""
 
 KNOWN_FAULTS = dict.fromkeys(
     ("nemotron_h", "zamba2"),
@@ -65,7 +66,7 @@ def check_generation(model: Any, generate: Generate, spec: ModelSpec, max_model_
     """Raise :class:`ConfigError` unless generation with ``model`` agrees with its forward pass without a cache.
 
     Its random weights are rescaled: with usual initialisation, matrices are so small and biases 0 that context and
-    padding hardly affect the output. ``generate`` returns all samples of the given prompts, in order.
+    padding hardly affect the output.
     """
     _rescale(model)
     try:
@@ -118,12 +119,15 @@ def _find_fault(model: Any, generate: Generate, max_model_len: int | None, attem
     ]
     seeds = [[attempt, attempt + 1], [attempt + 2], [attempt + 3]]
     sampling = SamplingParams(max_tokens=new_tokens)
-    full = generate(prompts, sampling, seeds)
+    full = generate(prompts, sampling, seeds, 4)
     # Choose stop tokens with which two of the four rows end early and leave the batch.
     stops = tuple({full[row].token_ids[min(row, len(full[row].token_ids) - 1)] for row in (0, 2)})
-    stopped = generate(prompts, replace(sampling, stop_token_ids=stops), seeds)
+    generated = full + generate(prompts, replace(sampling, stop_token_ids=stops), seeds, 4)
+    # With room for three, the two samples of the longest prompt wait until one of the others ends, and join the other.
+    stops = _ends_one(full[2].token_ids, full[3].token_ids)
+    generated += generate(prompts, replace(sampling, stop_token_ids=stops), seeds, 3)
     owners = [prompts[0], *prompts]
-    rows = list(zip(owners * 2, full + stopped, strict=True))
+    rows = list(zip(owners * 3, generated, strict=True))
     expected = [_plain_logp(model, prompt, answer.token_ids) for prompt, answer in rows]
     if not all(torch.isfinite(logp).all() for logp in expected):
         return None  # inconclusive with these weights
@@ -139,6 +143,15 @@ def _find_fault(model: Any, generate: Generate, max_model_len: int | None, attem
     if difference <= max(TOLERANCE, RELATIVE_TOLERANCE * context):
         return None
     return f"its cache cannot hold rows of different lengths: log-probs are up to {difference:.2g} nats off"
+
+
+def _ends_one(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
+    """A stop token with which one of two responses ends while the other goes on; none if they are the same."""
+    for first, second in ((one, other), (other, one)):
+        for step, token in enumerate(first[:-1]):
+            if token not in second[: step + 2]:
+                return (token,)
+    return ()
 
 
 def _plain_logp(model: Any, prompt: Sequence[int], response: Sequence[int]) -> Tensor:

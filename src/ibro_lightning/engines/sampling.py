@@ -9,9 +9,7 @@ from ibro_lightning.seeding import counter_uniforms
 from ibro_lightning.types import SamplingParams
 
 
-def sample_tokens(
-    logits: Tensor, sampling: SamplingParams, seeds: Tensor, step: int | Tensor
-) -> tuple[Tensor, Tensor]:
+def sample_tokens(logits: Tensor, sampling: SamplingParams, seeds: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
     """One token per row, with its log-prob under the sampling distribution: ``(tokens [B] int64, logp [B] float32)``.
 
     Uses inverse-CDF sampling with a uniform number that depends only on the row's seed and ``step``, so that samples do
