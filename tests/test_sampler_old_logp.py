@@ -152,11 +152,20 @@ def test_curves_of_scores_are_those_of_the_first_step_and_the_others_of_the_whol
     assert all(value == value for value in found.values()), "no nan"
 
 
+class HoldsOn(EntropyRegularizer):
+    """To the policy that sampled; its gradient is nan where an old log-prob is, also under a mask."""
+
+    reads_old_entropy = False
+
+    def objective(self, stats: TokenStats) -> Tensor:
+        return -((stats.logp - stats.old_logp) ** 2)
+
+
 def test_tokens_without_a_log_prob_are_left_out_and_spoil_no_gradient() -> None:
     rollout = rollout_of(exact())
     rollout.sampler_logp[:, 0] = torch.nan
     rollout.sampler_logp[3, 1] = -torch.inf
-    settings = {"mini_batch_prompts": 2, "update_epochs": 2}
+    settings = {"mini_batch_prompts": 2, "update_epochs": 2, "regularizer": HoldsOn(0.5)}
     made = [run(DAPOModule, rollout, old_logp=of, **settings) for of in ("policy", "sampler")]
     for name, value in made[0].weights[-1].items():
         torch.testing.assert_close(made[1].weights[-1][name], value, rtol=1e-10, atol=1e-10, msg=name)
