@@ -1,6 +1,7 @@
 """Rollout engines: from token ids to sampled token ids and log-probs."""
 
 from ibro_lightning.engines.hf import HFEngine
+from ibro_lightning.engines.process import EngineProcess
 from ibro_lightning.engines.vllm import VLLMEngine
 
-__all__ = ["HFEngine", "VLLMEngine"]
+__all__ = ["EngineProcess", "HFEngine", "VLLMEngine"]
