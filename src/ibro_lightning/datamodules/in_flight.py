@@ -16,7 +16,7 @@ from ibro_lightning.datamodules.producer import Produced, Progress, owners_of
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult
 
-STOP_S = 10.0
+STOP_S = 5.0
 """Longest time in seconds to wait for abandoned work: the engine's end stops it, but not verifiers, nor other ranks."""
 
 
@@ -67,7 +67,7 @@ class InFlight:
             "shares": shares,
             "total_groups": produced.total_groups,
             "skip_update": produced.skip_update,
-            "metrics": dict(produced.metrics),
+            "metrics": {name: value for name, value in produced.metrics.items() if not name.startswith("time/")},
             "after": asdict(produced.after),
         }
 

@@ -139,11 +139,20 @@ class RolloutDataModule(EvaluationDataModule):
         )
 
     def teardown(self, stage: str) -> None:
-        self.engine.close()  # with it ends what a thread generates
+        self._abandon()
+        super().teardown(stage)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """After an error Lightning tears nothing down. Callbacks have written their checkpoint by now."""
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """End the engine, and with it what a thread generates."""
+        if self.max_staleness:
+            self.engine.close()
         if self._next is not None:
             self._next.settle(STOP_S)
         self._next = None
-        super().teardown(stage)
 
     def prepare_training(self, stage: str, rows: int | None) -> None:
         if stage != "fit":
