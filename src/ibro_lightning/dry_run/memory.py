@@ -90,8 +90,8 @@ class MemoryEstimate:
 
     @property
     def host(self) -> int:
-        """Bytes per rank in host memory: what is offloaded, engine weights that leave the device, and the copy in which new
-        ones reach another process."""
+        """Bytes per rank in host memory: what is offloaded, engine weights that leave the device, and new ones on their
+        way to another process."""
         offloaded = sum(n.weights + n.states + n.gradients for n in self.networks) if self.layout.cpu_offload else 0
         if (engine := self.engine) is None:
             return offloaded
