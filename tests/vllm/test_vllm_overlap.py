@@ -5,11 +5,12 @@ from __future__ import annotations
 import faulthandler
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from helpers.tiny_vllm import PROMPTS, SETTINGS, largest_difference, spec_of, tiny_model, tokens_of, weights_of
+from helpers.tiny_vllm import MAX_LEN, PROMPTS, SETTINGS, largest_difference, spec_of, tiny_model, tokens_of, weights_of
 from ibro_lightning.engines import EngineProcess, VLLMEngine
 from ibro_lightning.errors import ConfigError, RolloutError
 from ibro_lightning.models import PolicyOptions, Qwen2FromScratch, export_folder
@@ -24,17 +25,23 @@ SEEDS = [[100 * prompt + sample for sample in range(2)] for prompt in range(len(
 PARAMS = SamplingParams(max_tokens=40)
 
 
-def test_samples_are_those_of_vllm_in_this_process_and_its_death_is_noticed(serve, _engines) -> None:
-    faulthandler.dump_traceback_later(400, exit=True)  # two engines start here, and one again
-    here, expected = serve("tied"), {}
+@pytest.fixture(scope="module")
+def expected(_engines) -> dict[int, Any]:
+    """The samples of an engine in this process, by the seed of the weights."""
+    engine, samples = _engines("tied"), {}
     for seed in (0, 1):
-        here.load_weights(weights_of(tiny_model("tied", seed)))
-        expected[seed] = here.generate(PROMPTS, PARAMS, SEEDS)
+        engine.load_weights(weights_of(tiny_model("tied", seed)))
+        samples[seed] = engine.generate(PROMPTS, PARAMS, SEEDS)
     _engines.stop()
+    return samples
+
+
+def test_samples_are_those_of_vllm_in_this_process_and_its_death_is_noticed(expected: dict[int, Any]) -> None:
+    faulthandler.dump_traceback_later(400, exit=True)  # two engines start here
     engine = EngineProcess(VLLMEngine(**SETTINGS))
     engine.setup(spec_of(tiny_model("tied")))
     try:
-        assert engine.max_model_len == SETTINGS["max_model_len"]
+        assert engine.max_model_len == MAX_LEN
         for seed in (0, 1):
             engine.load_weights(weights_of(tiny_model("tied", seed)))
             found = engine.generate(PROMPTS, PARAMS, SEEDS)
