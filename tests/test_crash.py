@@ -69,7 +69,7 @@ UPDATES = "ibro_lightning.update.updater.Updater.clip_and_step"
 )
 def test_killed_while_a_rollout_is_in_flight(algorithm: str, ranks: int, tiny_policy: Path, tmp_path: Path) -> None:
     """In the engine's call, in an update, and while the checkpoint is written that has the rollout; and stopped by
-    SIGTERM in an update, whose checkpoint waits for the rollout."""
+    SIGTERM in an update, whose checkpoint waits for the rollout, and while it is waited for."""
     write_recipe(tmp_path, algorithm, tiny_policy, USER_CODE)
     Reference.make(tmp_path, *OVERLAP, ranks=ranks)
     moments = [
@@ -77,6 +77,7 @@ def test_killed_while_a_rollout_is_in_flight(algorithm: str, ranks: int, tiny_po
         Moment(UPDATES, 3 if algorithm == "DAPOModule" else 5),
         Moment("ibro_lightning.engines.EngineProcess.generate", 2),
         Moment(UPDATES, 1, stop=True),
+        Moment("ibro_lightning.datamodules.in_flight.InFlight.result", 1, stop=True),
     ]
     for number, moment in enumerate(moments):
         assert kill(tmp_path, moment, *OVERLAP, *LAST, ranks=ranks, fresh=not number), f"{moment} never came"

@@ -400,3 +400,32 @@ def test_an_error_of_a_reward_ends_the_run_in_one_line_and_leaves_no_process(
     assert "NaNLater" in line
     assert not [child for child in psutil.Process().children() if "process_child" in " ".join(child.cmdline())]
     assert not [thread for thread in threading.enumerate() if thread.name == "rollout"]
+
+
+DIES = """
+import os, signal
+from ibro_lightning.engines import HFEngine
+from ibro_lightning.engines.base import Rows
+from ibro_lightning.types import Generation, SamplingParams
+
+
+class Dies(HFEngine):
+    calls = 0
+
+    def generate(self, prompts: Rows, sampling: SamplingParams, seeds: Rows) -> list[list[Generation]]:
+        self.calls += sampling.max_tokens == 6 and len(seeds[0]) == 4
+        if self.calls == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().generate(prompts, sampling, seeds)
+"""
+
+
+def test_the_death_of_the_engines_process_is_one_line_and_the_run_goes_on_from_its_checkpoint(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workspace / "dying.py").write_text(DIES)
+    line = refusal([*OVERLAP, "--data.engine", "dying.Dies"], capsys)
+    assert line.startswith("error: the process of Dies ended with signal SIGKILL (during: generate)")
+    assert line.endswith("--ckpt_path last continues from it")
+    main([*OVERLAP, "--ckpt_path", "last"])
+    assert max(curve("rollout/staleness")) == 4

@@ -110,4 +110,5 @@ def test_a_run_overlaps_vllm_with_its_updates(tmp_path: Path) -> None:
     assert curve("rollout/staleness", run) == {1: 0.0, 2: 1.0, 3: 1.0}
     assert max(curve("sync/logp_difference_max", run).values()) < 1e-3
     apart = curve("sampler/logp_difference_mean", run)
-    assert apart[1] < 1e-4 < 10 * apart[1] < min(apart[2], apart[3]), "older weights, not other kernels"
+    assert apart[1] < 1e-5
+    assert min(apart[2], apart[3]) > 1e-4, "older weights, not other kernels"
