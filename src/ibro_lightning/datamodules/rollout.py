@@ -148,7 +148,7 @@ class RolloutDataModule(EvaluationDataModule):
 
     def _abandon(self) -> None:
         """End the engine, and with it what a thread generates."""
-        if self.max_staleness:
+        if isinstance(self.engine, EngineProcess):
             self.engine.close()
         if self._next is not None:
             self._next.settle(STOP_S)
