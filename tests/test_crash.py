@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers.crash import Moment, Reference, go_on, kill, phases, write_recipe
-from helpers.crash_trials import FOREIGN, KINDS, Bench, Foreign
+from helpers.crash_trials import FOREIGN, KINDS, LAST, OVERLAP, Bench, Foreign
 from helpers.run_comparison import differences, unequal
 from helpers.user_code import USER_CODE
 from ibro_lightning.runs.checkpoints.index import ABOUT
@@ -58,6 +58,35 @@ def test_killed_again_and_again(references: dict[str, Reference], algorithm: str
         kill(folder, moment, "--ckpt_path", "last", fresh=not number)
     go_on(folder)
     check(folder, ", ".join(map(str, moments)))
+
+
+UPDATES = "ibro_lightning.update.updater.Updater.clip_and_step"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "ranks"),
+    [("DAPOModule", 1), pytest.param("PPOModule", 2, marks=pytest.mark.slow)],
+)
+def test_killed_while_a_rollout_is_in_flight(algorithm: str, ranks: int, tiny_policy: Path, tmp_path: Path) -> None:
+    """In the engine's call, in an update, and while the checkpoint is written that has the rollout; and stopped by
+    SIGTERM in an update, whose checkpoint waits for the rollout, and while it is waited for."""
+    settings = OVERLAP
+    if ranks == 1:  # checkpoints within epochs as well as at their ends
+        epochs = ("--data.rollouts_per_epoch", "2", "--trainer.max_epochs", "2")
+        settings = (*OVERLAP, *epochs, "--trainer.check_val_every_n_epoch", "1")
+    write_recipe(tmp_path, algorithm, tiny_policy, USER_CODE)
+    Reference.make(tmp_path, *settings, ranks=ranks)
+    moments = [
+        Moment("half", 1),
+        Moment(UPDATES, 3 if algorithm == "DAPOModule" else 5),
+        Moment("ibro_lightning.engines.EngineProcess.generate", 2),
+        Moment(UPDATES, 1, stop=True),
+        Moment("ibro_lightning.datamodules.in_flight.InFlight.result", 1, stop=True),
+    ]
+    for number, moment in enumerate(moments):
+        assert kill(tmp_path, moment, *settings, *LAST, ranks=ranks, fresh=not number), f"{moment} never came"
+    go_on(tmp_path, *settings, ranks=ranks)
+    check(tmp_path, f"{algorithm} with overlap")
 
 
 SHARDS = "torch.distributed.checkpoint.filesystem._write_item"

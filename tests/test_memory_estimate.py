@@ -27,7 +27,7 @@ from ibro_lightning.dry_run.report import verdict
 from ibro_lightning.dry_run.shadow import ShadowMemory
 from ibro_lightning.dry_run.shapes import Shapes
 from ibro_lightning.dry_run.work import Tokens, measured_speeds, seconds_at, work_of
-from ibro_lightning.engines import HFEngine, VLLMEngine, VLLMServerEngine
+from ibro_lightning.engines import EngineProcess, HFEngine, VLLMEngine, VLLMServerEngine
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import PolicyOptions, randomness
 from ibro_lightning.modules import DAPOModule
@@ -249,6 +249,27 @@ def test_the_engines_cache(small_llama: str) -> None:
     assert "not known" in engine_memory(VLLMEngine(), config, 1000, sampling, Layout(device="cuda"), **where).note
     server = engine_memory(VLLMServerEngine("http://localhost:8000"), config, 1000, sampling, gpu, **where)
     assert (server.total, server.unknown) == (0, None)
+
+
+def test_an_engine_that_generates_during_the_update_needs_its_memory_then_too(small_llama: str) -> None:
+    config, sampling = LlamaConfig.from_pretrained(small_llama), SamplingParams(max_tokens=30)
+    where = {"prompt": 10, "group_size": 4, "responses": 64}
+    for layout in (Layout(), Layout(device="cuda")):
+        plain = engine_memory(HFEngine(), config, 1000, sampling, layout, **where)
+        apart = engine_memory(EngineProcess(HFEngine()), config, 1000, sampling, layout, **where)
+        assert apart == plain, "as much as in this process"
+        network = NetworkMemory("policy", 1000, 1000, 4000, 8000, 4000, 100, 100, 0)
+        turns, beside = (
+            MemoryEstimate((network,), engine.in_another_process(4000, overlaps=overlaps), 50, layout)
+            for engine, overlaps in ((plain, False), (apart, True))
+        )
+        gpu = layout.device == "cuda"
+        assert beside.generate == turns.generate
+        assert beside.update - turns.update == plain.cache + plain.work + (plain.weights if gpu else 0)
+        assert turns.host == (4000 + plain.weights if gpu else 0)
+        assert beside.host == (4000 if gpu else 0)
+        on_their_way = {row.name: row.generate for row in beside.rows}.get("engine: weights on their way", 0)
+        assert on_their_way == (0 if gpu else 4000)
 
 
 def test_the_verdict_says_what_to_change(small_llama: str) -> None:

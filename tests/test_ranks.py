@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,29 @@ def check_together(ranks: Ranks) -> None:
         assert ranks.gather(seed) == [seed] * SIZE
 
 
+def check_two_threads(ranks: Ranks) -> None:
+    """Collectives of two threads at once, in another order on each rank, reach their own kind."""
+    other = ranks.for_another_thread()
+    assert (other.rank, other.size, other.is_first) == (ranks.rank, ranks.size, ranks.is_first)
+    found: list[Any] = []
+
+    def work() -> None:
+        interruption.request("SIGTERM")  # reaches the main thread, not the work of this one
+        for number in range(50):
+            with other.all_or_none():
+                found.append(other.gather(("thread", number, ranks.rank)))
+            found.append(other.broadcast(("thread", number, ranks.rank)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for number in range(100):
+        assert ranks.gather(("main", number, ranks.rank)) == [("main", number, rank) for rank in range(SIZE)]
+    thread.join()
+    interruption.clear()
+    assert found[::2] == [[("thread", number, rank) for rank in range(SIZE)] for number in range(50)]
+    assert found[1::2] == [("thread", number, 0) for number in range(50)]
+
+
 def check_tensor_parallel(ranks: Ranks) -> None:
     """The processes of a tensor-parallel group are one rank: each has its number and its share of the data."""
     assert (ranks.rank, ranks.size) == (0, 1)
@@ -149,6 +173,10 @@ def check_tensor_parallel(ranks: Ranks) -> None:
     assert ranks.share("abc") == list("abc")
     assert ranks.gather("mine") == ["mine"]
     assert ranks.sum(torch.ones(1)).item() == 1.0
+    other = ranks.for_another_thread()
+    assert other.broadcast(distributed.get_rank()) == 0
+    assert other.control is not ranks.control
+    assert distributed.get_process_group_ranks(other.control) == distributed.get_process_group_ranks(ranks.control)
 
     def work() -> None:
         if distributed.get_rank() == 2:
@@ -169,6 +197,7 @@ def check_all() -> None:
     check_numbers(ranks)
     check_choices(ranks)
     check_together(ranks)
+    check_two_threads(ranks)
     check_tensor_parallel(ALONE)
 
 
@@ -188,6 +217,7 @@ class TestAlone:
         assert not ALONE.any(False)
         assert Ranks.of(None) is ALONE
         assert Ranks.of(Strategy(1)) is ALONE
+        assert ALONE.for_another_thread() is ALONE
 
     def test_errors_pass_as_they_are(self):
         error = KeyError("x")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -80,6 +80,20 @@ class Ranks:
         return cls(
             rank // width, world // width, mesh["data_parallel"].get_group(), control, everyone, rank == 0, leads
         )
+
+    def for_another_thread(self) -> Ranks:
+        """The same ranks with groups of their own for objects: collectives of two threads must not mix. Collective.
+        Tensors would still travel through the strategy's group, so the thread must send none."""
+        if self.everyone is None:
+            return self
+        everyone = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        if self.control is self.everyone:
+            return replace(self, control=everyone, everyone=everyone)
+        own, control = distributed.get_process_group_ranks(self.control), None
+        for members in sorted({tuple(m) for m in _gather(own, distributed.get_world_size(), self.everyone)}):
+            group = distributed.new_group(list(members), backend="gloo", timeout=PATIENCE)
+            control = group if list(members) == own else control
+        return replace(self, control=control, everyone=everyone)
 
     def __len__(self) -> int:
         return self.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,12 @@ def running() -> tuple[str, float] | None:
 
 @contextmanager
 def phase(name: str) -> Iterator[float]:
-    """Mark ``name`` as running; yields its start time."""
+    """Mark ``name`` as running; yields its start time. Phases of other threads run beside one of the main thread, which
+    alone is marked."""
     start = time.perf_counter()
+    if threading.current_thread() is not threading.main_thread():
+        yield start
+        return
     _running.append((name, start))
     try:
         yield start

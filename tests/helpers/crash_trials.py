@@ -28,6 +28,7 @@ LIKE_OURS = (
 )
 """With names that a careless clean-up would take for ours."""
 LAST = ("--ckpt_path", "last")
+OVERLAP = ("--data.max_staleness", "1")
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,10 @@ KINDS = {
     "ppo": Kind("PPOModule"),
     "lora": Kind(settings=("--model.policy_options.lora.rank", "4")),
     "pool": Kind(settings=("--data.reward_pool.workers", "1")),
+    "overlap": Kind(settings=OVERLAP),
     "ddp": Kind(ranks=2, strategy="ddp"),
     "shards": Kind("PPOModule", ranks=2, strategy="shards"),
+    "overlap2": Kind("PPOModule", settings=OVERLAP, ranks=2),
     "validate": Kind(command="validate"),
     "predict": Kind(command="predict"),
     "export": Kind("PPOModule", command="export"),

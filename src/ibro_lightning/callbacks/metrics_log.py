@@ -18,7 +18,9 @@ from ibro_lightning.runs.folder import evaluation_counts
 
 LIGHTNINGS_DEFAULT = 50
 """A Trainer's default for ``log_every_n_steps``."""
-PHASES = ("sync", "verify", "generate", "reward", "prepare", "update")
+PHASES = ("sync", "verify", "generate", "reward", "wait", "prepare", "update")
+OVERLAPPED = ("generate", "reward")
+"""Phases beside an update, where there is a phase ``wait``: for what they take longer than the update."""
 
 
 class MetricsLog(pl.Callback):
@@ -157,7 +159,8 @@ def rollout_metrics(rollout: Rollout, ranks: Ranks = ALONE) -> dict[str, float]:
 
 
 def throughput(rollout: Rollout, metrics: Mapping[str, float], ranks: Ranks = ALONE) -> dict[str, float]:
-    """Tokens per second of each phase and of the whole iteration, and each phase's share of the time.
+    """Tokens per second of each phase and of the whole iteration, and each phase's share of the time; with overlap, the
+    shares add up to more than 1.
 
     Phases up to the rewards count generated tokens, ``prepare`` and ``update`` the tokens trained on (prompt +
     response).
@@ -165,7 +168,8 @@ def throughput(rollout: Rollout, metrics: Mapping[str, float], ranks: Ranks = AL
     generated = metrics.get("rollout/generated_tokens", 0.0)
     trained = sum(ranks.gather(0.0 if rollout.placeholder else float(rollout.sequences.lengths.sum())))
     seconds = {phase: metrics[f"time/{phase}_s"] for phase in PHASES if f"time/{phase}_s" in metrics}
-    total = sum(seconds.values())
+    beside = OVERLAPPED if "wait" in seconds else ()
+    total = sum(spent for phase, spent in seconds.items() if phase not in beside)
     if total == 0:
         return {}
     speeds = {

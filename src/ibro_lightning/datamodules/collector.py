@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -43,6 +43,8 @@ class Collector:
         self.pool: RewardPool | None = None
         self.judge: Judge = judge_here
         """Runs a reward on responses, in this process or in the pool."""
+        self.settle: Callable[[], None] = lambda: None
+        """Waits until another thread has done with engine and pool; called before the engine's weights change."""
         self._verifier: WeightVerifier | None = None
 
     def attach(self, provider: PolicyProvider, ranks: Ranks = ALONE) -> None:
@@ -85,6 +87,7 @@ class Collector:
 
     def sync(self, timer: PhaseTimer, *moment: int | str) -> dict[str, float]:
         """Load the policy's weights into the engine and check them (:class:`WeightVerifier`); returns the metrics."""
+        self.settle()
         with timer("sync"):
             self.engine.onload()
             self.engine.load_weights(self.provider.named_full_weights())

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from ibro_lightning.datamodules.collector import Collector
 from ibro_lightning.datamodules.eval_sets import EvalSet, EvalStream, check_sets, overridden
 from ibro_lightning.datamodules.gold_check import OnBadGold
+from ibro_lightning.engines import EngineProcess
 from ibro_lightning.engines.base import PolicyProvider, RolloutEngine, check_length
 from ibro_lightning.engines.weight_check import WeightCheck
 from ibro_lightning.errors import ConfigError
@@ -249,10 +250,11 @@ class EvaluationDataModule(pl.LightningDataModule):
         """Digests of everything that determines the samples and verdicts of the running evaluation."""
         sets = self.sets_of("test" if self.trainer and self.trainer.testing else "validate")
         spec = self.provider.model_spec()
+        engine = self.engine.engine if isinstance(self.engine, EngineProcess) else self.engine
         settings = {
             "seed": run_seed(),
             "batch_prompts": self.eval_batch_prompts,
-            "engine": [type(self.engine), self.engine.dtype],
+            "engine": [type(engine), engine.dtype],
             "model": [spec.config, spec.eos_token_ids],
             "prompts": {
                 name: [[p.id, p.part, p.text, p.token_ids, p.answer, p.meta] for p in self.eval_prompts[name]]

@@ -1,29 +1,33 @@
-"""The rollout datamodule: every training batch is generated from the policy's current weights."""
+"""The rollout datamodule: every training batch is generated from the policy's current weights, or from those of one
+update ago."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ibro_lightning.batches import Rollout
-from ibro_lightning.datamodules.dynamic_sampling import DynamicSampling, SampledGroups
+from ibro_lightning.datamodules.dynamic_sampling import DynamicSampling
 from ibro_lightning.datamodules.eval_sets import EvalSet, check_sampling
 from ibro_lightning.datamodules.evaluation import EvaluationDataModule, TrainingStream
 from ibro_lightning.datamodules.gold_check import OnBadGold
-from ibro_lightning.datamodules.lost_verdicts import LostVerdicts
+from ibro_lightning.datamodules.in_flight import STOP_S, InFlight, restored
+from ibro_lightning.datamodules.producer import Produced, Progress, RolloutProducer
+from ibro_lightning.engines import EngineProcess
 from ibro_lightning.engines.base import RolloutEngine, check_length
 from ibro_lightning.engines.weight_check import WeightCheck
-from ibro_lightning.errors import ConfigError, RolloutError
+from ibro_lightning.errors import ConfigError
 from ibro_lightning.rewards import PoolOptions, Reward
-from ibro_lightning.seeding import derive_seed, permutation, run_seed, update_seed
+from ibro_lightning.seeding import run_seed
 from ibro_lightning.sources.base import PromptSource
 from ibro_lightning.sources.control_text import report_shown
 from ibro_lightning.sources.prompts import PromptCursor, PromptLimits, check_count
 from ibro_lightning.timing import PhaseTimer
-from ibro_lightning.types import Completion, ControlText, Group, Prompt, RewardResult, SamplingParams
+from ibro_lightning.types import ControlText, Prompt, SamplingParams
 
 
 class RolloutDataModule(EvaluationDataModule):
@@ -39,6 +43,9 @@ class RolloutDataModule(EvaluationDataModule):
         group_size: responses per prompt (n, or G in the papers).
         dynamic_sampling: None trains on every group.
         rollouts_per_epoch: batches per Lightning epoch.
+        max_staleness: updates between sampling and training. 0: none, generation and update take turns. 1: while the
+            policy learns from a rollout, the next one is generated from the weights before that, by the engine in a
+            process of its own (:class:`.EngineProcess`); the loss has to weigh its tokens (``docs/overlap.md``).
         allow_overlap: allow evaluation sets to share questions with the training problems.
     """
 
@@ -51,6 +58,7 @@ class RolloutDataModule(EvaluationDataModule):
         group_size: int = 8,
         dynamic_sampling: DynamicSampling | None = None,
         rollouts_per_epoch: int = 1,
+        max_staleness: int = 0,
         allow_overlap: bool = False,
         engine: RolloutEngine | None = None,
         eval_sets: dict[str, EvalSet] | None = None,
@@ -66,6 +74,8 @@ class RolloutDataModule(EvaluationDataModule):
         on_bad_gold: OnBadGold = "refuse",
         control_text: ControlText = "warn",
     ) -> None:
+        if type(max_staleness) is not int or max_staleness not in (0, 1):
+            raise ConfigError("max_staleness", max_staleness, "write 0, or 1 to generate while the policy learns")
         super().__init__(
             engine=engine,
             eval_sets=eval_sets,
@@ -81,6 +91,10 @@ class RolloutDataModule(EvaluationDataModule):
             on_bad_gold=on_bad_gold,
             control_text=control_text,
         )
+        self.max_staleness = max_staleness
+        if max_staleness and not isinstance(self.engine, EngineProcess):
+            self.collector.engine = EngineProcess(self.engine)
+        self.collector.settle = self._settle
         if dynamic_sampling is not None and not isinstance(dynamic_sampling, DynamicSampling):
             raise ConfigError("dynamic_sampling", dynamic_sampling, "write a DynamicSampling, or None for none")
         check_training_sampling(sampling)
@@ -94,19 +108,51 @@ class RolloutDataModule(EvaluationDataModule):
         self.allow_overlap = allow_overlap
         self.allow_other_prompts = False
         """Whether to accept a checkpoint of a run with other prompts (``resume.allow_changes``)."""
-        self.iteration = 0
-        self._position = 0
-        self._skips = 0
-        self._lost = LostVerdicts(reward_pool)
+        self.progress = Progress()
         self.prompts: list[Prompt] = []
         """The training prompts; filled by :meth:`setup`."""
         self._cursor: PromptCursor | None = None
+        self._producer: RolloutProducer
+        self._next: InFlight | None = None
+        """The rollout that :meth:`next_rollout` will return, if its making has begun (``max_staleness``)."""
+        self._stored: dict[str, Any] | None = None
+        """The same as a checkpoint has it, until it is asked for."""
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if self._cursor is not None:
-            remedy = "write other splits, or allow_overlap: true"
-            self.refuse_overlap(self._cursor.prompts, remedy, warn=self.allow_overlap)
+        if self._cursor is None:
+            return
+        remedy = "write other splits, or allow_overlap: true"
+        self.refuse_overlap(self._cursor.prompts, remedy, warn=self.allow_overlap)
+        if stage != "fit":
+            return
+        self._producer = RolloutProducer(
+            self.collector,
+            self._cursor,
+            self.reward,
+            self.sampling,
+            prompts_per_rollout=self.prompts_per_rollout,
+            group_size=self.group_size,
+            dynamic_sampling=self.dynamic_sampling,
+            ahead=self.max_staleness > 0,
+            ranks=self.ranks.for_another_thread() if self.max_staleness else self.ranks,
+        )
+
+    def teardown(self, stage: str) -> None:
+        self._abandon()
+        super().teardown(stage)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """After an error Lightning tears nothing down. Callbacks have written their checkpoint by now."""
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """End the engine, and with it what a thread generates."""
+        if isinstance(self.engine, EngineProcess):
+            self.engine.close()
+        if self._next is not None:
+            self._next.settle(STOP_S)
+        self._next = None
 
     def prepare_training(self, stage: str, rows: int | None) -> None:
         if stage != "fit":
@@ -115,6 +161,10 @@ class RolloutDataModule(EvaluationDataModule):
         if self.group_size < provider.min_group_size:
             remedy = f"compares responses to the same prompt: write {provider.min_group_size} or more"
             raise ConfigError("group_size", self.group_size, f"{type(provider).__name__} {remedy}")
+        if self.max_staleness and not getattr(provider, "learns_off_policy", False):
+            reason = f"{type(provider).__name__} would take tokens of earlier weights for the policy's own"
+            remedy = "write model.sampler_correction, which weighs them (in a module of your own: weigh them, and set "
+            raise ConfigError("max_staleness", self.max_staleness, f"{reason}: {remedy}learns_off_policy), or 0")
         prompts = self.encode_source(self.source, "source", self.chat_template_kwargs, rows=rows)
         report_shown(provider, prompts, self.control_text)
         self.prompts = self.collector.usable(self.reward, prompts, "source")
@@ -143,127 +193,75 @@ class RolloutDataModule(EvaluationDataModule):
     def train_dataloader(self) -> TrainingStream[Rollout]:
         return TrainingStream(self.rollouts_per_epoch, self.next_rollout)
 
+    @property
+    def iteration(self) -> int:
+        """Rollouts of the run so far."""
+        return self.progress.iteration
+
     def state_dict(self) -> dict[str, Any]:
-        state = {"iteration": self.iteration, "position": self._position, "skips": self._skips}
-        prompts = {} if self._cursor is None else {"prompts": self._cursor.digest}
-        return {**state, "lost_rollouts": self._lost.in_a_row, **prompts}
+        """Waits for a rollout that is being made, which is part of the state. Collective."""
+        state = asdict(self.progress)
+        if self._cursor is not None:
+            state["prompts"] = self._cursor.digest
+        following = self._stored if self._next is None else self._next.state(self.ranks)
+        return state if following is None else {**state, "next": following}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = dict(state_dict)
+        following, prompts = state.pop("next", None), state.pop("prompts", None)
         if self._cursor is not None and not self.allow_other_prompts:
-            self._cursor.refuse_others(state_dict.get("prompts"))
-        self.iteration, self._position = state_dict["iteration"], state_dict["position"]
-        self._skips = state_dict["skips"]
-        self._lost.in_a_row = state_dict.get("lost_rollouts", 0)
+            self._cursor.refuse_others(prompts)
+        self.progress = Progress(**state)
+        self._stored = following if self.max_staleness else None
 
     def next_rollout(self) -> Rollout:
-        """Generate this rank's share of a rollout from the policy's current weights."""
-        timer, start, lost = PhaseTimer(), self._position, self._lost.in_a_row
+        """This rank's share of the next rollout. If that fails, the next call begins again with the same prompts."""
+        produced = self._take() if self.max_staleness else self._begin(self.progress)()
+        self.progress = produced.after
+        return self._producer.rollout(produced)
+
+    def _begin(self, start: Progress) -> Callable[[], Produced]:
+        """Load and check the current weights for the rollout that begins at ``start``; returns what makes it."""
+        timer = PhaseTimer()
+        measured = self.collector.sync(timer, "train", start.iteration)
+        if self.max_staleness:
+            measured["rollout/staleness"] = float(start.iteration - self.progress.iteration)
+        return partial(self._producer.produce, start, timer, measured)
+
+    def _take(self) -> Produced:
+        """The rollout that was made while the policy learned from the one before; begins the one after it."""
+        if self._next is None:
+            self._next = self._restore() or InFlight.begin(self._begin(self.progress))
+        timer = PhaseTimer()
         try:
-            return self._make_rollout(timer)
-        except BaseException:
-            # An aborted iteration restarts with the same prompts.
-            self._position, self._lost.in_a_row = start, lost
+            with timer("wait"), self.ranks.all_or_none():
+                produced = self._next.result()
+            following = InFlight.begin(self._begin(produced.after)) if self._another_follows() else None
+        except Exception:  # not Interrupted: then it is part of the checkpoint
+            self._next = None
             raise
+        self._next = following
+        return replace(produced, metrics={**produced.metrics, **timer.metrics()})
 
-    def _make_rollout(self, timer: PhaseTimer) -> Rollout:
-        self.collector.take_verdicts()  # discard counts of trials and evaluations
-        stopped = self.collector.verifications_stopped()
-        measured = self.collector.sync(timer, "train", self.iteration)
-        sampled = self._collect_groups(timer)
-        self.engine.offload()
-        stopped = {why: count - stopped[why] for why, count in self.collector.verifications_stopped().items()}
-        metrics = {**sampled.metrics(), **sampled.totals(self.ranks, stopped, timer), **measured}
-        if self.collector.reward_pool is not None:
-            groups, moment = list(sampled.mine.values()), f"iteration {self.iteration + 1}"
-            verdicts = self.collector.take_verdicts()
-            metrics["verifier/lost_share"] = self._lost.note(groups, verdicts, moment, self.ranks)
-        trained, skip = self._select_groups(sampled)
-        self.iteration += 1
-        own, kept = self._distribute(sampled, trained), set(trained)
-        return Rollout.from_groups(
-            list(own.values()) or [self._placeholder_group()],
-            numbers=list(own) or [len(trained)],
-            name="train",
-            iteration=self.iteration,
-            temperature=self.sampling.temperature,
-            dropped=tuple(group for position, group in sampled.mine.items() if position not in kept),
-            skip_update=skip,
-            metrics=metrics,
-            total_groups=len(trained),
-            placeholder=not own,
-        )
+    def _restore(self) -> InFlight | None:
+        """The rollout in the checkpoint; None if there is none, or if it answers other prompts than this run's."""
+        stored, self._stored = self._stored, None
+        produced = None if stored is None else restored(stored, self.prompts, self.ranks)
+        return None if produced is None else InFlight.landed(produced)
 
-    def _collect_groups(self, timer: PhaseTimer) -> SampledGroups:
-        """Sample rounds of groups until enough are informative; one round without dynamic sampling."""
-        assert self._cursor is not None, "setup('fit') comes first"
-        sampled = SampledGroups()
-        max_rounds = self.dynamic_sampling.max_rounds if self.dynamic_sampling else 1
-        while len(sampled.kept) < self.prompts_per_rollout and sampled.rounds < max_rounds:
-            self._cursor.position = self._position
-            draws = self._cursor.draw(self._round_size(len(sampled.kept), len(sampled.uninformative)))
-            self._position = self._cursor.position
-            with self.ranks.all_or_none():
-                groups = self._generate(self.ranks.share(draws), timer)
-            sampled.add(groups, self.ranks, filtered=self.dynamic_sampling is not None)
-        return sampled
+    def _settle(self) -> None:
+        if self._next is not None:
+            self._next.settle()
 
-    def _round_size(self, kept: int, uninformative: int) -> int:
-        """Number of prompts to sample: those missing, divided by the share that has been informative so far."""
-        missing = self.prompts_per_rollout - kept
-        share = kept / (kept + uninformative) if kept else 0.0
-        return min(self.prompts_per_rollout, math.ceil(missing / share)) if share else self.prompts_per_rollout
-
-    def _generate(self, draws: Sequence[tuple[int, Prompt]], timer: PhaseTimer) -> dict[int, Group]:
-        """One group per draw, by position."""
-        seed = run_seed()
-        seeds = [
-            [derive_seed(seed, "train", self.iteration, position, sample) for sample in range(self.group_size)]
-            for position, _ in draws
-        ]
-        prompts = [prompt for _, prompt in draws]
-        groups = self.collector.collect(prompts, seeds, self.sampling, self.reward, timer)
-        return {position: group for (position, _), group in zip(draws, groups, strict=True)}
-
-    def _select_groups(self, sampled: SampledGroups) -> tuple[list[int], bool]:
-        """``(positions of the rollout's groups, whether to skip the update)``; raises RolloutError if exhausted."""
-        trained, rule = sampled.kept[: self.prompts_per_rollout], self.dynamic_sampling
-        if rule is None:
-            return trained, False
-        self._skips = 0 if trained else self._skips + 1
-        if self._skips >= rule.max_skips or (rule.on_exhausted == "stop" and len(trained) < self.prompts_per_rollout):
-            raise RolloutError(self._exhausted_message(rule, sampled))
-        if rule.on_exhausted == "fill" or not trained:
-            trained += list(sampled.uninformative)[: self.prompts_per_rollout - len(trained)]
-        return trained, not sampled.kept
-
-    def _distribute(self, sampled: SampledGroups, trained: list[int]) -> dict[int, Group]:
-        """This rank's groups by number; in each step of the first pass, ranks' shares differ by at most one group."""
-        if self.ranks.size == 1:
-            return {number: sampled.mine[position] for number, position in enumerate(trained)}
-        order = permutation(len(trained), update_seed(run_seed(), self.iteration, 0))
-        owners = {trained[number]: index % self.ranks.size for index, number in enumerate(order)}
-        numbers = {position: number for number, position in enumerate(trained)}
-        parcels: list[dict[int, Group]] = [{} for _ in range(self.ranks.size)]
-        for position, group in sampled.mine.items():
-            if position in owners:
-                parcels[owners[position]][numbers[position]] = group
-        received = self.ranks.all_to_all(parcels)
-        return dict(sorted(pair for parcel in received for pair in parcel.items()))
-
-    def _placeholder_group(self) -> Group:
-        """The group of a rank without a share of the rollout; its responses are late, hence masked everywhere."""
-        late = Completion((self.provider.eos_token_ids[0],), (0.0,), "deadline", "", self.sampling.max_tokens, 0)
-        wrong = RewardResult(0.0, {"accuracy": 0.0})
-        return Group(self.prompts[0], (late,) * self.group_size, (wrong,) * self.group_size)
-
-    def _exhausted_message(self, rule: DynamicSampling, sampled: SampledGroups) -> str:
-        others, right = len(sampled.uninformative), sum(sampled.uninformative.values())
-        remedy = "a larger max_skips" if self._skips >= rule.max_skips else "on_exhausted: fill"  # fill skips as well
-        found = f"found {len(sampled.kept)} of {self.prompts_per_rollout} informative groups"
-        found += f", and none in {self._skips} rollouts in a row" if self._skips else ""
-        found += f"; of {others} others {right} were all right and {others - right} all wrong"
-        advice = f"choose problems of medium difficulty, a larger group_size, more max_rounds, or {remedy}"
-        return f"data.dynamic_sampling: {found} - {advice}"
+    def _another_follows(self) -> bool:
+        """Whether training wants another rollout after the one that it is about to get, as far as can be known."""
+        trainer: Any = self.trainer
+        if trainer.max_steps != -1 and trainer.global_step + 1 >= trainer.max_steps:
+            return False
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if done + 1 < trainer.num_training_batches:
+            return True
+        return trainer.max_epochs in (None, -1) or trainer.current_epoch + 1 < trainer.max_epochs
 
 
 def check_training_sampling(sampling: SamplingParams) -> None:

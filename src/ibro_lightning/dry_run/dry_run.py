@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ibro_lightning.datamodules import RolloutDataModule
 from ibro_lightning.datamodules.demonstrations import SFTDataModule
 from ibro_lightning.dry_run.checks import Checked, check_data
@@ -17,6 +19,7 @@ from ibro_lightning.dry_run.options import EstimateOptions
 from ibro_lightning.dry_run.report import memory_table, shape_line, time_lines
 from ibro_lightning.dry_run.shapes import Shapes
 from ibro_lightning.dry_run.work import Tokens, measured_speeds, work_of
+from ibro_lightning.engines import EngineProcess
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.modules import PolicyModule
 from ibro_lightning.modules.rollout_data import refuse_unverified_logp
@@ -52,6 +55,9 @@ def dry_run(module: Any, data: Any, trainer: Any, options: EstimateOptions) -> M
         config, parameters = module.policy_source.config(), parameter_count(module.policy_source, module.policy_options)
         sizes = {"prompt": shapes.prompt, "group_size": data.group_size, "responses": shapes.rows}
         engine = engine_memory(data.engine, config, parameters, data.sampling, layout, **sizes)
+        if isinstance(data.engine, EngineProcess):
+            copy = parameters * getattr(torch, module.policy_options.dtype).itemsize
+            engine = engine.in_another_process(copy, overlaps=data.max_staleness > 0)
     estimate = estimate_memory(module, shapes, layout, engine)
     say("", *memory_table(estimate, shapes, module), "")
     folder = Path(trainer.default_root_dir or "runs/default")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ibro_lightning.dry_run.layout import GIB, Layout
 from ibro_lightning.dry_run.shadow import ShadowMemory
-from ibro_lightning.engines import HFEngine, VLLMEngine, VLLMServerEngine
+from ibro_lightning.engines import EngineProcess, HFEngine, VLLMEngine, VLLMServerEngine
 from ibro_lightning.engines.base import RolloutEngine
 from ibro_lightning.engines.sampling import sample_tokens
 from ibro_lightning.engines.vllm_build import CPU_CACHE_GIB
@@ -26,6 +26,8 @@ class EngineMemory:
         cache: keys and values of prompts and responses.
         work: temporaries of computing and sampling the next token.
         stays: whether the weights stay during the update.
+        overlaps: whether responses are generated during the update.
+        in_transit: the copy in which new weights reach an engine in another process, in host memory.
         note: explains the figures where necessary.
         unknown: why there are no figures; None if there are.
     """
@@ -34,8 +36,14 @@ class EngineMemory:
     cache: int = 0
     work: int = 0
     stays: bool = False
+    overlaps: bool = False
+    in_transit: int = 0
     note: str = ""
     unknown: str | None = None
+
+    def in_another_process(self, in_transit: int, *, overlaps: bool) -> EngineMemory:
+        """The same in a process of its own."""
+        return replace(self, stays=self.stays or overlaps, overlaps=overlaps, in_transit=in_transit)
 
     @property
     def total(self) -> int:
@@ -61,6 +69,8 @@ def engine_memory(
         group_size: responses per prompt.
         responses: that this rank generates in one round.
     """
+    if isinstance(engine, EngineProcess):
+        engine = engine.engine
     if isinstance(engine, VLLMEngine):
         return _vllm(engine, config, parameters, layout)
     if isinstance(engine, VLLMServerEngine):

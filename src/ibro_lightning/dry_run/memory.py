@@ -66,10 +66,12 @@ class MemoryEstimate:
         rows.append(Row(f"{name}{temporaries}", 0, max(largest.step, largest.micro_batch)))
         rows.append(Row("rollout and scores", 0, self.rollout))
         if self.engine is not None:
-            kept = self.engine.weights if self.engine.stays else 0
-            rows.append(Row("engine: weights", self.engine.weights, kept))
-            rows.append(Row("engine: key-value cache", self.engine.cache, 0, self.engine.note))
-            rows.append(Row("engine: computing and sampling a token", self.engine.work, 0))
+            engine, on_host = self.engine, self.layout.device == "cpu"
+            during = 1 if engine.overlaps else 0
+            rows.append(Row("engine: weights", engine.weights, engine.weights if engine.stays else 0))
+            rows.append(Row("engine: weights on their way", engine.in_transit if on_host else 0))
+            rows.append(Row("engine: key-value cache", engine.cache, engine.cache * during, engine.note))
+            rows.append(Row("engine: computing and sampling a token", engine.work, engine.work * during))
         return [row for row in rows if row.generate or row.update]
 
     @property
@@ -88,10 +90,13 @@ class MemoryEstimate:
 
     @property
     def host(self) -> int:
-        """Bytes per rank in host memory: what is offloaded, and engine weights that leave the device."""
+        """Bytes per rank in host memory: what is offloaded, engine weights that leave the device, and new ones on their
+        way to another process."""
         offloaded = sum(n.weights + n.states + n.gradients for n in self.networks) if self.layout.cpu_offload else 0
-        engine = self.engine.weights if self.engine is not None and not self.engine.stays else 0
-        return offloaded + engine
+        if (engine := self.engine) is None:
+            return offloaded
+        in_transit = 0 if self.layout.device == "cpu" else engine.in_transit
+        return offloaded + in_transit + (0 if engine.stays else engine.weights)
 
 
 def estimate_memory(module: Any, shapes: Shapes, layout: Layout, engine: EngineMemory | None = None) -> MemoryEstimate:

@@ -70,6 +70,10 @@ class PolicyProvider(Protocol):
     min_group_size: int
     """Minimum responses per prompt: 2 for group-relative advantages, otherwise 1."""
 
+    learns_off_policy: bool
+    """Whether the loss weighs tokens by π_old/π_sampler, so that they may come from the weights before an update
+    (``data.max_staleness``). A module without this attribute counts as one that does not."""
+
     def model_spec(self) -> ModelSpec: ...
 
     def named_full_weights(self) -> Iterable[tuple[str, Tensor]]:

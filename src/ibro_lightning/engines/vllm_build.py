@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from packaging.version import Version
 from torch import distributed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.models.spec import ModelSpec
+from ibro_lightning.ranks import rank_zero_warn
 from ibro_lightning.types import Dtype
 
 MIN_VERSION = "0.32"

@@ -8,6 +8,7 @@ it waits for the end of the iteration.
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -65,8 +66,11 @@ def clear() -> None:
 @contextmanager
 def abandonable() -> Iterator[None]:
     """Context for work that can be abandoned at any moment. Raises :class:`Interrupted` if a stop was requested before
-    or is requested within it."""
+    or is requested within it. Signals reach the main thread alone: what another thread does here is not abandoned."""
     global _abandonable
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before, _abandonable = _abandonable, True
     try:
         check()  # only now, so that no signal is missed in between

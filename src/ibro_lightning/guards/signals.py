@@ -147,10 +147,32 @@ def end_with_launcher() -> None:
     if not started_by_lightning():
         os.environ[_LAUNCHER] = str(os.getpid())
         return
+    end_with(int(os.environ[_LAUNCHER]), signal.SIGTERM)
+
+
+def end_with(parent: int, number: int) -> None:
+    """Have the kernel send signal ``number`` to this process when its ``parent`` ends, or the thread of it that started
+    this process (only on Linux)."""
     if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
-    if str(os.getppid()) != os.environ[_LAUNCHER]:  # it died before the request
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, number, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the request
         raise SystemExit(1)
+
+
+def ended(code: int | None) -> str:
+    """How a process ended, in words.
+
+    >>> ended(-9), ended(3), ended(None)
+    ('signal SIGKILL', 'exit code 3', 'a closed connection')
+    """
+    if code is None:
+        return "a closed connection"
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"
 
 
 def _watch(reader: int) -> None:

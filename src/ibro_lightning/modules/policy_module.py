@@ -87,6 +87,7 @@ class PolicyModule(pl.LightningModule):
     """
 
     min_group_size = 1
+    learns_off_policy = False
     trained: ClassVar[Mapping[str, tuple[str, str]]] = {"policy": ("optimizer", "learning_rate")}
     """The networks that learn, by name, and the arguments with the optimizer and the learning rate of each."""
     schedule_settings: tuple[str, ...] = ()  # attributes that learning_rate_factor reads, besides warmup_steps

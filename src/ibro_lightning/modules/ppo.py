@@ -151,7 +151,7 @@ class PPOModule(PolicyModule):
             sampler_correction=sampler_correction,
             kl=kl,
         )
-        self.regularizer = self.policy_loss.regularizer
+        self.regularizer, self.learns_off_policy = self.policy_loss.regularizer, sampler_correction is not None
         budget = TokenBudget(micro_batch_tokens, policy_options.packing, policy_options.gradient_checkpointing)
         self.scorer = Scorer(self.loop, self.policy_loss, budget, overlong_filter=overlong_filter, old_logp=old_logp)
         self.updater = Updater(

@@ -39,6 +39,8 @@ class PolicyProviderMixin(Base):
     tokenizer: Any
     min_group_size = 1
     """The responses to one prompt that the loss needs: 2 if it compares them."""
+    learns_off_policy = False
+    """Whether the loss weighs tokens by π_old/π_sampler, as ``data.max_staleness`` needs."""
 
     @property
     def language_model(self) -> Any:

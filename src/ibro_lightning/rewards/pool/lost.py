@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from ibro_lightning.rewards.pool.processes import ended
+from ibro_lightning.guards.signals import ended
 
 Stopped = Literal["timeout", "memory", "crash"]
 

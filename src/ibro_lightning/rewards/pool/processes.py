@@ -6,7 +6,6 @@ import contextlib
 import os
 import pickle
 import select
-import signal
 import socket
 import struct
 import subprocess
@@ -18,6 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any, cast
 
 from ibro_lightning.errors import ConfigError, RewardError
+from ibro_lightning.guards.signals import ended
 from ibro_lightning.rewards.pool import server
 from ibro_lightning.types import Completion, Prompt
 
@@ -87,22 +87,6 @@ class Worker:
 
 class ServerDied(Exception):
     """The process that forks workers is gone, and with it all workers."""
-
-
-def ended(code: int | None) -> str:
-    """How a process ended, in words.
-
-    >>> ended(-9), ended(3), ended(None)
-    ('signal SIGKILL', 'exit code 3', 'a closed connection')
-    """
-    if code is None:
-        return "a closed connection"
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"signal {signal.Signals(-code).name}"
-    except ValueError:
-        return f"signal {-code}"
 
 
 class Server:
