@@ -4,8 +4,8 @@
     python benchmarks/shared_prompts.py --shape sums                          # SmolLM2-135M's sizes, random weights
     python benchmarks/shared_prompts.py --shape sums --against CHECKOUT       # over another checkout of this project
 
-``quickstart``: 48 × 8 responses that the base policy samples, two optimizer steps, as in quickstart.yaml. ``sums``: 8 × 8
-rows of 39 + 21…32 tokens, one step. A turn scores the rollout and updates the policy with ``Scorer`` and ``Updater``.
+``quickstart``: 48 × 8 responses that the base policy samples, two optimizer steps, as in quickstart.yaml. ``sums``: 8 ×
+8 rows of 39 + 21…32 tokens, one step. A turn scores the rollout and updates the policy with ``Scorer`` and ``Updater``.
 Every variant is a process of its own, with the same rollout, that takes a turn when it is told to: turns alternate, and
 the machine's other work meets them all. The first turn of each is not counted. ``log-probs`` is the largest difference
 of the first turn's old log-probs.
@@ -153,7 +153,12 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
-        return work(given.shape, given.policy, given.worker, given.options, given.micro_batch_tokens)
+        work(given.shape, given.policy, given.worker, given.options, given.micro_batch_tokens)
+    else:
+        compare(given)
+
+
+def compare(given: argparse.Namespace) -> None:
     here = Path(__file__).parent.parent
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "rollout.json")

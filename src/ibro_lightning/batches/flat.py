@@ -1,7 +1,7 @@
 """A batch as one row: no padding, and each distinct prompt once, however many responses follow it.
 
-Whatever a model computes token by token (embeddings, norms, projections, feed-forward layers) it computes over this row.
-Attention needs each token's own sequence: :class:`Part` says how rows of sequences are made from the row's tokens, and
+What a model computes token by token (embeddings, norms, projections, feed-forward layers) it computes over this row.
+Attention needs each token's own sequence: :class:`Part` says how padded sequences are made from the row's tokens, and
 which of their results go back into it.
 """
 
@@ -153,7 +153,7 @@ class _Builder:
                 self._add(queries, self._keys(chosen), prompts[:1] if same else prompts, kept)
 
     def _append(self, rows: Tensor, begins: Tensor, ends: Tensor) -> Tensor:
-        """Append the tokens from ``begins`` to ``ends`` ``[b]`` of each row's sequence; where each row's first lands."""
+        """Append the tokens from ``begins`` to ``ends`` ``[b]`` of each row's sequence; where the first of each lands."""
         steps = torch.arange(int(ends.max()) if len(ends) else 0)  # [l]
         inside = (steps >= begins[:, None]) & (steps < ends[:, None])  # [b, l]
         columns = (self.sequences.starts[rows][:, None] + steps).clamp(max=self.sequences.input_ids.shape[1] - 1)

@@ -33,8 +33,8 @@ class PolicyOptions:
         revision: branch, tag or commit on the hub.
         packing: run each micro-batch as one row without padding; worth it on GPUs with flash_attention_2. Training
             stops at once if this attention lets packed sequences see each other.
-        share_prompts: run micro-batches without padding, and a prompt once for all its responses in a micro-batch, which
-            changes nothing but rounding. Tried before training; where it is not exact, or with packing, each response
+        share_prompts: run micro-batches without padding, and a prompt once for all its responses in a micro-batch,
+            which changes rounding alone. Tried before training; where it is not exact, and with packing, each response
             runs with a prompt of its own. False is for comparisons.
         fused_head: never hold all logits at once (models whose head is a plain linear layer); False is for comparisons.
         lora: train low-rank adapters in place of the weights, for policies whose gradients and optimizer states do not

@@ -49,8 +49,8 @@ def why_not_shared(model: Any, network: Any, output: str, device: torch.device |
         return f"it cannot run them in one row ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
     if window and window not in batch.windows:
         return "its attention does not say how far it sees"
-    # As for packing: rounding is much smaller than the bounds, and a wrong mask does much more. Many models compute norms
-    # in float32 whatever their weights are, which rounds the sum of a group's gradients and that of each row.
+    # As for packing: rounding is much smaller than the bounds, and a wrong mask does much more. Many models compute
+    # norms in float32 whatever their weights are, which rounds the sum of a group's gradients, or each row's.
     precision = _precision(flat)
     bounds = {"hidden states": precision**0.6, "gradients": max(precision, torch.finfo(torch.float32).eps) ** 0.6}
     for (name, bound), one, other in zip(bounds.items(), (flat, gradient[0]), (plain, summed), strict=True):
@@ -62,7 +62,8 @@ def why_not_shared(model: Any, network: Any, output: str, device: torch.device |
 
 def known_obstacle(model: Any) -> str | None:
     """What can be said without running the model."""
-    if not hasattr(config := getattr(model, "config", None), "get_text_config"):
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
         return "it is no model of transformers"
     config = config.get_text_config()
     implementation = getattr(config, "_attn_implementation", None)

@@ -137,9 +137,7 @@ class TokenBudget:
         most = int(ranks.max(torch.tensor(len(batches), device=device)))
         return batches + [(sequences.lengths.argmin()[None], False)] * (most - len(batches))
 
-    def advice(
-        self, phase: str, micro: Sequences, network: nn.Module | None = None
-    ) -> AbstractContextManager[None]:
+    def advice(self, phase: str, micro: Sequences, network: nn.Module | None = None) -> AbstractContextManager[None]:
         """The context of a micro-batch, which advises what to change if memory runs out in it."""
         return memory_advice(
             phase,
@@ -153,7 +151,7 @@ class TokenBudget:
 
 
 def shares_prompts(network: nn.Module | None) -> bool:
-    """Whether a network runs each distinct prompt of a micro-batch once; a network of another kind than ours does not."""
+    """Whether a network runs each distinct prompt of a micro-batch once; one of another kind than ours does not."""
     return bool(getattr(network, "shares_prompts", False))
 
 
