@@ -153,7 +153,7 @@ class _Builder:
                 self._add(queries, self._keys(chosen), prompts[:1] if same else prompts, kept)
 
     def _append(self, rows: Tensor, begins: Tensor, ends: Tensor) -> Tensor:
-        """Append the tokens from ``begins`` to ``ends`` ``[b]`` of each row's sequence; where the first of each lands."""
+        """Append the tokens from ``begins`` to ``ends`` ``[b]`` of each row; where the first of each lands."""
         steps = torch.arange(int(ends.max()) if len(ends) else 0)  # [l]
         inside = (steps >= begins[:, None]) & (steps < ends[:, None])  # [b, l]
         columns = (self.sequences.starts[rows][:, None] + steps).clamp(max=self.sequences.input_ids.shape[1] - 1)

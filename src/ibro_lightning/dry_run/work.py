@@ -60,7 +60,7 @@ class Work:
 
 
 def work_of(module: Any, estimate: MemoryEstimate, tokens: Tokens, scored_first: bool) -> Work:
-    """FLOPs of an iteration: 2 per token and weight of the blocks (of each prompt once, if it is shared), 2 per response
+    """FLOPs of an iteration: 2 per token and weight of the blocks (of a prompt once, if it is shared), 2 per response
     token and weight of the head, and attention over preceding tokens. Backward passes count twice, recomputation once
     more; regularisers' passes not."""
     config = module.policy_source.config().get_text_config()

@@ -3,6 +3,7 @@ complete."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,22 +40,28 @@ def why_not_shared(model: Any, network: Any, output: str, device: torch.device |
     batch = FlatBatch.of(rows)
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            plain, plain_gradient = _run(model, lambda: response_states(network, rows, output))
-            flat, gradient = _run(model, lambda: flat_response_states(network, rows, output, batch=batch))
-            plain_gradient = plain_gradient[rows.attention_mask.bool()]
-            summed = torch.zeros_like(gradient[0]).index_add_(0, batch.places(rows), plain_gradient)
+            runs = [
+                _run(model, lambda: response_states(network, rows, output)),
+                _run(model, lambda: flat_response_states(network, rows, output, batch=batch)),
+            ]
+            # At once: after a backward pass, a sharded network has given its gathered weights back.
+            of_plain, of_flat = torch.autograd.grad(
+                [_weighted(states) for states, _ in runs], [leaf for _, leaf in runs], allow_unused=True
+            )
     except Exception as error:
         if is_out_of_memory(error):
             raise
         return f"it cannot run them in one row ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
     if window and window not in batch.windows:
         return "its attention does not say how far it sees"
-    # As for packing: rounding is much smaller than the bounds, and a wrong mask does much more. Many models compute
-    # norms in float32 whatever their weights are, which rounds the sum of a group's gradients, or each row's.
-    precision = _precision(flat)
-    bounds = {"hidden states": precision**0.6, "gradients": max(precision, torch.finfo(torch.float32).eps) ** 0.6}
-    for (name, bound), one, other in zip(bounds.items(), (flat, gradient[0]), (plain, summed), strict=True):
-        difference = (one - other).abs().max() / other.abs().max().clamp(min=1e-6)
+    (plain, _), (flat, leaf) = runs
+    of_flat = torch.zeros_like(leaf) if of_flat is None else of_flat
+    summed = torch.zeros_like(of_flat[0]).index_add_(0, batch.places(rows), of_plain[rows.attention_mask.bool()])
+    # As for packing: rounding is much smaller than the bound, and a wrong mask does much more. A float64 model with norms
+    # in float32 is not exact by float64's measure: the sum of a group's gradients is rounded, or each row's is.
+    bound = _precision(flat) ** 0.6
+    for name, one, other in (("hidden states", flat, plain), ("gradients", of_flat[0], summed)):
+        difference = (one - other).detach().abs().max() / other.detach().abs().max().clamp(min=1e-6)
         if not difference < bound:
             return f"{name} differ by {difference:.2g} of the largest"
     return None
@@ -81,8 +88,8 @@ def known_obstacle(model: Any) -> str | None:
     return None
 
 
-def _run(model: Any, compute: Any) -> tuple[Tensor, Tensor]:
-    """States ``[M, D]``, and the gradient of a weighted sum of them with respect to the token embeddings."""
+def _run(model: Any, compute: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """States, and the token embeddings that they came from, as a leaf."""
     embedded: list[Tensor] = []
 
     def as_leaf(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -91,13 +98,16 @@ def _run(model: Any, compute: Any) -> tuple[Tensor, Tensor]:
 
     handle = model.get_input_embeddings().register_forward_hook(as_leaf)
     try:
-        states: Tensor = compute()
+        states = compute()
     finally:
         handle.remove()
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(states.shape, generator=generator, dtype=torch.float64).to(states)
-    (gradient,) = torch.autograd.grad((states * weights).sum(), embedded)
-    return states.detach(), gradient
+    return states, embedded[0]
+
+
+def _weighted(states: Tensor) -> Tensor:
+    """A sum that weighs every number of ``states`` differently."""
+    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (states * weights.to(states)).sum()
 
 
 def _probe(vocabulary: int, longest: int) -> Sequences:
