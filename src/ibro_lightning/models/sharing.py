@@ -57,8 +57,8 @@ def why_not_shared(model: Any, network: Any, output: str, device: torch.device |
     (plain, _), (flat, leaf) = runs
     of_flat = torch.zeros_like(leaf) if of_flat is None else of_flat
     summed = torch.zeros_like(of_flat[0]).index_add_(0, batch.places(rows), of_plain[rows.attention_mask.bool()])
-    # As for packing: rounding is much smaller than the bound, and a wrong mask does much more. A float64 model with norms
-    # in float32 is not exact by float64's measure: the sum of a group's gradients is rounded, or each row's is.
+    # As for packing: rounding is much smaller than the bound, and a wrong mask does much more. A float64 model with
+    # norms in float32 is not exact by float64's measure: a group's gradients are rounded one by one, or their sum is.
     bound = _precision(flat) ** 0.6
     for name, one, other in (("hidden states", flat, plain), ("gradients", of_flat[0], summed)):
         difference = (one - other).detach().abs().max() / other.detach().abs().max().clamp(min=1e-6)
