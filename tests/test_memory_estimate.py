@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from helpers.models import TinySource
 from helpers.processes import logs, run_ranks
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.dry_run.engine_memory import engine_memory
@@ -82,6 +83,20 @@ def shapes_of(module: Any, ranks: int = 1) -> Shapes:
     return Shapes.of_rollouts(
         module, ranks, prompts_per_rollout=8, group_size=4, prompt=32, response=96, prompts=[asked]
     )
+
+
+def test_a_shared_prompt_counts_once_in_a_micro_batch(small_llama: str) -> None:
+    """Groups of 32 + 4 · 96 tokens: 2 of them make 832; without sharing, 8 rows make 1024. Flex attention cannot."""
+    shared, whole = (
+        shapes_of(DAPOModule(small_llama, micro_batch_tokens=1024, policy_options=PolicyOptions(share_prompts=shared)))
+        for shared in (True, False)
+    )
+    assert (shared.micro_rows, shared.micro_batches, shared.half_a_micro_batch) == (8, 4, 416)
+    assert (whole.micro_rows, whole.micro_batches, whole.half_a_micro_batch) == (8, 4, 512)
+    assert len(set(shared.sequences().same_prompts())) == 2
+    assert len(set(whole.sequences().same_prompts())) == 8
+    module = DAPOModule(TinySource(attn_implementation="flex_attention"), micro_batch_tokens=1024)
+    assert not shapes_of(module).micro_groups
 
 
 # The estimate against what torch's allocator has handed out.
