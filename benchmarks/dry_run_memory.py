@@ -109,7 +109,7 @@ class _Batches(list):
 
 
 def _group(number: int) -> Group:
-    prompt = Prompt(str(number), "", tuple(place % 10 for place in range(PROMPT_TOKENS)), None)
+    prompt = Prompt(str(number), "", tuple((number + place) % 10 for place in range(PROMPT_TOKENS)), None)
     tokens = tuple((number + place) % 10 for place in range(RESPONSE_TOKENS))
     completions = tuple(
         Completion(tokens, (-1.0,) * RESPONSE_TOKENS, "stop", "", RESPONSE_TOKENS, sample) for sample in range(GROUP)

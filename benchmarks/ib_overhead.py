@@ -77,7 +77,7 @@ def step(module: DAPOModule, optimizer: torch.optim.Optimizer, experience: Exper
     start = time.process_time()
     loss_of, context = module.policy_loss, module.context()
     prepared = loss_of.prepare(experience, context)
-    for rows, _ in module.scorer.budget.micro_batches(prepared.sequences):
+    for rows, _ in module.scorer.budget.micro_batches(prepared.sequences, network=module.policy):
         micro = prepared.select(rows)
         loss, _ = loss_of(loss_of.stats(micro, context), micro)
         loss.backward()

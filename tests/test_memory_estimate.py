@@ -84,6 +84,20 @@ def shapes_of(module: Any, ranks: int = 1) -> Shapes:
     )
 
 
+def test_a_shared_prompt_counts_once_in_a_micro_batch(small_llama: str) -> None:
+    """Groups of 32 + 4 · 96 tokens: 2 of them make 832; without sharing, 8 rows make 1024. Flex attention cannot."""
+    shared, whole = (
+        shapes_of(DAPOModule(small_llama, micro_batch_tokens=1024, policy_options=PolicyOptions(share_prompts=shared)))
+        for shared in (True, False)
+    )
+    assert (shared.micro_rows, shared.micro_batches, shared.half_a_micro_batch) == (8, 4, 416)
+    assert (whole.micro_rows, whole.micro_batches, whole.half_a_micro_batch) == (8, 4, 512)
+    assert len(set(shared.sequences().same_prompts())) == 2
+    assert len(set(whole.sequences().same_prompts())) == 8
+    options = PolicyOptions(attn_implementation="flex_attention")
+    assert not shapes_of(DAPOModule(small_llama, policy_options=options)).micro_groups
+
+
 # The estimate against what torch's allocator has handed out.
 
 
@@ -292,8 +306,9 @@ def test_the_verdict_says_what_to_change(small_llama: str) -> None:
 # Arithmetic and time.
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_flops_are_those_that_torch_counts(tmp_path: Path, tied: bool) -> None:
+def test_flops_are_those_that_torch_counts(tmp_path: Path, tied: bool, shared: bool) -> None:
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=64,
@@ -307,16 +322,17 @@ def test_flops_are_those_that_torch_counts(tmp_path: Path, tied: bool) -> None:
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     NumberPath(size=12).tokenizer().save_pretrained(tmp_path)
-    options = PolicyOptions(fused_head=False, attn_implementation="eager")
+    options = PolicyOptions(fused_head=False, attn_implementation="eager", share_prompts=shared)
     module = DAPOModule(str(tmp_path), policy_options=options)
     found = work_of(module, estimate_memory(module, shapes_of(module), Layout()), Tokens(1, 4, 32, 96), True)
     module = DAPOModule(str(tmp_path), policy_options=options)
     module.configure_model()
+    assert module.policy.shares_prompts is shared
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module.policy(Sequences.collate([[1] * 32] * 4, [[1] * 96] * 4), temperature=1.0)
-    # torch counts all pairs of an attention, half of which are masked, and the head at one position more.
+    # torch counts all pairs of an attention, half of which are masked, and of padded rows the head at one position more.
     attention = 4 * 2 * (4 * 16) * 4 * 128**2
-    head = 2 * 512 * 64 * 4
+    head = 0 if shared else 2 * 512 * 64 * 4
     assert found.score == pytest.approx(counter.get_total_flops() - attention / 2 - head, rel=0.01)
     assert found.update == pytest.approx(3 * found.score + 2 * 512 * 64 * 4 * 96, rel=1e-9)  # the head once more
 

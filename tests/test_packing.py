@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, BloomForTokenClassification, OPTForCausalLM
 
+from helpers.gradients import values_and_gradients
 from helpers.heads import LINEAR
 from helpers.models import TinyOPT, TinyQwen2, TinySource, gpt2, gpt2_critic, qwen2, qwen2_critic
 from helpers.rollouts import PROMPTS, RESPONSES, TEMPERATURE, padded_further, reference_scores, rollouts, sequences
 from helpers.updates import fit, ppo
-from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import Critic, Policy, PolicyOptions, Qwen2FromScratch, export_folder
@@ -27,14 +27,6 @@ from ibro_lightning.update import ReferenceKL
 from ibro_lightning.update.steps import token_budget_batches
 
 torch.set_num_threads(1)
-
-
-def values_and_gradients(network: Any, seqs: Sequences) -> list[Tensor]:
-    """Everything that a network says, and every parameter's gradient of a sum that weighs all of it differently."""
-    said = network(seqs, temperature=TEMPERATURE) if isinstance(network, Policy) else (network(seqs),)
-    generator = torch.Generator().manual_seed(4)
-    total = sum((torch.randn(x.shape, generator=generator, dtype=torch.float64) * x).sum() for x in said)
-    return [*(x.detach() for x in said), *torch.autograd.grad(total, list(network.parameters()))]
 
 
 def assert_packed_is_padded(packed: Any, padded: Any) -> None:

@@ -100,6 +100,15 @@ class Sequences:
     def max_response_length(self) -> int:
         return int(self.response_lengths.max()) if len(self) else 0
 
+    def same_prompts(self) -> list[int]:
+        """``[B]`` for each row, the first row with the same prompt, token by token."""
+        tokens, spans = self.input_ids.tolist(), zip(self.starts.tolist(), self.prompt_lengths.tolist(), strict=True)
+        firsts: dict[tuple[int, ...], int] = {}
+        return [
+            firsts.setdefault(tuple(tokens[row][start : start + length]), row)
+            for row, (start, length) in enumerate(spans)
+        ]
+
     def select(self, rows: Tensor) -> Self:
         """These rows, without the padding that none of them needs."""
         starts, lengths = self.starts[rows], self.lengths[rows]

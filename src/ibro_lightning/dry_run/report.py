@@ -19,7 +19,7 @@ def shape_line(shapes: Shapes) -> str:
     return (
         f"per rank: {shapes.rows} rows in a batch, {shapes.step_rows} in an optimizer step, cut into "
         f"{shapes.micro_batches} micro-batches of up to {shapes.micro_rows} rows of {shapes.tokens:,} tokens "
-        f"({shapes.prompt:,} + {shapes.response:,})"
+        f"({shapes.prompt:,} + {shapes.response:,}{', a prompt once for all its rows' if shapes.micro_groups else ''})"
     )
 
 
@@ -65,7 +65,7 @@ def advice(estimate: MemoryEstimate, shapes: Shapes, module: Any) -> Iterator[st
         if not options.gradient_checkpointing:
             yield "model.policy_options.gradient_checkpointing: true"
         if shapes.micro_rows > 1:
-            yield f"model.micro_batch_tokens: {shapes.micro_rows // 2 * shapes.tokens}"
+            yield f"model.micro_batch_tokens: {shapes.half_a_micro_batch}"
         else:
             yield "a micro-batch is one response already: lower data.sampling.max_tokens"
     if layout.kind != "fsdp2":

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience
 from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.models.building import empty_model
+from ibro_lightning.models.sharing import known_obstacle
 from ibro_lightning.modules import PPOModule
 from ibro_lightning.types import Prompt
-from ibro_lightning.update.steps import token_budget_batches
+from ibro_lightning.update.steps import shared_prompt_batches, token_budget_batches
 
 FLOAT, INT, BOOL = 4, 8, 1
 
@@ -31,6 +33,7 @@ class Shapes:
         prompt, response: tokens.
         groups: of the rollout, on all ranks.
         prompts: a few, for regularisers that read them.
+        micro_groups: the group of each row of the micro-batch, if a prompt is run once for all its rows in it.
     """
 
     rows: int
@@ -41,6 +44,7 @@ class Shapes:
     response: int
     groups: int = 1
     prompts: tuple[Prompt, ...] = ()
+    micro_groups: tuple[int, ...] = ()
 
     @classmethod
     def of_rollouts(
@@ -57,11 +61,17 @@ class Shapes:
         rows = -(-prompts_per_rollout // ranks) * group_size
         per_step = min(module.updater.mini_batch_prompts or prompts_per_rollout, prompts_per_rollout)
         step_rows = min(rows, -(-per_step // ranks) * group_size)
-        lengths, padded = [prompt + response] * step_rows, not module.policy_options.packing
-        batches = list(token_budget_batches(lengths, module.updater.budget.tokens, padded=padded))
-        micro_rows = max(map(len, batches))
-        counts = rows, step_rows, micro_rows, len(batches)
-        return cls(*counts, prompt, response, prompts_per_rollout, tuple(prompts[:micro_rows]))
+        budget, groups = module.updater.budget.tokens, [row // group_size for row in range(step_rows)]
+        if shared := _shares_prompts(module):
+            batches = list(shared_prompt_batches(groups, [prompt] * step_rows, [response] * step_rows, budget))
+        else:
+            padded = not module.policy_options.packing
+            batches = list(token_budget_batches([prompt + response] * step_rows, budget, padded=padded))
+        largest = max(batches, key=lambda rows: (len(rows), len({groups[row] for row in rows}))).tolist()
+        counts = rows, step_rows, len(largest), len(batches)
+        micro_groups = tuple(groups[row] for row in largest) if shared else ()
+        few = tuple(prompts[: len(largest)])
+        return cls(*counts, prompt, response, prompts_per_rollout, few, micro_groups)
 
     @classmethod
     def of_demonstrations(cls, ranks: int, batch_size: int, prompt: int, response: int) -> Shapes:
@@ -74,9 +84,17 @@ class Shapes:
         """Tokens of one row."""
         return self.prompt + self.response
 
+    @property
+    def half_a_micro_batch(self) -> int:
+        """The tokens to which half of a micro-batch comes."""
+        if not self.micro_groups:
+            return self.micro_rows // 2 * self.tokens
+        return (len(set(self.micro_groups)) * self.prompt + self.micro_rows * self.response) // 2
+
     def sequences(self) -> Sequences:
-        """A micro-batch of dummy tokens."""
-        return Sequences.collate([[0] * self.prompt] * self.micro_rows, [[0] * self.response] * self.micro_rows)
+        """A micro-batch of dummy tokens; prompts of different groups begin with different ones."""
+        prompts = [[group] + [0] * (self.prompt - 1) for group in self.micro_groups or range(self.micro_rows)]
+        return Sequences.collate(prompts, [[0] * self.response] * self.micro_rows)
 
     def scores_first(self, module: Any) -> bool:
         """Whether a rollout is scored before its update, in an iteration that trains every network."""
@@ -123,6 +141,14 @@ class Shapes:
         # the copy always has advantages per token, and weights per token
         copied = kept + self.response * (2 - isinstance(module, PPOModule)) * FLOAT
         return self.rows * kept + self.step_rows * copied
+
+
+def _shares_prompts(module: Any) -> bool:
+    """Whether the module's policy will run each prompt of a micro-batch once, as far as its architecture tells."""
+    options = module.policy_options
+    if not options.share_prompts or options.packing:
+        return False
+    return known_obstacle(empty_model(module.policy_source, options)) is None
 
 
 def _extra_names(module: Any) -> list[str]:

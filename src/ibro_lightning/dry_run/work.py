@@ -60,9 +60,10 @@ class Work:
 
 
 def work_of(module: Any, estimate: MemoryEstimate, tokens: Tokens, scored_first: float) -> Work:
-    """FLOPs of an iteration: 2 per token and weight of the blocks, 2 per response token and weight of the head, and
-    attention over preceding tokens. Backward passes count twice, recomputation once more; regularisers' passes not.
-    ``scored_first``: the share of the rollout that the policy scores before the update."""
+    """FLOPs of an iteration: 2 per token and weight of the blocks (of a prompt once, if it is shared), 2 per response
+    token and weight of the head, and attention over preceding tokens. Backward passes count twice, recomputation once
+    more; regularisers' passes not. ``scored_first``: the share of the rollout that the policy scores before the update.
+    """
     config = module.policy_source.config().get_text_config()
     table = config.vocab_size * config.hidden_size
     tied = bool(getattr(config, "tie_word_embeddings", False))
@@ -76,7 +77,9 @@ def work_of(module: Any, estimate: MemoryEstimate, tokens: Tokens, scored_first:
         return per_pair * ((prompt + response) ** 2 - prompt**2) / 2
 
     head = 2 * table * tokens.generated
-    forward = 2 * blocks * tokens.trained + tokens.responses * attention(0, tokens.prompt + tokens.response)
+    shared = module.policy.shares_prompts  # each prompt once, though attention may ask again with each response
+    computed = tokens.prompts * tokens.prompt + tokens.generated if shared else tokens.trained
+    forward = 2 * blocks * computed + tokens.responses * attention(0, tokens.prompt + tokens.response)
     generate = (
         2 * blocks * (tokens.prompts * tokens.prompt + tokens.generated)
         + head

@@ -27,6 +27,7 @@ def memory_advice(
     micro_batch_tokens: int,
     *,
     packing: bool = False,
+    sharing: bool = False,
     checkpointing: bool = False,
     device: torch.device | str = "cpu",
 ) -> Iterator[None]:
@@ -37,6 +38,7 @@ def memory_advice(
         phase: what is being computed, for the message.
         sequences: the micro-batch.
         micro_batch_tokens: the setting's present value.
+        packing, sharing: tokens are run without padding; with ``sharing``, those of each distinct prompt once.
         checkpointing: whether gradient checkpointing is already on.
     """
     before = _in_use(device)
@@ -47,7 +49,7 @@ def memory_advice(
             raise
         asked, rows = requested_bytes(error), len(sequences)
         longest = int(sequences.lengths.max()) if rows else 0
-        in_memory = int(sequences.lengths.sum()) if packing else rows * longest  # tokens, with padding unless packed
+        in_memory = _tokens(sequences, packing, sharing)
         used, capacity = _in_use(device), _capacity(device)
         limits = (
             "" if used is None or capacity is None else f" with {_size(used)} of {_size(capacity)} in use on {device}"
@@ -104,6 +106,16 @@ def lower_by(before: int | None, at_failure: int | None, asked: int | None, capa
     if before is None or at_failure is None or asked is None or capacity is None or capacity <= before:
         return 2.0
     return max(2.0, (at_failure - before + asked) / (capacity - before))
+
+
+def _tokens(sequences: Sequences, packing: bool, sharing: bool) -> int:
+    """Tokens in memory at once, with padding unless they are packed or prompts are shared."""
+    if sharing:
+        firsts = sorted(set(sequences.same_prompts()))
+        return int(sequences.prompt_lengths[firsts].sum() + sequences.response_lengths.sum())
+    if packing or not len(sequences):
+        return int(sequences.lengths.sum())
+    return len(sequences) * int(sequences.lengths.max())
 
 
 def _number(factor: float) -> str:

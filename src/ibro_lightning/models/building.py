@@ -66,6 +66,7 @@ def wrap_policy(model: Any, options: PolicyOptions, *, frozen: bool = False, emp
         gradient_checkpointing=options.gradient_checkpointing and not frozen,
         fused_head=options.fused_head,
         packing=options.packing,
+        share_prompts=options.share_prompts,
     )
     return policy.requires_grad_(False) if frozen else policy
 
@@ -85,7 +86,12 @@ def build_critic(source: PolicySource, options: PolicyOptions, sharding: Shardin
 
 def wrap_critic(model: Any, options: PolicyOptions) -> Critic:
     """The critic of a transformers model."""
-    return Critic(model, gradient_checkpointing=options.gradient_checkpointing, packing=options.packing)
+    return Critic(
+        model,
+        gradient_checkpointing=options.gradient_checkpointing,
+        packing=options.packing,
+        share_prompts=options.share_prompts,
+    )
 
 
 def _check_finite(model: nn.Module, setting: str, source: PolicySource, sharding: Sharding | None) -> None:

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from ibro_lightning.batches.sequences import Sequences
-from ibro_lightning.models.randomness import DeterministicNetwork
-from ibro_lightning.models.transformer import response_states
+from ibro_lightning.models.network import ResponseNetwork
 
 
-class Critic(DeterministicNetwork):
+class Critic(ResponseNetwork):
     """Estimates the return to come before every response token.
 
     A transformers token classifier with one label (``AutoModelForTokenClassification``, as
@@ -21,7 +20,7 @@ class Critic(DeterministicNetwork):
         """``[B, T + 1]`` values, in at least float32: column t is the value before response token t, and column
         ``response_lengths`` that after the last one; 0 beyond."""
         values = self.without_draws(
-            lambda: response_states(self.model, sequences, "logits", after_last=True, packing=self.packing).squeeze(-1)
+            lambda: self.response_states(self.model, sequences, "logits", after_last=True).squeeze(-1)
         )
         values = values if values.dtype == torch.float64 else values.float()
         columns = torch.arange(sequences.max_response_length + 1, device=values.device)

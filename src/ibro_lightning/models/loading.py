@@ -33,6 +33,9 @@ class PolicyOptions:
         revision: branch, tag or commit on the hub.
         packing: run each micro-batch as one row without padding; worth it on GPUs with flash_attention_2. Training
             stops at once if this attention lets packed sequences see each other.
+        share_prompts: run micro-batches without padding, and a prompt once for all its responses in a micro-batch,
+            which changes rounding alone. Tried before training; where it is not exact, and with packing, each response
+            runs with a prompt of its own. False is for comparisons.
         fused_head: never hold all logits at once (models whose head is a plain linear layer); False is for comparisons.
         lora: train low-rank adapters in place of the weights, for policies whose gradients and optimizer states do not
             fit. Engines and exports get merged weights. Needs ``pip install 'ibro-lightning[lora]'``.
@@ -44,6 +47,7 @@ class PolicyOptions:
     trust_remote_code: bool = False
     revision: str = "main"
     packing: bool = False
+    share_prompts: bool = True
     fused_head: bool = True
     lora: LoRAOptions | None = None
 

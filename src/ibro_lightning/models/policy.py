@@ -12,11 +12,11 @@ from ibro_lightning.functional import logprob_and_entropy
 from ibro_lightning.models.compiled import compile_in_place
 from ibro_lightning.models.head import LinearHead, find_linear_head
 from ibro_lightning.models.hf_folder import full_weights
-from ibro_lightning.models.randomness import DeterministicNetwork
-from ibro_lightning.models.transformer import response_states, scatter_rows
+from ibro_lightning.models.network import ResponseNetwork
+from ibro_lightning.models.transformer import scatter_rows
 
 
-class Policy(DeterministicNetwork):
+class Policy(ResponseNetwork):
     """A causal language model that scores the response tokens of a batch.
 
     Dropout and all other random draws in training are permanently off: they would make the probability ratio to the
@@ -27,12 +27,21 @@ class Policy(DeterministicNetwork):
         model: a transformers causal language model.
         fused_head: compute log-probs and entropies without ever holding all logits, if the head allows it.
         packing: run micro-batches as one row without padding.
+        share_prompts: run each distinct prompt of a micro-batch once, where that is exact.
     """
 
     def __init__(
-        self, model: Any, *, gradient_checkpointing: bool = False, fused_head: bool = True, packing: bool = False
+        self,
+        model: Any,
+        *,
+        gradient_checkpointing: bool = False,
+        fused_head: bool = True,
+        packing: bool = False,
+        share_prompts: bool = True,
     ) -> None:
-        super().__init__(model, gradient_checkpointing=gradient_checkpointing, packing=packing)
+        super().__init__(
+            model, gradient_checkpointing=gradient_checkpointing, packing=packing, share_prompts=share_prompts
+        )
         self._fused_head = fused_head
         self._head: tuple[LinearHead | None] | None = None  # cached; a tuple, so that it is not a submodule
 
@@ -55,10 +64,10 @@ class Policy(DeterministicNetwork):
         targets = sequences.input_ids[sequences.is_response]
         head = self._linear_head()
         if head is None:
-            logits = response_states(self.model, sequences, "logits", packing=self.packing)
+            logits = self.response_states(self.model, sequences, "logits")
             logp, entropy = logprob_and_entropy(logits, targets, temperature=temperature, with_entropy=with_entropy)
         else:
-            hidden = response_states(head.backbone, sequences, "last_hidden_state", packing=self.packing)
+            hidden = self.response_states(head.backbone, sequences, "last_hidden_state")
             logp, entropy = head.logprob_entropy(hidden, targets, temperature=temperature, with_entropy=with_entropy)
         mask = sequences.response_mask
         return scatter_rows(logp, mask), None if entropy is None else scatter_rows(entropy, mask)

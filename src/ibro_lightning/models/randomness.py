@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.finite import why_not_finite
-from ibro_lightning.models.transformer import check_packing, probe_states
+from ibro_lightning.models.flat_attention import recomputing
+from ibro_lightning.models.transformer import probe_states
 
 T = TypeVar("T")
 Run = Callable[[], Tensor]
@@ -44,25 +45,20 @@ class DeterministicNetwork(nn.Module):
 
     Args:
         model: of transformers.
-        packing: run micro-batches as one row without padding; see :meth:`check_packing`.
     """
 
     device: torch.device | None = None
     """Where a sharded network computes, possibly not where its shards are; None: where its weights are."""
 
-    def __init__(self, model: Any, *, gradient_checkpointing: bool = False, packing: bool = False) -> None:
+    def __init__(self, model: Any, *, gradient_checkpointing: bool = False) -> None:
         super().__init__()
-        self.model, self.packing = model, packing
+        self.model = model
         self._evaluated: list[nn.Module] | None = None  # to keep in evaluation mode; None: not determined yet
         _remove_dropout(model)
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            options = {"use_reentrant": False, "context_fn": recomputing}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         self.train()
-
-    def check_packing(self) -> None:
-        """Test packing, if it is on; raises ConfigError if sequences see each other."""
-        if self.packing:
-            check_packing(self.model, self.device)
 
     def ensure_deterministic(self) -> None:
         """Ensure that results in train mode do not depend on random numbers.
@@ -75,7 +71,7 @@ class DeterministicNetwork(nn.Module):
 
     def without_draws(self, compute: Callable[[], T]) -> T:
         """``compute()``; if it draws random numbers, these are switched off and it is repeated."""
-        if self._evaluated is None and self.training and not _is_shadow(self.model):
+        if self._evaluated is None and self.training and not is_shadow(self.model):
             has_moved = _watch_states()
             result = compute()
             if not has_moved():
@@ -100,7 +96,7 @@ def _evaluate_drawing_modules(model: nn.Module, run: Run) -> list[nn.Module]:
     Raises:
         ConfigError: modules draw in evaluation mode as well, or weights are not finite; names them.
     """
-    if _is_shadow(model):
+    if is_shadow(model):
         return []
     _check_finite(model, run)
     found: list[nn.Module] = []
@@ -136,7 +132,7 @@ def _evaluate_drawing_modules(model: nn.Module, run: Run) -> list[nn.Module]:
     return found
 
 
-def _is_shadow(model: nn.Module) -> bool:
+def is_shadow(model: nn.Module) -> bool:
     """Whether the model is a dry run's, without values; judged by this rank's part if it is sharded."""
     return any(isinstance(getattr(p, "_local_tensor", p), FakeTensor) for p in model.parameters())
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ibro_lightning.batches.flat import FlatBatch
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.models.flat_attention import flat_attention
 from ibro_lightning.models.spec import plain_outputs
 
 
@@ -44,6 +46,24 @@ def response_states(
         keep = sequences.input_ids.shape[1] - first
         return run(model, output, **inputs, logits_to_keep=keep)[predicts[:, first:]]
     return run(model, output, **inputs)[predicts]
+
+
+def flat_response_states(
+    model: Any, sequences: Sequences, output: str, *, after_last: bool = False, batch: FlatBatch | None = None
+) -> Tensor:
+    """:func:`response_states` without padding, and of each distinct prompt once. Exact where
+    :func:`.sharing.why_not_shared` finds nothing.
+
+    Args:
+        batch: ``sequences``, flattened; None: that is done here.
+    """
+    batch = FlatBatch.of(sequences) if batch is None else batch
+    places = batch.predicting(sequences, after_last=after_last)
+    inputs = {"input_ids": batch.tokens[None], "position_ids": batch.positions[None]}
+    with flat_attention(model.config.get_text_config(), batch):
+        if output == "logits" and "logits_to_keep" in inspect.signature(model.forward).parameters:
+            return run(model, output, **inputs, logits_to_keep=places)[0]
+        return run(model, output, **inputs)[0][places]
 
 
 def run(model: Any, output: str, **inputs: Any) -> Tensor:

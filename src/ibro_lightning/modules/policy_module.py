@@ -188,6 +188,7 @@ class PolicyModule(pl.LightningModule):
             self._optimizer_watch.report()
         with self.forward_context():
             self.policy.ensure_deterministic()  # before anything is generated
+            self.policy.settle_sharing()
 
     def forward_context(self) -> AbstractContextManager[None]:
         """The Trainer's precision, for code outside Lightning's steps, such as the generation of a batch."""

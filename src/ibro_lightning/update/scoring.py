@@ -121,8 +121,8 @@ class Scorer:
         is 0 without ``with_entropy``."""
         policy = policy or self.policy
         logp, entropy = self._zeros(sequences), self._zeros(sequences)
-        for rows, _ in self.budget.micro_batches(sequences, self.loop.ranks):
-            with self.budget.advice("prepare", micro := sequences.select(rows)):
+        for rows, _ in self.budget.micro_batches(sequences, self.loop.ranks, policy):
+            with self.budget.advice("prepare", micro := sequences.select(rows), policy):
                 micro_logp, micro_entropy = policy(micro, temperature=temperature, with_entropy=with_entropy)  # [b, t]
             width = micro_logp.shape[1]
             logp[rows, :width] = micro_logp
@@ -134,8 +134,8 @@ class Scorer:
     def values(self, critic: Critic, sequences: Sequences) -> Tensor:
         """``[B, T + 1]`` a critic's values before each response token and after the last, without gradients."""
         values = torch.nn.functional.pad(self._zeros(sequences), (0, 1))
-        for rows, _ in self.budget.micro_batches(sequences, self.loop.ranks):
-            with self.budget.advice("prepare", micro := sequences.select(rows)):
+        for rows, _ in self.budget.micro_batches(sequences, self.loop.ranks, critic):
+            with self.budget.advice("prepare", micro := sequences.select(rows), critic):
                 micro_values = critic(micro)  # [b, t + 1]
             values[rows, : micro_values.shape[1]] = micro_values
         return values

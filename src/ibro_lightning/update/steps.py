@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ibro_lightning.batches.experience import Experience
 from ibro_lightning.batches.sequences import Sequences
@@ -46,27 +46,63 @@ def token_budget_batches(lengths: Sequence[int], budget: int, *, padded: bool = 
         padded: count rows as long as their micro-batch's longest; False (packing) counts the tokens alone.
     """
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    count = len(_cut(order, lengths, budget, padded))
+
+    def tokens(rows: Sequence[int], before: int) -> int:
+        return lengths[rows[-1]] * len(rows) if padded else before + lengths[rows[-1]]
+
+    return _balanced(order, tokens, budget)
+
+
+def shared_prompt_batches(
+    prompts: Sequence[int], prompt_lengths: Sequence[int], response_lengths: Sequence[int], budget: int
+) -> Iterator[Tensor]:
+    """:func:`token_budget_batches` where a micro-batch counts each of its distinct prompts once and each response,
+    without padding: rows with the same prompt stay together, those groups first whose longest response is shortest.
+
+    Args:
+        prompts: equal numbers for rows with the same prompt.
+        prompt_lengths, response_lengths: tokens of each row.
+    """
+    longest: dict[int, int] = {}
+    for prompt, length in zip(prompts, response_lengths, strict=True):
+        longest[prompt] = max(longest.get(prompt, 0), length)
+
+    def place(row: int) -> tuple[int, int, int]:
+        return longest[prompts[row]], prompts[row], response_lengths[row]
+
+    def tokens(rows: Sequence[int], before: int) -> int:
+        row, is_new = rows[-1], len(rows) == 1 or prompts[rows[-2]] != prompts[rows[-1]]
+        return before + response_lengths[row] + prompt_lengths[row] * is_new
+
+    return _balanced(sorted(range(len(prompts)), key=place), tokens, budget)
+
+
+Tokens = Callable[[Sequence[int], int], int]
+"""The tokens of a micro-batch's rows, given those before its last row was added."""
+
+
+def _balanced(order: Sequence[int], tokens: Tokens, budget: int) -> Iterator[Tensor]:
+    """Split in this order, with the smallest budget that gives as few micro-batches."""
+    count = len(_cut(order, tokens, budget))
     low, high = 1, budget
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_cut(order, lengths, middle, padded)) <= count else (middle + 1, high)
-    for rows in _cut(order, lengths, high, padded):
+        low, high = (low, middle) if len(_cut(order, tokens, middle)) <= count else (middle + 1, high)
+    for rows in _cut(order, tokens, high):
         yield torch.tensor(rows)
 
 
-def _cut(order: Sequence[int], lengths: Sequence[int], budget: int, padded: bool) -> list[list[int]]:
-    """Split greedily, in the given order of rising length."""
-    batches: list[list[int]] = []
-    tokens = 0
+def _cut(order: Sequence[int], tokens: Tokens, budget: int) -> list[list[int]]:
+    """Split greedily, in the given order."""
+    batches: list[list[int]] = [[]]
+    count = 0
     for row in order:
-        rows = len(batches[-1]) + 1 if batches else 1
-        tokens = lengths[row] * rows if padded else tokens + lengths[row]
-        if not batches or tokens > budget:
-            batches.append([])
-            tokens = lengths[row]
         batches[-1].append(row)
-    return batches
+        count = tokens(batches[-1], count)
+        if count > budget and len(batches[-1]) > 1:
+            batches.append([batches[-1].pop()])
+            count = tokens(batches[-1], 0)
+    return [rows for rows in batches if rows]
 
 
 @dataclass(frozen=True)
@@ -74,7 +110,8 @@ class TokenBudget:
     """The tokens in memory at once: changes speed and memory, never the result.
 
     Args:
-        tokens: of a micro-batch, padding included; a longer sequence gets a micro-batch of its own.
+        tokens: of a micro-batch, padding included; a longer sequence gets a micro-batch of its own. For a network that
+            shares prompts: of its distinct prompts and its responses, without padding.
         packing: sequences are run without padding.
         checkpointing: activations are recomputed in the backward pass; for the advice when memory runs out.
     """
@@ -86,21 +123,41 @@ class TokenBudget:
     def __post_init__(self) -> None:
         check_at_least("micro_batch_tokens", self.tokens, 1)
 
-    def micro_batches(self, sequences: Sequences, ranks: Ranks = ALONE) -> list[tuple[Tensor, bool]]:
+    def micro_batches(
+        self, sequences: Sequences, ranks: Ranks = ALONE, network: nn.Module | None = None
+    ) -> list[tuple[Tensor, bool]]:
         """``(rows, counts)`` of equally many micro-batches on every rank, since all ranks run a sharded model at once.
-        A rank with too few repeats its shortest row, which does not count."""
+        A rank with too few repeats its shortest row, which does not count.
+
+        Args:
+            network: to be run over them; it may share prompts (:attr:`.ResponseNetwork.shares_prompts`).
+        """
         device = sequences.input_ids.device
-        cut = token_budget_batches(sequences.lengths.tolist(), self.tokens, padded=not self.packing)
+        if shares_prompts(network):
+            lengths = sequences.prompt_lengths.tolist(), sequences.response_lengths.tolist()
+            cut = shared_prompt_batches(sequences.same_prompts(), *lengths, self.tokens)
+        else:
+            cut = token_budget_batches(sequences.lengths.tolist(), self.tokens, padded=not self.packing)
         batches = [(rows.to(device), True) for rows in cut]
         most = int(ranks.max(torch.tensor(len(batches), device=device)))
         return batches + [(sequences.lengths.argmin()[None], False)] * (most - len(batches))
 
-    def advice(self, phase: str, micro: Sequences) -> AbstractContextManager[None]:
+    def advice(self, phase: str, micro: Sequences, network: nn.Module | None = None) -> AbstractContextManager[None]:
         """The context of a micro-batch, which advises what to change if memory runs out in it."""
-        device = micro.input_ids.device
         return memory_advice(
-            phase, micro, self.tokens, packing=self.packing, checkpointing=self.checkpointing, device=device
+            phase,
+            micro,
+            self.tokens,
+            packing=self.packing,
+            sharing=shares_prompts(network),
+            checkpointing=self.checkpointing,
+            device=micro.input_ids.device,
         )
+
+
+def shares_prompts(network: nn.Module | None) -> bool:
+    """Whether a network runs each distinct prompt of a micro-batch once; one of another kind than ours does not."""
+    return bool(getattr(network, "shares_prompts", False))
 
 
 def rows_of(experience: Experience, rows: Tensor) -> Experience:

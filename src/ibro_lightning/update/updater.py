@@ -170,10 +170,11 @@ class Updater:
             return step, {f"{_prefix(network)}{SKIPPED}": 1.0}
         totals: dict[str, float] = defaultdict(float)
         scores: list[tuple[Tensor, Tensor, Tensor]] = []
-        batches = self.budget.micro_batches(step.sequences, ranks)
+        model = self.loop.networks[network]
+        batches = self.budget.micro_batches(step.sequences, ranks, model)
         for number, (rows, counts) in enumerate(batches, start=1):
             micro = step.select(rows)  # [b, t]
-            with self.budget.advice("update", micro.sequences):
+            with self.budget.advice("update", micro.sequences, model):
                 stats = loss.stats(micro, context)  # [b, t] with gradients
                 value, metrics = loss(stats, micro)  # a scalar
                 with nullcontext() if number == len(batches) else self.loop.no_sync():
