@@ -36,7 +36,8 @@ def fit(settings: argparse.Namespace, staleness: int, iterations: int, folder: P
         *(settings.python, "-m", "ibro_lightning", "fit", "--config", settings.config),
         *("--model.policy", settings.policy, "--trainer.default_root_dir", str(folder)),
         *("--trainer.max_epochs", str(iterations), "--trainer.limit_val_batches", "0"),
-        *("--data.max_staleness", str(staleness), "--checkpoint.every_n_iterations", "0", *settings.others),
+        *("--data.max_staleness", str(staleness), "--checkpoint.every_n_iterations", "0"),
+        *("--model.old_logp", "policy", *settings.others),  # as overlap needs; the same on both sides
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

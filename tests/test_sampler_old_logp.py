@@ -235,6 +235,14 @@ def test_what_nobody_verifies_is_refused_before_anything_is_trained(name: str) -
     fit(DAPOModule(TinySource(), old_logp="policy"), Verified([rollout_of(exact())], **settings))
 
 
+def test_rollouts_of_earlier_weights_are_refused() -> None:
+    data = Verified([rollout_of(exact())])
+    data.max_staleness = 1
+    with pytest.raises(ConfigError, match=r"those of earlier weights: write old_logp: policy") as raised:
+        fit(DAPOModule(TinySource(), old_logp="sampler"), data)
+    assert raised.value.field == "old_logp"
+
+
 def test_rollouts_of_a_foreign_datamodule_are_refused() -> None:
     with pytest.raises(ConfigError, match="weight_check of a RolloutDataModule"):
         fit(DAPOModule(TinySource(), old_logp="sampler"), [rollout_of(exact())])

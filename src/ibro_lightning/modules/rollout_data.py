@@ -32,6 +32,9 @@ def refuse_unverified_logp(module: Any, datamodule: Any, policy_dtype: str) -> N
     of a policy that computes in ``policy_dtype``, after each sync and to the digits of float32."""
     scorer = getattr(module, "scorer", None)  # only in modules that learn from rollouts
     if scorer is not None and scorer.old_logp == "sampler":
+        if getattr(datamodule, "max_staleness", 0):
+            reason = "with data.max_staleness the engine's log-probs are those of earlier weights"
+            raise ConfigError("old_logp", "sampler", f"{reason}: write old_logp: policy, or max_staleness: 0")
         for reason in _reasons(policy_dtype, getattr(datamodule, "collector", None)):
             raise ConfigError("old_logp", "sampler", f"{reason}, or old_logp: policy")
 
