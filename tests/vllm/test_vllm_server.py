@@ -228,7 +228,7 @@ def test_a_policy_with_another_vocabulary_is_refused_at_the_start(server, name, 
 def test_another_shape_is_refused_before_it_breaks_the_server(server, policy):
     spec = spec_of(deepcopy(policy[1]))
     spec.config.intermediate_size += 32
-    with pytest.raises(ConfigError, match=r"3 of its weights are not the policy's, e\.g\. model\.layers\.0\.mlp"):
+    with pytest.raises(ConfigError, match=r"6 of its weights are not the policy's, e\.g\. model\.layers\.0\.mlp"):
         VLLMServerEngine(server[0]).setup(spec)
 
 
