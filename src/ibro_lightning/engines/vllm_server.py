@@ -15,8 +15,8 @@ Pitfalls of vLLM's server that are handled here:
 - It takes weights of another shape, or not all of them, without a word: names and shapes are checked here as far as the
   model that it was started with is known, and :mod:`ibro_lightning.engines.weight_check` checks the rest.
 
-What is not handled: requests arrive when they arrive, so batches differ from run to run, log-probs in their last digits,
-and now and then a sample.
+What is not handled: requests arrive when they arrive, so batches differ from run to run, and with them log-probs in
+their last digits and, now and then, a sample.
 
 The pitfalls of :mod:`ibro_lightning.engines.vllm` that concern weights and caches are handled as there.
 """
