@@ -44,14 +44,20 @@ def vllm_server(model: Path, log: Path) -> Iterator[tuple[str, psutil.Process]]:
             stderr=subprocess.STDOUT,
             preexec_fn=lambda: ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGTERM),
         )
-    tree = psutil.Process(process.pid)
+    root = psutil.Process(process.pid)
+    tree = {root}
     try:
         url = f"http://127.0.0.1:{port}"
         _wait(url, process, log)
-        yield url, tree
+        tree |= set(root.children(recursive=True))  # whose parent a test may kill
+        yield url, root
     finally:
-        kill_tree(tree)
-        process.wait()
+        with suppress(psutil.NoSuchProcess):
+            tree |= set(root.children(recursive=True))
+        for member in tree:
+            with suppress(psutil.NoSuchProcess):  # it has ended, and its number may be another's
+                member.kill()
+        psutil.wait_procs(tree)
 
 
 def _wait(url: str, process: subprocess.Popen, log: Path) -> None:
@@ -64,14 +70,3 @@ def _wait(url: str, process: subprocess.Popen, log: Path) -> None:
         except subprocess.TimeoutExpired:
             continue
         raise AssertionError(f"the server has ended:\n{log.read_text()[-4000:]}")
-
-
-def kill_tree(root: psutil.Process) -> None:
-    """Kill a process and all its descendants, and wait for their end."""
-    tree = []
-    with suppress(psutil.NoSuchProcess):
-        tree = [*root.children(recursive=True), root]
-    for process in tree:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(tree)

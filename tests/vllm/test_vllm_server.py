@@ -14,13 +14,10 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import pandas
 import psutil
 import pytest
 from safetensors.torch import load_file
-from test_vllm_ranks import COIN, RECIPE
 
-from helpers.processes import fit
 from helpers.tiny_vllm import (
     PROMPTS,
     Provider,
@@ -34,6 +31,7 @@ from helpers.tiny_vllm import (
     weights_of,
 )
 from helpers.vllm_process import vllm_server
+from helpers.vllm_training import train
 from ibro_lightning.engines import VLLMServerEngine, vllm_http
 from ibro_lightning.engines import vllm_server as engine_module
 from ibro_lightning.engines.weight_check import WeightCheck, WeightVerifier
@@ -228,28 +226,18 @@ def test_a_policy_with_another_vocabulary_is_refused_at_the_start(server, name, 
 def test_another_shape_is_refused_before_it_breaks_the_server(server, policy):
     spec = spec_of(deepcopy(policy[1]))
     spec.config.intermediate_size += 32
-    with pytest.raises(ConfigError, match=r"3 of its weights are not the policy's, e\.g\. model\.layers\.0\.mlp"):
+    with pytest.raises(ConfigError, match=r"6 of its weights are not the policy's, e\.g\. model\.layers\.0\.mlp"):
         VLLMServerEngine(server[0]).setup(spec)
 
 
-def train(folder: Path, policy: Path, url: str, ranks: int, strategy: str | None) -> tuple[dict, list]:
-    folder.mkdir()
-    engine = f"{{class_path: VLLMServerEngine, init_args: {{url: '{url}'}}}}"
-    lines = [f"    engine: {engine}" if "engine:" in line else line for line in RECIPE.splitlines()]
-    (folder / "recipe.yaml").write_text("\n".join(lines).replace("POLICY", str(policy)))
-    (folder / "coin.py").write_text(COIN)
-    fit(folder, ["--config", "recipe.yaml"], ranks, strategy)
-    evaluation = pandas.read_parquet(folder / "run" / "evaluations" / "iteration_000002" / "heldout")
-    return load_file(folder / "run" / "model" / "model.safetensors"), evaluation["response"].tolist()
-
-
 def test_two_ranks_that_share_the_server_train_and_evaluate_as_one_process_does(tmp_path, policy, server):
-    """Two iterations each, with the check after every sync."""
+    """With the check after every sync."""
+    engine = f"{{class_path: VLLMServerEngine, init_args: {{url: '{server[0]}'}}}}"
     faulthandler.dump_traceback_later(400, exit=True)
-    weights, responses = train(tmp_path / "one", policy[0], server[0], 1, None)
+    weights, responses = train(tmp_path / "one", policy[0], engine, 1, None)
     start = load_file(policy[0] / "model.safetensors")
     assert max((weights[name] - start[name]).abs().max() for name in weights) > 1e-3
-    two, others = train(tmp_path / "two", policy[0], server[0], 2, "fsdp2")
+    two, others = train(tmp_path / "two", policy[0], engine, 2, "fsdp2")
     assert max((weights[name] - two[name]).abs().max() for name in weights) < 1e-4
     assert others == responses
 

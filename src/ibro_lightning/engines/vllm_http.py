@@ -81,7 +81,7 @@ class ServerClient:
     async def _ask_all(self, requests: Sequence[Request], deadline_s: float | None) -> list[Any]:
         import aiohttp
 
-        connector = aiohttp.TCPConnector(limit=self.connections + 1, keepalive_timeout=KEEPALIVE_S)  # one for /health
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)  # limited by turns
         key = os.environ.get(API_KEY)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         async with aiohttp.ClientSession(connector=connector, headers=headers) as session:

@@ -14,7 +14,9 @@ Pitfalls of vLLM's server that are handled here:
   all weights are checked before they are handed over, and nothing is generated until a reload has succeeded.
 - It takes weights of another shape, or not all of them, without a word: names and shapes are checked here as far as the
   model that it was started with is known, and :mod:`ibro_lightning.engines.weight_check` checks the rest.
-- Requests arrive when they arrive, so batches differ from run to run, and log-probs in their last digits.
+
+What is not handled: requests arrive when they arrive, so batches differ from run to run, and with them log-probs in
+their last digits and, now and then, a sample.
 
 The pitfalls of :mod:`ibro_lightning.engines.vllm` that concern weights and caches are handled as there.
 """
@@ -108,7 +110,7 @@ class VLLMServerEngine(RolloutEngine):
         self._shapes = weight_shapes(spec)
         self._vocab_size = int(spec.config.get_text_config().vocab_size)
         self._eos = [token for token in spec.eos_token_ids if token < self._vocab_size]  # vLLM refuses others
-        if self.weights_dir is not None and not Path(self.weights_dir).is_dir():
+        if self.weights_dir is not None and self._ranks.is_first and not Path(self.weights_dir).is_dir():
             raise ConfigError("weights_dir", self.weights_dir, "there is no such folder: write one that exists")
         self._client = ServerClient(self.url, self.max_num_seqs, self.timeout_s)
         try:
