@@ -30,7 +30,7 @@ from ibro_lightning.callbacks.saved_config import header
 from ibro_lightning.cli.trainer import build_trainer, flags_refused, loggers_for
 from ibro_lightning.datamodules import RolloutDataModule
 from ibro_lightning.dry_run.options import add_arguments
-from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.errors import ConfigError, check_count
 from ibro_lightning.guards import printing
 from ibro_lightning.guards.endings import explanation, one_line
 from ibro_lightning.guards.interruption import Interrupted
@@ -106,7 +106,7 @@ class IbroCLI(LightningCLI):
             transformers.utils.logging.disable_progress_bar()
             datasets.disable_progress_bars()
         if (threads := self._get(self.config, "num_threads")) is not None:
-            check_at_least("num_threads", threads, 1, ", or null")
+            check_count("num_threads", threads, 1, ", or null")
             torch.set_num_threads(threads)
 
     def instantiate_classes(self) -> None:

@@ -16,10 +16,10 @@ from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.engines.base import RolloutEngine, Rows, check_length
 from ibro_lightning.engines.probe import build, check_generation, in_float32
 from ibro_lightning.engines.sampling import sample_tokens
-from ibro_lightning.errors import ConfigError, RolloutError
+from ibro_lightning.errors import ConfigError, RolloutError, check_count, is_number
 from ibro_lightning.guards.memory_advice import engine_memory_advice
 from ibro_lightning.models.spec import ModelSpec
-from ibro_lightning.types import Dtype, FinishReason, Generation, SamplingParams
+from ibro_lightning.types import Dtype, FinishReason, Generation, SamplingParams, check_choice
 
 CACHE_KEYS = ("layer_types", "sliding_window", "attention_chunk_size", "num_kv_shared_layers", "number_of_conv_states")
 """Config keys from which transformers builds a cache, for any architecture."""
@@ -64,9 +64,9 @@ class HFEngine(RolloutEngine):
     """
 
     def __init__(self, max_batch_size: int = 256, dtype: Dtype = "float32", compact_below: float = 0.8) -> None:
-        if max_batch_size < 1:
-            raise ConfigError("max_batch_size", max_batch_size, "write 1 or more responses")
-        if not 0 < compact_below <= 1:
+        check_count("max_batch_size", max_batch_size, 1, " responses")
+        check_choice("dtype", dtype, Dtype)
+        if not (is_number(compact_below) and 0 < compact_below <= 1):
             raise ConfigError("compact_below", compact_below, "write a share above 0 and up to 1")
         self.dtype: Dtype = dtype
         self.max_batch_size, self.compact_below = max_batch_size, compact_below
