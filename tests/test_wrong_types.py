@@ -20,6 +20,7 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import LoRAOptions, PolicyOptions, Qwen2FromScratch
 from ibro_lightning.modules import DAPOModule, PPOModule, SFTModule
 from ibro_lightning.regularizers import StepContext, coefficients
+from ibro_lightning.rewards import RewardPool, Verdict
 from ibro_lightning.rewards.code.limits import SandboxLimits
 from ibro_lightning.runs.holding import RunLock
 from ibro_lightning.sources.base import PromptSource
@@ -98,10 +99,12 @@ def with_needed(kind: type) -> dict[str, Any] | None:
     return needed
 
 
+RESULTS = (SourceReport, StepContext, RewardPool, Verdict)
+"""What the package makes itself."""
 CASES = {
     kind: needed
     for kind in dict.fromkeys(classes())
-    if kind not in (SourceReport, StepContext) and (needed := with_needed(kind)) is not None
+    if kind not in RESULTS and (needed := with_needed(kind)) is not None
 }
 
 
@@ -179,9 +182,8 @@ def test_a_module_that_provides_no_policy_is_told_of_the_mixin(tmp_path: Any) ->
         ConfigError, match=r"^model: 'Mine' - it has no tokenizer, .*: derive it from .*PolicyProviderM"
     ):
         trainer.fit(Mine(), datamodule=RolloutDataModule(PROBLEMS, REWARD))
+    others = ("tokenizer", "eos_token_ids", "min_group_size", "model_spec", "named_full_weights")
+    unscored = SimpleNamespace(**dict.fromkeys(others))
+    check_provider(unscored, scores=False)
     with pytest.raises(ConfigError, match=r"it has no response_logp: "):
-        check_provider(
-            SimpleNamespace(
-                **dict.fromkeys(("tokenizer", "eos_token_ids", "min_group_size", "model_spec", "named_full_weights"))
-            )
-        )
+        check_provider(unscored, scores=True)

@@ -126,7 +126,7 @@ class EvaluationDataModule(pl.LightningDataModule):
         sets = self.sets_of(stage)
         if stage != "fit" and not sets:
             raise ConfigError("eval_sets", "{}", f"name at least one evaluation set to {TrainerFn(stage).value} on")
-        check_provider(self.provider)
+        check_provider(self.provider, scores=self.collector.weight_check is not None)
         self.collector.attach(self.provider, self.ranks)
         check_template_kwargs("chat_template_kwargs", self.chat_template_kwargs, self.provider.tokenizer)
         for name, eval_set in {**self.eval_sets, **self.test_sets}.items():
@@ -269,10 +269,11 @@ class EvaluationDataModule(pl.LightningDataModule):
         return fingerprint(self.provider.named_full_weights(), settings)
 
 
-def check_provider(module: object) -> None:
-    """Raise :class:`ConfigError` for a LightningModule without what the datamodules require of one."""
-    needed = ("tokenizer", "eos_token_ids", "min_group_size", "model_spec", "named_full_weights", "response_logp")
-    if missing := [name for name in needed if not hasattr(module, name)]:
+def check_provider(module: object, *, scores: bool) -> None:
+    """Raise :class:`ConfigError` for a LightningModule without the members that the datamodules need of one, with
+    ``scores`` for the weight check."""
+    needed = ["tokenizer", "eos_token_ids", "min_group_size", "model_spec", "named_full_weights"]
+    if missing := [name for name in needed + ["response_logp"] * scores if not hasattr(module, name)]:
         remedy = "derive it from ibro_lightning.modules.PolicyProviderMixin, and set policy and tokenizer"
         raise ConfigError("model", type(module).__name__, f"it has no {', '.join(missing)}: {remedy}")
 
