@@ -55,6 +55,9 @@ from ibro_lightning.runs.resume import (
 )
 from ibro_lightning.runs.settings import ResumeOptions, RunSettings, check_settings, keep_settings, put_settings_back
 
+MAX_SEED = 2**32 - 1
+"""numpy takes no larger seed."""
+
 
 class IbroCLI(LightningCLI):
     """LightningCLI with the settings, callbacks and commands of ibro_lightning."""
@@ -100,6 +103,11 @@ class IbroCLI(LightningCLI):
         subcommand = self.config.get("subcommand")
         if subcommand and (requested := self.config[subcommand].get("ckpt_path")):
             check_exists(requested)
+
+    def _set_seed(self) -> None:
+        if not 0 <= (seed := self._get(self.config, "seed_everything")) <= MAX_SEED:
+            raise ConfigError("seed_everything", seed, f"write a whole number from 0 to {MAX_SEED}")
+        super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
         if not printing.is_terminal(sys.stderr):  # bars redraw their line, which does not work in a log file
