@@ -615,8 +615,6 @@ class TestRefusedSettings:
             ({"eval_batch_prompts": 0}, "eval_batch_prompts"),
             ({"eval_sets": {"a b": EvalSet(Paths(), IsOne())}}, "eval_sets"),
             ({"eval_sets": {"a/b": EvalSet(Paths(), IsOne())}}, "eval_sets"),
-            ({"eval_sets": {"aime": EvalSet(Paths(), IsOne(), samples=0)}}, "eval_sets.aime.samples"),
-            ({"eval_sets": {"aime": EvalSet(Paths(), IsOne(), samples=1.5)}}, "eval_sets.aime.samples"),
         ],
     )
     def test_are_named_before_anything_is_built(self, tokenizer, settings, name):
@@ -647,11 +645,12 @@ class TestRefusedSettings:
             tokens, logp = sample_tokens(torch.tensor([[-100.0, 3e4, 50.0]]), sampling, torch.tensor([7]), 0)
             assert (tokens.item(), logp.item()) == (1, 0.0)
 
-    @pytest.mark.parametrize("limit", [0, -1])
-    def test_an_evaluation_of_no_problems_is_named(self, tokenizer, limit):
-        """-1 would silently leave out the last problem."""
-        with pytest.raises(ConfigError, match=r"aime\.limit"):
-            build(tokenizer, eval_sets={"aime": EvalSet(Paths(), IsOne(), limit=limit)})
+    @pytest.mark.parametrize("name", ["limit", "samples"])
+    @pytest.mark.parametrize("count", [0, -1, 1.5])
+    def test_an_evaluation_of_no_problems_or_samples_is_named(self, name, count):
+        """A limit of -1 would silently leave out the last problem."""
+        with pytest.raises(ConfigError, match=rf"^{name}: {count} - "):
+            EvalSet(Paths(), IsOne(), **{name: count})
 
     @pytest.mark.parametrize(
         ("name", "value"),

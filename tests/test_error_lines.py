@@ -86,8 +86,8 @@ BOTH: dict[str, tuple[type, dict[str, Any], str, str]] = {
     "keep_last": (IterationCheckpoint, {"keep_last": 0}, "checkpoint", "keep_last: 0 - write 1 or more, or null to "
                   "keep all"),
     "rows": (SamplesTable, {"rows": -1}, "samples", "rows: -1 - write 0 or more"),
-    "every": (RolloutLog, {"every_n_iterations": -1}, "rollout_log", "every_n_iterations: -1 - write 1 (every "
-              "rollout), more, or 0 (none)"),
+    "every": (RolloutLog, {"every_n_iterations": -1}, "rollout_log", "every_n_iterations: -1 - write 0 or more "
+              "(1: every rollout, 0: none)"),
     "beats": (Heartbeat, {"first_s": -1.0}, "heartbeat", "first_s: -1.0 - write 0 or more"),
 }  # fmt: skip
 

@@ -117,7 +117,7 @@ class TestMixtureSource:
 
     @pytest.mark.parametrize("weight", [0, -1.0, math.nan, math.inf])
     def test_a_weight_that_is_no_share_is_refused(self, weight):
-        with pytest.raises(ConfigError, match=r"^parts\.math\.weight: .* above 0$"):
+        with pytest.raises(ConfigError, match=r"^weight: .* above 0$"):
             MixtureSource({"math": MixturePart(Numbers(1), weight)})
 
     @pytest.mark.parametrize("name", ["", "a/b", "a b", "a.b"])

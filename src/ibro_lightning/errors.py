@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from numbers import Integral
 from pickle import UnpicklingError
 from typing import SupportsFloat
 
@@ -97,11 +98,29 @@ class ConfigError(UserError, ValueError):
         return ConfigError, (self.setting, self.value if plain else str(self.value), self.remedy)
 
 
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a number, NaN and infinity included: no text, and not True or False."""
+    return isinstance(value, SupportsFloat) and not isinstance(value, bool | type)
+
+
 def check_at_least(field: str, value: float, minimum: float, advice: str = "") -> None:
     """Raise a :class:`ConfigError` unless ``value`` is a finite number of at least ``minimum``."""
-    if not (isinstance(value, SupportsFloat) and math.isfinite(value) and value >= minimum):
+    if not (is_number(value) and math.isfinite(value) and value >= minimum):
         quoted = ", as a number without quotes" if isinstance(value, str) else ""
         raise ConfigError(field, value, f"write {minimum:g} or more{quoted}{advice}")
+
+
+def check_count(field: str, value: object, minimum: int = 1, advice: str = "") -> None:
+    """Raise a :class:`ConfigError` unless ``value`` is a whole number of at least ``minimum``."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ConfigError(field, value, f"write a whole number, {minimum} or more{advice}")
+    check_at_least(field, int(value), minimum, advice)
+
+
+def check_instance(field: str, value: object, kind: type, advice: str = "", *, optional: bool = False) -> None:
+    """Raise a :class:`ConfigError` unless ``value`` is an object of a class, or None where that is ``optional``."""
+    if not (isinstance(value, kind) or (optional and value is None)):
+        raise ConfigError(field, value, f"write an instance of {kind.__name__}{', or None' * optional}{advice}")
 
 
 class RewardError(UserError, RuntimeError):

@@ -207,7 +207,7 @@ def collate_rollout(samples: Sequence[Mapping[str, Any]]) -> Rollout:
         ConfigError: a sample lacks one of them, or has another number of entries than responses.
     """
     first = samples[0].keys()
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS if name in first}
+    columns: dict[str, Any] = {name: [] for name in COLUMNS if name in first}
     prompts, groups = [], []
     for number, sample in enumerate(samples):
         place, count = f"samples[{number}]", len(sample.get("response_token_ids", ()))

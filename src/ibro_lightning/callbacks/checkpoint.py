@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.errors import ConfigError, check_count
 from ibro_lightning.guards.disk import PARTIAL, disk_errors
 from ibro_lightning.runs.checkpoints.catalog import checkpoint_name, iteration_of, newer_valid
 from ibro_lightning.runs.checkpoints.index import ABOUT
@@ -47,10 +47,10 @@ class IterationCheckpoint(Checkpoint):
         mode: Literal["max", "min"] = "max",
         keep_best: int = 1,
     ) -> None:
-        check_at_least("every_n_iterations", every_n_iterations, 0)
-        check_at_least("keep_best", keep_best, 1)
+        check_count("every_n_iterations", every_n_iterations, 0)
+        check_count("keep_best", keep_best, 1)
         if keep_last is not None:
-            check_at_least("keep_last", keep_last, 1, ", or null to keep all")
+            check_count("keep_last", keep_last, 1, ", or null to keep all")
         if mode not in ("max", "min"):
             raise ConfigError("mode", mode, "write max or min")
         self.every_n_iterations, self.keep_last = every_n_iterations, keep_last

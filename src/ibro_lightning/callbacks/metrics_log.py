@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ibro_lightning.batches import Rollout
-from ibro_lightning.errors import check_at_least
+from ibro_lightning.errors import check_count
 from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.runs.folder import evaluation_counts
 
@@ -37,7 +37,7 @@ class MetricsLog(pl.Callback):
 
     def __init__(self, every_n_iterations: int | None = None) -> None:
         if every_n_iterations is not None:
-            check_at_least("every_n_iterations", every_n_iterations, 0)
+            check_count("every_n_iterations", every_n_iterations, 0)
         self.every_n_iterations = every_n_iterations
         self._latest: dict[str, float] = {}
         self._iteration = 0

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from ibro_lightning.callbacks.metrics_log import MetricsLog
+from ibro_lightning.errors import check_count
 from ibro_lightning.guards.printing import is_terminal
 from ibro_lightning.runs.folder import callbacks_of
 
@@ -33,6 +34,7 @@ class IterationProgress(ProgressBar):
 
     def __init__(self, line_every: int = 0) -> None:
         super().__init__()
+        check_count("line_every", line_every, 0)
         self.line_every = line_every
         self._enabled = True
         self._bar: tqdm[Any] | None = None

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from ibro_lightning.batches import Rollout
 from ibro_lightning.callbacks.needs import is_rollout
 from ibro_lightning.callbacks.say import say
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import check_count
 from ibro_lightning.guards.disk import free_name, write_json
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.runs.authorship import leave_to_others, own_in, run_id, set_aside
@@ -36,8 +36,7 @@ class RolloutLog(pl.Callback):
     """
 
     def __init__(self, every_n_iterations: int = 1) -> None:
-        if every_n_iterations < 0:
-            raise ConfigError("every_n_iterations", every_n_iterations, "write 1 (every rollout), more, or 0 (none)")
+        check_count("every_n_iterations", every_n_iterations, 0, " (1: every rollout, 0: none)")
         self.every_n_iterations = every_n_iterations
         self._warned = set[type]()
 

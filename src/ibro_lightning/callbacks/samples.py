@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 
 from ibro_lightning.batches import Rollout
 from ibro_lightning.callbacks.needs import is_rollout
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import check_count
 from ibro_lightning.runs.folder import run_folder
 from ibro_lightning.runs.loggers import Table, log_table
 
@@ -32,8 +32,7 @@ class SamplesTable(pl.Callback):
             ("rows", rows),
             ("max_characters", max_characters),
         ):
-            if value < 0:
-                raise ConfigError(name, value, "write 0 or more")
+            check_count(name, value, 0)
         self.every_n_iterations, self.rows, self.max_characters = every_n_iterations, rows, max_characters
         self._without, self._warned = set[str](), set[type]()
 

@@ -24,6 +24,8 @@ from ibro_lightning.errors import NO_PLATEAU, ConfigError
 
 _KEY = re.compile(r'(?:Parser key "|argument --)([\w.]+)')
 _UNKNOWN = re.compile(r"ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'")
+_COMMAND = re.compile(r"^Subcommand '(\w+)'|required: (\w+)\.")
+_HELP = re.compile(r"--([\w.]+)\.help: .*: (\S+)$")
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (?:--)?([^\s=]+)(?:[\s=](.*))?")
 _MISSING = re.compile(r"required: ([\w.]+)|argument --([\w.]+): expected")
 _VALUE = re.compile(r"(?:Got value: |Given value: |path string: |load config ['\"])(.*?)['\"]?(?:\n|$)")
@@ -32,8 +34,11 @@ _IMPORT = re.compile(r"Problem with given class_path '([^']+)':\s*(.*)", re.DOTA
 _CLASS = re.compile(r"(?:given class_path '|Import path |class, but )([\w.]+)")
 _NO_SUBCLASS = re.compile(r"does not correspond to a subclass of (\w+)|is abstract")
 OURS = "ibro_lightning"
+BAD_YAML = "Problems parsing config: "
 MISSING = "missing - "
 """In place of the value of a required setting that is not given."""
+NOT_OFFERED = ("PolicyLossMethod", "CorrectPathEntropySuppression", "GoldTrial")
+"""A base class, a former name, and what the pool builds itself: no message names them among those to choose from."""
 MANY = 16
 """Above this number, classes are not listed."""
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -65,12 +70,20 @@ def explain(parser: Any, message: str, cause: BaseException | None) -> Refused:
         cause = cause.__cause__
     if cause is not None:
         return Refused((*keys, *cause.keys), cause.value, cause.remedy)
+    if message.startswith(BAD_YAML):
+        return _not_yaml(message.removeprefix(BAD_YAML))
+    if (command := _COMMAND.search(message)) and parser._subcommands_action is not None:
+        parser = parser._subcommands_action.choices[command[1] or command[2]]
+    if of_class := _HELP.search(message):
+        return _wrong_value(parser, _keys(of_class[1]), of_class[2], message)
     if unknown := _UNKNOWN.search(message):
         return _unknown(parser, unknown[1] or unknown[2], None)
     if unknown := _UNRECOGNIZED.search(message):
         return _unknown(parser, unknown[1], unknown[2])
     if missing := _MISSING.search(message):
-        name = missing[1] or missing[2]
+        name = (missing[1] or missing[2]).removeprefix(f"{command[2]}." if command else "")
+        if name in ("data", "model") and not any(True for _ in _recipes()):
+            return Refused(_keys(name), MISSING, "write --config RECIPE, such as --config quickstart.yaml")
         return Refused(_keys(name), MISSING, f"write {expected(_hint(parser, name))}")
     values = _VALUE.findall(message) or _CLASS.findall(message)
     if not keys or not values:
@@ -81,6 +94,11 @@ def explain(parser: Any, message: str, cause: BaseException | None) -> Refused:
 def _unknown(parser: Any, name: str, value: str | None) -> Refused:
     names = sorted({action.dest for action in parser._actions if action.dest not in ("help", "print_shtab", SUPPRESS)})
     near = difflib.get_close_matches(name, names, n=1)
+    group, _, rest = name.partition(".")
+    if rest and group not in (groups := {name.partition(".")[0] for name in names}):  # the whole group has a wrong name
+        renamed = difflib.get_close_matches(group, groups, n=1)
+        near = [whole for whole in (f"{first}.{rest}" for first in renamed) if whole in names]
+        name, value, near = (name, value, near) if near else (group, None, renamed)
     owner = "the command line" if parser.exit_on_error else parser.of_class.__name__
     others = ", ".join(name for name in names if "." not in name) or "none"
     hint = f"did you mean {near[0]}?" if near else f"it has {others}"
@@ -119,6 +137,8 @@ def expected(hint: Any, settings: Sequence[str] = ()) -> str:
         return f"its settings ({', '.join(settings)})"
     if hint in _WORDS:
         return _WORDS[hint]
+    if origin is type:
+        return f"a subclass of {args[0].__name__}, as module.Class"
     if origin is Literal:
         return _either([str(value) for value in args])
     if origin in (Union, UnionType):
@@ -169,7 +189,7 @@ def _names(bases: list[type]) -> list[str]:
         for kind in _below(base):
             in_module = kind.__module__ == base.__module__ and not _is_exported(base) and kind.__name__[0] != "_"
             public = in_module or (_is_exported(kind) and kind.__module__.partition(".")[0] in distributions)
-            if public and not inspect.isabstract(kind):
+            if public and not inspect.isabstract(kind) and kind.__name__ not in NOT_OFFERED:
                 found.add(kind.__name__)
     return sorted(found)
 
@@ -233,7 +253,31 @@ def _written() -> Iterator[tuple[str, Any]]:
             if value[:1] in ("[", "{"):
                 with suppress(yaml.YAMLError):
                     yield from settings_in(yaml.safe_load(value), name)
-    for path in flags:
-        if path.endswith((".yaml", ".yml")) and Path(path).is_file():
-            with suppress(yaml.YAMLError, OSError, UnicodeDecodeError):
-                yield from settings_in(yaml.safe_load(Path(path).read_text()))
+    for path in _recipes():
+        with suppress(yaml.YAMLError, OSError, UnicodeDecodeError):
+            yield from settings_in(yaml.safe_load(path.read_text()))
+
+
+def _recipes() -> Iterator[Path]:
+    """The recipes that the command line names."""
+    for argument in sys.argv[1:]:
+        path = Path(argument.removeprefix("--config="))
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            yield path
+
+
+def _not_yaml(problem: str) -> Refused:
+    """A refusal that names the recipe with the ``problem``, which the parser does not know."""
+    recipes = list(_recipes())
+    unreadable = [path for path in recipes if not _is_yaml(path)] or recipes[-1:]
+    name = str(unreadable[0]) if unreadable else "recipe"
+    where = problem.replace('"<unicode string>"', name)
+    return Refused(("config",), name, f"this is not YAML: {where}")
+
+
+def _is_yaml(path: Path) -> bool:
+    try:
+        yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        return False
+    return True

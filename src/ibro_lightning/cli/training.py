@@ -30,7 +30,7 @@ from ibro_lightning.callbacks.saved_config import header
 from ibro_lightning.cli.trainer import build_trainer, flags_refused, loggers_for
 from ibro_lightning.datamodules import RolloutDataModule
 from ibro_lightning.dry_run.options import add_arguments
-from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.errors import ConfigError, check_count
 from ibro_lightning.guards import printing
 from ibro_lightning.guards.endings import explanation, one_line
 from ibro_lightning.guards.interruption import Interrupted
@@ -54,6 +54,9 @@ from ibro_lightning.runs.resume import (
     wind_back,
 )
 from ibro_lightning.runs.settings import ResumeOptions, RunSettings, check_settings, keep_settings, put_settings_back
+
+MAX_SEED = 2**32 - 1
+"""numpy takes no larger seed."""
 
 
 class IbroCLI(LightningCLI):
@@ -101,12 +104,17 @@ class IbroCLI(LightningCLI):
         if subcommand and (requested := self.config[subcommand].get("ckpt_path")):
             check_exists(requested)
 
+    def _set_seed(self) -> None:
+        if not 0 <= (seed := self._get(self.config, "seed_everything")) <= MAX_SEED:
+            raise ConfigError("seed_everything", seed, f"write a whole number from 0 to {MAX_SEED}")
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         if not printing.is_terminal(sys.stderr):  # bars redraw their line, which does not work in a log file
             transformers.utils.logging.disable_progress_bar()
             datasets.disable_progress_bars()
         if (threads := self._get(self.config, "num_threads")) is not None:
-            check_at_least("num_threads", threads, 1, ", or null")
+            check_count("num_threads", threads, 1, ", or null")
             torch.set_num_threads(threads)
 
     def instantiate_classes(self) -> None:

@@ -12,7 +12,7 @@ from ibro_lightning.datamodules.lost_verdicts import check_verdicts
 from ibro_lightning.engines import HFEngine
 from ibro_lightning.engines.base import PolicyProvider, RolloutEngine
 from ibro_lightning.engines.weight_check import WeightCheck, WeightVerifier
-from ibro_lightning.errors import RewardError
+from ibro_lightning.errors import ConfigError, RewardError, check_instance
 from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.rewards import Judge, PoolOptions, Reward, RewardPool, judge_all, judge_here
 from ibro_lightning.rewards.blame import blamed_on
@@ -36,6 +36,10 @@ class Collector:
         keep_special_tokens: bool = False,
         on_bad_gold: OnBadGold = "refuse",
     ) -> None:
+        if engine is not None and (isinstance(engine, type) or not hasattr(engine, "generate")):
+            raise ConfigError("engine", engine, "write an engine, such as HFEngine(), or None for that")
+        check_instance("weight_check", weight_check, WeightCheck, optional=True)
+        check_instance("reward_pool", reward_pool, PoolOptions, optional=True)
         check_choice("on_bad_gold", on_bad_gold, OnBadGold)
         self.engine: RolloutEngine = engine or HFEngine()
         self.weight_check, self.reward_pool = weight_check, reward_pool

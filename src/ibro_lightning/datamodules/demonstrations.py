@@ -11,7 +11,7 @@ from ibro_lightning.datamodules.evaluation import EvaluationDataModule, Training
 from ibro_lightning.datamodules.gold_check import OnBadGold
 from ibro_lightning.engines.base import RolloutEngine
 from ibro_lightning.engines.weight_check import WeightCheck
-from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.errors import ConfigError, check_count, check_instance
 from ibro_lightning.rendering import ControlTokens, RenderingError, TextTokenizer, control_text
 from ibro_lightning.rewards import PoolOptions
 from ibro_lightning.seeding import derive_seed, run_seed
@@ -71,15 +71,16 @@ class SFTDataModule(EvaluationDataModule):
             on_bad_gold=on_bad_gold,
             control_text=control_text,
         )
-        check_at_least("batch_size", batch_size, 1)
-        check_at_least("steps_per_epoch", steps_per_epoch, 1)
+        check_instance("source", source, DemonstrationSource)
+        check_count("batch_size", batch_size, 1)
+        check_count("steps_per_epoch", steps_per_epoch, 1)
         self.source, self.batch_size, self.steps_per_epoch = source, batch_size, steps_per_epoch
         self.step = 0
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            check_at_least("batch_size", self.batch_size, self.ranks.size, ": every rank needs a sequence")
+            check_count("batch_size", self.batch_size, self.ranks.size, ": every rank needs a sequence")
             prompt, _ = self._demonstration(0, 0)
             report_appended(prompt if isinstance(prompt, str) else "", self.provider.tokenizer)
             first = [self._demonstration(*divmod(row, self.batch_size)) for row in range(SEARCHED)]

@@ -8,11 +8,13 @@ from typing import Literal
 
 import torch
 
-from ibro_lightning.errors import check_at_least
+from ibro_lightning.errors import check_count
 from ibro_lightning.functional import informative_groups
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.timing import PhaseTimer
-from ibro_lightning.types import Group
+from ibro_lightning.types import Group, check_choice
+
+OnExhausted = Literal["smaller", "fill", "stop"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,13 @@ class DynamicSampling:
     """
 
     max_rounds: int = 3
-    on_exhausted: Literal["smaller", "fill", "stop"] = "smaller"
+    on_exhausted: OnExhausted = "smaller"
     max_skips: int = 10
 
     def __post_init__(self) -> None:
-        check_at_least("max_rounds", self.max_rounds, 1)
-        check_at_least("max_skips", self.max_skips, 1)
+        check_count("max_rounds", self.max_rounds, 1)
+        check_count("max_skips", self.max_skips, 1)
+        check_choice("on_exhausted", self.on_exhausted, OnExhausted)
 
 
 class SampledGroups:

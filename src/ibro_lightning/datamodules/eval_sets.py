@@ -14,13 +14,12 @@ from ibro_lightning.batches.sequences import one_line
 from ibro_lightning.datamodules.collector import Collector
 from ibro_lightning.datamodules.lost_verdicts import LostVerdicts
 from ibro_lightning.engines.base import RolloutEngine
-from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.errors import ConfigError, check_count, check_instance
 from ibro_lightning.evaluation.record import EvaluationRecord
-from ibro_lightning.rewards import Reward
+from ibro_lightning.rewards.base import Reward, check_reward_object
 from ibro_lightning.seeding import derive_seed, run_seed
 from ibro_lightning.sources.base import PromptSource
 from ibro_lightning.sources.chat_template import check_reserved
-from ibro_lightning.sources.prompts import check_count
 from ibro_lightning.timing import PhaseTimer
 from ibro_lightning.types import Group, Prompt, SamplingParams
 
@@ -45,6 +44,14 @@ class EvalSet:
     limit: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        check_instance("source", self.source, PromptSource)
+        check_reward_object("reward", self.reward)
+        check_count("samples", self.samples)
+        check_instance("sampling", self.sampling, SamplingParams)
+        if self.limit is not None:
+            check_count("limit", self.limit)
+
     __repr__ = one_line
 
 
@@ -54,11 +61,18 @@ def check_sampling(engine: RolloutEngine, sampling: SamplingParams, *, setting: 
         check(sampling, setting=setting)
 
 
-def overridden(sets: dict[str, EvalSet], samples: int | None, max_tokens: int | None) -> dict[str, EvalSet]:
+def overridden(
+    setting: str, sets: Mapping[str, EvalSet] | None, samples: int | None, max_tokens: int | None
+) -> dict[str, EvalSet]:
     """The sets with ``samples`` and ``sampling.max_tokens`` replaced where a value is given."""
-    for setting, value in (("eval_samples", samples), ("eval_max_tokens", max_tokens)):
+    sets = {} if sets is None else sets
+    if not isinstance(sets, Mapping):
+        raise ConfigError(setting, sets, "write an EvalSet for each name, as in {'aime': EvalSet(source, reward)}")
+    for name, eval_set in sets.items():
+        check_instance(f"{setting}.{name}", eval_set, EvalSet, ", with a source and a reward")
+    for override, value in (("eval_samples", samples), ("eval_max_tokens", max_tokens)):
         if value is not None:
-            check_at_least(setting, value, 1, ", or null for each set's own")
+            check_count(override, value, 1, ", or null for each set's own")
     return {
         name: replace(
             eval_set,
@@ -74,9 +88,6 @@ def check_sets(sets: Mapping[str, EvalSet], engine: RolloutEngine) -> None:
     for name, eval_set in sets.items():
         if not re.fullmatch(r"[\w-]+", name):
             raise ConfigError("eval_sets", name, "name sets with letters, digits, '_' and '-' only")
-        check_count(f"eval_sets.{name}.samples", eval_set.samples)
-        if eval_set.limit is not None:
-            check_count(f"eval_sets.{name}.limit", eval_set.limit)
         check_reserved(f"eval_sets.{name}.chat_template_kwargs", eval_set.chat_template_kwargs)
         check_sampling(engine, eval_set.sampling, setting=f"eval_sets.{name}.sampling")
 

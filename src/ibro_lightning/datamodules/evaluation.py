@@ -16,7 +16,7 @@ from ibro_lightning.datamodules.gold_check import OnBadGold
 from ibro_lightning.engines import EngineProcess
 from ibro_lightning.engines.base import PolicyProvider, RolloutEngine, check_length
 from ibro_lightning.engines.weight_check import WeightCheck
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, check_count, check_instance
 from ibro_lightning.evaluation.record import EvaluationRecord, fingerprint
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.rewards import PoolOptions, Reward
@@ -26,7 +26,7 @@ from ibro_lightning.seeding import run_seed
 from ibro_lightning.sources.base import PromptSource
 from ibro_lightning.sources.chat_template import check_reserved, check_template_kwargs
 from ibro_lightning.sources.contamination import TrainingTexts
-from ibro_lightning.sources.prompts import PromptLimits, check_count, check_vocabulary, encode_prompts
+from ibro_lightning.sources.prompts import PromptLimits, check_vocabulary, encode_prompts
 from ibro_lightning.types import ControlText, Prompt, check_choice
 
 Batch = TypeVar("Batch")
@@ -78,10 +78,11 @@ class EvaluationDataModule(pl.LightningDataModule):
         super().__init__()
         check_choice("control_text", control_text, ControlText)
         check_reserved("chat_template_kwargs", chat_template_kwargs)
+        check_instance("prompt_limits", prompt_limits, PromptLimits)
         check_count("eval_batch_prompts", eval_batch_prompts)
         self.collector = Collector(engine, weight_check, reward_pool, keep_special_tokens, on_bad_gold)
-        self.eval_sets = overridden(eval_sets or {}, eval_samples, eval_max_tokens)
-        self.test_sets = overridden(test_sets or {}, eval_samples, eval_max_tokens) or self.eval_sets
+        self.eval_sets = overridden("eval_sets", eval_sets, eval_samples, eval_max_tokens)
+        self.test_sets = overridden("test_sets", test_sets, eval_samples, eval_max_tokens) or self.eval_sets
         check_sets({**self.eval_sets, **self.test_sets}, self.engine)
         self.eval_batch_prompts, self.prompt_limits = eval_batch_prompts, prompt_limits
         self.chat_template_kwargs, self.control_text = chat_template_kwargs, control_text
@@ -128,6 +129,7 @@ class EvaluationDataModule(pl.LightningDataModule):
         sets = self.sets_of(stage)
         if stage != "fit" and not sets:
             raise ConfigError("eval_sets", "{}", f"name at least one evaluation set to {TrainerFn(stage).value} on")
+        check_provider(self.provider, scores=self.collector.weight_check is not None)
         self.collector.attach(self.provider, self.ranks)
         check_template_kwargs("chat_template_kwargs", self.chat_template_kwargs, self.provider.tokenizer)
         for name, eval_set in {**self.eval_sets, **self.test_sets}.items():
@@ -269,6 +271,15 @@ class EvaluationDataModule(pl.LightningDataModule):
             "reward_pool": self.collector.reward_pool,
         }
         return fingerprint(self.provider.named_full_weights(), settings)
+
+
+def check_provider(module: object, *, scores: bool) -> None:
+    """Raise :class:`ConfigError` for a LightningModule without the members that the datamodules need of one, with
+    ``scores`` for the weight check."""
+    needed = ["tokenizer", "eos_token_ids", "min_group_size", "model_spec", "named_full_weights"]
+    if missing := [name for name in needed + ["response_logp"] * scores if not hasattr(module, name)]:
+        remedy = "derive it from ibro_lightning.modules.PolicyProviderMixin, and set policy and tokenizer"
+        raise ConfigError("model", type(module).__name__, f"it has no {', '.join(missing)}: {remedy}")
 
 
 class TrainingStream(Generic[Batch]):

@@ -20,12 +20,13 @@ from ibro_lightning.datamodules.producer import Produced, Progress, RolloutProdu
 from ibro_lightning.engines import EngineProcess
 from ibro_lightning.engines.base import RolloutEngine, check_length
 from ibro_lightning.engines.weight_check import WeightCheck
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, check_count, check_instance
 from ibro_lightning.rewards import PoolOptions, Reward
+from ibro_lightning.rewards.base import check_reward_object
 from ibro_lightning.seeding import run_seed
 from ibro_lightning.sources.base import PromptSource
 from ibro_lightning.sources.control_text import report_shown
-from ibro_lightning.sources.prompts import PromptCursor, PromptLimits, check_count
+from ibro_lightning.sources.prompts import PromptCursor, PromptLimits
 from ibro_lightning.timing import PhaseTimer
 from ibro_lightning.types import ControlText, Prompt, SamplingParams
 
@@ -95,8 +96,9 @@ class RolloutDataModule(EvaluationDataModule):
         if max_staleness and not isinstance(self.engine, EngineProcess):
             self.collector.engine = EngineProcess(self.engine)
         self.collector.settle = self._settle
-        if dynamic_sampling is not None and not isinstance(dynamic_sampling, DynamicSampling):
-            raise ConfigError("dynamic_sampling", dynamic_sampling, "write a DynamicSampling, or None for none")
+        check_instance("source", source, PromptSource)
+        check_reward_object("reward", reward)
+        check_instance("dynamic_sampling", dynamic_sampling, DynamicSampling, optional=True)
         check_training_sampling(sampling)
         check_sampling(self.engine, sampling, setting="sampling")
         check_count("prompts_per_rollout", prompts_per_rollout)
@@ -266,8 +268,7 @@ class RolloutDataModule(EvaluationDataModule):
 
 def check_training_sampling(sampling: SamplingParams) -> None:
     """Raise :class:`ConfigError` for parameters with which the importance ratios of training would be wrong."""
-    if not isinstance(sampling, SamplingParams):
-        raise ConfigError("sampling", sampling, "write SamplingParams, or leave it out for its defaults")
+    check_instance("sampling", sampling, SamplingParams)
     if sampling.temperature == 0:
         raise ConfigError("sampling.temperature", 0, "training needs samples that differ: write a number such as 1.0")
     for name, full in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):

@@ -17,10 +17,10 @@ from ibro_lightning.engines.base import RolloutEngine, Rows, check_length
 from ibro_lightning.engines.hf_batch import Batch, GrowingBatch, Network
 from ibro_lightning.engines.hf_responses import Responses
 from ibro_lightning.engines.probe import build, check_generation, in_float32
-from ibro_lightning.errors import ConfigError, RolloutError
+from ibro_lightning.errors import ConfigError, RolloutError, check_count, is_number
 from ibro_lightning.guards.memory_advice import engine_memory_advice
 from ibro_lightning.models.spec import ModelSpec
-from ibro_lightning.types import Dtype, Generation, SamplingParams
+from ibro_lightning.types import Dtype, Generation, SamplingParams, check_choice
 
 REFILL_BELOW = 0.75
 """Share of ``max_batch_size`` below which samples of further prompts join. Several join at a time, because computing a
@@ -52,9 +52,9 @@ class HFEngine(RolloutEngine):
     """
 
     def __init__(self, max_batch_size: int = 256, dtype: Dtype = "float32", compact_below: float = 1.0) -> None:
-        if max_batch_size < 1:
-            raise ConfigError("max_batch_size", max_batch_size, "write 1 or more responses")
-        if not 0 < compact_below <= 1:
+        check_count("max_batch_size", max_batch_size, 1, " responses")
+        check_choice("dtype", dtype, Dtype)
+        if not (is_number(compact_below) and 0 < compact_below <= 1):
             raise ConfigError("compact_below", compact_below, "write a share above 0 and up to 1")
         self.dtype: Dtype = dtype
         self.max_batch_size, self.compact_below = max_batch_size, compact_below

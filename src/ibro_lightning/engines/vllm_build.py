@@ -26,10 +26,10 @@ from packaging.version import Version
 from torch import distributed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.errors import ConfigError, check_count, is_number
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.ranks import rank_zero_warn
-from ibro_lightning.types import Dtype
+from ibro_lightning.types import Dtype, check_choice
 
 MIN_VERSION = "0.32"
 UNTESTED_VERSION = "0.33"
@@ -74,14 +74,15 @@ class VLLMSettings:
     engine_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not 0 < self.gpu_memory_utilization <= 1:
+        check_choice("dtype", self.dtype, Dtype)
+        if not (is_number(self.gpu_memory_utilization) and 0 < self.gpu_memory_utilization <= 1):
             raise ConfigError("gpu_memory_utilization", self.gpu_memory_utilization, "write a share such as 0.5")
-        if self.kv_cache_gib is not None and not self.kv_cache_gib > 0:
+        if self.kv_cache_gib is not None and not (is_number(self.kv_cache_gib) and self.kv_cache_gib > 0):
             raise ConfigError("kv_cache_gib", self.kv_cache_gib, "write a positive number of GiB, or null")
         for name in ("max_num_seqs", "tensor_parallel_size"):
-            check_at_least(name, getattr(self, name), 1)
+            check_count(name, getattr(self, name), 1)
         if self.max_model_len is not None:
-            check_at_least("max_model_len", self.max_model_len, 2)
+            check_count("max_model_len", self.max_model_len, 2)
         own = {field.name for field in fields(self)} - {"in_process", "engine_args", "kv_cache_gib"}
         for name in self.engine_args:
             if name in own:

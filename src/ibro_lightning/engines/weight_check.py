@@ -25,7 +25,7 @@ import torch
 from ibro_lightning.engines.base import PolicyProvider, RolloutEngine
 from ibro_lightning.engines.weight_diagnosis import Diagnosis, beyond_windows
 from ibro_lightning.engines.weight_questions import Answer, Questions, largest_difference
-from ibro_lightning.errors import ConfigError, WeightSyncError, check_at_least
+from ibro_lightning.errors import ConfigError, WeightSyncError, check_count, is_number
 from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.types import Dtype
 
@@ -55,9 +55,9 @@ class WeightCheck:
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        check_at_least("prompt_tokens", self.prompt_tokens, 1)
-        check_at_least("new_tokens", self.new_tokens, 1)
-        if self.tolerance is not None and not 0 < self.tolerance < math.inf:
+        check_count("prompt_tokens", self.prompt_tokens, 1)
+        check_count("new_tokens", self.new_tokens, 1)
+        if self.tolerance is not None and not (is_number(self.tolerance) and 0 < self.tolerance < math.inf):
             raise ConfigError("tolerance", self.tolerance, "write a positive number of nats, or null")
 
     def prompt_length(self, limit: int | None) -> int:

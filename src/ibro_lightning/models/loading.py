@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import AutoModelForTokenClassification
 from transformers.utils import logging as transformers_logging
 
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, check_instance
 from ibro_lightning.models.lora import LoRAOptions
 from ibro_lightning.models.stored import pickled
 from ibro_lightning.types import Dtype
@@ -50,6 +50,12 @@ class PolicyOptions:
     share_prompts: bool = True
     fused_head: bool = True
     lora: LoRAOptions | None = None
+
+    def __post_init__(self) -> None:
+        dtype = getattr(torch, str(self.dtype), None)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):  # float64 is for comparisons
+            raise ConfigError("dtype", self.dtype, f"write one of {', '.join(get_args(Dtype))}")
+        check_instance("lora", self.lora, LoRAOptions, optional=True)
 
 
 class PolicySource(ABC):

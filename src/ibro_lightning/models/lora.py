@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.errors import ConfigError, check_count, is_number
 from ibro_lightning.models.sharding import decoder_blocks, full_tensor
 
 FIELD = "policy_options.lora"
@@ -39,8 +39,8 @@ class LoRAOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least("rank", self.rank, 1)
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
+        check_count("rank", self.rank, 1)
+        if not (is_number(self.alpha) and 0 < self.alpha < math.inf):
             raise ConfigError("alpha", self.alpha, "write a positive number")
         names = self.target_modules
         if names is not None and (not isinstance(names, list | tuple | set) or not names or "all-linear" in names):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.callbacks.metrics_log import MetricsLog
-from ibro_lightning.errors import check_at_least
+from ibro_lightning.errors import check_at_least, check_count, check_instance
 from ibro_lightning.evaluation.metrics import Evaluation
 from ibro_lightning.guards.trainer_flags import refuse_trainer
 from ibro_lightning.models import (
@@ -107,8 +107,9 @@ class PolicyModule(pl.LightningModule):
         policy_options: PolicyOptions = PolicyOptions(),
     ) -> None:
         super().__init__()
+        check_instance("policy_options", policy_options, PolicyOptions)
         check_at_least("learning_rate", learning_rate, 0)
-        check_at_least("warmup_steps", warmup_steps, 0)
+        check_count("warmup_steps", warmup_steps, 0)
         check_optimizer(optimizer, "optimizer")
         check_schedule(lr_scheduler, "lr_scheduler")
         self.automatic_optimization = False

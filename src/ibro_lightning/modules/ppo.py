@@ -9,7 +9,6 @@ through the micro-batches: loss → backward → clip → step. The losses are i
 from __future__ import annotations
 
 from dataclasses import replace
-from numbers import Real
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import Experience
-from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.errors import ConfigError, check_at_least, check_count, is_number
 from ibro_lightning.functional import AggregationMode, explained_variance, gae, length_adaptive_lambda, reward_to_go
 from ibro_lightning.models import (
     Critic,
@@ -122,12 +121,12 @@ class PPOModule(PolicyModule):
         )
         critic_lambda = gae_lambda if critic_gae_lambda is None else critic_gae_lambda
         for name, share in (("gamma", gamma), ("gae_lambda", gae_lambda), ("critic_gae_lambda", critic_lambda)):
-            if not isinstance(share, Real) or not 0 <= share <= 1:
+            if not (is_number(share) and 0 <= share <= 1):
                 raise ConfigError(name, share, "write a number from 0 to 1")
         for name, bound in (("value_clip", value_clip), ("length_adaptive_alpha", length_adaptive_alpha)):
-            if bound is not None and not (isinstance(bound, Real) and bound > 0):
+            if bound is not None and not (is_number(bound) and bound > 0):
                 raise ConfigError(name, bound, "write a positive number, or null to switch it off")
-        check_at_least("critic_warmup_iterations", critic_warmup_iterations, 0)
+        check_count("critic_warmup_iterations", critic_warmup_iterations, 0)
         check_at_least("critic_learning_rate", critic_learning_rate, 0)
         check_optimizer(critic_optimizer, "critic_optimizer")
         self.critic_source = self.policy_source

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Literal
 
-from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.errors import ConfigError, check_at_least, check_count, is_number
 
 
 class Coefficient(ABC):
@@ -75,7 +75,7 @@ class Schedule(Coefficient):
         super().__init__()
         check_at_least("start", start, 0)
         check_at_least("end", end, 0)
-        check_at_least("iterations", iterations, 1)
+        check_count("iterations", iterations, 1)
         self.start, self.end, self.iterations = start, end, iterations
 
     @property
@@ -118,7 +118,7 @@ class TargetEntropy(Coefficient):
     def __init__(self, target: float = 0.2, step: float = 0.005, start: float = 0.0, maximum: float = math.inf) -> None:
         for name, number in (("target", target), ("step", step), ("start", start)):
             check_at_least(name, number, 0)
-        if not maximum >= start:
+        if not (is_number(maximum) and maximum >= start):
             raise ConfigError("maximum", maximum, f"write start ({start}) or more")
         super().__init__(coef=start, active=1.0)
         self.target, self.step, self.maximum = target, step, maximum
@@ -161,7 +161,7 @@ class EntropyBand(Coefficient):
         maximum: float = 1.0,
     ) -> None:
         check_at_least("high", high, 0)
-        if not 0 <= low <= high:
+        if not (is_number(low) and 0 <= low <= high):
             raise ConfigError("low", low, f"write a number between 0 and high ({high})")
         for name, number in (("proportional", proportional), ("integral", integral), ("start", start)):
             check_at_least(name, number, 0)
@@ -196,10 +196,10 @@ class AdaptiveKL(Coefficient):
     measures = "KL"
 
     def __init__(self, start: float = 0.001, target: float = 0.01, horizon: int = 10_000) -> None:
-        if not 0 < start < math.inf:
+        if not (is_number(start) and 0 < start < math.inf):
             raise ConfigError("start", start, "write a positive number: 0 would stay 0")
-        check_at_least("horizon", horizon, 1)
-        if not 0 < target < math.inf:
+        check_count("horizon", horizon, 1)
+        if not (is_number(target) and 0 < target < math.inf):
             raise ConfigError("target", target, "write a positive number of nats per token")
         super().__init__(coef=start)
         self.target, self.horizon = target, horizon

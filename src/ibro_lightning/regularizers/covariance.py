@@ -7,11 +7,13 @@ the current ones, which are equal in the first step of a rollout.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience, TokenStats
-from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.errors import ConfigError, check_at_least, is_number
 from ibro_lightning.regularizers.base import PolicyLossMethod, StepContext
 
 
@@ -36,7 +38,9 @@ class ClipCov(PolicyLossMethod):
     def __init__(self, fraction: float = 2e-4, low: float = 1.0, high: float = 5.0) -> None:
         super().__init__()
         check_fraction(fraction)
-        if not low < high:
+        if not is_number(high) or math.isnan(high):
+            raise ConfigError("high", high, "write a number")
+        if not (is_number(low) and low < high):
             raise ConfigError("low", low, f"write a number below high ({high})")
         self.fraction, self.low, self.high = fraction, low, high
 
@@ -104,5 +108,5 @@ def count_of(mask: Tensor, fraction: float, context: StepContext) -> int:
 
 
 def check_fraction(fraction: float, name: str = "fraction") -> None:
-    if not 0 < fraction <= 1:
+    if not (is_number(fraction) and 0 < fraction <= 1):
         raise ConfigError(name, fraction, "write a share of the tokens, above 0 and up to 1")

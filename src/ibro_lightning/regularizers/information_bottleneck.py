@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience, TokenStats
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, is_number
 from ibro_lightning.functional.regularization import Part
 from ibro_lightning.regularizers.base import EntropyRegularizer, StepContext
 from ibro_lightning.regularizers.coefficients import Coefficient
@@ -50,7 +50,7 @@ class InformationBottleneck(EntropyRegularizer):
             raise ConfigError("part", part, "write raw, centred or uniform")
         if transform not in get_args(AdvantageTransform):
             raise ConfigError("transform", transform, "write none, sign or clip")
-        if not 0 < clip < float("inf"):
+        if not (is_number(clip) and 0 < clip < float("inf")):
             raise ConfigError("clip", clip, "write a positive bound for the advantage")
         self.part, self.transform, self.clip = part, transform, clip
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from ibro_lightning.batches.experience import Experience
-from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.errors import ConfigError, check_at_least, is_number
 from ibro_lightning.regularizers.base import PolicyLossMethod, StepContext
 
 
@@ -27,7 +27,7 @@ class EntropyShapedAdvantage(PolicyLossMethod):
     def __init__(self, scale: float = 0.4, kappa: float = 2.0) -> None:
         super().__init__()
         check_at_least("scale", scale, 0)
-        if not kappa >= 1:
+        if not (is_number(kappa) and kappa >= 1):
             raise ConfigError("kappa", kappa, "write 1 or more: below, it would flip signs")
         self.scale, self.kappa = scale, kappa
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
-from ibro_lightning.errors import ConfigError, RewardError
+from ibro_lightning.errors import ConfigError, RewardError, check_instance, is_number
 from ibro_lightning.rewards.blame import blamed_on
 from ibro_lightning.types import Completion, Prompt, RewardResult
 
@@ -97,6 +97,11 @@ class Verdict:
     answer: str | None = None
 
 
+def check_reward_object(field: str, value: object) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is a reward; a plain function is not."""
+    check_instance(field, value, Reward, ": subclass VerifiableReward, and say in verify what is right")
+
+
 class VerifiableReward(Reward):
     """Right answers earn ``correct``, wrong ones ``incorrect``; a user's verifier is one method::
 
@@ -111,6 +116,9 @@ class VerifiableReward(Reward):
     one_by_one = True
 
     def __init__(self, correct: float = 1.0, incorrect: float = -1.0) -> None:
+        for name, value in (("correct", correct), ("incorrect", incorrect)):
+            if not (is_number(value) and math.isfinite(value)):
+                raise ConfigError(name, value, "write a finite number")
         if not correct > incorrect:
             raise ConfigError("correct", correct, f"write a number above incorrect ({incorrect})")
         self.correct, self.incorrect = correct, incorrect

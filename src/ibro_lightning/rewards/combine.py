@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from ibro_lightning.errors import ConfigError, RewardError
-from ibro_lightning.rewards.base import Answered, Judge, Request, Reward, score
+from ibro_lightning.rewards.base import Answered, Judge, Request, Reward, check_reward_object, score
 from ibro_lightning.rewards.blame import blamed_on
 from ibro_lightning.types import Completion, Prompt, RewardResult
 
@@ -36,6 +36,8 @@ class CombinedReward(Reward):
     pooled = False  # it only combines; each of its rewards has its own ``pooled``
 
     def __init__(self, rewards: Sequence[Reward]) -> None:
+        for reward in rewards:
+            check_reward_object("rewards", reward)
         self.rewards = list(rewards)
 
     def leaves(self) -> Iterator[Reward]:
@@ -64,9 +66,9 @@ class RewardSum(CombinedReward):
     """
 
     def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
-        if not rewards:
-            raise ConfigError("rewards", rewards, "name at least one reward")
-        if weights is not None and len(weights) != len(rewards):
+        if not isinstance(rewards, list | tuple) or not rewards:
+            raise ConfigError("rewards", rewards, "write a list of at least one reward")
+        if weights is not None and not (isinstance(weights, list | tuple) and len(weights) == len(rewards)):
             raise ConfigError("weights", weights, f"write {len(rewards)} numbers, one per reward")
         super().__init__(rewards)
         self.weights = weights if weights is not None else [1.0] * len(rewards)
@@ -98,8 +100,8 @@ class RewardByPart(CombinedReward):
     """
 
     def __init__(self, rewards: dict[str, Reward]) -> None:
-        if not rewards:
-            raise ConfigError("rewards", "{}", "name a reward for each part of the mixture")
+        if not isinstance(rewards, Mapping) or not rewards:
+            raise ConfigError("rewards", rewards, "name a reward for each part of the mixture")
         super().__init__(list(rewards.values()))
         self.by_part: Mapping[str, Reward] = dict(rewards)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.errors import ConfigError, check_at_least, check_count
 from ibro_lightning.rewards.base import Reward
 from ibro_lightning.types import Completion, Prompt, RewardResult
 
@@ -23,7 +23,8 @@ class OverlongPenalty(Reward):
     tells_bad_answers = True  # trivially: it reads no answers
 
     def __init__(self, buffer_tokens: int, factor: float = 1.0) -> None:
-        check_at_least("buffer_tokens", buffer_tokens, 1)
+        check_count("buffer_tokens", buffer_tokens, 1)
+        check_at_least("factor", factor, 0)
         self.buffer_tokens, self.factor = buffer_tokens, factor
 
     def __call__(self, prompt: Prompt, completions: Sequence[Completion]) -> list[RewardResult]:

@@ -40,7 +40,7 @@ class RunLock(pl.Callback):
     """
 
     def __init__(self, wait_s: float = 0.0) -> None:
-        check_at_least("run_lock.wait_s", wait_s, 0)
+        check_at_least("wait_s", wait_s, 0)
         self.wait_s = wait_s
         self._lock: FolderLock | None = None
         self._for_command = False

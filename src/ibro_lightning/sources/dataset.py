@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, check_count
 from ibro_lightning.rendering import RenderingError, last_question, text_messages
 from ibro_lightning.rewards.mathematics.gold_text import after_hashes, alternatives, boxed, canonical_gold
 from ibro_lightning.sources.base import PromptSource, as_prompt, own_words
@@ -104,8 +104,8 @@ class DatasetSource(PromptSource):
         skip_bad_rows: bool = False,
         meta_columns: list[str] | str | None = None,
     ) -> None:
-        if limit is not None and limit < 1:
-            raise ConfigError("limit", limit, "write 1 or more rows, or null for all")
+        if limit is not None:
+            check_count("limit", limit, 1, " rows, or null for all")
         check_choice("answer_format", answer_format, AnswerFormat)
         for name, columns in (("prompt_column", prompt_column), ("answer_column", answer_column)):
             if not columns:

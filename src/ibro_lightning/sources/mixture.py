@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, check_instance, is_number
 from ibro_lightning.sources.base import PromptSource, check_problem
 from ibro_lightning.types import Problem
 
@@ -24,6 +24,11 @@ class MixturePart:
 
     source: PromptSource
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_instance("source", self.source, PromptSource)
+        if not (is_number(self.weight) and 0 < self.weight < math.inf):
+            raise ConfigError("weight", self.weight, "write a finite number above 0")
 
 
 class MixtureSource(PromptSource):
@@ -50,8 +55,7 @@ class MixtureSource(PromptSource):
         for name, part in parts.items():
             if not re.fullmatch(r"[\w-]+", name):
                 raise ConfigError("parts", name, "name parts with letters, digits, '_' and '-' only")
-            if not (math.isfinite(part.weight) and part.weight > 0):
-                raise ConfigError(f"parts.{name}.weight", part.weight, "write a finite number above 0")
+            check_instance(f"parts.{name}", part, MixturePart)
             if isinstance(part.source, MixtureSource):
                 remedy = "mixtures cannot be nested: write its parts here"
                 raise ConfigError(f"parts.{name}.source", "MixtureSource", remedy)

@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from numbers import Integral
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.errors import ConfigError, check_count
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.rendering import (
     ControlTokens,
@@ -30,7 +29,9 @@ from ibro_lightning.seeding import derive_seed, permutation
 from ibro_lightning.sources.base import PromptSource, check_problem
 from ibro_lightning.sources.chat_template import about_system
 from ibro_lightning.sources.control_text import rendered, report_control_text
-from ibro_lightning.types import ControlText, Problem, Prompt
+from ibro_lightning.types import ControlText, Problem, Prompt, check_choice
+
+Overlong = Literal["drop", "error"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,12 @@ class PromptLimits:
     """
 
     max_tokens: int | None = None
-    overlong: Literal["drop", "error"] = "drop"
+    overlong: Overlong = "drop"
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
             check_count("max_tokens", self.max_tokens)
+        check_choice("overlong", self.overlong, Overlong)
 
 
 def encode_prompts(
@@ -162,13 +164,6 @@ def check_vocabulary(prompts: list[Prompt], spec: ModelSpec, *, setting: str) ->
             reason = f"data.{setting} has a prompt with this token ({prompt.id}), but the model has {vocabulary}"
             remedy = "the tokenizer in its folder is another model's"
             raise ConfigError("model.policy", f"token id {largest}", f"{reason}: {remedy}")
-
-
-def check_count(setting: str, value: object) -> None:
-    """Raise :class:`ConfigError` unless ``value`` is an integer of at least 1."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise ConfigError(setting, value, "write a whole number, 1 or more")
-    check_at_least(setting, int(value), 1)
 
 
 class PromptCursor:

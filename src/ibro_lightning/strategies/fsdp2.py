@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, check_count
 from ibro_lightning.models import Sharding
 from ibro_lightning.models.weight_files import raise_on_all_ranks
 from ibro_lightning.runs.checkpoints.plugin import read_checkpoint, refuse_non_finite, refusing
@@ -57,8 +57,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         timeout: timedelta = timedelta(minutes=30),
         process_group_backend: str | None = None,
     ) -> None:
-        if tensor_parallel_size < 1:
-            raise ConfigError("tensor_parallel_size", tensor_parallel_size, "write 1 or more")
+        check_count("tensor_parallel_size", tensor_parallel_size)
         if timeout <= timedelta(0):
             raise ConfigError("timeout", str(timeout), "write a positive time, such as 00:30:00")
         super().__init__(

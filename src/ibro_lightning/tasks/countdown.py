@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from ibro_lightning.errors import ConfigError, RewardError, check_at_least
+from ibro_lightning.errors import ConfigError, RewardError, check_count
 from ibro_lightning.rewards import Verdict, VerifiableReward
 from ibro_lightning.seeding import derive_seed
 from ibro_lightning.sources.base import PromptSource, as_prompt, check_template
-from ibro_lightning.tasks.split import Split, in_split
+from ibro_lightning.tasks.split import Split, check_split, in_split
 from ibro_lightning.types import Completion, Problem, Prompt
 
 COUNTDOWN_TEMPLATE = (
@@ -111,9 +111,10 @@ class CountdownSource(PromptSource):
         template: str = COUNTDOWN_TEMPLATE,
         chat: bool = True,
     ) -> None:
-        check_at_least("num_numbers", num_numbers, 2)
-        check_at_least("max_number", max_number, 2)
-        check_at_least("num_problems", num_problems, 1)
+        check_split(split, heldout_fraction)
+        check_count("num_numbers", num_numbers, 2)
+        check_count("max_number", max_number, 2)
+        check_count("num_problems", num_problems, 1)
         check_template("template", template, ("numbers", "target"))
         self.path, self.num_problems, self.num_numbers, self.max_number = path, num_problems, num_numbers, max_number
         self.seed, self.split, self.heldout_fraction = seed, split, heldout_fraction

@@ -18,11 +18,11 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.errors import ConfigError, check_count, check_instance
 from ibro_lightning.rewards import VerifiableReward
 from ibro_lightning.seeding import derive_seed
 from ibro_lightning.sources.base import DemonstrationSource, PromptSource
-from ibro_lightning.tasks.split import Split, in_split
+from ibro_lightning.tasks.split import Split, check_split, in_split
 from ibro_lightning.types import Completion, Problem, Prompt
 
 PAD, UNKNOWN, EOS = "<pad>", "<unk>", "!"
@@ -37,8 +37,7 @@ class NumberPath:
     """
 
     def __init__(self, size: int = 50, moves: Sequence[str] = ("+7", "-3", "*2")) -> None:
-        if size < 2:
-            raise ConfigError("size", size, "write 2 or more")
+        check_count("size", size, 2)
         valid = all(move[:1] in ("+", "-", "*") and move[1:].isdecimal() and int(move[1:]) > 0 for move in moves)
         if not valid or not moves or len(set(moves)) < len(moves):
             raise ConfigError("moves", list(moves), "write different moves, like '+7', '-3' or '*2'")
@@ -159,8 +158,10 @@ class NumberPathSource(PromptSource):
         max_distance: int = 8,
         heldout_fraction: float = 0.15,
     ) -> None:
-        if not 1 <= min_distance <= max_distance:
-            raise ConfigError("min_distance", min_distance, f"write 1 up to max_distance ({max_distance})")
+        check_instance("task", task, NumberPath, optional=True)
+        check_split(split, heldout_fraction)
+        check_count("min_distance", min_distance)
+        check_count("max_distance", max_distance, min_distance, ", min_distance")
         self.task = task or NumberPath()
         self.split, self.heldout_fraction = split, heldout_fraction
         self.min_distance, self.max_distance = min_distance, max_distance
@@ -185,7 +186,9 @@ class NumberPathDemonstrations(DemonstrationSource):
     """
 
     def __init__(self, task: NumberPath | None = None, max_steps: int = 12, heldout_fraction: float = 0.15) -> None:
-        check_at_least("max_steps", max_steps, 1)
+        check_instance("task", task, NumberPath, optional=True)
+        check_split("train", heldout_fraction)
+        check_count("max_steps", max_steps, 1)
         self.task = task or NumberPath()
         if not self.task.distances:
             raise ConfigError("task", list(self.task.moves), "no move leads anywhere within the numbers: add one")

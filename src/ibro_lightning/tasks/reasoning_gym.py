@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ibro_lightning.errors import ConfigError, RewardError, check_at_least
+from ibro_lightning.errors import ConfigError, RewardError, check_count, is_number
 from ibro_lightning.rewards import PlainResponses, Verdict, VerifiableReward
 from ibro_lightning.sources.base import PromptSource, check_template, own_words
 from ibro_lightning.sources.contamination import normalized
 from ibro_lightning.tasks.gym_datasets import generate_entries, library, make_dataset, score_answer
-from ibro_lightning.tasks.split import Split, in_split
+from ibro_lightning.tasks.split import Split, check_split, in_split
 from ibro_lightning.types import Completion, Problem, Prompt
 
 TEMPLATE = "{question}\n\nThink step by step, then write the final answer as <answer>answer</answer>."
@@ -51,8 +51,9 @@ class ReasoningGymSource(PromptSource):
         examples: int = 0,
         example_answer: str = "<answer>{answer}</answer>",
     ) -> None:
-        check_at_least("size", size, 1)
-        check_at_least("examples", examples, 0)
+        check_split(split, heldout_fraction)
+        check_count("size", size, 1)
+        check_count("examples", examples, 0)
         check_template("template", template, ("question",))
         check_template("example_answer", example_answer, ("answer",))
         if reserved := {"seed", "size"} & (config or {}).keys():
@@ -146,7 +147,7 @@ class ReasoningGymReward(VerifiableReward):
         incorrect: float = -1.0,
     ) -> None:
         super().__init__(correct, incorrect)
-        if not 0 < threshold <= 1:
+        if not (is_number(threshold) and 0 < threshold <= 1):
             raise ConfigError("threshold", threshold, "write a number above 0 and up to 1")
         if tag is not None and not re.fullmatch(r"\w+", tag):
             raise ConfigError("tag", tag, "write the tag's bare name, e.g. answer; or null")

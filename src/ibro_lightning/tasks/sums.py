@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.sources.base import PromptSource, as_prompt, check_template
-from ibro_lightning.tasks.split import Split, in_split
+from ibro_lightning.tasks.split import Split, check_split, in_split
 from ibro_lightning.types import Problem
 
 
@@ -28,7 +28,8 @@ class SumsSource(PromptSource):
         heldout_fraction: float = 0.2,
         chat: bool = True,
     ) -> None:
-        if not 1 <= digits <= 3:
+        check_split(split, heldout_fraction)
+        if digits not in (1, 2, 3) or isinstance(digits, bool):
             raise ConfigError("digits", digits, "write 1, 2 or 3")
         check_template("template", template, ("a", "b"))
         self.numbers = range(0 if digits == 1 else 10 ** (digits - 1), 10**digits)

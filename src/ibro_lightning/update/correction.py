@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, is_number
 from ibro_lightning.functional import (
     MismatchLevel,
     MismatchMode,
@@ -44,9 +44,10 @@ class SamplerCorrection:
         for name, allowed in (("level", MismatchLevel), ("mode", MismatchMode)):
             if (value := getattr(self, name)) not in get_args(allowed):
                 raise ConfigError(name, value, f"write one of {', '.join(get_args(allowed))}")
-        if not self.cap >= 1:
+        if not (is_number(self.cap) and self.cap >= 1):
             raise ConfigError("cap", self.cap, "write 1 or more: equal log-probs have ratio 1")
-        if self.floor is not None and (self.mode == "truncate" or not 0 <= self.floor <= 1):
+        bound = self.floor
+        if bound is not None and not (self.mode == "mask" and is_number(bound) and 0 <= bound <= 1):
             raise ConfigError("floor", self.floor, "it is a bound of mode mask: write a number from 0 to 1, or null")
 
     def __call__(self, old_logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> MismatchWeights:

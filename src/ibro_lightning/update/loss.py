@@ -8,14 +8,13 @@ importance weight of an engine that is not quite the policy, H the policy's entr
 from __future__ import annotations
 
 from dataclasses import replace
-from numbers import Real
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience, TokenStats
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, check_count, check_instance, is_number
 from ibro_lightning.functional import (
     AggregationMode,
     ClippedSurrogate,
@@ -62,6 +61,9 @@ class PolicyLoss:
         sampler_correction: SamplerCorrection | None = SamplerCorrection(),
         kl: ReferenceKL | None = None,
     ) -> None:
+        check_instance("regularizer", regularizer, EntropyRegularizer, optional=True)
+        check_instance("sampler_correction", sampler_correction, SamplerCorrection, optional=True)
+        check_instance("kl", kl, ReferenceKL, optional=True)
         _check_clips(clip_ratio_low, clip_ratio_high, dual_clip, low_may_be_one=self.clip_ratio_low_may_be_one)
         _check_aggregation(aggregation, aggregation_max_tokens)
         self.regularizer = regularizer or NoRegularizer()
@@ -221,17 +223,19 @@ def _named(result: ClippedSurrogate) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _check_clips(low: float, high: float, dual: float | None, *, low_may_be_one: bool) -> None:
-    if not isinstance(low, Real) or not (0 < low < 1 or (low == 1 and low_may_be_one)):
+    if not is_number(low) or not (0 < low < 1 or (low == 1 and low_may_be_one)):
         raise ConfigError("clip_ratio_low", low, "write a number between 0 and 1, such as 0.2")
-    if not isinstance(high, Real) or not high > 0:
+    if not is_number(high) or not high > 0:
         raise ConfigError("clip_ratio_high", high, "write a positive number, such as 0.28")
-    if dual is not None and not (isinstance(dual, Real) and dual > 1):
+    if dual is not None and not (is_number(dual) and dual > 1):
         raise ConfigError("dual_clip", dual, "write a number above 1, such as 10, or null to switch it off")
 
 
 def _check_aggregation(mode: AggregationMode, max_tokens: int | None) -> None:
     if mode not in get_args(AggregationMode):
         raise ConfigError("aggregation", mode, f"write one of {', '.join(get_args(AggregationMode))}")
-    if mode == "seq-mean-token-sum-norm" and (max_tokens is None or max_tokens < 1):
+    if max_tokens is not None:
+        check_count("aggregation_max_tokens", max_tokens)
+    elif mode == "seq-mean-token-sum-norm":
         remedy = f"{mode} divides by a constant length: write data.sampling's max_tokens"
         raise ConfigError("aggregation_max_tokens", max_tokens, remedy)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience
-from ibro_lightning.errors import UserError, check_at_least
+from ibro_lightning.errors import UserError, check_count
 from ibro_lightning.guards.disk import free_name, written_atomically
 from ibro_lightning.ranks import Ranks, rank_zero_warn
 
@@ -31,7 +31,7 @@ class NonFiniteGuard:
     """
 
     def __init__(self, limit: int = 5) -> None:
-        check_at_least("max_nonfinite_steps", limit, 0)
+        check_count("max_nonfinite_steps", limit, 0)
         self.limit = limit
         self.in_a_row: dict[str, int] = {}
         self.causes: list[str] = []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ibro_lightning.batches.experience import Experience
 from ibro_lightning.batches.sequences import Sequences
-from ibro_lightning.errors import check_at_least
+from ibro_lightning.errors import check_count
 from ibro_lightning.guards.memory_advice import memory_advice
 from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.seeding import permutation
@@ -121,7 +121,7 @@ class TokenBudget:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        check_at_least("micro_batch_tokens", self.tokens, 1)
+        check_count("micro_batch_tokens", self.tokens, 1)
 
     def micro_batches(
         self, sequences: Sequences, ranks: Ranks = ALONE, network: nn.Module | None = None

@@ -14,7 +14,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import Experience, OldScores
-from ibro_lightning.errors import check_at_least
+from ibro_lightning.errors import check_at_least, check_count
 from ibro_lightning.models import clip_gradients
 from ibro_lightning.ranks import ALONE, Ranks, rank_zero_warn
 from ibro_lightning.regularizers import StepContext
@@ -118,9 +118,9 @@ class Updater:
     ) -> None:
         max_grad_norm = 0.0 if max_grad_norm is None else max_grad_norm
         check_at_least("max_grad_norm", max_grad_norm, 0)
-        check_at_least("update_epochs", update_epochs, 1)
+        check_count("update_epochs", update_epochs, 1)
         if mini_batch_prompts is not None:
-            check_at_least("mini_batch_prompts", mini_batch_prompts, 1)
+            check_count("mini_batch_prompts", mini_batch_prompts, 1)
         self.loop, self.budget = loop, budget
         self.mini_batch_prompts, self.update_epochs = mini_batch_prompts, update_epochs
         self.max_grad_norm = max_grad_norm

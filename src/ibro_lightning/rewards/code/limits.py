@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ibro_lightning.errors import check_at_least
+from ibro_lightning.errors import check_at_least, check_count
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class SandboxLimits:
     def __post_init__(self) -> None:
         check_at_least("wall_s", self.wall_s, 0.1)
         check_at_least("cpu_s", self.cpu_s, 0.1)
-        check_at_least("memory_mib", self.memory_mib, 64, ": the interpreter needs about half of this")
-        check_at_least("output_kib", self.output_kib, 1)
-        check_at_least("file_mib", self.file_mib, 0)
-        check_at_least("folder_mib", self.folder_mib, 0)
-        check_at_least("open_files", self.open_files, 16)
+        check_count("memory_mib", self.memory_mib, 64, ": the interpreter needs about half of this")
+        check_count("output_kib", self.output_kib, 1)
+        check_count("file_mib", self.file_mib, 0)
+        check_count("folder_mib", self.folder_mib, 0)
+        check_count("open_files", self.open_files, 16)
 
 
 DEFAULT_LIMITS = SandboxLimits()

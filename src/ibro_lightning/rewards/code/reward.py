@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Literal
 
+from ibro_lightning.errors import check_instance
 from ibro_lightning.rewards.base import Verdict, VerifiableReward
 from ibro_lightning.rewards.code.limits import CHECK_S, DEFAULT_LIMITS, SandboxLimits
 from ibro_lightning.types import Completion, Prompt, check_choice
@@ -59,6 +60,7 @@ class CodeReward(VerifiableReward):
         incorrect: float = -1.0,
     ) -> None:
         super().__init__(correct, incorrect)
+        check_instance("limits", limits, SandboxLimits)
         check_choice("open_tests", open_tests, OpenTests)
         self.fenced, self.partial, self.limits, self.open_tests = fenced, partial, limits, open_tests
         self.deadline_s = limits.wall_s + CHECK_S + _SLACK_S  # for the pool; the sandbox has its own limit

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from ibro_lightning.errors import ConfigError, RewardError, check_at_least
+from ibro_lightning.errors import ConfigError, RewardError, check_count
 from ibro_lightning.rewards.base import PlainResponses, Verdict, VerifiableReward
 from ibro_lightning.rewards.mathematics.answer_text import answer_line, bare, is_quantity, without_special_tokens
 from ibro_lightning.rewards.mathematics.expressions import equal, parse, spelled
@@ -99,9 +99,9 @@ class MathVerifyReward(VerifiableReward):
         super().__init__(correct, incorrect)
         if isinstance(match_types, str) or not match_types or any(kind not in _KINDS for kind in match_types):
             raise ConfigError("match_types", match_types, f"write a list of some of {', '.join(_KINDS)}")
-        check_at_least("precision", precision, 0)
-        check_at_least("numeric_precision", numeric_precision, 1)
-        check_at_least("last_chars", last_chars, 1)
+        check_count("precision", precision, 0)
+        check_count("numeric_precision", numeric_precision, 1)
+        check_count("last_chars", last_chars, 1)
         self.match_types, self.last_chars = tuple(match_types), last_chars
         self.options = {"strict": strict, "float_rounding": precision, "numeric_precision": numeric_precision}
         self.options["allow_set_relation_comp"] = allow_set_relation_comp

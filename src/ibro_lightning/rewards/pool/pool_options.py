@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from numbers import Real
 
-from ibro_lightning.errors import ConfigError, check_at_least
+from ibro_lightning.errors import ConfigError, check_at_least, check_count, is_number
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,15 @@ class PoolOptions:
 
     def __post_init__(self) -> None:
         if self.workers is not None:
-            check_at_least("workers", self.workers, 1)
+            check_count("workers", self.workers, 1)
         check_at_least("deadline_s", self.deadline_s, 0.01)
-        check_at_least("memory_mib", self.memory_mib, 16)
-        if not 0 <= self.timeout_score <= 1:
+        check_count("memory_mib", self.memory_mib, 16)
+        if not (is_number(self.timeout_score) and 0 <= self.timeout_score <= 1):
             raise ConfigError("timeout_score", self.timeout_score, "write an accuracy: 0 (wrong) up to 1 (right)")
-        if not (isinstance(self.lost_share, Real) and 0 < self.lost_share <= 1):
+        if not (is_number(self.lost_share) and 0 < self.lost_share <= 1):
             raise ConfigError("lost_share", self.lost_share, "write a share: above 0, up to 1 (all)")
         if (most := self.max_lost_rollouts) is not None:
-            if not isinstance(most, int) or isinstance(most, bool):
-                raise ConfigError("max_lost_rollouts", most, "write a whole number, or null for never")
-            check_at_least("max_lost_rollouts", most, 1, ", or null for never")
+            check_count("max_lost_rollouts", most, 1, ", or null for never")
 
     @property
     def size(self) -> int:
