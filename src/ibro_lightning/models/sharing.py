@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ibro_lightning.batches.flat import FlatBatch
 from ibro_lightning.batches.sequences import Sequences
-from ibro_lightning.guards.memory_advice import is_out_of_memory
+from ibro_lightning.errors import is_out_of_memory
 from ibro_lightning.models.flat_attention import SUPPORTED
 from ibro_lightning.models.transformer import flat_response_states, response_states
 
