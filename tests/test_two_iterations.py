@@ -130,7 +130,8 @@ def test_two_iterations(run_of: Callable[[str, str], Run], tiny_policy: Path, me
     for other in {relative, "none"} - {method, ""}:
         other_weights, other_curves = run_of(other, module)
         for name in ("policy/entropy", "rollout/reward", "rollout/length", "advantage/std"):
-            assert curves[name][0] == other_curves[name][0], "they start from the same rollout"
+            # The same rollout; to rounding, as methods differ in which of its rows are scored before the update.
+            assert curves[name][0] == pytest.approx(other_curves[name][0], rel=1e-5), name
         assert largest_difference(weights, other_weights) > 1e-4, other
 
 
