@@ -310,6 +310,24 @@ def test_more_new_tokens_than_there_are_positions_name_the_setting() -> None:
         sync(verifier_of(Trainer(qwen2(max_position_embeddings=32)), HFEngine(), new_tokens=32))
 
 
+@pytest.mark.parametrize("eos", [(NEVER,), range(0, VOCAB, 3)])
+def test_long_and_short_prompts_are_scored_apart(eos: Sequence[int]) -> None:
+    """Without the padding of the short ones, and equally often on every rank, whatever the answers' lengths."""
+
+    shapes: list[tuple[int, int]] = []
+
+    class Scores(Trainer):
+        def response_logp(self, sequences: Sequences, temperature: float) -> Tensor:
+            shapes.append(tuple(sequences.input_ids.shape))
+            return super().response_logp(sequences, temperature)
+
+    sync(verifier_of(Scores(eos=eos), HFEngine()))
+    (long, longest), (_, short) = shapes
+    assert long == 1
+    assert longest > 144
+    assert short <= 36 + 8
+
+
 # Faults, each with its cause.
 
 

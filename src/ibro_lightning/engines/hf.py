@@ -45,10 +45,11 @@ class HFEngine(RolloutEngine):
     cache, see :mod:`.probe`, then whether the slower :class:`.Batch` does, and otherwise refuses the model.
 
     Args:
-        max_batch_size: responses generated concurrently; bounds the memory of the key-value cache.
+        max_batch_size: responses generated concurrently; bounds the memory of the key-value cache to this many rows of
+            the longest prompt and ``max_tokens``, also when others join.
         dtype: of the engine's copy of the weights.
         compact_below: drop finished rows from the batch when the share of unfinished ones falls below this; 1 drops
-            them at once.
+            them at once. Those that stay take memory, too, up to ``max_tokens`` more for every row.
     """
 
     def __init__(self, max_batch_size: int = 256, dtype: Dtype = "float32", compact_below: float = 1.0) -> None:

@@ -119,14 +119,13 @@ class GrowingLayer(DynamicLayer):
         """Drop all but the last ``length`` tokens."""
         self._change(lambda buffer, _: buffer.keep_last(length))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Select rows of the batch, in this order; those that keep their place are not copied."""
-        if len(beam_idx) > len(self.keys):
-            self._change(lambda buffer, _: buffer.repeat(beam_idx))
-        else:
-            moved = (beam_idx != torch.arange(len(beam_idx), device=beam_idx.device)).nonzero().squeeze(-1)
-            sources = beam_idx[moved]
-            self._change(lambda buffer, _: buffer.drop(len(beam_idx), moved, sources))
+    def repeat(self, rows: Tensor) -> None:
+        """See :meth:`Buffer.repeat`."""
+        self._change(lambda buffer, _: buffer.repeat(rows))
+
+    def drop(self, count: int, moved: Tensor, sources: Tensor) -> None:
+        """See :meth:`Buffer.drop`."""
+        self._change(lambda buffer, _: buffer.drop(count, moved, sources))
 
     def join(self, other: GrowingLayer) -> None:
         """See :meth:`Buffer.join`."""
@@ -153,7 +152,26 @@ class GrowingWindowLayer(DynamicSlidingWindowLayer, GrowingLayer):
         return seen
 
 
-def growing_cache(config: Any) -> DynamicCache:
+class GrowingCache(DynamicCache):
+    """A cache that copies only rows that change their place when others are dropped."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        growing = [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
+        if growing and len(beam_idx) > len(growing[0].keys):
+            for layer in growing:
+                layer.repeat(beam_idx)
+        elif growing:
+            # Once for all layers: finding them waits for the accelerator.
+            moved = (beam_idx != torch.arange(len(beam_idx), device=beam_idx.device)).nonzero().squeeze(-1)
+            sources = beam_idx[moved]
+            for layer in growing:
+                layer.drop(len(beam_idx), moved, sources)
+        for layer in self.layers:
+            if not isinstance(layer, GrowingLayer):
+                layer.reorder_cache(beam_idx)
+
+
+def growing_cache(config: Any) -> GrowingCache:
     """A cache to whose rows those of another can be added with :func:`join_rows`.
 
     Args:
@@ -162,7 +180,7 @@ def growing_cache(config: Any) -> DynamicCache:
     Raises:
         ConfigError: it needs other layers than full attention, sliding windows of one size and linear attention.
     """
-    cache = DynamicCache(config=config)
+    cache = GrowingCache(config=config)
     # Transformers keeps chunks as it keeps windows, but their masks are others.
     chunks = getattr(config, "attention_chunk_size", None) or "chunked_attention" in (
         getattr(config, "layer_types", None) or ()
