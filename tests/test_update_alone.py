@@ -406,7 +406,7 @@ def test_a_surrogate_without_a_loss_for_every_token_is_refused(returned: Any) ->
     stats = SimpleNamespace(
         **dict.fromkeys(("logp", "old_logp", "advantages"), torch.zeros(2, 3)), mask=torch.ones(2, 3, dtype=torch.bool)
     )
-    with pytest.raises(ValueError, match="^surrogate returns "):
+    with pytest.raises(ValueError, match=r"^surrogate returns "):
         Mine(sampler_correction=None)(stats, stats)  # type: ignore[arg-type]
 
 
@@ -417,5 +417,5 @@ def test_a_reference_that_is_not_set_up_says_what_to_call() -> None:
 
 def test_a_loop_without_an_optimizer_of_the_policy_is_named() -> None:
     policy = torch.nn.Linear(1, 1)
-    with pytest.raises(RuntimeError, match="^no optimizer of the loop has parameters of the policy"):
+    with pytest.raises(RuntimeError, match=r"^no optimizer of the loop has parameters of the policy"):
         Updater(PlainLoop({"policy": policy}, [])).clip_and_step("policy", {})
