@@ -291,8 +291,9 @@ def test_what_a_dry_run_finds_out_has_its_place_too(
         (["fit"], "data: missing - write --config RECIPE, such as --config quickstart.yaml"),
         (["validate"], "data: missing - write --config RECIPE, such as --config quickstart.yaml"),
         (["fit", "--config", "modle.yaml"], "modle: the command line has no such setting: did you mean model?"),
-        (["fit", "--config", "unclosed.yaml"], "config: 'unclosed.yaml' - this is not YAML: while parsing a "
-         "flow sequence in unclosed.yaml, line 1, column 8 did not find expected ',' or ']' in unclosed.yaml, line 2, column 1"),
+        (["fit", "--config", "unclosed.yaml"], "config: 'unclosed.yaml' - this is not YAML: while parsing a flow "
+         "sequence in unclosed.yaml, line 1, column 8 did not find expected ',' or ']' in unclosed.yaml, line 2, "
+         "column 1"),
         (["fit", "--config", "tiny.yaml", "--seed_everything", "-5"], "seed_everything: -5 - write a whole number "
          "from 0 to 4294967295"),
         (["fit", "--config", "tiny.yaml", "--seed_everything", "4294967296"], "seed_everything: 4294967296 - write a "
