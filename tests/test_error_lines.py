@@ -28,8 +28,8 @@ from ibro_lightning.regularizers.coefficients import AdaptiveKL, Cosine, Entropy
 from ibro_lightning.strategies import FSDP2Strategy
 from ibro_lightning.types import SamplingParams
 
-REGULARIZERS = "one of ClipCov, CorrectPathEntropySuppression, EntropyBonus, EntropyShapedAdvantage, IBRO, "
-REGULARIZERS += "InformationBottleneck, KLCov, NoRegularizer, OppositeInformationBottleneck, PolicyLossMethod, "
+REGULARIZERS = "one of ClipCov, EntropyBonus, EntropyShapedAdvantage, IBRO, "
+REGULARIZERS += "InformationBottleneck, KLCov, NoRegularizer, OppositeInformationBottleneck, "
 REGULARIZERS += "TopEntropyTokens, or module.Class of your own"
 COEFFICIENTS = "one of AdaptiveKL, Constant, Cosine, EntropyBand, Linear, TargetEntropy, or module.Class of your own"
 
@@ -199,6 +199,8 @@ COMMAND_LINE = {
     "--model.regularizer.coef ibro_lightning.coefficients.AdaptiveKL": "model.regularizer.coef: "
     "'ibro_lightning.coefficients.AdaptiveKL' - this class has moved: write AdaptiveKL, or "
     "ibro_lightning.regularizers.coefficients.AdaptiveKL",
+    "--model.surrogate grpo": "model.surrogate: 'grpo' - write one of ppo, gspo, cispo, or a subclass of PolicyLoss, "
+    "as module.Class",
     "--checkpont.mode min": "checkpont.mode: 'min' - the command line has no such setting: did you mean "
     "checkpoint.mode?",
 }
@@ -286,6 +288,19 @@ def test_what_a_dry_run_finds_out_has_its_place_too(
     ("arguments", "line"),
     [
         (["fitt"], "command: 'fitt' - there is no such command: did you mean fit?"),
+        (["fit"], "data: missing - write --config RECIPE, such as --config quickstart.yaml"),
+        (["validate"], "data: missing - write --config RECIPE, such as --config quickstart.yaml"),
+        (["fit", "--config", "modle.yaml"], "modle: the command line has no such setting: did you mean model?"),
+        (["fit", "--config", "unclosed.yaml"], "config: 'unclosed.yaml' - this is not YAML: while parsing a flow "
+         "sequence in unclosed.yaml, line 1, column 8 did not find expected ',' or ']' in unclosed.yaml, line 2, "
+         "column 1"),
+        (["fit", "--config", "tiny.yaml", "--seed_everything", "-5"], "seed_everything: -5 - write a whole number "
+         "from 0 to 4294967295"),
+        (["fit", "--config", "tiny.yaml", "--seed_everything", "4294967296"], "seed_everything: 4294967296 - write a "
+         "whole number from 0 to 4294967295"),
+        (["fit", "--model.help=DAPOModul"], "model: 'DAPOModul' - there is no LightningModule of that name: did you "
+         "mean DAPOModule? Or write one of DAPOModule, PPOModule, PolicyModule, SFTModule, or module.Class of your "
+         "own, or null"),
         (["tune"], "command: 'tune' - there is no such command: write one of fit, validate, test, predict, compare, "
          "export"),
         (["fit", "--config", "tiny.yaml", "--ckpt_path"], "ckpt_path: missing - write text, or a path, or null"),
@@ -298,6 +313,8 @@ def test_what_a_dry_run_finds_out_has_its_place_too(
 def test_commands_and_flags_are_answered_in_one_line(
     arguments: list[str], line: str, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (workspace / "modle.yaml").write_text("modle: {class_path: DAPOModule}\n")
+    (workspace / "unclosed.yaml").write_text("model: [1\n")
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2

@@ -334,7 +334,7 @@ def test_a_rollout_without_sampler_log_probs_is_refused_in_one_line(kind: str, s
     with pytest.raises(ConfigError) as refused:
         fit(module, [rollout])
     line = str(refused.value)
-    assert line.startswith("sampler_correction: 'on' - the sampler's log-probs of 8 of 8 responses are ")
+    assert line.startswith("sampler_correction: 'SamplerCorrection' - the sampler's log-probs of 8 of 8 responses are ")
     assert "sampler_correction: null" in line
     assert "\n" not in line
 

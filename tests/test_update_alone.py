@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -417,3 +418,31 @@ def test_a_rank_whose_responses_are_all_late_begins_with_the_others() -> None:
     loop = PlainLoop({"policy": Policy(qwen2())}, [])
     assert not Updater(loop).start_iteration(late)
     assert Updater(replace(loop, ranks=OthersWereOnTime())).start_iteration(late)
+
+
+@pytest.mark.parametrize(
+    "returned", [lambda loss: (loss.mean(), {}), lambda loss: loss, lambda loss: (loss[:, :1], {})]
+)
+def test_a_surrogate_without_a_loss_for_every_token_is_refused(returned: Any) -> None:
+    """A scalar would otherwise take the shape of the sampler's weights, and train."""
+
+    class Mine(PolicyLoss):
+        def surrogate(self, stats: Any) -> Any:
+            return returned(super().surrogate(stats)[0])
+
+    stats = SimpleNamespace(
+        **dict.fromkeys(("logp", "old_logp", "advantages"), torch.zeros(2, 3)), mask=torch.ones(2, 3, dtype=torch.bool)
+    )
+    with pytest.raises(ValueError, match=r"^surrogate returns "):
+        Mine(sampler_correction=None)(stats, stats)  # type: ignore[arg-type]
+
+
+def test_a_reference_that_is_not_set_up_says_what_to_call() -> None:
+    with pytest.raises(RuntimeError, match=r"^call ReferenceKL\.setup\(policy_source, options\)"):
+        ReferenceKL().on(torch.device("cpu"))
+
+
+def test_a_loop_without_an_optimizer_of_the_policy_is_named() -> None:
+    policy = torch.nn.Linear(1, 1)
+    with pytest.raises(RuntimeError, match=r"^no optimizer of the loop has parameters of the policy"):
+        Updater(PlainLoop({"policy": policy}, [])).clip_and_step("policy", {})

@@ -131,6 +131,7 @@ def test_another_type_is_refused_under_the_parameters_name(kind: type) -> None:
 
 
 NAMED = {
+    "regularizer: 'PolicyLossMethod' - a base class": regularizers.PolicyLossMethod,
     # what is given: the beginning of the line
     "kl: 0.01 - write an instance of ReferenceKL, or None": lambda: DAPOModule(START, kl=0.01),
     "policy_options: {} - write an instance of PolicyOptions": lambda: DAPOModule(START, policy_options={}),

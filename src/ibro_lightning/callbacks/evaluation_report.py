@@ -33,7 +33,7 @@ class EvaluationReport(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(pl_module, EvaluatedModule):
             iteration = pl_module.iteration
-            when = f" after {iteration} iterations" * bool(iteration)
+            when = f" after {iteration} iteration{'s' * (iteration > 1)}" * bool(iteration)
             if trainer.sanity_checking:
                 when = " before training" if evaluation_counts(trainer) else ": a check, which is not recorded"
             self._report(trainer, pl_module, f"evaluation{when}")

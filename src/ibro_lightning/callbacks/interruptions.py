@@ -193,7 +193,7 @@ class Interruptions(pl.Callback):
     def _report_end(self, trainer: pl.Trainer, exception: Interrupted, saved: bool) -> None:
         done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         nothing = "nothing is saved" if done and not _writers(trainer) else "nothing had to be saved"
-        after = f"after {done} iterations: resume with --ckpt_path last" if saved else nothing
+        after = f"after {done} iteration{'s' * (done > 1)}: resume with --ckpt_path last" if saved else nothing
         tell(f"stopped by {exception}, {after}")
         if self._requeue:
             requeue()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience, TokenStats
+from ibro_lightning.errors import ConfigError
 from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.regularizers.coefficients import Coefficient, as_coefficient
 
@@ -89,6 +90,10 @@ class PolicyLossMethod(EntropyRegularizer):
     needs_entropy = False
 
     def __init__(self) -> None:
+        if type(self) is PolicyLossMethod:
+            raise ConfigError(
+                "regularizer", "PolicyLossMethod", "a base class, which does nothing: write NoRegularizer"
+            )
         super().__init__(coef=0.0)
 
     def objective(self, stats: TokenStats) -> Tensor:

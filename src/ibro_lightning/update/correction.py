@@ -146,7 +146,7 @@ def refuse_missing_logp(sampler_logp: Tensor, old_logp: Tensor, tokens: Tensor, 
 def _refused(what: str) -> ConfigError:
     return ConfigError(
         "sampler_correction",
-        "on",
+        "SamplerCorrection",
         f"{what}, so that there is nothing to correct by: put each token's into Completion.logp, or write "
         "sampler_correction: null (None in Python)",
     )

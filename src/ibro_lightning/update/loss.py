@@ -8,7 +8,7 @@ importance weight of an engine that is not quite the policy, H the policy's entr
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class PolicyLoss:
 
     def __call__(self, stats: TokenStats, micro: Experience) -> tuple[Tensor, dict[str, float]]:
         """The micro-batch's share of the step's loss, a scalar with a gradient, and of the step's metrics."""
-        loss, per_token = self.surrogate(stats)  # [B, T]
+        loss, per_token = checked(self.surrogate(stats), stats)  # [B, T]
         if self.sampler_correction is not None and stats.sampler_logp is not None:
             loss = loss * self.sampler_correction(stats.old_logp, stats.sampler_logp, stats.mask).weights  # [B, T] w
         loss = self.regularizer.shape_policy_loss(loss, stats)  # [B, T]
@@ -208,6 +208,17 @@ def loss_class(surrogate: Surrogate | type[PolicyLoss]) -> type[PolicyLoss]:
     if surrogate not in LOSSES:
         raise ConfigError("surrogate", surrogate, f"write one of {', '.join(LOSSES)}, or a subclass of PolicyLoss")
     return LOSSES[surrogate]
+
+
+def checked(result: Any, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a surrogate has returned; raises ValueError unless it is a loss ``[B, T]`` and metrics. A scalar would be
+    broadcast by the sampler's weights."""
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor)):
+        raise ValueError(f"surrogate returns the pair (loss [B, T], metrics by name), got {type(result).__name__}")
+    if result[0].shape != stats.mask.shape:
+        shapes = f"[B, T] = {list(stats.mask.shape)}, got {list(result[0].shape)}"
+        raise ValueError(f"surrogate returns a loss for every token, {shapes}: PolicyLoss aggregates it")
+    return result
 
 
 def weighted_sum(values: Tensor, micro: Experience) -> Tensor:

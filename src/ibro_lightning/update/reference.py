@@ -71,7 +71,8 @@ class ReferenceKL:
 
     @property
     def source(self) -> PolicySource:
-        assert self._source is not None, "setup comes first"
+        if self._source is None:
+            raise RuntimeError("call ReferenceKL.setup(policy_source, options) before the first update: our modules do")
         return self._source
 
     def on(self, device: torch.device) -> Policy:

@@ -198,7 +198,8 @@ class Updater:
             losses: of the step on all ranks.
             batch: what they were computed from, to be saved if too many steps are skipped.
         """
-        optimizers = optimizers_of(self.loop, network)
+        if not (optimizers := optimizers_of(self.loop, network)):
+            raise RuntimeError(f"no optimizer of the loop has parameters of the {network}: give it one that has")
         learning_rate = float(optimizers[0].param_groups[0]["lr"])  # read first: a schedule changes a tensor in place
         norm = clip_gradients(self.loop.networks[network].parameters(), self.max_grad_norm)
         cause = nonfinite_cause(norm, losses)

@@ -71,7 +71,7 @@ class Keeper:
         if os.path.lexists(path) and (not ours or path.is_dir()):  # a folder cannot be replaced in one step
             reason = why_known_invalid(path)
             kind = "damaged" if reason is not None and written.has_name(path) else "foreign"
-            self._set_aside(path, kind, reason or "this run did not write it")
+            self._set_aside(path, kind, reason or "the link to the newest checkpoint takes its name")
         written.add(partial, path.name)
         to_disk(self.folder)  # even after a power failure, the list must precede the name
         os.replace(partial, path)
@@ -120,7 +120,7 @@ class Keeper:
         last, link = self.folder / LAST, self.folder / (LAST + PARTIAL)
         for name in (last, link):
             if os.path.lexists(name) and not _is_own_link(name):
-                self._set_aside(name, "foreign", "this run did not write it")
+                self._set_aside(name, "foreign", "the link to the newest checkpoint takes its name")
         if last.is_symlink() and os.readlink(last) == path.name:
             return
         link.unlink(missing_ok=True)
