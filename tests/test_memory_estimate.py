@@ -307,7 +307,7 @@ def test_flops_are_those_that_torch_counts(tmp_path: Path, tied: bool, shared: b
     assert module.policy.shares_prompts is shared
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module.policy(Sequences.collate([[1] * 32] * 4, [[1] * 96] * 4), temperature=1.0)
-    # torch counts all pairs of an attention, half of which are masked, and the head of padded rows at one position more.
+    # torch counts all pairs of an attention, half of which are masked, and of padded rows one head too many each.
     attention = 4 * 2 * (4 * 16) * 4 * 128**2
     head = 0 if shared else 2 * 512 * 64 * 4
     assert found.score == pytest.approx(counter.get_total_flops() - attention / 2 - head, rel=0.01)
