@@ -17,7 +17,7 @@ import torch
 from helpers.engines import Told
 from helpers.models import qwen2
 from helpers.processes import HANGS_S, start_ranks
-from ibro_lightning.engines import EngineProcess, HFEngine, VLLMEngine, weight_file
+from ibro_lightning.engines import EngineProcess, HFEngine, VLLMEngine, shared_weights
 from ibro_lightning.engines.process import environment
 from ibro_lightning.errors import ConfigError, RolloutError
 from ibro_lightning.models.spec import ModelSpec
@@ -253,10 +253,10 @@ TENSORS = {
 
 class TestWeightFile:
     def test_what_is_read_is_what_was_written(self) -> None:
-        with weight_file.nameless_file() as file:
+        with shared_weights.nameless_file() as file:
             for chosen in (list(TENSORS), ["half", "one"], []):  # shorter ones leave nothing of longer ones
-                table = weight_file.write(file, ((name, TENSORS[name]) for name in chosen))
-                found = dict(weight_file.read(file, table))
+                table = shared_weights.write(file, ((name, TENSORS[name]) for name in chosen))
+                found = dict(shared_weights.read(file, table))
                 assert list(found) == chosen
                 for name, tensor in found.items():
                     expected = TENSORS[name]
@@ -264,13 +264,13 @@ class TestWeightFile:
                     assert torch.equal(tensor.float(), expected.float())
 
     def test_what_was_read_stays_when_the_memory_is_freed(self) -> None:
-        with weight_file.nameless_file() as file:
-            found = dict(weight_file.read(file, weight_file.write(file, TENSORS.items())))
-            weight_file.clear(file)
+        with shared_weights.nameless_file() as file:
+            found = dict(shared_weights.read(file, shared_weights.write(file, TENSORS.items())))
+            shared_weights.clear(file)
             assert os.fstat(file.fileno()).st_size == 0
             assert torch.equal(found["matrix"], TENSORS["matrix"])
 
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere it is a temporary file")
     def test_it_has_no_name_that_could_be_left_behind(self) -> None:
-        with weight_file.nameless_file() as file:
+        with shared_weights.nameless_file() as file:
             assert "memfd" in os.readlink(f"/proc/self/fd/{file.fileno()}")

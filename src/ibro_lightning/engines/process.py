@@ -15,7 +15,7 @@ import cloudpickle
 import torch
 from torch import Tensor, distributed
 
-from ibro_lightning.engines import process_child, weight_file
+from ibro_lightning.engines import process_child, shared_weights
 from ibro_lightning.engines.base import RolloutEngine, Rows
 from ibro_lightning.errors import ConfigError, RolloutError, check_at_least
 from ibro_lightning.guards.signals import ended
@@ -75,8 +75,8 @@ class EngineProcess(RolloutEngine):
         if self._process is None and self._spec is not None:
             self.setup(self._spec)
         self._check_running()
-        self._ask("load_weights", weight_file.write(self._weights, named_tensors), partial)
-        weight_file.clear(self._weights)
+        self._ask("load_weights", shared_weights.write(self._weights, named_tensors), partial)
+        shared_weights.clear(self._weights)
 
     def generate(self, prompts: Rows, sampling: SamplingParams, seeds: Rows) -> list[list[Generation]]:
         generated: list[list[Generation]] = self._ask("generate", prompts, sampling, seeds)
@@ -112,7 +112,7 @@ class EngineProcess(RolloutEngine):
             remedy = f"cannot be sent to a process of its own ({reason}): let it open what it needs in setup"
             raise ConfigError("engine", name, remedy) from error
         self._conn, theirs = Pipe()
-        self._weights = weight_file.nameless_file()
+        self._weights = shared_weights.nameless_file()
         descriptors = theirs.fileno(), self._weights.fileno()
         code = f"from {process_child.__name__} import main; main(*{descriptors}, {os.getpid()})"
         with theirs:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ibro_lightning.engines import weight_file
+from ibro_lightning.engines import shared_weights
 from ibro_lightning.engines.base import RolloutEngine
 from ibro_lightning.guards.signals import end_with, stop_signals
 
@@ -64,8 +64,8 @@ class Served:
         self._engine.setup(spec)
         return self._engine.max_model_len
 
-    def load_weights(self, table: list[weight_file.Entry], partial: bool) -> None:
-        self._engine.load_weights(weight_file.read(self._weights, table), partial=partial)
+    def load_weights(self, table: list[shared_weights.Entry], partial: bool) -> None:
+        self._engine.load_weights(shared_weights.read(self._weights, table), partial=partial)
 
     def close(self) -> None:
         if hasattr(self, "_engine"):

@@ -36,7 +36,7 @@ from ibro_lightning.engines.vllm_completions import completion_request, generati
 from ibro_lightning.engines.vllm_http import Request, ServerClient, ServerLost, ServerRefused
 from ibro_lightning.engines.vllm_limits import check_prompts, check_temperature
 from ibro_lightning.engines.vllm_server_settings import check_same_model, checked_settings, checked_url, is_loopback
-from ibro_lightning.engines.weight_files import private_folder, write_weights
+from ibro_lightning.engines.weight_folder import private_folder, write_weights
 from ibro_lightning.engines.weight_names import checked_weights, weight_shapes
 from ibro_lightning.errors import ConfigError, RolloutError, check_at_least
 from ibro_lightning.models.spec import ModelSpec

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ibro_lightning.engines.weight_files import private_folder, write_weights
+from ibro_lightning.engines.weight_folder import private_folder, write_weights
 
 
 @pytest.mark.parametrize("limit", [1, 100, 10**9])
