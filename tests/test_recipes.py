@@ -16,7 +16,7 @@ from ibro_lightning.cli.recipes import find_config, recipe_folder, recipe_names
 from ibro_lightning.cli.training import IbroCLI
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.modules import DAPOModule, PPOModule
-from ibro_lightning.update import ReferenceKL
+from ibro_lightning.update import ReferenceKL, SamplerCorrection
 
 RECIPES = recipe_names()
 
@@ -137,9 +137,10 @@ def test_the_documented_algorithms_are_options_that_parse_and_build(name: str, t
     settings = printed_config("fit", "--config", "quickstart.yaml", *options)["model"]["init_args"]
     kl = settings.pop("kl")
     kl = ReferenceKL(**kl["init_args"]) if kl else None
+    correction = SamplerCorrection(**settings.pop("sampler_correction"))
     for setting in ("policy", "policy_options", "regularizer", "optimizer"):
         del settings[setting]
-    DAPOModule(str(tiny_policy), kl=kl, **settings)
+    DAPOModule(str(tiny_policy), kl=kl, sampler_correction=correction, **settings)
 
 
 @pytest.mark.parametrize("algorithm", ["dapo", "ppo"])
