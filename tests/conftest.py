@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import textwrap
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -55,6 +56,14 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ |= before
+
+
+@pytest.fixture
+def ctrl_c_interrupts() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where pytest was started in the background: shells ignore it there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

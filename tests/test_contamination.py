@@ -176,6 +176,9 @@ class SilentEngine:
 class Provider(SimpleNamespace):
     tokenizer, eos_token_ids, min_group_size = ByCharacter(), (0,), 2
 
+    def named_full_weights(self) -> list[tuple[str, torch.Tensor]]:
+        return []
+
     def model_spec(self) -> ModelSpec:
         config = SimpleNamespace(vocab_size=2)
         config.get_text_config = lambda: config

@@ -161,7 +161,9 @@ class TestItsEnd:
             assert not servers()
             (tmp_path / "hangs").unlink()
 
-    def test_an_interrupted_call_leaves_no_answer_for_the_next(self, told: EngineProcess, tmp_path: Path) -> None:
+    def test_an_interrupted_call_leaves_no_answer_for_the_next(
+        self, told: EngineProcess, tmp_path: Path, ctrl_c_interrupts: None
+    ) -> None:
         def interrupt() -> None:
             until((tmp_path / "hangs").exists)
             os.kill(os.getpid(), signal.SIGINT)

@@ -182,8 +182,8 @@ COMMAND_LINE = {
     f"base class: write {REGULARIZERS}, or null",
     "--model.policy_options.lora x": "model.policy_options.lora: 'x' - write its settings (rank, alpha, "
     "target_modules, seed), or null",
-    "--data.engine Nope": "data.engine: 'Nope' - there is no RolloutEngine of that name: write one of HFEngine, "
-    "VLLMEngine, VLLMServerEngine, or module.Class of your own, or null",
+    "--data.engine Nope": "data.engine: 'Nope' - there is no RolloutEngine of that name: write one of EngineProcess, "
+    "HFEngine, VLLMEngine, VLLMServerEngine, or module.Class of your own, or null",
     "--data.grup_size 4": "data.grup_size: '4' - RolloutDataModule has no such setting: did you mean group_size?",
     "--data.group_size null": "data.group_size: null - write a whole number, or leave it out for its default",
     "--data.reward_pool.workers x": "data.reward_pool.workers: 'x' - write a whole number, or null",

@@ -102,9 +102,10 @@ def test_sliding_windows_reach_back_into_the_prompt_as_far_as_they_do(window: in
 @pytest.mark.parametrize("batch", ["short prompts", "long prompts"])
 def test_checkpointed_blocks_are_recomputed_as_they_were_run(batch: str) -> None:
     model = gpt2().double()
-    expected = values_and_gradients(Policy(model), BATCHES[batch])
-    checkpointed = Policy(model, gradient_checkpointing=True)
+    plain, checkpointed = Policy(model), Policy(model, gradient_checkpointing=True)
+    assert plain.shares_prompts
     assert checkpointed.shares_prompts
+    expected = values_and_gradients(plain, BATCHES[batch])
     for one, other in zip(values_and_gradients(checkpointed, BATCHES[batch]), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
     assert model.config._attn_implementation == "sdpa"
@@ -144,7 +145,7 @@ def test_rounding_is_no_reason_not_to_share(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("batch", BATCHES)
 def test_the_model_sees_each_distinct_prompt_once_and_no_padding(batch: str) -> None:
     policy, seqs = Policy(gpt2()), BATCHES[batch]
-    policy(seqs, temperature=1.0)  # the first time, it also tries
+    assert policy.shares_prompts
     seen: list[Any] = []
     policy.model.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
     policy(seqs, temperature=1.0)
@@ -298,14 +299,22 @@ def test_a_model_that_would_be_wrong_is_run_as_before(
     model.model.layers[1] = wrapper(model.model.layers[1])
     policy = Policy(model)
     with caplog.at_level(logging.INFO):
+        assert not policy.shares_prompts
         computed = values_and_gradients(policy, sequences())
-        policy(sequences(), temperature=1.0)
+        assert not policy.shares_prompts
     expected = values_and_gradients(Policy(model, share_prompts=False), sequences())
     assert all(torch.equal(one, other) for one, other in zip(computed, expected, strict=True))
     [said] = [record.getMessage() for record in caplog.records if "once per response" in record.getMessage()]
     assert said.startswith("Qwen2ForCausalLM: ")
     assert reason in said
     assert "\n" not in said
+
+
+def test_a_forward_pass_does_not_try_by_itself() -> None:
+    """Within one, a sharded network would give its gathered weights back."""
+    policy = Policy(gpt2())
+    policy(sequences(), temperature=1.0)
+    assert policy._shares_prompts is None
 
 
 def test_float64_that_is_rounded_to_float32_is_not_exact(caplog: pytest.LogCaptureFixture) -> None:

@@ -204,7 +204,7 @@ class TestFailures:
         assert ready.generate([[1]], PARAMS, [[0]])[0][0].token_ids == (1,)
         assert limits == {"/v1/completions": None, "/health": 60.0}
 
-    def test_ctrl_c_ends_the_requests_and_the_next_call_works(self, ready, fake, hanging):
+    def test_ctrl_c_ends_the_requests_and_the_next_call_works(self, ready, fake, hanging, ctrl_c_interrupts):
         arrived, main, client = threading.Event(), threading.get_ident(), ready._client
 
         def answer(body: Any) -> tuple[int, Any]:

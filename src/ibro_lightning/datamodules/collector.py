@@ -36,7 +36,7 @@ class Collector:
         keep_special_tokens: bool = False,
         on_bad_gold: OnBadGold = "refuse",
     ) -> None:
-        if engine is not None and (isinstance(engine, type) or not hasattr(engine, "generate")):
+        if engine is not None and (isinstance(engine, type) or not hasattr(engine, "setup")):
             raise ConfigError("engine", engine, "write an engine, such as HFEngine(), or None for that")
         check_instance("weight_check", weight_check, WeightCheck, optional=True)
         check_instance("reward_pool", reward_pool, PoolOptions, optional=True)

@@ -19,8 +19,8 @@ from ibro_lightning.engines.hf_responses import Responses
 from ibro_lightning.engines.probe import build, check_generation, in_float32
 from ibro_lightning.errors import ConfigError, RolloutError, check_count, is_number
 from ibro_lightning.guards.memory_advice import engine_memory_advice
-from ibro_lightning.models.spec import ModelSpec
-from ibro_lightning.types import Dtype, Generation, SamplingParams, check_choice
+from ibro_lightning.models.spec import ModelSpec, check_dtype
+from ibro_lightning.types import Dtype, Generation, SamplingParams
 
 REFILL_BELOW = 0.75
 """Share of ``max_batch_size`` below which samples of further prompts join. Several join at a time, because computing a
@@ -54,7 +54,7 @@ class HFEngine(RolloutEngine):
 
     def __init__(self, max_batch_size: int = 256, dtype: Dtype = "float32", compact_below: float = 1.0) -> None:
         check_count("max_batch_size", max_batch_size, 1, " responses")
-        check_choice("dtype", dtype, Dtype)
+        check_dtype("dtype", dtype)
         if not (is_number(compact_below) and 0 < compact_below <= 1):
             raise ConfigError("compact_below", compact_below, "write a share above 0 and up to 1")
         self.dtype: Dtype = dtype

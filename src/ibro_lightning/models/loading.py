@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import AutoModelForTokenClassification
@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from ibro_lightning.errors import ConfigError, check_instance
 from ibro_lightning.models.lora import LoRAOptions
+from ibro_lightning.models.spec import check_dtype
 from ibro_lightning.models.stored import pickled
 from ibro_lightning.types import Dtype
 
@@ -52,9 +53,7 @@ class PolicyOptions:
     lora: LoRAOptions | None = None
 
     def __post_init__(self) -> None:
-        dtype = getattr(torch, str(self.dtype), None)
-        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):  # float64 is for comparisons
-            raise ConfigError("dtype", self.dtype, f"write one of {', '.join(get_args(Dtype))}")
+        check_dtype("dtype", self.dtype)
         check_instance("lora", self.lora, LoRAOptions, optional=True)
 
 

@@ -58,10 +58,9 @@ class ResponseNetwork(DeterministicNetwork):
             rank_zero_info(f"{name}: prompts are run once per response, not once per group: {reason}")
 
     def response_states(self, model: Any, sequences: Sequences, output: str, *, after_last: bool = False) -> Tensor:
-        """An output of ``model``, which is ``self.model`` or a part of it; see :func:`.response_states`."""
-        if self._shares_prompts is None:
-            # Not self.settle_sharing(), which a sharded network runs as a forward pass of its own.
-            ResponseNetwork.settle_sharing(self)
+        """An output of ``model``, which is ``self.model`` or a part of it; see :func:`.response_states`. Prompts are
+        shared once it is settled that they can be, which is not tried within a forward pass: after a backward pass in
+        it, a sharded network has given its gathered weights back."""
         if self._shares_prompts:
             return flat_response_states(model, sequences, output, after_last=after_last)
         return response_states(model, sequences, output, after_last=after_last, packing=self.packing)

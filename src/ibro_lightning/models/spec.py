@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
+
+from ibro_lightning.errors import ConfigError
+from ibro_lightning.types import Dtype
 
 
 @dataclass(frozen=True)
@@ -61,3 +64,10 @@ def _other_outputs(config: Any) -> list[tuple[Any, str]]:
     return [
         (part, name) for part in parts for name, plain in PLAIN_OUTPUTS.items() if getattr(part, name, plain) != plain
     ]
+
+
+def check_dtype(field: str, name: object) -> None:
+    """Raise :class:`ConfigError` unless ``name`` is that of a floating-point dtype; float64 is for comparisons."""
+    dtype = getattr(torch, str(name), None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(field, name, f"write one of {', '.join(get_args(Dtype))}")
