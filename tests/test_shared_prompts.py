@@ -146,6 +146,7 @@ def test_rounding_is_no_reason_not_to_share(dtype: torch.dtype) -> None:
 def test_the_model_sees_each_distinct_prompt_once_and_no_padding(batch: str) -> None:
     policy, seqs = Policy(gpt2()), BATCHES[batch]
     assert policy.shares_prompts
+    policy(seqs, temperature=1.0)  # the first time, random draws are looked for, too
     seen: list[Any] = []
     policy.model.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
     policy(seqs, temperature=1.0)
