@@ -31,6 +31,8 @@ from ibro_lightning.runs.holder import START, Holder
 
 BEAT_S = 4.0
 """Seconds between two heartbeats."""
+WRITE_S = 2.0
+"""Seconds within which a process that has created the file writes its name, on a machine busy with other work."""
 SILENCE_S = 12.0
 """Seconds without a heartbeat after which a process on another machine counts as dead."""
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
@@ -57,7 +59,7 @@ class LockFile:
         self._joined = False
         self._created_folders: list[Path] = []
         self._silent: bytes | None = None
-        self._ambiguous: int | None = None
+        self._ambiguous: tuple[int, float] | None = None  # its inode, and when it was first met
         self._stopped = threading.Event()
 
     def take(self) -> Holder | None:
@@ -156,12 +158,14 @@ class LockFile:
 
     def _release_ambiguous(self, file: int) -> None:
         """Unlock a file that is empty, or holds only a lock's first characters. It need not be ours: it is moved aside,
-        unless this is the first encounter, as its creator may be about to write."""
-        before, self._ambiguous = self._ambiguous, os.fstat(file).st_ino
-        if before != self._ambiguous:
+        unless it is new, as its creator may be about to write."""
+        inode = os.fstat(file).st_ino
+        if self._ambiguous is None or self._ambiguous[0] != inode:
+            self._ambiguous = inode, time.monotonic()
+        if time.monotonic() - self._ambiguous[1] < WRITE_S:
             with contextlib.suppress(OSError):
                 fcntl.lockf(file, fcntl.LOCK_UN)
-            time.sleep(0.2)
+            time.sleep(0.1)
             return
         aside = free_name(self.path)
         self.path.rename(aside)
