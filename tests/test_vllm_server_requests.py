@@ -156,8 +156,13 @@ class TestGenerating:
 
 class TestFailures:
     def test_a_refused_request_ends_the_others_and_none_is_repeated(self, ready, fake, hanging):
-        refusal = 400, {"error": {"message": "no such\nparameter", "code": 400}}
-        fake.answers["/v1/completions"] = lambda body: hanging(body) if body["seed"] == 0 else refusal
+        def answer(body: Any) -> tuple[int, Any]:
+            if body["seed"] == 0:
+                return hanging(body)
+            fake.wait_for_completions(2)
+            return 400, {"error": {"message": "no such\nparameter", "code": 400}}
+
+        fake.answers["/v1/completions"] = answer
         with pytest.raises(RolloutError, match=r"^the vLLM server failed while generating: no such parameter$"):
             ready.generate([[1]], PARAMS, [[0, 1]])
         assert asyncio.all_tasks(ready._client._loop) == set()
@@ -171,7 +176,11 @@ class TestFailures:
             engine.generate([[1]], PARAMS, [[0, 1]])
 
     def test_a_connection_that_breaks(self, ready, fake):
-        fake.answers["/v1/completions"] = lambda _: (0, None)
+        def answer(_: Any) -> tuple[int, Any]:
+            fake.wait_for_completions(2)
+            return 0, None
+
+        fake.answers["/v1/completions"] = answer
         self.lost(ready, "the connection broke")
         assert len(fake.completions()) == 2, "it was tried again"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2Config
 
+from helpers.processes import HANGS_S
 from ibro_lightning.engines.weight_names import weight_shapes
 from ibro_lightning.models.spec import ModelSpec
 
@@ -75,6 +77,13 @@ class FakeServer:
 
     def completions(self) -> list[Any]:
         return [body for path, body in self.asked if path == "/v1/completions" and "logit_bias" not in body]
+
+    def wait_for_completions(self, number: int) -> None:
+        """Return once as many have been asked for: a test's answer that must not come before the other requests do."""
+        until = time.monotonic() + HANGS_S
+        while len(self.completions()) < number:
+            assert time.monotonic() < until, f"{number} completions were never asked for"
+            time.sleep(0.001)
 
     def _load(self, body: Any) -> Answer:
         assert body["method"] == "reload_weights"
