@@ -296,6 +296,8 @@ class PolicyModule(pl.LightningModule):
         return not sets or self.evaluator.at_step == self.trainer.global_step
 
     def on_validation_epoch_start(self) -> None:
+        with self.forward_context():
+            self.policy.settle_sharing()  # a run may resume with its last evaluation, without a start of training
         self.evaluator.begin()
 
     def validation_step(self, rollout: Rollout, batch_idx: int, dataloader_idx: int = 0) -> None:
