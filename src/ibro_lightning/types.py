@@ -2,17 +2,19 @@
 
 In the order of one iteration: ``Problem`` (a source's text) → ``Prompt`` (its tokens) → ``Generation`` (the engine's
 tokens) → ``Completion`` (with text) → ``RewardResult`` → ``Rollout`` (one Lightning batch) → ``Experience`` (what one
-update needs); the last two are in :mod:`ibro_lightning.batches`. Shapes: ``B`` responses, ``L`` prompt + response
-tokens, ``T`` response tokens, padded.
+update needs); the last two are in :mod:`ibro_lightning.batches`. Shapes: ``B`` responses, ``N`` tokens of them, row
+after row without padding; in a padded micro-batch, ``L`` prompt + response tokens and ``T`` response tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
+
+import numpy as np
 
 from ibro_lightning.errors import ConfigError
 
@@ -127,32 +129,106 @@ class Prompt:
     """How control tokens in the data's text are treated."""
 
 
+class Numbers(Sequence[Any]):
+    """Reads like a tuple of Python's numbers, and is equal to one, but takes 4 bytes for each of them.
+
+    Args:
+        values: a sequence, or an array. A read-only array of :attr:`dtype` is kept as it is; anything else is copied.
+    """
+
+    __slots__ = ("_array",)
+    dtype: ClassVar[type[np.generic]]
+
+    def __init__(self, values: Any = ()) -> None:
+        if isinstance(values, type(self)):
+            values = values._array
+        elif not (isinstance(values, np.ndarray) and values.dtype == self.dtype and not values.flags.writeable):
+            values = np.array(values, dtype=self.dtype)
+            values.flags.writeable = False
+        self._array: np.ndarray = values
+
+    @classmethod
+    def shared(cls, array: np.ndarray) -> Self:
+        """A view of an array of :attr:`dtype`, whose owner no longer changes it."""
+        view = array.view()
+        view.flags.writeable = False
+        return cls(view)
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._array.tolist())
+
+    def __getitem__(self, place: Any) -> Any:
+        return type(self)(self._array[place]) if isinstance(place, slice) else self._array[place].item()
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Numbers):
+            return np.array_equal(self._array, other._array, equal_nan=True)
+        return tuple(self) == other if isinstance(other, tuple) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self._array, dtype=dtype) if copy else np.asarray(self._array, dtype=dtype)
+
+    def __reduce__(self) -> tuple[type[Self], tuple[np.ndarray]]:
+        return type(self), (self._array,)
+
+    def __repr__(self) -> str:
+        return repr(tuple(self)) if len(self) <= 16 else f"({str(tuple(self[:8]))[1:-1]}, … {len(self)} numbers)"
+
+
+class TokenIds(Numbers):
+    """Token ids as int32."""
+
+    __slots__ = ()
+    dtype = np.int32
+
+
+class Logp(Numbers):
+    """Log-probs as float32; nan in place of None."""
+
+    __slots__ = ()
+    dtype = np.float32
+
+
 @dataclass(frozen=True)
 class Generation:
-    """What an engine returns for one sample: token ids, EOS included if it was produced, and their log-probs.
+    """What an engine returns for one sample: token ids, EOS included if it was produced, and their log-probs. Any
+    sequence may be given for them; they are kept as :class:`TokenIds` and :class:`Logp`.
 
     ``logp`` are nats under the distribution actually sampled (temperature and truncation included): one per token, or
     empty if they are not available. A token whose log-prob is nan or −inf is not trained on.
     """
 
-    token_ids: tuple[int, ...]
-    logp: tuple[float, ...]
+    token_ids: Sequence[int]
+    logp: Sequence[float]
     finish_reason: FinishReason
+
+    def __post_init__(self) -> None:
+        _keep_compact(self)
 
 
 @dataclass(frozen=True)
 class Completion:
     """A generation with its text, as rewards see it. ``max_tokens`` is the limit under which it was sampled.
 
-    ``text`` is the decoded tokens; rewards receive it after the prompt's ``prefill``.
+    ``text`` is the decoded tokens; rewards receive it after the prompt's ``prefill``. Tokens and log-probs are the
+    generation's own.
     """
 
-    token_ids: tuple[int, ...]
-    logp: tuple[float, ...]
+    token_ids: Sequence[int]
+    logp: Sequence[float]
     finish_reason: FinishReason
     text: str
     max_tokens: int
     seed: int
+
+    def __post_init__(self) -> None:
+        _keep_compact(self)
 
     @property
     def truncated(self) -> bool:
@@ -185,3 +261,9 @@ class Group:
     prompt: Prompt
     completions: tuple[Completion, ...]
     results: tuple[RewardResult, ...]
+
+
+def _keep_compact(sampled: Generation | Completion) -> None:
+    logp: Sequence[float] | None = sampled.logp  # an engine without log-probs may say None
+    for name, values in (("token_ids", TokenIds(sampled.token_ids)), ("logp", Logp(() if logp is None else logp))):
+        object.__setattr__(sampled, name, values)  # in place of the sequences given; the fields are frozen

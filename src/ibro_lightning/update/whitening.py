@@ -11,7 +11,7 @@ from ibro_lightning.ranks import Ranks
 
 
 def whiten(values: Tensor, experience: Experience, ranks: Ranks) -> Tensor:
-    """``[B, T]`` with mean 0 and variance 1 over the rollout's valid tokens on all ranks; 0 elsewhere. The variance is
+    """``[N]`` with mean 0 and variance 1 over the rollout's valid tokens on all ranks; 0 elsewhere. The variance is
     less than 1 where the whole rollout is right or wrong and the values hardly differ (``docs/rewards.md``)."""
     mask = experience.mask
     mean = ranks.mean(values, mask)
