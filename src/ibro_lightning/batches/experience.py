@@ -67,6 +67,8 @@ class Experience:
     """The rows' prompts, for methods that need more than tokens."""
     token_rewards: Tensor | None = None
     """``[N]`` each response's reward at its last token, less a KL penalty in the reward."""
+    rewards: Tensor | None = None
+    """``[B]`` the sums of :attr:`token_rewards`; of a response without tokens, its reward."""
     sampler_logp: Tensor | None = None
     """``[N]`` log-probs that the engine sampled with, nan where it gave none."""
     weights: Tensor | None = None
@@ -137,6 +139,7 @@ class Experience:
             groups=self.groups[rows],
             prompts=tuple(self.prompts[row] for row in rows.tolist()) if self.prompts else (),
             token_rewards=of_rows(self.token_rewards),
+            rewards=None if self.rewards is None else self.rewards[rows],
             sampler_logp=of_rows(self.sampler_logp),
             outcomes=None if self.outcomes is None else self.outcomes[rows],
             outcome_span=None if self.outcome_span is None else self.outcome_span[rows],

@@ -110,7 +110,7 @@ class Shapes:
         return 0.0 if module.scorer.old_logp == "sampler" else 1.0 - in_first_step / self.groups
 
     def experience(self, module: Any) -> Experience:
-        """The rows of a micro-batch at the start of an optimizer step, with all that the module's own losses may read."""
+        """The rows of a micro-batch at the start of an optimizer step, with all that the module's losses may read."""
 
         def zeros() -> Tensor:
             return torch.zeros(self.micro_rows * self.response)

@@ -170,17 +170,19 @@ class DAPOModule(PolicyModule):
 
     def advantages(self, experience: Experience) -> Tensor:
         """The advantages ``[N]`` of the configured estimator."""
-        rewards, groups = experience.token_rewards, experience.groups
-        assert rewards is not None, "the scorer sets them"
+        assert experience.token_rewards is not None, "the scorer sets them"
+        assert experience.rewards is not None
         if self.advantage not in GROUP_RELATIVE:
-            (to_go,) = row_wise(lambda _, mask, own: reward_to_go(own, mask), experience.lengths, rewards)  # [N]
+            (to_go,) = row_wise(
+                lambda _, mask, rewards: reward_to_go(rewards, mask), experience.lengths, experience.token_rewards
+            )  # [N]
             return whiten(to_go, experience, self.ranks)
-        per_response = experience.row_sums(rewards)  # [B]
+        rewards, groups = experience.rewards, experience.groups  # [B] each
         if self.advantage == "grpo" and experience.outcomes is not None:  # the one that divides by a deviation
             span = 1.0 if experience.outcome_span is None else experience.outcome_span
-            advantages = group_advantages(per_response, groups, outcomes=experience.outcomes, outcome_span=span)
+            advantages = group_advantages(rewards, groups, outcomes=experience.outcomes, outcome_span=span)
         else:
-            advantages = GROUP_RELATIVE[self.advantage](per_response, groups)
+            advantages = GROUP_RELATIVE[self.advantage](rewards, groups)
         return experience.per_token(advantages)  # [N]
 
     def experience_metrics(self, experience: Experience, rollout: Rollout) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import Experience, OldScores
-from ibro_lightning.batches.ragged import Places, per_token, put_tokens
+from ibro_lightning.batches.ragged import Places, per_token, put_tokens, row_sums
 from ibro_lightning.batches.sequences import FlatSequences
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import Critic
@@ -101,6 +101,7 @@ class Scorer:
             iteration=rollout.iteration,
             prompts=rollout.prompts,
             token_rewards=rewards,
+            rewards=torch.where(some, row_sums(rewards, lengths), rollout.rewards.to(rewards.dtype)),
             sampler_logp=rollout.sampler_logp,
             outcomes=rollout.outcomes,
             outcome_span=rollout.outcome_span,
