@@ -112,7 +112,8 @@ class Ranks:
 
     def mean(self, values: Tensor, weights: Tensor) -> Tensor:
         """Mean over the tokens of all ranks by ``weights`` (a mask, or numbers ≥ 0); 0 if all weights are 0."""
-        total = self.sum((torch.where(weights > 0, values, 0.0) * weights).sum())
+        counted = torch.where(weights > 0, values, 0.0)
+        total = self.sum((counted if weights.dtype == torch.bool else counted * weights).sum())
         norm = self.sum(weights.sum())
         return torch.where(norm > 0, total / norm, 0.0)
 

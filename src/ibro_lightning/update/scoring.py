@@ -94,7 +94,7 @@ class Scorer:
             sequences=sequences,
             old_logp=logp,
             old_entropy=entropy,
-            advantages=torch.zeros_like(rewards),
+            advantages=rewards.new_zeros(()).expand_as(rewards),  # takes no memory
             mask=counts & per_token(~rollout.truncated, lengths) if self.overlong_filter else counts,
             groups=rollout.groups,
             temperature=rollout.temperature,
