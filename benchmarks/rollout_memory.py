@@ -15,6 +15,7 @@ process grew. Both are in bytes per real token: prompts and responses, without p
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import math
@@ -222,6 +223,8 @@ def measured(
     with clock():
         rollout = Rollout.from_groups(groups, name="train", iteration=1, temperature=1.0)
     del groups
+    if resident:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # Python uses the place of freed arrays again, but not for tensors
     held["rollout"] = bytes_of(rollout)
     with clock(), torch.no_grad():
         experience = prepare(module, rollout)  # type: ignore[arg-type]
