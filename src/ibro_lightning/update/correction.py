@@ -152,8 +152,8 @@ def refuse_missing_logp(
     if total and (missing == total or zeros):
         what = "0 on every token or on all but one" if zeros else "not finite"
         raise _refused(f"the sampler's log-probs of {zeros or missing} of {total} responses are {what}")
-    difference = torch.where(finite, old_logp - sampler_logp, 0.0).sum(dtype=torch.float64)
-    apart, count = ranks.sum(torch.stack([difference, finite.sum().double()])).tolist()
+    ours, theirs = (torch.where(finite, logp, 0.0).sum(dtype=torch.float64) for logp in (old_logp, sampler_logp))
+    apart, count = ranks.sum(torch.stack([ours - theirs, finite.sum().double()])).tolist()
     if abs(apart) > _APART_NATS * count:
         raise _refused(
             f"the sampler's log-probs are {abs(apart) / count:.3g} nats per token from the policy's in the mean"

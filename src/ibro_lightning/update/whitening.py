@@ -18,7 +18,7 @@ def whiten(values: Tensor, experience: Experience, ranks: Ranks) -> Tensor:
     less than 1 where the whole rollout is right or wrong and the values hardly differ (``docs/rewards.md``)."""
     mask = experience.mask
     mean = ranks.mean(values, mask)
-    variance = ranks.mean((values - mean) ** 2, mask)
+    variance = ranks.mean((values - mean).square_(), mask)
     whiten_some = partial(
         masked_whiten, mean=mean, variance=variance, least_variance=_least_variance(experience, ranks)
     )
