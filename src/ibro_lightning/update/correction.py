@@ -90,7 +90,7 @@ def sampled_tokens(sampler_logp: Tensor, tokens: Tensor, ranks: Ranks = ALONE) -
     all tokens take part, which makes sense only without a correction. All ``[N]``.
     """
     sampled = tokens & sampler_logp.isfinite()
-    return sampled if bool(ranks.sum(sampled.sum())) else tokens
+    return sampled if bool(ranks.sum(sampled.count_nonzero())) else tokens
 
 
 _CERTAIN = -1e-6
@@ -125,7 +125,7 @@ def logp_are_suspicious(sampler_logp: Tensor, tokens: Tensor, lengths: Tensor) -
 
 def refuse_impossible_logp(sampler_logp: Tensor, tokens: Tensor, ranks: Ranks = ALONE) -> None:
     """Raise :class:`ConfigError` if a token's log-prob ``[N]`` is above 0 by more than rounding."""
-    above = (tokens & sampler_logp.isfinite() & (sampler_logp > _ABOVE_ZERO)).sum()
+    above = (tokens & sampler_logp.isfinite() & (sampler_logp > _ABOVE_ZERO)).count_nonzero()
     if count := int(ranks.sum(above)):
         raise _refused(f"{count} of the sampler's log-probs are above 0, which no probability is")
 
@@ -152,8 +152,8 @@ def refuse_missing_logp(
     if total and (missing == total or zeros):
         what = "0 on every token or on all but one" if zeros else "not finite"
         raise _refused(f"the sampler's log-probs of {zeros or missing} of {total} responses are {what}")
-    ours, theirs = (torch.where(finite, logp, 0.0).sum(dtype=torch.float64) for logp in (old_logp, sampler_logp))
-    apart, count = ranks.sum(torch.stack([ours - theirs, finite.sum().double()])).tolist()
+    difference = row_sums(torch.where(finite, old_logp - sampler_logp, 0.0), lengths).double().sum()
+    apart, count = ranks.sum(torch.stack([difference, finite.count_nonzero().double()])).tolist()
     if abs(apart) > _APART_NATS * count:
         raise _refused(
             f"the sampler's log-probs are {abs(apart) / count:.3g} nats per token from the policy's in the mean"

@@ -125,7 +125,7 @@ class PolicyLoss:
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         """Fix what depends on the whole optimizer step before it is split into micro-batches: the tokens' weights, and
         the regulariser's tensors."""
-        num_tokens = context.ranks.sum(step.mask.sum()).clamp(min=1)
+        num_tokens = context.ranks.sum(step.mask.count_nonzero()).clamp(min=1)
         weights_of = partial(
             aggregation_weights,
             mode=self.aggregation,
