@@ -41,15 +41,13 @@ class Places:
 
 def tokens_of(values: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
     """``[N]`` → ``[n]``, the tokens of some rows."""
-    of_rows = values.split(lengths.tolist())
-    return torch.cat([values[:0], *(of_rows[row] for row in rows.tolist())])
+    return torch.cat([values[:0], *(values[span] for span in _spans(lengths, rows))])
 
 
 def put_tokens(own: Tensor, values: Tensor, lengths: Tensor, rows: Tensor) -> None:
     """Write ``own [n]``, the tokens of some rows, into ``values [N]``."""
-    of_rows = values.split(lengths.tolist())
-    for row, tokens in zip(rows.tolist(), own.split(lengths[rows].tolist()), strict=True):
-        of_rows[row].copy_(tokens)
+    for span, tokens in zip(_spans(lengths, rows), own.split(lengths[rows].tolist()), strict=True):
+        values[span] = tokens
 
 
 def per_token(values: Tensor, lengths: Tensor) -> Tensor:
@@ -97,6 +95,11 @@ def similar_rows(lengths: Tensor, at_once: int = AT_ONCE) -> Iterator[tuple[Tens
             part = []
         part.append(row)
     yield _placed(lengths, part)
+
+
+def _spans(lengths: Tensor, rows: Tensor) -> list[slice]:
+    ends = lengths.cumsum(0)[rows]
+    return list(map(slice, (ends - lengths[rows]).tolist(), ends.tolist()))
 
 
 def _placed(lengths: Tensor, part: list[int]) -> tuple[Tensor, Places]:
