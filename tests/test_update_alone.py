@@ -446,3 +446,27 @@ def test_a_loop_without_an_optimizer_of_the_policy_is_named() -> None:
     policy = torch.nn.Linear(1, 1)
     with pytest.raises(RuntimeError, match=r"^no optimizer of the loop has parameters of the policy"):
         Updater(PlainLoop({"policy": policy}, [])).clip_and_step("policy", {})
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 6)])
+def test_advantages_that_are_not_per_token_are_refused_with_what_to_write(shape: tuple[int, ...]) -> None:
+    """One number per response, or padded as up to 0.2."""
+    loop, loss = PlainLoop({"policy": Policy(qwen2().double())}, []), PolicyLoss()
+    scorer = Scorer(loop, loss)
+    experience = replace(scorer(make_rollout()), advantages=torch.zeros(shape))
+    with pytest.raises(
+        ValueError, match=r"^advantages of a step are \[N\] = \[27\], got .*per_token\(values\) repeats"
+    ):
+        loss.prepare(experience, scorer.context())
+
+
+class Padded(EntropyBonus):
+    def prepare(self, step: Experience, context: StepContext) -> Experience:
+        return step.with_extra(mine=torch.zeros(8, 6))
+
+
+def test_a_prepared_tensor_that_is_not_per_token_is_refused_by_name() -> None:
+    loop, loss = PlainLoop({"policy": Policy(qwen2().double())}, []), PolicyLoss(Padded(0.1))
+    scorer = Scorer(loop, loss)
+    with pytest.raises(ValueError, match=r"^mine of a step are \[N\] = \[27\], got \[8, 6\]"):
+        loss.prepare(scorer(make_rollout()), scorer.context())

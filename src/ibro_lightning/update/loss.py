@@ -125,6 +125,7 @@ class PolicyLoss:
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         """Fix what depends on the whole optimizer step before it is split into micro-batches: the tokens' weights, and
         the regulariser's tensors."""
+        _check_per_token("advantages", step.advantages, step)
         num_tokens = context.ranks.sum(step.mask.count_nonzero()).clamp(min=1)
         weights_of = partial(
             aggregation_weights,
@@ -144,6 +145,8 @@ class PolicyLoss:
                 error.add_note(f"old_logp and old_entropy may be None unless {name} sets prepare_needs_scores = True")
             raise
         added = {name: values for name, values in prepared.extra.items() if name not in step.extra}
+        for name, values in {"advantages": prepared.advantages, **added}.items():
+            _check_per_token(name, values, step)
         means = {f"regularizer/{name}": context.ranks.mean(v.float(), step.mask).item() for name, v in added.items()}
         return replace(prepared, metrics={**prepared.metrics, **means})
 
@@ -230,6 +233,12 @@ def weighted_sum(values: Tensor, micro: MicroBatch) -> Tensor:
     if values.shape != micro.mask.shape:
         raise ValueError(f"losses and objectives are [B, T] = {list(micro.mask.shape)}, got {list(values.shape)}")
     return (torch.where(micro.mask, values, 0.0) * micro.weights).sum()
+
+
+def _check_per_token(name: str, values: Tensor, step: Experience) -> None:
+    if values.shape != step.mask.shape:
+        shapes = f"[N] = {list(step.mask.shape)}, got {list(values.shape)}"
+        raise ValueError(f"{name} of a step are {shapes}: per_token(values) repeats [B] over each response's tokens")
 
 
 def _named(result: ClippedSurrogate) -> tuple[Tensor, dict[str, Tensor]]:
