@@ -153,13 +153,20 @@ def stand_ins() -> tuple[Any, Any]:
 
 
 def measured(
-    responses: int, kind: str = "dapo", mean: float = MEAN, longest: int = LONGEST, *, resident: bool = True
+    responses: int,
+    kind: str = "dapo",
+    mean: float = MEAN,
+    longest: int = LONGEST,
+    *,
+    resident: bool = True,
+    count: bool = True,
 ) -> dict[str, Any]:
     """Take a rollout from the engine to its first micro-batch; what it took, in bytes and CPU seconds.
 
     Args:
         kind: ``dapo`` or ``ppo``.
         resident: read the memory of the process, too.
+        count: count the memory that objects hold, which takes longer than all the rest where they are Python's own.
     """
     import numpy as np
     import torch
@@ -182,6 +189,7 @@ def measured(
 
     generator, clock, held = np.random.default_rng(responses), Clock(), dict.fromkeys(STAGES, 0)
     lengths = lengths_of(responses, generator, mean, longest)
+    size_of = bytes_of if count else lambda *_: 0
     prompts = [
         Prompt(f"p{number}", "", tuple(generator.integers(1000, 150_000, PROMPT_TOKENS).tolist()), None)
         for number in range(responses // GROUP)
@@ -216,24 +224,24 @@ def measured(
     gc.collect()
     start = _reset_peak() if resident else 0
     engine.make()
-    held["generations"] = bytes_of(engine.made)
+    held["generations"] = size_of(engine.made)
     with clock():
         groups: list[Group] = collector.collect(prompts, seeds, sampling, Even(), PhaseTimer())
-    held["completions"] = bytes_of(groups)
+    held["completions"] = size_of(groups)
     with clock():
         rollout = Rollout.from_groups(groups, name="train", iteration=1, temperature=1.0)
     del groups
     if resident:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # Python uses the place of freed arrays again, but not for tensors
-    held["rollout"] = bytes_of(rollout)
+    held["rollout"] = size_of(rollout)
     with clock(), torch.no_grad():
         experience = prepare(module, rollout)  # type: ignore[arg-type]
-    held["experience"] = bytes_of(rollout, experience)
+    held["experience"] = size_of(rollout, experience)
     with clock():
         step = next(iter(updater.steps(experience, loss, scorer.context())))
         rows, _ = scorer.budget.micro_batches(step.sequences, network=policy)[0]
         micro = step.micro_batch(rows) if hasattr(step, "micro_batch") else step.select(rows)  # up to 0.2
-    held["first micro-batch"] = bytes_of(rollout, experience, step, micro)
+    held["first micro-batch"] = size_of(rollout, experience, step, micro)
     peak = _peak() - start if resident else 0
     per_token = {stage: size / tokens for stage, size in held.items()}
     return {"tokens": tokens, "held": per_token, "peak": peak / tokens, "seconds": clock.seconds / tokens}
@@ -250,11 +258,11 @@ def _peak() -> int:
     return int(line.split()[1]) * 1024
 
 
-def in_a_process(tree: Path, responses: int, kind: str) -> dict[str, Any]:
+def in_a_process(tree: Path, responses: int, kind: str, *, count: bool) -> dict[str, Any]:
     """:func:`measured`, in a fresh process with another tree's code."""
     # Large blocks are given back at once, so that what the process has is what it uses.
     settings = {"PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, "--one", str(responses), "--kind", kind]
+    command = [sys.executable, __file__, "--one", str(responses), "--kind", kind, *["--count"] * count]
     done = subprocess.run(command, env={**os.environ, **settings}, cwd=tree, check=True, stdout=subprocess.PIPE)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -274,17 +282,18 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="each runs every size once, with every tree")
     parser.add_argument("--baseline", type=Path, help="another checkout of ours, as a second side")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         measured(2 * GROUP, options.kind, mean=50, longest=200, resident=False)  # torch loads what it needs
-        print(json.dumps(measured(options.one, options.kind)))
+        print(json.dumps(measured(options.one, options.kind, count=options.count)))
         return
     sides = {"this tree": ROOT, **({} if options.baseline is None else {"baseline": options.baseline.resolve()})}
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for turn in range(options.turns):
         for size in options.sizes:
             for side in list(sides)[:: -1 if turn % 2 else 1]:
-                found.setdefault((side, size), []).append(in_a_process(sides[side], size, options.kind))
+                found.setdefault((side, size), []).append(in_a_process(sides[side], size, options.kind, count=not turn))
     for side in sides:
         print(f"\n{side}, {options.kind}: bytes per real token held after each stage, peak; CPU seconds per million")
         print("| responses | tokens |", " | ".join(STAGES), "| peak | CPU s / 1e6 |")
@@ -295,11 +304,13 @@ def main() -> None:
             peak = quartiles([run["peak"] for run in runs], ".1f")
             seconds = quartiles([1e6 * run["seconds"] for run in runs], ".3f")
             print(f"| {size:,} | {runs[0]['tokens']:,} | {held} | {peak} | {seconds} |")
-        most = max(max(run["held"].values()) for size in options.sizes for run in found[side, size])
+        most = max(max(found[side, size][0]["held"].values()) for size in options.sizes)
         print(f"held at most {most:.1f} bytes per real token: {'within' if most <= LIMIT else 'MORE THAN'} {LIMIT}")
         first, last = (found[side, size] for size in (min(options.sizes), max(options.sizes)))
-        for name, of in (("memory", lambda run: max(run["held"].values())), ("time", lambda run: run["seconds"])):
-            ratio = statistics.median(map(of, last)) / statistics.median(map(of, first))
+        held = [max(runs[0]["held"].values()) for runs in (first, last)]
+        seconds = [statistics.median(run["seconds"] for run in runs) for runs in (first, last)]
+        for name, (smallest, largest) in (("memory", held), ("time", seconds)):
+            ratio = largest / smallest
             verdict = "grows linearly" if ratio <= 1.1 else "GROWS FASTER"
             print(f"{name} per token of the largest rollout over the smallest's: {ratio:.2f}, {verdict}")
     if "baseline" in sides:

@@ -148,6 +148,10 @@ class Sequences:
         return self.prompt_lengths + self.response_lengths
 
     @property
+    def device(self) -> torch.device:
+        return self.input_ids.device
+
+    @property
     def attention_mask(self) -> Tensor:
         """``[B, L]`` int64, 1 on prompt and response."""
         position = self._position

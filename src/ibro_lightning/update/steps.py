@@ -125,7 +125,7 @@ class TokenBudget:
         check_count("micro_batch_tokens", self.tokens, 1)
 
     def micro_batches(
-        self, sequences: FlatSequences, ranks: Ranks = ALONE, network: nn.Module | None = None
+        self, sequences: FlatSequences | Sequences, ranks: Ranks = ALONE, network: nn.Module | None = None
     ) -> list[tuple[Tensor, bool]]:
         """``(rows, counts)`` of equally many micro-batches on every rank, since all ranks run a sharded model at once.
         A rank with too few repeats its shortest row, which does not count.
