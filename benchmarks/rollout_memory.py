@@ -62,6 +62,9 @@ def bytes_of(*roots: Any) -> int:
         if isinstance(item, Tensor):
             storage = item.untyped_storage()
             sizes["memory", storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, memoryview):
+            sizes[id(item)] = sys.getsizeof(item)
+            waiting.append(item.obj)
         elif isinstance(item, np.ndarray):
             while isinstance(item.base, np.ndarray):
                 item = item.base

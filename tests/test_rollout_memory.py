@@ -44,7 +44,7 @@ def test_a_rollout_of_the_papers_lengths_takes_at_most_forty_bytes_per_token(kin
     assert list(held) == list(rollout_memory.STAGES)
     assert max(held.values()) <= rollout_memory.LIMIT
     assert held["generations"] < held["completions"] < 8.5, "completions share the arrays of the generations"
-    assert held["completions"] < held["rollout"] < 9, "and the rollout's tensors are these arrays"
+    assert held["rollout"] < held["completions"] + 0.5, "and the rollout's tensors are these arrays"
     step = held["experience"] * 2 / rollout_memory.STEPS
     of_micro_batch = 80 * 20480 / tokens
     assert held["first micro-batch"] < held["experience"] + step + of_micro_batch
@@ -58,7 +58,7 @@ def test_the_benchmark_counts_memory_once_and_python_objects_in_full() -> None:
     assert rollout_memory.bytes_of(array, array[3:]) == 4000
     numbers = tuple(float(n) for n in range(1000))
     assert rollout_memory.bytes_of(numbers) == 40 + 1000 * (8 + 24)
-    assert 4000 < rollout_memory.bytes_of(Logp(numbers)) < 4200
+    assert 4000 < rollout_memory.bytes_of(Logp(numbers)) < 4500
 
 
 def test_a_step_on_the_whole_rollout_is_no_copy() -> None:
@@ -100,8 +100,16 @@ def test_numbers_share_what_nobody_can_write_and_copy_the_rest() -> None:
     assert ids == (1, 2, 3, 4)
     array = np.asarray(ids)
     assert not array.flags.writeable
-    for view in (ids[1:], TokenIds(ids), TokenIds(array), TokenIds.shared(array)):
+    for view in (ids[1:], TokenIds(ids), TokenIds.shared(array)):
         assert np.shares_memory(np.asarray(view), array)
+    assert TokenIds.shared(np.empty(0, np.int32)) == ()
+    assert TokenIds(torch.tensor([7, 8])) == (7, 8)
+    for wrong in (np.array([1, 2]), np.array([1.0], np.float32), np.zeros((2, 2), np.int32)):
+        with pytest.raises(TypeError, match="an array of type i with one dimension"):
+            TokenIds.shared(wrong)
+    for wrong in ([1.5], ["1"], [None]):
+        with pytest.raises(TypeError):
+            TokenIds(wrong)
     assert np.array(ids).flags.writeable
     again = pickle.loads(pickle.dumps(ids[1:]))
     assert again == (2, 3, 4)

@@ -9,12 +9,11 @@ after row without padding; in a padded micro-batch, ``L`` prompt + response toke
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, Self, get_args
-
-import numpy as np
 
 from ibro_lightning.errors import ConfigError
 
@@ -130,69 +129,82 @@ class Prompt:
 
 
 class Numbers(Sequence[Any]):
-    """Reads like a tuple of Python's numbers, and is equal to one, but takes 4 bytes for each of them.
+    """Reads like a tuple of Python's numbers, and is equal to one, but takes 4 bytes for each of them. Without numpy,
+    which the worker processes of rewards do not import; ``numpy.asarray`` copies nothing.
 
     Args:
-        values: a sequence, or an array. A read-only array of :attr:`dtype` is kept as it is; anything else is copied.
+        values: any sequence or array; copied, unless it is of this class.
     """
 
-    __slots__ = ("_array",)
-    dtype: ClassVar[type[np.generic]]
+    __slots__ = ("_view",)
+    typecode: ClassVar[Literal["i", "f"]]
 
     def __init__(self, values: Any = ()) -> None:
         if isinstance(values, type(self)):
-            values = values._array
-        elif not (isinstance(values, np.ndarray) and values.dtype == self.dtype and not values.flags.writeable):
-            values = np.array(values, dtype=self.dtype)
-            values.flags.writeable = False
-        self._array: np.ndarray = values
+            self._view: memoryview = values._view
+        else:
+            numbers = values.tolist() if hasattr(values, "tolist") else [*values]
+            self._view = memoryview(array(self.typecode, numbers)).toreadonly()
 
     @classmethod
-    def shared(cls, array: np.ndarray) -> Self:
-        """A view of an array of :attr:`dtype`, whose owner no longer changes it."""
-        view = array.view()
-        view.flags.writeable = False
-        return cls(view)
+    def shared(cls, buffer: Any) -> Self:
+        """Of an array of this type, which its owner no longer changes, without a copy."""
+        view = memoryview(buffer).toreadonly()
+        if view.format != cls.typecode or view.ndim != 1:
+            raise TypeError(f"an array of type {cls.typecode} with one dimension, not {view.format} with {view.ndim}")
+        numbers = cls()
+        numbers._view = view
+        return numbers
 
     def __len__(self) -> int:
-        return len(self._array)
+        return len(self._view)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._array.tolist())
+        return iter(self._view.tolist())
 
     def __getitem__(self, place: Any) -> Any:
-        return type(self)(self._array[place]) if isinstance(place, slice) else self._array[place].item()
+        return self.shared(self._view[place]) if isinstance(place, slice) else self._view[place]
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, Numbers):
-            return np.array_equal(self._array, other._array, equal_nan=True)
+        if isinstance(other, type(self)):
+            return self._view == other._view or self._view.tobytes() == other._view.tobytes()  # nan, too
         return tuple(self) == other if isinstance(other, tuple) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(tuple(self))
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self._array, dtype=dtype) if copy else np.asarray(self._array, dtype=dtype)
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        import numpy as np  # which is there, since it asks
 
-    def __reduce__(self) -> tuple[type[Self], tuple[np.ndarray]]:
-        return type(self), (self._array,)
+        return np.array(self._view, dtype=dtype) if copy else np.asarray(self._view, dtype=dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (type(self), array(self.typecode, self._view.tobytes()))
 
     def __repr__(self) -> str:
         return repr(tuple(self)) if len(self) <= 16 else f"({str(tuple(self[:8]))[1:-1]}, … {len(self)} numbers)"
+
+
+def _unpickled(kind: type[Numbers], numbers: Any) -> Numbers:
+    return kind.shared(numbers)
 
 
 class TokenIds(Numbers):
     """Token ids as int32."""
 
     __slots__ = ()
-    dtype = np.int32
+    typecode = "i"
 
 
 class Logp(Numbers):
     """Log-probs as float32; nan in place of None."""
 
     __slots__ = ()
-    dtype = np.float32
+    typecode = "f"
+
+    def __init__(self, values: Any = ()) -> None:
+        has_none = isinstance(values, list | tuple) and None in values
+        super().__init__([math.nan if value is None else value for value in values] if has_none else values)
 
 
 @dataclass(frozen=True)

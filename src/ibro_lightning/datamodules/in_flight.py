@@ -121,7 +121,8 @@ def _packed(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def _unpacked(packed: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> list[Group]:
-    tokens, logp = TokenIds(packed["token_ids"].numpy()), Logp(packed["logp"].numpy())  # up to 0.2: int64, float64
+    # Up to 0.2 they were int64 and float64.
+    tokens, logp = TokenIds.shared(packed["token_ids"].int().numpy()), Logp.shared(packed["logp"].float().numpy())
     ends = accumulate(packed["lengths"], lambda ends, more: (ends[0] + more[0], ends[1] + more[1]), initial=(0, 0))
     completions = (
         Completion(tokens[before[0] : end[0]], logp[before[1] : end[1]], *others)
