@@ -79,8 +79,10 @@ class MetricsLog(pl.Callback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         for logger in trainer.loggers if every and self._iteration % every == 0 else ():
             logger.log_metrics(metrics, step=self._iteration)
-        # For checkpoints: their names contain the iteration, and any metric may select the best one.
-        pl_module.log_dict({**metrics, "iteration": float(self._iteration)}, logger=False, batch_size=1)
+        # For checkpoints: their names contain the iteration, and any metric may select the best one. Like Lightning's
+        # LearningRateMonitor, not by self.log, which for a hundred curves takes longer than to compute them.
+        latest = {**metrics, "iteration": float(self._iteration)}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in latest.items()})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._measured = {}

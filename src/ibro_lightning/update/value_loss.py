@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ibro_lightning.batches.experience import MicroBatch
+from ibro_lightning.batches.experience import Experience, MicroBatch
 from ibro_lightning.functional import clipped_value_loss, token_mean
 from ibro_lightning.regularizers import StepContext
 from ibro_lightning.update.loop import Loop
@@ -22,6 +22,9 @@ class ValueLoss:
 
     def __init__(self, loop: Loop, clip: float | None = 0.5) -> None:
         self.loop, self.clip = loop, clip
+
+    def rows_with_gradient(self, step: Experience) -> Tensor:
+        return step.row_sums(step.mask) > 0
 
     def stats(self, micro: MicroBatch, context: StepContext) -> Tensor:
         """The values ``[B, T]`` before each token, with gradients."""
