@@ -166,7 +166,7 @@ def values_of(lengths: Sequence[int], seed: int = 0) -> Tensor:
 def test_rows_that_are_selected_and_padded_are_those_of_the_padded_batch(lengths: list[int], data: Any) -> None:
     rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=6))
     values, of, chosen = values_of(lengths), torch.tensor(lengths), torch.tensor(rows)
-    own = ragged.tokens_of(values, of, chosen)
+    own = values[ragged.tokens_of(of, chosen)]
     assert own.tolist() == [x for row in rows for x in values[span(of, row)].tolist()]
     places = ragged.Places.of(of, chosen)
     width = max(lengths[row] for row in rows)

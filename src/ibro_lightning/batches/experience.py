@@ -35,7 +35,8 @@ class OldScores:
 
     def select(self, lengths: Tensor, rows: Tensor) -> Self:
         """These rows, of rows of ``lengths``."""
-        logp, entropy = (tokens_of(values, lengths, rows) for values in (self.logp, self.entropy))
+        tokens = tokens_of(lengths, rows)
+        logp, entropy = (values.index_select(0, tokens) for values in (self.logp, self.entropy))
         return type(self)(logp, entropy, self.scored[rows])
 
 
@@ -126,8 +127,10 @@ class Experience:
         if rows.tolist() == list(range(len(self))):  # of one step on the whole rollout, which need not be there twice
             return self
 
+        tokens = tokens_of(self.lengths, rows)  # [n]
+
         def of_rows(values: Tensor | None) -> Any:
-            return None if values is None else tokens_of(values, self.lengths, rows)
+            return None if values is None else values.index_select(0, tokens)
 
         return replace(
             self,

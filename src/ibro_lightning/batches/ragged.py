@@ -39,15 +39,16 @@ class Places:
         values[self.index[self.exists]] = padded[self.exists].to(values.dtype)
 
 
-def tokens_of(values: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
-    """``[N]`` → ``[n]``, the tokens of some rows."""
-    return torch.cat([values[:0], *(values[span] for span in _spans(lengths, rows))])
+def tokens_of(lengths: Tensor, rows: Tensor) -> Tensor:
+    """``[n]`` int32: the places in ``[N]`` of the tokens of some rows, row after row; for ``index_select``."""
+    starts, own = (lengths.cumsum(0) - lengths)[rows], lengths[rows]  # [b]
+    shift = per_token((starts - own.cumsum(0) + own).int(), own)  # [n]
+    return torch.arange(len(shift), dtype=torch.int32, device=lengths.device) + shift
 
 
 def put_tokens(own: Tensor, values: Tensor, lengths: Tensor, rows: Tensor) -> None:
     """Write ``own [n]``, the tokens of some rows, into ``values [N]``."""
-    for span, tokens in zip(_spans(lengths, rows), own.split(lengths[rows].tolist()), strict=True):
-        values[span] = tokens
+    values[tokens_of(lengths, rows)] = own
 
 
 def per_token(values: Tensor, lengths: Tensor) -> Tensor:
@@ -88,6 +89,10 @@ def row_wise(
 
 def similar_rows(lengths: Tensor, at_once: int = AT_ONCE) -> Iterator[tuple[Tensor, Places]]:
     """All rows, those of similar length together; a rollout without rows is one part without rows."""
+    if len(lengths) * max(lengths.tolist(), default=0) <= at_once:
+        rows = torch.arange(len(lengths), device=lengths.device)
+        yield rows, Places.of(lengths, rows)
+        return
     part: list[int] = []
     for row, length in sorted(enumerate(lengths.tolist()), key=lambda pair: pair[1]):
         if part and length * (len(part) + 1) > at_once:
@@ -95,11 +100,6 @@ def similar_rows(lengths: Tensor, at_once: int = AT_ONCE) -> Iterator[tuple[Tens
             part = []
         part.append(row)
     yield _placed(lengths, part)
-
-
-def _spans(lengths: Tensor, rows: Tensor) -> list[slice]:
-    ends = lengths.cumsum(0)[rows]
-    return list(map(slice, (ends - lengths[rows]).tolist(), ends.tolist()))
 
 
 def _placed(lengths: Tensor, part: list[int]) -> tuple[Tensor, Places]:

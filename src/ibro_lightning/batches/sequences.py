@@ -79,8 +79,8 @@ class FlatSequences:
         if rows.tolist() == list(range(len(self))):
             return self
         return type(self)(
-            tokens_of(self.prompts, self.prompt_lengths, rows),
-            tokens_of(self.responses, self.response_lengths, rows),
+            self.prompts.index_select(0, tokens_of(self.prompt_lengths, rows)),
+            self.responses.index_select(0, tokens_of(self.response_lengths, rows)),
             self.prompt_lengths[rows],
             self.response_lengths[rows],
         )
