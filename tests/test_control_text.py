@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from helpers.prompts import Listed
-from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.batches.sequences import FlatSequences
 from ibro_lightning.datamodules import SFTDataModule
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
@@ -393,8 +393,8 @@ class TestShownGolds:
     )
 
     def shown(self, template: str, prompt: Prompt = PROMPT) -> list[int]:
-        shown = HindsightTemplate(template).sequences([prompt], Sequences.collate([(1,)], [[2]]), tokenizer())
-        return shown.input_ids[0, : int(shown.prompt_lengths[0])].tolist()
+        shown = HindsightTemplate(template).sequences([prompt], FlatSequences.collate([(1,)], [[2]]), tokenizer())
+        return shown.prompts.tolist()
 
     def test_golds_are_text_and_the_template_is_control(self):
         tokens, template = tokenizer(), f"{{prompt}}{END}\n{START}user\nIt is {{answer}} or {{meta[solution][0]!s:>9}}."

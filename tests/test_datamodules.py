@@ -346,11 +346,11 @@ class TestRollouts:
 
     def test_rows_are_prompt_then_response_with_the_engines_log_probs(self, tokenizer):
         rollout = build(tokenizer, [4, 0, 0]).next_rollout()
-        assert tokenizer.decode(rollout.sequences.input_ids[0].tolist()) == rollout.prompts[0].text + "1!"
-        assert tokenizer.decode(rollout.sequences.input_ids[4].tolist()) == rollout.prompts[4].text + "0!"
+        assert tokenizer.decode(rollout.sequences.pad().input_ids[0].tolist()) == rollout.prompts[0].text + "1!"
+        assert tokenizer.decode(rollout.sequences.pad().input_ids[4].tolist()) == rollout.prompts[4].text + "0!"
         assert rollout.sequences.prompt_lengths.tolist() == [4] * 12
         assert rollout.sequences.response_lengths.tolist() == [2] * 12
-        assert rollout.sampler_logp.tolist() == [[-0.5, -0.25]] * 12
+        assert rollout.sampler_logp.tolist() == [-0.5, -0.25] * 12
         assert not rollout.truncated.any()
 
     def test_completions_carry_text_seed_and_limit(self, tokenizer):

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from helpers.flat import flat, span
 from helpers.updates import begin_step, micro_loss, token_stats
 from ibro_lightning.batches import Rollout
-from ibro_lightning.batches.experience import Experience, TokenStats
-from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.batches.experience import Experience, MicroBatch, TokenStats
+from ibro_lightning.batches.sequences import FlatSequences, Sequences
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.functional import group_advantages
 from ibro_lightning.models import PolicyOptions, PolicySource
@@ -80,21 +81,24 @@ def step_of(
     rows, width = a.shape
     other = [a.new_zeros(a.shape) if x is None else torch.tensor(x, dtype=a.dtype) for x in (old_logp, old_entropy)]
     valid = torch.ones(a.shape, dtype=torch.bool) if mask is None else torch.tensor(mask, dtype=torch.bool)
-    seqs = Sequences.collate([[1]] * rows, [[1] * width] * rows)
-    return Experience(seqs, *other, a, valid, torch.zeros(rows, dtype=torch.long), 1.0)
+    seqs = FlatSequences.collate([[1]] * rows, [[1] * width] * rows)
+    values = (x.flatten() for x in (*other, a, valid))  # [N] each
+    return Experience(seqs, *values, torch.zeros(rows, dtype=torch.long), 1.0)
 
 
 def stats_of(
     step: Experience, entropy: Tensor | None = None, logp: Tensor | None = None, **extra: Tensor
 ) -> TokenStats:
+    """Of the step in one micro-batch, ``[B, T]`` each."""
+    micro = step.micro_batch()
     return TokenStats(
-        step.old_logp if logp is None else logp,
-        step.old_entropy if entropy is None else entropy,
-        step.old_logp,
-        step.old_entropy,
-        step.advantages,
-        step.mask,
-        {**step.extra, **extra},
+        micro.old_logp if logp is None else logp,
+        micro.old_entropy if entropy is None else entropy,
+        micro.old_logp,
+        micro.old_entropy,
+        micro.advantages,
+        micro.mask,
+        {**micro.extra, **extra},
     )
 
 
@@ -156,7 +160,7 @@ def tokens_of(text: str) -> list[int]:
 
 
 def one_by_one(prompts: Iterable[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """``(logp, entropy) [B, T]`` with gradients: each unpadded sequence on its own, over the full softmax."""
+    """``(logp, entropy) [N]`` with gradients: each unpadded sequence on its own, over the full softmax."""
     columns: tuple[list[Tensor], list[Tensor]] = ([], [])
     for prompt, response in zip(prompts, RESPONSES, strict=True):
         logits = SOURCE.model(torch.tensor([[*prompt, *response]])).logits[0] / TEMPERATURE
@@ -164,27 +168,27 @@ def one_by_one(prompts: Iterable[Sequence[int]]) -> tuple[Tensor, Tensor]:
         before = log_p[len(prompt) - 1 : -1]  # the token at position i is predicted at i − 1
         columns[0].append(before[range(len(response)), response])
         columns[1].append(-(before.exp() * before).sum(dim=-1))
-    logp, entropy = (torch.nn.utils.rnn.pad_sequence(column, batch_first=True) for column in columns)
-    return logp, entropy
+    return torch.cat(columns[0]), torch.cat(columns[1])
 
 
 @pytest.fixture(scope="module")
 def experience() -> Experience:
     """Off policy: old log-probs and entropies are spread around those of the policy, so that all clips take part."""
     prompts = tuple(Prompt(t, t, tuple(tokens_of(t)), a, content=t) for t, a in zip(TEXTS, ANSWERS, strict=True))
-    seqs = Sequences.collate([prompt.token_ids for prompt in prompts], RESPONSES)
+    seqs = FlatSequences.collate([prompt.token_ids for prompt in prompts], RESPONSES)
     with torch.no_grad():
         logp, entropy = one_by_one(prompt.token_ids for prompt in prompts)
-    noise = torch.randn(2, *logp.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wide = torch.randn(2, 8, max(map(len, RESPONSES)), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = [flat(values, seqs.response_lengths) for values in wide]
     advantages = group_advantages(torch.tensor(REWARDS, dtype=torch.float64), torch.tensor(GROUPS))
-    mask = seqs.response_mask.clone()
-    mask[3, 2] = False
+    mask = torch.ones(logp.shape, dtype=torch.bool)
+    mask[span(seqs.response_lengths, 3)][2] = False
     assert mask.sum() == N
     return Experience(
         sequences=seqs,
         old_logp=logp + 0.4 * noise[0],
         old_entropy=entropy * (0.3 * noise[1]).exp(),
-        advantages=advantages[:, None].expand(mask.shape),
+        advantages=advantages.repeat_interleave(seqs.response_lengths),
         mask=mask,
         groups=torch.tensor(GROUPS),
         temperature=TEMPERATURE,
@@ -192,7 +196,7 @@ def experience() -> Experience:
     )
 
 
-def loss_and_gradients(module: DAPOModule, micro_batches: Iterable[Experience]) -> list[Tensor]:
+def loss_and_gradients(module: DAPOModule, micro_batches: Iterable[Experience | MicroBatch]) -> list[Tensor]:
     """What :meth:`Updater.update` accumulates: the summed loss, then the summed gradient of each parameter."""
     parameters = list(SOURCE.model.parameters())
     total = [torch.zeros((), dtype=torch.float64), *(torch.zeros_like(p) for p in parameters)]
@@ -255,7 +259,7 @@ def formula(name: str, step: Experience) -> Tensor:
         rows = [row for row in range(8) if GROUPS[row] == group]
         rewards = np.array([REWARDS[row] for row in rows])
         a[rows] = torch.tensor((rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6))
-    a = a[:, None].expand(mask.shape)
+    a = a.repeat_interleave(step.lengths)
     logp, entropy = one_by_one(tokens_of(text) for text in TEXTS)
 
     def mean(values: Tensor) -> Tensor:
@@ -266,11 +270,11 @@ def formula(name: str, step: Experience) -> Tensor:
     if name == "clip-cov":
         return mean(plain * ~step.extra["clip_cov"])
     if name == "kl-cov":  # 0.2 · 32 = 6.4
-        held = covariance >= covariance.flatten().sort(descending=True).values[5]
+        held = covariance >= covariance.sort(descending=True).values[5]
         return mean(plain + held * (0.7 * (logp - step.old_logp).abs()))
     if name == "80/20":  # 0.2 · 32 = 6.4
         uncertain = step.old_entropy.masked_fill(~mask, -1.0)
-        return mean(plain * (uncertain >= uncertain.flatten().sort(descending=True).values[5]))
+        return mean(plain * (uncertain >= uncertain.sort(descending=True).values[5]))
     if name == "shaped":
         return mean(clipped_loss(step, logp, a + torch.minimum(0.4 * step.old_entropy, a.abs() / 2)))
     if name.startswith("ibro"):
@@ -341,22 +345,21 @@ def test_the_token_budget_does_not_matter_to_what_is_prepared(name: str, experie
         torch.testing.assert_close(values, other.extra[key], rtol=1e-12, atol=1e-14)
 
 
-def padded(experience: Experience, side: Any, left: int, right: int) -> Experience:
-    """The same rows with other padding around them, whose token occurs in the text too."""
-    prompts = [prompt.token_ids for prompt in experience.prompts]
+def padded(step: Experience, side: Any, left: int, right: int) -> MicroBatch:
+    """The step in a micro-batch with other padding around its rows, whose token occurs in the text too."""
+    prompts = [prompt.token_ids for prompt in step.prompts]
     seqs = Sequences.collate(prompts, RESPONSES, padding_side=side)
     wide = torch.full((len(seqs), left + seqs.input_ids.shape[1] + right), 5)
     wide[:, left : wide.shape[1] - right] = torch.where(seqs.attention_mask.bool(), seqs.input_ids, 5)
-    return replace(experience, sequences=replace(seqs, input_ids=wide, starts=seqs.starts + left))
+    return replace(step.micro_batch(), sequences=replace(seqs, input_ids=wide, starts=seqs.starts + left))
 
 
 @pytest.mark.parametrize(("side", "left", "right"), [("left", 0, 0), ("left", 2, 3), ("right", 3, 1)])
 @pytest.mark.parametrize("name", METHODS)
 def test_padding_does_not_change_the_step(name: str, side: str, left: int, right: int, experience: Experience) -> None:
     module = dapo(METHODS[name]())
-    expected = loss_and_gradients(module, [begin_step(module, experience, seed=11)])
-    other = begin_step(module, padded(experience, side, left, right), seed=11)
-    assert_same(loss_and_gradients(module, [other]), expected)
+    step = begin_step(module, experience, seed=11)
+    assert_same(loss_and_gradients(module, [padded(step, side, left, right)]), loss_and_gradients(module, [step]))
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "clip-cov"])
@@ -384,7 +387,7 @@ GARBAGE = {"old_logp": -torch.inf, "advantages": 1e6, "old_entropy": torch.nan}
 @pytest.mark.parametrize("fields", [*([field] for field in GARBAGE), list(GARBAGE)], ids="+".join)
 @pytest.mark.parametrize("name", METHODS)
 def test_masked_tokens_have_no_say(name: str, fields: list[str], experience: Experience) -> None:
-    """Old log-probs, entropies and advantages on padding and on the masked token may be any number."""
+    """Old log-probs, entropies and advantages on the masked token may be any number."""
     garbage = {key: getattr(experience, key).where(experience.mask, GARBAGE[key]) for key in fields}
     module = dapo(METHODS[name]())
     expected = loss_and_gradients(module, [begin_step(module, experience, seed=11)])
@@ -458,7 +461,7 @@ def test_ib_parts_by_hand(settings: dict[str, Any], raw: list, centred: list, un
         for sign, kind in ((1, InformationBottleneck), (-1, OppositeInformationBottleneck)):
             regularizer = kind(part=part, **settings)
             step = regularizer.prepare(step_of(A, old_entropy=H, mask=VALID), alone())
-            values = regularizer.objective(stats_of(step))[step.mask]
+            values = regularizer.objective(stats_of(step)).flatten()[step.mask]
             assert values.tolist() == pytest.approx([sign * value for value in expected], rel=1e-12, abs=1e-15)
 
 
@@ -490,7 +493,7 @@ def test_the_centred_objective_is_the_covariance_and_the_uniform_one_the_product
     ):
         regularizer = InformationBottleneck(part=part)  # type: ignore[arg-type]
         objective = regularizer.objective(stats_of(regularizer.prepare(step, alone())))
-        assert objective[step.mask].mean().item() == pytest.approx(expected, rel=1e-12)
+        assert objective.flatten()[step.mask].mean().item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("transform", ["none", "sign", "clip"])
@@ -519,7 +522,7 @@ def test_the_mean_advantage_counts_the_tokens_of_all_ranks() -> None:
 
     regularizer = InformationBottleneck(part="uniform")
     step = regularizer.prepare(step_of([[2.0, 4.0]]), alone(ranks=TwoRanks()))
-    assert step.extra["ib_mean_weight"].tolist() == [[1.0, 1.0]]
+    assert step.extra["ib_mean_weight"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("part", ["raw", "centred", "uniform"])
@@ -601,14 +604,13 @@ def test_hindsight_entropies_are_those_of_each_sequence_on_its_own(experience: E
     """In both forms; only the two-term one has a gradient."""
     shown = [f"{text}{answer}>{text}" for text, answer in zip(TEXTS, ANSWERS, strict=True)]
     expected = one_by_one(tokens_of(text) for text in shown)[1].detach()
-    expected = torch.where(experience.sequences.response_mask, expected, 0.0)
     weighted, two_term = dapo(METHODS["ibro weighted"]()), dapo(METHODS["ibro two-term"]())
     prepared = begin_step(weighted, experience).extra["hindsight_entropy"]
     torch.testing.assert_close(prepared, expected, rtol=1e-12, atol=1e-13)
     assert not prepared.requires_grad
     step = begin_step(two_term, experience)
     assert "hindsight_entropy" not in step.extra
-    computed = token_stats(two_term, step).extra["hindsight_entropy"]
+    computed = flat(token_stats(two_term, step).extra["hindsight_entropy"], step.lengths)
     torch.testing.assert_close(computed.detach(), expected, rtol=1e-12, atol=1e-13)
     assert computed.requires_grad
 
@@ -643,9 +645,9 @@ class Characters:
 
 def shown_text(template: str, prompt: Prompt) -> str:
     """What the model reads before the response."""
-    response = Sequences.collate([[9, 9]], [[7]])
+    response = FlatSequences.collate([[9, 9]], [[7]])
     row = HindsightTemplate(template).sequences([prompt], response, Characters())
-    ids = row.input_ids[0].tolist()
+    ids = row.pad().input_ids[0].tolist()
     assert ids[-1] == 7
     return "".join("^" if token == 1 else chr(token) for token in ids[:-1])
 
@@ -692,17 +694,17 @@ def test_a_real_chat_template_is_applied() -> None:
         "{% for m in messages %}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
     )
     prompt = Prompt("p", "", (9,), answer=4, content=[{"role": "user", "content": "3:"}])
-    shown = HindsightTemplate("{prompt}{answer}").sequences([prompt], Sequences.collate([[1]], [[7, 8]]), tokenizer)
-    assert shown.input_ids.tolist() == [[*tokens_of(">3:4="), 7, 8]]
+    shown = HindsightTemplate("{prompt}{answer}").sequences([prompt], FlatSequences.collate([[1]], [[7, 8]]), tokenizer)
+    assert shown.pad().input_ids.tolist() == [[*tokens_of(">3:4="), 7, 8]]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_responses_stay_as_they_are_behind_the_new_prompt(side: Any) -> None:
-    """Row by row, whichever side is padded, also where an answer is long or a response short."""
+    """Row by row, whichever side of a micro-batch is padded, also where an answer is long or a response short."""
     prompts = [Prompt(str(n), "", (1,) * (n + 1), answer="9" * (5 - 2 * n), content="ab"[:n]) for n in range(3)]
     responses = [[5], [6, 0, 6, 5], [0, 0]]  # 0 is what is padded with, too
     given = Sequences.collate([prompt.token_ids for prompt in prompts], responses, padding_side=side)
-    shown = HindsightTemplate("{prompt}{answer}").sequences(prompts, given, Characters())
+    shown = HindsightTemplate("{prompt}{answer}").sequences(prompts, given.flatten(), Characters()).pad()
     for row, (text, response) in enumerate(zip(["99999", "a999", "ab9"], responses, strict=True)):
         length = int(shown.lengths[row])
         start = int(shown.starts[row])
@@ -764,10 +766,10 @@ def test_token_covariances_by_hand_decide_what_clip_cov_may_choose() -> None:
     the third. The masked token would have had c = 3·1."""
     step = step_of([[3.0, -1.0, -1.0, -1.0, 3.0]], [[-0.5, -3.0, -3.5, -1.0, -1.0]], mask=[[1, 1, 1, 1, 0]])
     chosen = ClipCov(fraction=1.0).prepare(step, alone()).extra["clip_cov"]
-    assert chosen.tolist() == [[True, False, True, False, False]]
+    assert chosen.tolist() == [True, False, True, False, False]
     for low, high, expected in ((1.0, 4.5, [2]), (0.5, 5.0, [0, 1, 2]), (-2.0, 1.25, [1, 3]), (5.0, 6.0, [])):
         chosen = ClipCov(fraction=1.0, low=low, high=high).prepare(step, alone()).extra["clip_cov"]
-        assert chosen[0].nonzero().squeeze(-1).tolist() == expected
+        assert chosen.nonzero().squeeze(-1).tolist() == expected
 
 
 def many(rows: int = 40) -> Experience:
@@ -778,7 +780,7 @@ def many(rows: int = 40) -> Experience:
 
 def test_clip_cov_draws_its_share_of_the_valid_tokens_among_the_eligible() -> None:
     """320 valid tokens, 240 of them with c = 2: 0.05 of the valid ones are 16."""
-    eligible = torch.tensor([[True] * 4 + [False] * 2 + [True] * 2 + [False] * 2] * 40)
+    eligible = torch.tensor(([True] * 4 + [False] * 2 + [True] * 2 + [False] * 2) * 40)
     chosen = ClipCov(fraction=0.05).prepare(many(), alone()).extra["clip_cov"]
     assert chosen.sum() == 16
     assert not (chosen & ~eligible).any()
@@ -801,7 +803,7 @@ def test_clip_covs_draw_is_a_function_of_the_seed() -> None:
         return ClipCov(fraction=0.05).prepare(many(), alone(seed=seed)).extra["clip_cov"]
 
     assert torch.equal(draw(5), draw(5))
-    draws = {tuple(draw(seed).flatten().tolist()) for seed in (5, 6, 7, 2**62, 2**63 - 1)}
+    draws = {tuple(draw(seed).tolist()) for seed in (5, 6, 7, 2**62, 2**63 - 1)}
     assert len(draws) == 5
     ever = torch.stack([draw(seed) for seed in range(300)]).any(dim=0)
     assert ever.sum() == 240, "every eligible token has a chance"
@@ -827,8 +829,9 @@ def test_clip_covs_tokens_have_no_policy_gradient_and_count_in_the_denominator()
     step = step_of([[3.0, -1.0, -1.0, -1.0]], [[-0.5, -3.0, -3.5, -1.0]])
     module = dapo(ClipCov(fraction=1.0))
     step = begin_step(module, step)
-    logp = step.old_logp.clone().requires_grad_()
-    loss, _ = module.policy_loss(stats_of(step, logp=logp), step)
+    micro = step.micro_batch()
+    logp = micro.old_logp.clone().requires_grad_()
+    loss, _ = module.policy_loss(stats_of(step, logp=logp), micro)
     (grad,) = torch.autograd.grad(loss, logp)
     assert step.num_tokens == 4
     assert loss.item() == pytest.approx((1.0 + 1.0) / 4, rel=1e-12)
@@ -840,7 +843,7 @@ def test_kl_cov_holds_the_tokens_with_the_highest_covariance() -> None:
     step = step_of([[3.0, -1.0, -1.0, -1.0, 30.0]], [[-0.5, -3.0, -3.5, -1.0, -1.0]], mask=[[1, 1, 1, 1, 0]])
     for fraction, expected in ((0.5, [0, 2]), (0.75, [0, 1, 2]), (0.25, [0]), (2e-3, [0]), (1.0, [0, 1, 2, 3])):
         held = KLCov(fraction=fraction).prepare(step, alone()).extra["kl_cov"]
-        assert held[0].nonzero().squeeze(-1).tolist() == expected
+        assert held.nonzero().squeeze(-1).tolist() == expected
 
 
 def test_kl_cov_adds_beta_times_the_absolute_log_ratio_to_the_held_tokens() -> None:
@@ -848,7 +851,7 @@ def test_kl_cov_adds_beta_times_the_absolute_log_ratio_to_the_held_tokens() -> N
     step = step_of([[3.0, -1.0, -1.0, -1.0]], [[-0.5, -3.0, -3.5, -1.0]])
     regularizer = KLCov(fraction=0.5, kl_coef=0.5)
     step = regularizer.prepare(step, alone())
-    logp = (step.old_logp + tensor(0.1, 0.1, -0.1, 0.1)).requires_grad_()
+    logp = (step.micro_batch().old_logp + tensor(0.1, 0.1, -0.1, 0.1)).requires_grad_()
     plain = tensor(1.0, 2.0, 3.0, 4.0)
     shaped = regularizer.shape_policy_loss(plain, stats_of(step, logp=logp))
     torch.testing.assert_close(shaped.detach(), tensor(1.05, 2.0, 3.05, 4.0))
@@ -865,9 +868,10 @@ def test_only_the_most_uncertain_tokens_are_learned_from() -> None:
     mask = [[1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0]]
     module = dapo(TopEntropyTokens())
     step = begin_step(module, step_of([[1.0] * 6, [-2.0] * 6], old_entropy=h, mask=mask))
-    assert step.extra["top_entropy"].nonzero().tolist() == [[0, 1], [1, 3]]
-    logp = step.old_logp.clone().requires_grad_()
-    loss, _ = module.policy_loss(stats_of(step, logp=logp), step)
+    micro = step.micro_batch()
+    assert micro.extra["top_entropy"].nonzero().tolist() == [[0, 1], [1, 3]]
+    logp = micro.old_logp.clone().requires_grad_()
+    loss, _ = module.policy_loss(stats_of(step, logp=logp), micro)
     (grad,) = torch.autograd.grad(loss, logp)
     expected = torch.zeros(2, 6, dtype=torch.float64)
     expected[0, 1], expected[1, 3] = -0.1, 0.2  # −A/N with N = 10, not 2
@@ -898,7 +902,7 @@ def test_rounding_does_not_choose_between_equal_tokens(method: type[TopEntropyTo
         same = torch.tensor([[3.0, 1.0, 1.0]] * 3) + noise
         step = step_of([[3.0, 0.0, 0.0]] * 3, old_entropy=same.tolist(), old_logp=same.tolist())
         chosen = method(fraction=0.23).prepare(replace(step, groups=order), alone()).extra[name]
-        assert order[chosen[:, 0]].sort().values.tolist() == [0, 1], chosen
+        assert order[chosen.view(3, 3)[:, 0]].sort().values.tolist() == [0, 1], chosen
 
 
 def test_all_tokens_are_learned_from_with_a_fraction_of_one(experience: Experience) -> None:
@@ -916,10 +920,10 @@ def test_shaped_advantages_by_hand() -> None:
     """min(0.4·H, |A|/2) on top: 0.4·0.5 = 0.2; |2|/2 = 1 below 0.4·10; for A = −2 as well, towards 0; 0 stays 0."""
     step = step_of([[2.0, 2.0, -2.0, -2.0, 0.0]], old_entropy=[[0.5, 10.0, 0.5, 10.0, 3.0]])
     shaped = EntropyShapedAdvantage().prepare(step, alone())
-    torch.testing.assert_close(shaped.advantages, tensor(2.2, 3.0, -1.8, -1.0, 0.0))
-    torch.testing.assert_close(shaped.extra["advantage_addition"], tensor(0.2, 1.0, 0.2, 1.0, 0.0))
+    torch.testing.assert_close(shaped.advantages, tensor(2.2, 3.0, -1.8, -1.0, 0.0)[0])
+    torch.testing.assert_close(shaped.extra["advantage_addition"], tensor(0.2, 1.0, 0.2, 1.0, 0.0)[0])
     other = EntropyShapedAdvantage(scale=1.0, kappa=4.0).prepare(step, alone())
-    torch.testing.assert_close(other.advantages, tensor(2.5, 2.5, -1.5, -1.5, 0.0))
+    torch.testing.assert_close(other.advantages, tensor(2.5, 2.5, -1.5, -1.5, 0.0)[0])
 
 
 @pytest.mark.parametrize("kappa", [1.5, 2.0, 10.0])
@@ -928,7 +932,7 @@ def test_shaping_keeps_signs_and_zeros_and_stays_within_its_bound(kappa: float) 
     a, h = generator.normal(size=(20, 20)), generator.gamma(1.0, 2.0, size=(20, 20))
     a[generator.random(a.shape) < 0.2] = 0.0
     shaped = EntropyShapedAdvantage(kappa=kappa).prepare(step_of(a.tolist(), old_entropy=h.tolist()), alone())
-    new = shaped.advantages.numpy()
+    new = shaped.advantages.view(20, 20).numpy()
     np.testing.assert_array_equal(np.sign(new), np.sign(a))
     assert (new - a >= 0).all()
     assert (np.abs(new - a) <= np.abs(a) / kappa * (1 + 1e-12)).all()
@@ -943,7 +947,7 @@ def test_shaping_takes_the_old_entropy_and_no_gradient(experience: Experience) -
     assert stats.entropy is None
     assert not stats.advantages.requires_grad
     expected = torch.minimum(0.4 * experience.old_entropy, experience.advantages.abs() / 2)
-    difference = stats.advantages - experience.advantages
+    difference = flat(stats.advantages, step.lengths) - experience.advantages
     torch.testing.assert_close(difference[step.mask], expected[step.mask])
 
 
@@ -1013,7 +1017,7 @@ def test_a_hindsight_prompt_longer_than_the_model_is_refused() -> None:
     """BOS, prompt, shown answer and response: 1 + 2 + 3 + 4 tokens. Learned positions would end in an IndexError."""
 
     prompt = Prompt("p", "ab", (97, 98), answer="xyz", content="ab")
-    responses = Sequences.collate([[97, 98]], [[1, 2, 3, 4]])
+    responses = FlatSequences.collate([[97, 98]], [[1, 2, 3, 4]])
     template = HindsightTemplate("{answer}{prompt}")
     assert template.sequences([prompt], responses, Characters(), max_length=10).lengths.tolist() == [10]
     with pytest.raises(ConfigError, match=r"^template: .* up to 10 tokens.* positions for 8"):
@@ -1032,4 +1036,4 @@ def test_masked_tokens_are_not_chosen_in_place_of_certain_ones() -> None:
     mask = [[0, 1, 0, 1, 0, 1, 0]]
     step = step_of([[1.0] * 7], old_entropy=[[0.0] * 7], mask=mask)
     chosen = TopEntropyTokens(fraction=1.0).prepare(step, alone()).extra["top_entropy"]
-    assert chosen.int().tolist() == mask
+    assert chosen.int().tolist() == mask[0]

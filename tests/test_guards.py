@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from helpers.processes import run_ranks
 from ibro_lightning.batches.experience import Experience
-from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.batches.sequences import FlatSequences, Sequences
 from ibro_lightning.errors import ConfigError, is_out_of_memory
 from ibro_lightning.guards.memory_advice import (
     OutOfMemory,
@@ -27,14 +27,14 @@ from ibro_lightning.update.nonfinite import NonFiniteError, NonFiniteGuard, adva
 
 
 def step(advantages: list[list[float]], mask: list[list[bool]]) -> Experience:
-    sequences = Sequences.collate([[1, 2]] * len(mask), [[3] * len(row) for row in mask])
-    values = torch.tensor(advantages)
+    sequences = FlatSequences.collate([[1, 2]] * len(mask), [[3] * len(row) for row in mask])
+    values = torch.tensor(advantages).flatten()
     return Experience(
         sequences=sequences,
         old_logp=torch.zeros_like(values),
         old_entropy=torch.zeros_like(values),
         advantages=values,
-        mask=torch.tensor(mask),
+        mask=torch.tensor(mask).flatten(),
         groups=torch.zeros(len(mask), dtype=torch.long),
         temperature=1.0,
         extra={"values": values + 1},
@@ -76,7 +76,8 @@ class TestNonFinite:
         assert "the advantage is not finite" in str(caught.value)
         saved = torch.load(path, weights_only=True)
         assert (saved["network"], saved["cause"], saved["iteration"]) == ("policy", "advantage", 12)
-        assert torch.equal(saved["sequences.input_ids"], offender.sequences.input_ids)
+        assert torch.equal(saved["sequences.prompts"], offender.sequences.prompts)
+        assert torch.equal(saved["sequences.responses"], offender.sequences.responses)
         assert torch.equal(saved["advantages"].isnan(), offender.advantages.isnan())
         assert torch.equal(saved["extra.values"].isnan(), offender.extra["values"].isnan())
 

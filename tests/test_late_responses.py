@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from helpers.collecting import ScriptedEngine, build
+from helpers.flat import span
 from helpers.models import TinySource, gpt2, qwen2, qwen2_critic
 from helpers.rollouts import LATE, make_rollout, with_late
 from helpers.updates import (
@@ -53,8 +54,8 @@ def test_a_rollout_knows_its_late_responses() -> None:
     assert rollout.late.tolist() == [row in LATE for row in range(8)]
     assert not rollout.truncated.any(), "cut by the clock, not by the length limit"
     assert rollout.sequences.response_lengths.tolist() == [6, 0, 5, 4, 0, 1, 4, 2]
-    assert rollout.sequences.response_mask[1].tolist() == [False] * 6
-    assert (rollout.sampler_logp[[1, 4]] == 0).all()
+    assert rollout.sequences.pad().response_mask[1].tolist() == [False] * 6
+    assert rollout.sampler_logp.shape == (22,)
     assert make_rollout().late.tolist() == [False] * 8
     assert [completion.late for completion in rollout.completions] == rollout.late.tolist()
     moved = rollout.to("cpu")
@@ -155,7 +156,7 @@ def test_scores_do_not_depend_on_the_token_budget(build: Any, budget: int) -> No
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-12)
     for name in expected.extra:
         torch.testing.assert_close(found.extra[name], expected.extra[name], rtol=1e-9, atol=1e-12)
-    assert (found.old_logp[1] == 0).all()
+    assert (found.micro_batch().old_logp[1] == 0).all()
 
 
 # The loss.
@@ -186,10 +187,12 @@ def test_late_responses_are_masked(build: Any, rows: Any, aggregation: Any) -> N
     options = {"aggregation": aggregation, "aggregation_max_tokens": 6, "regularizer": EntropyBonus(0.3)}
     module = scored_first(build(**options, **({"whiten_advantages": False} if build is ppo else {})))
     late, on_time = module.prepare(with_late(rows)), module.prepare(make_rollout())
-    assert torch.equal(late.mask, on_time.mask & torch.tensor([row not in rows for row in range(8)])[:, None])
-    kept = [row for row in range(8) if row not in rows]
-    torch.testing.assert_close(late.advantages[kept], on_time.advantages[kept], rtol=1e-9, atol=1e-12)
-    expected = gradients(module, replace(on_time, mask=late.mask))
+    counts = torch.tensor([row not in rows for row in range(8)])
+    assert torch.equal(late.mask, late.per_token(counts))
+    kept = on_time.per_token(counts)
+    advantages = late.advantages[late.mask]
+    torch.testing.assert_close(advantages, on_time.advantages[kept], rtol=1e-9, atol=1e-12)
+    expected = gradients(module, replace(on_time, mask=on_time.mask & kept))
     for found, others in zip(gradients(module, late), expected, strict=True):
         assert_same(found, others)
     unmasked = gradients(module, on_time)
@@ -199,8 +202,8 @@ def test_late_responses_are_masked(build: Any, rows: Any, aggregation: Any) -> N
 def test_late_and_overlong_responses_are_both_left_out() -> None:
     rollout = replace(with_late({1: 2}), truncated=torch.arange(8) == 3)
     for flag, out in ((False, {1}), (True, {1, 3})):
-        mask = dapo(overlong_filter=flag).prepare(rollout).mask
-        assert {row for row in range(8) if not mask[row].any()} == out
+        experience = dapo(overlong_filter=flag).prepare(rollout)
+        assert {row for row in range(8) if not experience.mask[span(experience.lengths, row)].any()} == out
 
 
 REGULARIZERS = {
@@ -272,11 +275,9 @@ def test_the_entropy_of_first_tokens_is_that_of_responses_that_have_one() -> Non
     experience = module.prepare(rollout)
     metrics = module.experience_metrics(experience, rollout)
     have = rollout.sequences.response_lengths > 0
-    expected = experience.old_entropy[have, 0].mean().item()
+    expected = experience.micro_batch().old_entropy[have, 0].mean().item()
     assert metrics["policy/entropy_first_token"] == pytest.approx(expected, rel=1e-9)
-    assert metrics["policy/entropy"] == pytest.approx(
-        experience.old_entropy[rollout.sequences.response_mask].mean().item(), rel=1e-9
-    )
+    assert metrics["policy/entropy"] == pytest.approx(experience.old_entropy.mean().item(), rel=1e-9)
 
 
 # Whole runs.

@@ -23,7 +23,7 @@ FILES = {
 # From the bottom up. A file may import from its own part and from those above it in this list, which lie below it.
 LAYERS = [
     *("version", "errors", "timing", "resampling", "seeding", "types", "functional", "rendering"),
-    *("batches.sequences", "guards", "ranks", "batches", "runs"),
+    *("batches.ragged", "batches.sequences", "guards", "ranks", "batches", "runs"),
     *("regularizers", "models", "engines", "rewards", "sources", "tasks", "evaluation", "update"),
     *("callbacks", "modules", "datamodules", "strategies", "dry_run", "cli"),
     *("__init__", "__main__"),
@@ -148,4 +148,4 @@ for step in updater.steps(experience, loss, scorer.context()):
     step, metrics = updater.update(step, loss, scorer.context())
     print(metrics["update/skipped_steps"], step.old_logp.shape, updater.policy_shift([metrics], step, scorer.context()))
 """
-    assert without(("lightning", "pytorch_lightning"), code).startswith("0.0 torch.Size([2, 2]) {'update/policy_shift'")
+    assert without(("lightning", "pytorch_lightning"), code).startswith("0.0 torch.Size([4]) {'update/policy_shift'")

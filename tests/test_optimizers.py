@@ -567,12 +567,13 @@ def test_the_shift_is_that_of_the_whole_update(settings: dict[str, Any]) -> None
     module = DAPOModule(TinySource(), optimizer=SGD, learning_rate=0.3, warmup_steps=0, max_grad_norm=None, **settings)
     module.configure_model()
     rollout = rollouts(1)[0]
-    before, _ = module.policy(rollout.sequences, temperature=rollout.temperature)
+    sequences = rollout.sequences.pad()
+    before, _ = module.policy(sequences, temperature=rollout.temperature)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*moved the policy")
         _, recorder = fit(module, [rollout])
-    after, _ = module.policy(rollout.sequences, temperature=rollout.temperature)
-    measured = rollout.sequences.response_mask & (rollout.groups == 0)[:, None]  # of four groups, an eighth at least
+    after, _ = module.policy(sequences, temperature=rollout.temperature)
+    measured = sequences.response_mask & (rollout.groups == 0)[:, None]  # of four groups, an eighth at least
     moved = (after - before).abs()[measured].mean().item()
     assert 0.001 < moved < 0.5
     assert recorder.metrics[0]["update/policy_shift"] == pytest.approx(moved, rel=1e-4)

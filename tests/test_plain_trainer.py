@@ -263,19 +263,21 @@ def test_samples_without_a_logger_and_interruptions_without_a_checkpoint_say_so(
 
 def test_batches_are_one_line_of_shapes() -> None:
     sequences = Sequences.collate([[1, 2], [3]], [[4], [5, 6]])
-    zeros = torch.zeros(2, 2)
+    zeros, of_tokens, mask = torch.zeros(2, 2), torch.zeros(3), torch.ones(3, dtype=torch.bool)
+    of_rows = torch.tensor([0, 0])
     experience = Experience(
-        sequences, zeros, zeros, zeros, sequences.response_mask, torch.tensor([0, 0]), 1.0, extra={"values": zeros}
+        sequences.flatten(), of_tokens, of_tokens, of_tokens, mask, of_rows, 1.0, extra={"values": of_tokens}
     )
     stats = TokenStats(zeros, None, zeros, zeros, zeros, sequences.response_mask)
     context = StepContext(torch.nn.Bilinear(2, 2, 2), print, tokenizer=object(), seed=3)  # type: ignore[arg-type]
     assert repr(sequences) == (
         "Sequences(input_ids=[2, 3] int64, starts=[2] int64, prompt_lengths=[2] int64, response_lengths=[2] int64)"
     )
-    for batch in (experience, stats, context):
+    for batch in (experience, experience.micro_batch(), stats, context):
         assert "\n" not in repr(batch)
         assert "tensor(" not in repr(batch)
-    assert "extra={values: [2, 2] float32}" in repr(experience)
+    assert "extra={values: [3] float32}" in repr(experience)
+    assert "extra={values: [2, 2] float32}" in repr(experience.micro_batch())
     assert repr(stats).startswith("TokenStats(logp=[2, 2] float32, old_logp=")
     assert "policy=Bilinear" in repr(context)
 

@@ -20,6 +20,7 @@ from transformers import (
     Qwen2ForTokenClassification,
 )
 
+from helpers.flat import flat, span, wide
 from helpers.models import TinyOPT, TinySource, gpt2, gpt2_critic, qwen2, qwen2_critic, with_a_head
 from helpers.rollouts import (
     GROUPS,
@@ -56,6 +57,7 @@ from ibro_lightning.types import RewardResult
 from ibro_lightning.update.whitening import whiten
 
 torch.set_num_threads(1)
+LENGTHS = make_rollout().sequences.response_lengths
 
 
 def reference_values(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
@@ -206,9 +208,9 @@ def test_the_reward_stands_on_the_last_token_and_nowhere_else() -> None:
     rollout = make_rollout()
     rewards = ppo().prepare(rollout).token_rewards
     for row, completion in enumerate(rollout.completions):
-        expected = [0.0] * 6
-        expected[len(completion.token_ids) - 1] = rollout.rewards[row].item()
-        assert rewards[row].tolist() == expected
+        expected = [0.0] * len(completion.token_ids)
+        expected[-1] = rollout.rewards[row].item()
+        assert rewards[span(LENGTHS, row)].tolist() == expected
 
 
 def textbook_gae(
@@ -258,19 +260,18 @@ def test_advantages_and_returns_are_those_of_the_textbook(name: str) -> None:
         _, returns[row, :length] = textbook_gae(reward, values, lam=of_critic, **kwargs)
 
     experience = module.prepare(rollout)
-    np.testing.assert_allclose(experience.advantages, advantages, rtol=1e-6, atol=1e-8)
-    np.testing.assert_allclose(experience.extra["returns"], returns, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(wide(experience.advantages, LENGTHS), advantages, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(wide(experience.extra["returns"], LENGTHS), returns, rtol=1e-6, atol=1e-8)
     for row, values in enumerate(all_values):
-        np.testing.assert_allclose(experience.extra["values"][row, : len(values) - 1], values[:-1], rtol=1e-9)
+        np.testing.assert_allclose(experience.extra["values"][span(LENGTHS, row)], values[:-1], rtol=1e-9)
 
     experience = ppo(overlong_filter=True, **settings).prepare(rollout)
-    counted = experience.mask.numpy()
+    counted = wide(experience.mask, LENGTHS).numpy()
     valid = advantages[counted]
     whitened = np.where(counted, (advantages - valid.mean()) / np.sqrt(valid.var() + 1e-8), 0.0)
-    assert (experience.mask != rollout.sequences.response_mask).any()
-    np.testing.assert_allclose(experience.advantages, whitened, rtol=1e-6, atol=1e-7)
-    assert (experience.advantages[~rollout.sequences.response_mask] == 0).all()
-    np.testing.assert_allclose(experience.extra["returns"], returns, rtol=1e-6, atol=1e-8)
+    assert not experience.mask.all()
+    np.testing.assert_allclose(wide(experience.advantages, LENGTHS), whitened, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(wide(experience.extra["returns"], LENGTHS), returns, rtol=1e-6, atol=1e-8)
 
 
 def test_bootstrapping_concerns_truncated_responses_alone() -> None:
@@ -282,16 +283,14 @@ def test_bootstrapping_concerns_truncated_responses_alone() -> None:
     values = reference_values(ppo().critic.model, rows_of(rollout))
     for row in range(8):
         gain = values[row][-1] if row in (1, 4) else 0.0  # γ = λ = 1: the whole of it reaches every token
-        length = len(values[row]) - 1
-        expected = np.where(np.arange(6) < length, gain, 0.0)
-        np.testing.assert_allclose(bootstrapped[row] - ended[row], expected, atol=1e-12)
+        own = span(LENGTHS, row)
+        np.testing.assert_allclose(bootstrapped[own] - ended[own], gain, atol=1e-12)
 
 
 def test_with_lambda_and_gamma_one_returns_are_the_rewards_whatever_the_critic_thinks() -> None:
     rollout = make_rollout()
     experience = ppo().prepare(rollout)
-    mask = rollout.sequences.response_mask
-    expected = torch.where(mask, rollout.rewards[:, None].double(), 0.0)
+    expected = rollout.rewards.double().repeat_interleave(LENGTHS)
     torch.testing.assert_close(experience.extra["returns"], expected, rtol=0, atol=1e-12)
 
 
@@ -302,8 +301,7 @@ def test_after_whitening_the_ib_objective_is_the_covariance() -> None:
         module = scored_first(ppo(whiten_advantages=whitened, gae_lambda=0.8))
         experience = module.prepare(rollout)
         metrics = module.experience_metrics(experience, rollout)
-        valid = rollout.sequences.response_mask.numpy()
-        a, h = experience.advantages.numpy()[valid], experience.old_entropy.numpy()[valid]
+        a, h = experience.advantages.numpy(), experience.old_entropy.numpy()
         assert metrics["ib/mean_product"] == pytest.approx((a * h).mean(), rel=1e-9)
         assert abs(np.cov(a, h, bias=True)[0, 1]) > 0.01
         difference = metrics["ib/mean_product"] - np.cov(a, h, bias=True)[0, 1]
@@ -333,7 +331,7 @@ def test_explained_variance_is_measured_against_the_rewards_that_came() -> None:
         length, reward = len(of_row) - 1, rollout.rewards[row].item()
         values += of_row[:-1].tolist()
         came += [reward * 0.9 ** (length - 1 - t) for t in range(length)]
-        returns += experience.extra["returns"][row, :length].tolist()
+        returns += experience.extra["returns"][span(LENGTHS, row)].tolist()
     expected = 1 - np.var(np.subtract(came, values)) / np.var(came)
     assert abs(expected) > 0.01
     assert metrics["critic/explained_variance"] == pytest.approx(expected, rel=1e-6)
@@ -366,7 +364,7 @@ def test_the_value_loss_is_the_formula_written_out(
         for t, value in enumerate(values[:-1]):
             if row == 4:
                 continue
-            old, target = (experience.extra[name][row, t].item() for name in ("values", "returns"))
+            old, target = (experience.extra[name][span(LENGTHS, row)][t].item() for name in ("values", "returns"))
             squared = (value - target) ** 2
             if value_clip is not None:
                 inside = (min(max(value, old - value_clip), old + value_clip) - target) ** 2
@@ -610,20 +608,18 @@ def test_each_advantage_by_hand_and_as_its_function(name: Any) -> None:
     rollout = make_rollout()
     assert rollout.rewards.tolist() == pytest.approx(SORTED_REWARDS)
     experience = dapo(advantage=name).prepare(rollout)
-    responses = experience.sequences.response_mask
-    lengths = responses.sum(dim=1)
     if name == "reinforce++":
         # Undiscounted, each token's reward to go is its response's reward.
-        each = np.repeat(SORTED_REWARDS, lengths)
+        each = np.repeat(SORTED_REWARDS, LENGTHS)
         by_hand = (np.array(SORTED_REWARDS) - each.mean()) / np.sqrt(each.var() + 1e-8)
-        function = reinforce_plus_plus_advantages(experience.token_rewards, responses)
+        mask = experience.sequences.pad().response_mask
+        function = flat(reinforce_plus_plus_advantages(wide(experience.token_rewards, LENGTHS), mask), LENGTHS)
     else:
         by_hand = np.array(ADVANTAGES[name])
         functions = {"grpo": group_advantages, "dr_grpo": dr_grpo_advantages, "rloo": rloo_advantages}
-        function = functions[name](rollout.rewards.double(), rollout.groups)[:, None].expand(responses.shape)
-    for row, length in enumerate(lengths.tolist()):
-        np.testing.assert_allclose(experience.advantages[row, :length], by_hand[row], rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(experience.advantages[responses], function[responses], rtol=1e-9, atol=1e-9)
+        function = functions[name](rollout.rewards.double(), rollout.groups).repeat_interleave(LENGTHS)
+    np.testing.assert_allclose(experience.advantages, np.repeat(by_hand, LENGTHS), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(experience.advantages, function, rtol=1e-9, atol=1e-9)
 
 
 def shaped_rollout(right: Sequence[float], penalty: float = 1e-3, span: float | None = 2.0) -> Rollout:
@@ -671,11 +667,12 @@ def test_where_accuracy_differs_the_published_formula_stands(name: Any) -> None:
     rollout = shaped_rollout([0.0, 1.0] + [0.0] * 6, penalty=0.25)
     experience = module.prepare(rollout)
     unknown = module.prepare(replace(rollout, reward_parts={}))
-    rows = rollout.groups == 0 if name == "grpo" else slice(None)
+    groups = rollout.groups.repeat_interleave(LENGTHS)  # [N]
+    rows = groups == 0 if name == "grpo" else slice(None)
     torch.testing.assert_close(experience.advantages[rows], unknown.advantages[rows], rtol=0, atol=0)
     if name == "grpo":
-        rest = experience.advantages[rollout.groups > 0]
-        assert rest.abs().max() < 0.25 < unknown.advantages[rollout.groups > 0].abs().max()
+        rest = experience.advantages[groups > 0]
+        assert rest.abs().max() < 0.25 < unknown.advantages[groups > 0].abs().max()
 
 
 def test_only_advantages_relative_to_a_group_need_groups() -> None:
@@ -723,7 +720,7 @@ def off_policy(module: DAPOModule, seed: int = 1) -> Experience:
     experience = scored_first(module).prepare(make_rollout(truncated=[4]))
     noise = torch.randn(experience.old_logp.shape, generator=torch.Generator().manual_seed(seed)).double()
     mask = experience.mask.clone()
-    mask[1, 2] = False
+    mask[span(LENGTHS, 1)][2] = False
     return replace(experience, old_logp=experience.old_logp + 0.5 * noise, mask=mask)
 
 
@@ -746,11 +743,11 @@ def test_the_steps_loss_by_hand_for_each_surrogate_and_aggregation(surrogate: An
     scores = [reference_scores(module.policy.model, TEMPERATURE)[row] for row in order]
     sums, counts = [], []
     for row, (logp, entropy) in enumerate(scores):
-        length = len(logp)
-        valid = experience.mask[row, :length].numpy()
+        own = span(LENGTHS, row)
+        valid = experience.mask[own].numpy()
         if not valid.any():
             continue
-        old, advantage = experience.old_logp[row, :length].numpy(), experience.advantages[row, 0].item()
+        old, advantage = experience.old_logp[own].numpy(), experience.advantages[own][0].item()
         losses = token_losses(surrogate, logp, old, valid, advantage) - 0.3 * entropy
         sums.append(losses[valid].sum())
         counts.append(valid.sum())
@@ -813,7 +810,7 @@ def test_the_least_deviation_of_a_rollout_whose_accuracy_does_not_differ_is_half
 def test_the_least_deviation_of_a_group_whose_accuracy_does_not_differ_is_half_the_span(span: float) -> None:
     """Of two rewards 0.001 apart, each is 0.0005 from their mean."""
     rollout = shaped_rollout([0.0] * 8, span=span)
-    advantages = dapo(advantage="grpo").prepare(rollout).advantages[:, 0]
+    advantages = dapo(advantage="grpo").prepare(rollout).advantages[LENGTHS.cumsum(0) - 1]
     size = 5e-4 / (span / 2)
     first = torch.tensor([row == 0 or group != rollout.groups[row - 1] for row, group in enumerate(rollout.groups)])
     torch.testing.assert_close(advantages.double(), torch.where(first, -size, size).double(), rtol=1e-3, atol=0)
@@ -825,8 +822,8 @@ def test_a_late_response_is_no_truncated_one_to_bootstrap() -> None:
         ppo(bootstrap_truncated=flag, whiten_advantages=False).prepare(rollout).extra["returns"]
         for flag in (False, True)
     )
-    differs = (ended != bootstrapped).any(dim=1)
-    assert differs.tolist() == [row == 4 for row in range(8)]
+    lengths = rollout.sequences.response_lengths
+    assert torch.equal(ended != bootstrapped, (torch.arange(8) == 4).repeat_interleave(lengths))
 
 
 def test_the_accuracy_of_a_stopped_verification_is_no_outcome() -> None:

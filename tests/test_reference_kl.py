@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers.flat import flat, span
 from helpers.models import TinySource
 from helpers.rollouts import GROUPS, TEMPERATURE, make_rollout, reference_scores, rollouts
 from helpers.updates import CUTS, adamw, assert_same, begin_step, fit, micro_loss, scored_first, summed, token_stats
@@ -74,10 +75,10 @@ def test_in_the_reward_every_token_pays_for_itself(kind: type[PolicyModule], est
     rollout = make_rollout()
     experience = build(kind, elsewhere(placement="reward", estimator=estimator)).prepare(rollout)
     for row, kl in enumerate(penalties(estimator)):
-        expected = np.zeros(6)
-        expected[: len(kl)] = -BETA * kl
-        expected[len(kl) - 1] += rollout.rewards[row].item()
-        np.testing.assert_allclose(experience.token_rewards[row], expected, rtol=1e-9, atol=1e-12)
+        expected = -BETA * kl
+        expected[-1] += rollout.rewards[row].item()
+        own = experience.token_rewards[span(experience.lengths, row)]
+        np.testing.assert_allclose(own, expected, rtol=1e-9, atol=1e-12)
         assert np.abs(kl).min() > 1e-6
 
 
@@ -91,8 +92,9 @@ def test_dapo_compares_rewards_less_their_penalties(estimator: Any) -> None:
         pair = totals[first : first + 2]
         for row in (first, first + 1):
             expected = (totals[row] - np.mean(pair)) / (np.std(pair, ddof=1) + 1e-6)
-            np.testing.assert_allclose(experience.advantages[row, 0], expected, rtol=1e-6)
-    assert experience.advantages[6, 0] != 0, "equal rewards, unequal penalties"
+            own = experience.advantages[span(experience.lengths, row)]
+            np.testing.assert_allclose(own[0], expected, rtol=1e-6)
+    assert experience.micro_batch().advantages[6, 0] != 0, "equal rewards, unequal penalties"
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3_k2_grad"])
@@ -103,15 +105,16 @@ def test_ppo_sums_penalties_into_advantages_and_returns(estimator: Any) -> None:
     experience = module.prepare(rollout)
     for row, kl in enumerate(penalties(estimator)):
         returns = rollout.rewards[row].item() - BETA * np.cumsum(kl[::-1])[::-1]
-        values = experience.extra["values"][row, : len(kl)].numpy()
-        np.testing.assert_allclose(experience.extra["returns"][row, : len(kl)], returns, rtol=1e-9, atol=1e-9)
-        np.testing.assert_allclose(experience.advantages[row, : len(kl)], returns - values, rtol=1e-9, atol=1e-9)
+        own = span(experience.lengths, row)
+        values = experience.extra["values"][own].numpy()
+        np.testing.assert_allclose(experience.extra["returns"][own], returns, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(experience.advantages[own], returns - values, rtol=1e-9, atol=1e-9)
 
 
 def step_of(module: Any) -> Experience:
     """A step whose ratios are not 1."""
     experience = scored_first(module).prepare(make_rollout())
-    noise = torch.randn(experience.old_logp.shape, generator=torch.Generator().manual_seed(1)).double()
+    noise = torch.randn(experience.old_logp.shape, generator=torch.Generator().manual_seed(1)).double()  # [N]
     result: Experience = begin_step(module, replace(experience, old_logp=experience.old_logp + 0.3 * noise))
     return result
 
@@ -138,10 +141,10 @@ def test_in_the_loss_the_penalty_is_aggregated_like_the_loss(kind: type[PolicyMo
     # dk2 = log r · dlogπ, dk3 = (1 − r') · dlogπ, and k3_k2_grad is k3 with the gradient of k2.
     slopes = torch.zeros_like(step.old_logp)
     for row, (a, b) in enumerate(zip(scores(TinySource().model), scores(TinySource(seed=1).model), strict=True)):
-        slopes[row, : len(a)] = torch.tensor(1 - np.exp(b - a) if estimator == "k3" else a - b)
+        slopes[span(step.lengths, row)] = torch.tensor(1 - np.exp(b - a) if estimator == "k3" else a - b)
     stats = token_stats(plain, step)
-    loss, _ = plain.policy_loss(stats, step)
-    loss = loss + BETA * (slopes * stats.logp).sum() / tokens
+    loss, _ = plain.policy_loss(stats, step.micro_batch())
+    loss = loss + BETA * (slopes * flat(stats.logp, step.lengths)).sum() / tokens
     assert_same(with_penalty[1:], torch.autograd.grad(loss, list(plain.policy.parameters())))
     for cut in CUTS[1:]:
         assert_same(policy_gradient(module, step, cut), with_penalty)
@@ -218,7 +221,7 @@ def test_a_strong_penalty_keeps_the_policy_near_its_reference(placement: Any) ->
         end = ReferenceKL(0.0, estimator="k2")
         end.setup(module.policy_source, PolicyOptions())
         with torch.no_grad():
-            sequences = make_rollout().sequences
+            sequences = make_rollout().sequences.pad()
             logp, _ = module.policy(sequences, temperature=TEMPERATURE)
             reference, _ = end.on(module.device)(sequences, temperature=TEMPERATURE)
         distance[coef] = end.penalty(logp, reference).sum().item()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.flat import span
 from helpers.models import qwen2
 from helpers.rollouts import make_rollout
 from ibro_lightning.batches import TokenStats
@@ -78,7 +79,7 @@ def update(loss: PolicyLoss, advantages: Tensor | None = None) -> tuple[Any, ...
     if advantages is None:
         given = make_rollout().rewards.double() + 0.25  # none of them is 0
         given[WITHOUT] = 0.0
-        advantages = given[:, None].expand(experience.mask.shape)
+        advantages = experience.per_token(given)
     seen = []
     for _ in range(2):  # the second has moved: ratios are not 1 any more
         for step in updater.steps(replace(experience, advantages=advantages), loss, scorer.context()):
@@ -120,7 +121,7 @@ def test_a_kl_penalty_needs_no_advantage() -> None:
 def test_rows_out_of_the_loss_run_no_backward_pass() -> None:
     step = _step()
     mask = step.mask.clone()
-    mask[0] = False
+    mask[span(step.lengths, 0)] = False
     rows = PolicyLoss(EntropyBonus(0.1)).rows_with_gradient(replace(step, mask=mask))
     assert rows.tolist() == [False, *[True] * 7]
 
@@ -192,7 +193,9 @@ def test_the_promise_holds_exactly(kind: type[PolicyLoss], regularizer: EntropyR
     extra = {"clip_cov": chosen, "top_entropy": chosen}
     old, zero = torch.randn(3, 5, dtype=torch.float64), torch.zeros(3, 5, dtype=torch.float64)
     stats = TokenStats(logp, entropy, old, entropy.detach(), zero, mask, extra)
-    micro = replace(_step(), mask=mask, weights=torch.rand(3, 5, dtype=torch.float64), advantages=zero, extra=extra)
+    micro = replace(
+        _step().micro_batch(), mask=mask, weights=torch.rand(3, 5, dtype=torch.float64), advantages=zero, extra=extra
+    )
     value, _ = kind(regularizer)(stats, micro)
     gradients = torch.autograd.grad(value + 0.0 * (logp + entropy).sum(), (logp, entropy))
     assert value == 0
@@ -202,7 +205,8 @@ def test_the_promise_holds_exactly(kind: type[PolicyLoss], regularizer: EntropyR
 def _step() -> Experience:
     policy = Policy(qwen2().double())
     experience = Scorer(PlainLoop({"policy": policy}, []), PolicyLoss())(make_rollout())
-    advantages = torch.ones(experience.mask.shape, dtype=torch.float64)
-    advantages[WITHOUT] = 0.0
+    given = torch.ones(8, dtype=torch.float64)
+    given[WITHOUT] = 0.0
+    advantages = experience.per_token(given)
     assert token_mean(advantages, experience.mask, 1.0) > 0
     return replace(experience, advantages=advantages)

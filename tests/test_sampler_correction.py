@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from helpers.flat import flat, span
 from helpers.models import TinyQwen2, TinySource
 from helpers.rollouts import TEMPERATURE, make_rollout
-from helpers.sampler_scores import noise, rollout_of, sampler_near, scores
+from helpers.sampler_scores import LENGTHS, noise, rollout_of, sampler_near, scores
 from helpers.updates import (
     CUTS,
     assert_same,
@@ -77,7 +78,7 @@ def off_policy(module: Any) -> Experience:
     takes no part in the loss, and one token of another."""
     experience = scored_first(module).prepare(make_rollout())
     mask = experience.mask.clone()
-    mask[1, 2] = mask[4] = False
+    mask[span(LENGTHS, 1)][2] = mask[span(LENGTHS, 4)] = False
     old_logp = experience.old_logp + noise(1, 0.3)
     return replace(experience, old_logp=old_logp, mask=mask, sampler_logp=sampler_near(old_logp))
 
@@ -101,7 +102,7 @@ def rows_by_hand(experience: Experience) -> list[tuple[np.ndarray, ...]]:
     rows = []
     for row, (logp, entropy) in enumerate(scores()):
         fixed = (experience.old_logp, experience.sampler_logp, experience.mask, experience.advantages)
-        old, sampler, valid, advantages = (values[row, : len(logp)].numpy() for values in fixed)
+        old, sampler, valid, advantages = (values[span(LENGTHS, row)].numpy() for values in fixed)
         if valid.any():
             rows.append((logp, entropy, old, sampler, valid, advantages))
     return rows
@@ -158,9 +159,10 @@ def test_the_gradient_is_weighted_like_the_loss(level: Any) -> None:
     step = begin_step(module, scored_first(module).prepare(apart(module)))
     by_hand = torch.zeros_like(step.advantages)
     for row, (_, _, old, sampler, valid, advantages) in enumerate(rows_by_hand(step)):
-        by_hand[row, : len(old)] = torch.tensor(weights_by_hand(old, sampler, valid, settings) * advantages)
-    logp, _ = module.policy(step.sequences, temperature=TEMPERATURE)
-    expected = torch.autograd.grad(-(by_hand * logp).sum() / step.mask.sum(), list(module.policy.parameters()))
+        by_hand[span(LENGTHS, row)] = torch.tensor(weights_by_hand(old, sampler, valid, settings) * advantages)
+    logp, _ = module.policy(step.sequences.pad(), temperature=TEMPERATURE)
+    loss = -(by_hand * flat(logp, LENGTHS)).sum() / step.mask.sum()
+    expected = torch.autograd.grad(loss, list(module.policy.parameters()))
     assert_same(loss_and_gradients(module, step)[1:], expected)
 
 
@@ -233,7 +235,7 @@ BROKEN = [(0, 0, -math.inf), (0, 3, math.nan), (2, 1, math.inf), (5, 0, math.nan
 def with_broken(rollout: Rollout, broken: Sequence[tuple[int, int, float]] = BROKEN) -> Rollout:
     sampler_logp = rollout.sampler_logp.clone()
     for row, token, value in broken:
-        sampler_logp[row, token] = value
+        sampler_logp[span(LENGTHS, row)][token] = value
     return replace(rollout, sampler_logp=sampler_logp)
 
 
@@ -254,7 +256,7 @@ def test_a_token_without_a_finite_log_prob_leaves_loss_and_denominator(correctio
     by_hand = module.prepare(sound)
     mask = by_hand.mask.clone()
     for row, token, _ in BROKEN:
-        mask[row, token] = False
+        mask[span(LENGTHS, row)][token] = False
     expected = loss_and_gradients(module, begin_step(module, replace(by_hand, mask=mask)))
     experience = module.prepare(with_broken(sound))
     assert torch.equal(experience.mask, mask)
@@ -272,7 +274,7 @@ def test_any_tokens_may_lack_a_log_prob(data: st.DataObject) -> None:
     sampler_logp = data.draw(st.lists(st.sampled_from([-0.5, math.nan, -math.inf, math.inf]), min_size=6, max_size=6))
     tokens = torch.tensor(data.draw(st.lists(st.booleans(), min_size=6, max_size=6))).view(2, 3)
     values = torch.tensor(sampler_logp).view(2, 3)
-    kept = sampled_tokens(values, tokens)
+    kept = sampled_tokens(values.flatten(), tokens.flatten()).view(2, 3)
     known = tokens & torch.isfinite(values)
     assert torch.equal(kept, known if known.any() else tokens)
     weights = SamplerCorrection()(torch.full((2, 3), -0.5), values, tokens)
@@ -293,7 +295,7 @@ def test_the_other_methods_denominators_leave_such_tokens_out_too() -> None:
         by_hand = module.prepare(sound)
         mask = by_hand.mask.clone()
         for row, token, _ in BROKEN:
-            mask[row, token] = False
+            mask[span(LENGTHS, row)][token] = False
         hand = begin_step(module, replace(by_hand, mask=mask))
         step = begin_step(module, module.prepare(with_broken(sound)))
         assert step.extra.keys() == hand.extra.keys()
@@ -314,7 +316,7 @@ def test_in_ppo_such_a_token_stays_in_the_trajectory_and_leaves_both_losses_and_
     assert broken.advantages[mask].var(unbiased=False).item() == pytest.approx(1, rel=1e-6)
     step = begin_step(module, broken)
     loss, _ = value_loss(module, step)
-    values = module.critic(step.sequences)[:, :-1]
+    values = flat(module.critic(step.sequences.pad()), LENGTHS)
     by_hand = 0.5 * ((values - broken.extra["returns"]) ** 2)[mask].mean()  # no value has moved yet: nothing is clipped
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-9)
 
@@ -330,7 +332,7 @@ NO_LOGP = {
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_rollout_without_sampler_log_probs_is_refused_in_one_line(kind: str, steps: int) -> None:
     module = dapo(SamplerCorrection(), update_epochs=steps)
-    rollout = rollout_of(NO_LOGP[kind](torch.empty(8, 6, dtype=torch.float64)))
+    rollout = rollout_of(NO_LOGP[kind](noise(1, 1.0)))
     with pytest.raises(ConfigError) as refused:
         fit(module, [rollout])
     line = str(refused.value)
@@ -340,7 +342,8 @@ def test_a_rollout_without_sampler_log_probs_is_refused_in_one_line(kind: str, s
 
 
 def all_but_the_first(logp: Tensor, filler: float) -> Tensor:
-    return torch.cat([logp[:, :1], torch.full_like(logp[:, 1:], filler)], dim=1)
+    firsts = LENGTHS.cumsum(0) - LENGTHS
+    return torch.full_like(logp, filler).index_copy(0, firsts, logp[firsts])
 
 
 @pytest.mark.parametrize(
@@ -381,9 +384,7 @@ def test_without_a_correction_it_trains_at_full_size(kind: str) -> None:
     expected = loss_and_gradients(module, begin_step(module, module.prepare(sound)))
     assert_same(loss_and_gradients(module, begin_step(module, module.prepare(offline))), expected)
     _, recorder = fit(dapo(None), [offline])
-    assert recorder.metrics[0]["sampler/non_finite"] == (
-        0 if kind == "zeros" else int(sound.sequences.response_mask.sum())
-    )
+    assert recorder.metrics[0]["sampler/non_finite"] == (0 if kind == "zeros" else int(LENGTHS.sum()))
     assert all(math.isfinite(value) for value in recorder.metrics[0].values())
 
 
@@ -391,14 +392,14 @@ def test_single_responses_of_other_origin_are_left_out_and_named_once() -> None:
     module = dapo(SamplerCorrection())
     rollout = apart(module)
     sampler_logp = rollout.sampler_logp.clone()
-    sampler_logp[3] = math.nan
+    sampler_logp[span(LENGTHS, 3)] = math.nan
     rollouts = [replace(rollout, sampler_logp=sampler_logp, iteration=number) for number in (1, 2)]
     with pytest.warns(UserWarning, match=r"iteration 1: 1 responses have no sampler log-probs") as warned:
         _, recorder = fit(module, rollouts)
     assert len([w for w in warned if "no sampler log-probs" in str(w.message)]) == 1
     assert [metrics["sampler/non_finite"] for metrics in recorder.metrics] == [len(scores()[3][0])] * 2
     sampler_logp = rollout.sampler_logp.clone()
-    sampler_logp[3] = 0.0  # not a sampler that was certain: the policy was not
+    sampler_logp[span(LENGTHS, 3)] = 0.0  # not a sampler that was certain: the policy was not
     with pytest.raises(ConfigError, match=r"log-probs of 1 of 8 responses are 0 on every token"):
         fit(dapo(SamplerCorrection()), [replace(rollout, sampler_logp=sampler_logp)])
 
@@ -411,8 +412,8 @@ def test_completions_may_come_without_log_probs(logp: Any) -> None:
         (RewardResult(1.0, {"accuracy": 1.0}), RewardResult(-1.0, {"accuracy": 0.0})),
     )
     rollout = Rollout.from_groups([group], name="train", iteration=1, temperature=1.0)
-    assert rollout.sampler_logp[0].isnan().all()
-    assert rollout.sampler_logp[1].tolist() == [-0.5, 0.0]
+    assert rollout.sampler_logp[:2].isnan().all()
+    assert rollout.sampler_logp[2:].tolist() == [-0.5]
 
 
 def test_another_number_of_log_probs_than_of_tokens_is_refused() -> None:
@@ -435,8 +436,7 @@ def test_how_far_sampler_and_policy_are_apart_is_measured_with_and_without(
     _, recorder = fit(module, [rollout])
     (metrics,) = recorder.metrics
     assert metrics["update/steps"] == 1
-    pairs = zip(scores(), rollout.sampler_logp, strict=True)
-    log_ratio = np.concatenate([logp - sampler[: len(logp)].numpy() for (logp, _), sampler in pairs])
+    log_ratio = np.concatenate([logp for logp, _ in scores()]) - rollout.sampler_logp.numpy()
     ratio = np.exp(log_ratio)
     dropped = (ratio < 1 / 1.2) | (ratio > 1.2)
     expected = {
@@ -460,7 +460,8 @@ def test_log_probs_that_are_not_finite_are_counted_and_the_step_is_taken() -> No
     module = dapo(SamplerCorrection())
     rollout = apart(module)
     broken = rollout.sampler_logp.clone()
-    broken[0, 0], broken[2, 1], broken[5, 0] = -math.inf, math.nan, math.inf
+    for row, token, value in ((0, 0, -math.inf), (2, 1, math.nan), (5, 0, math.inf)):
+        broken[span(LENGTHS, row)][token] = value
     _, recorder = fit(module, [replace(rollout, sampler_logp=broken)])
     (metrics,) = recorder.metrics
     assert metrics["sampler/non_finite"] == 3
@@ -609,10 +610,10 @@ def test_a_coarse_sampler_shows_in_the_curves_and_the_correction_in_the_weights(
 
 @pytest.mark.parametrize("apart", [-12.0, 12.0])
 def test_a_mean_difference_that_no_precision_explains_is_refused_in_either_direction(apart: float) -> None:
-    old_logp, tokens = torch.full((2, 4), -14.0), torch.ones(2, 4, dtype=torch.bool)
+    old_logp, tokens, lengths = torch.full((8,), -14.0), torch.ones(8, dtype=torch.bool), torch.tensor([4, 4])
     with pytest.raises(ConfigError, match="are 12 nats per token from the policy's in the mean"):
-        refuse_missing_logp(old_logp + apart, old_logp, tokens)
-    assert refuse_missing_logp(old_logp + apart / 2, old_logp, tokens) == 0
+        refuse_missing_logp(old_logp + apart, old_logp, tokens, lengths)
+    assert refuse_missing_logp(old_logp + apart / 2, old_logp, tokens, lengths) == 0
 
 
 class OthersHaveLogProbs(Ranks):
@@ -621,6 +622,6 @@ class OthersHaveLogProbs(Ranks):
 
 
 def test_tokens_without_log_probs_are_left_out_if_any_rank_has_some() -> None:
-    nothing, tokens = torch.full((2, 3), torch.nan), torch.ones(2, 3, dtype=torch.bool)
+    nothing, tokens = torch.full((6,), torch.nan), torch.ones(6, dtype=torch.bool)
     assert sampled_tokens(nothing, tokens).all()
     assert not sampled_tokens(nothing, tokens, OthersHaveLogProbs()).any()

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.flat import span
 from helpers.models import TinySource
-from helpers.sampler_scores import rollout_of, sampler_near, scores
+from helpers.sampler_scores import LENGTHS, rollout_of, sampler_near, scores
 from helpers.updates import Recorder, Verified, adamw, fit, sgd
 from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import TokenStats
@@ -35,11 +36,8 @@ torch.set_num_threads(1)
 
 
 def exact() -> Tensor:
-    """``[8, 6]`` the policy's own log-probs."""
-    logp = torch.zeros(8, 6, dtype=torch.float64)
-    for row, (of_row, _) in enumerate(scores()):
-        logp[row, : len(of_row)] = torch.tensor(of_row)
-    return logp
+    """``[N]`` the policy's own log-probs."""
+    return torch.cat([torch.tensor(of_row) for of_row, _ in scores()])
 
 
 def run(kind: type[PolicyModule], rollout: Rollout, **settings: Any) -> Recorder:
@@ -98,25 +96,25 @@ def test_later_steps_compare_with_what_sampled_and_weigh_it_with_1() -> None:
     first = module.updater.first_step(rollout)
     assert experience.old_logp is None
     others = ~torch.isin(rollout.groups, first)
-    responses = rollout.sequences.response_mask
+    of_others = others.repeat_interleave(LENGTHS)  # [N]
     known = experience.other_rows
-    assert torch.equal(known.logp[others], rollout.sampler_logp[others])
-    assert known.logp[~others].isnan().equal(responses[~others])
-    assert known.entropy.isnan().equal(responses)
+    assert torch.equal(known.logp[of_others], rollout.sampler_logp[of_others])
+    assert known.logp[~of_others].isnan().all()
+    assert known.entropy.isnan().all()
     assert not known.scored.any()
     steps = module.updater.steps(experience, module.policy_loss, module.context())
     taken = iter(steps)
     step = next(taken)
-    own = exact()[~others][:, : step.mask.shape[1]]
+    own = exact()[~of_others]
     steps.keep(replace(step, old_logp=own, old_entropy=own + 9))
     assert torch.equal(steps.experience.scored, ~others)
     second = next(taken)
     assert second.old_entropy is None
-    expected = rollout.sampler_logp[others][:, : second.mask.shape[1]]
-    assert torch.equal(second.old_logp, expected)
-    weights = SamplerCorrection()(second.old_logp, second.sampler_logp, second.mask).weights
-    assert torch.equal(weights, second.mask.to(weights.dtype))
-    stats = module.policy_loss.stats(second, module.context())
+    assert torch.equal(second.old_logp, rollout.sampler_logp[of_others])
+    micro = second.micro_batch()
+    weights = SamplerCorrection()(micro.old_logp, micro.sampler_logp, micro.mask).weights
+    assert torch.equal(weights, micro.mask.to(weights.dtype))
+    stats = module.policy_loss.stats(micro, module.context())
     assert stats.old_entropy is None
     assert (stats.logp - stats.old_logp).abs().max() > 0.5
 
@@ -127,14 +125,14 @@ def test_curves_of_scores_are_those_of_the_first_step_and_the_others_of_the_whol
     module.configure_model()
     seen = torch.isin(rollout.groups, module.updater.first_step(rollout))
     for in_first_step in (True, False):
-        rollout.sampler_logp[seen.tolist().index(in_first_step), 0] = torch.nan
+        rollout.sampler_logp[span(LENGTHS, seen.tolist().index(in_first_step))][0] = torch.nan
     recorder = run(DAPOModule, rollout, mini_batch_prompts=2, old_logp="sampler")
     found = recorder.metrics[0]
     rows = [of_row for of_row, is_seen in zip(scores(), seen.tolist(), strict=True) if is_seen]
     tokens = sum(len(logp) for logp, _ in rows)
     assert found["policy/entropy"] == pytest.approx(sum(entropy.sum() for _, entropy in rows) / tokens, rel=1e-9)
     assert found["policy/logp"] == pytest.approx(sum(logp.sum() for logp, _ in rows) / tokens, rel=1e-9)
-    compared = rollout.sequences.response_mask & seen[:, None] & rollout.sampler_logp.isfinite()
+    compared = seen.repeat_interleave(LENGTHS) & rollout.sampler_logp.isfinite()
     difference = (exact() - rollout.sampler_logp)[compared]
     assert found["sampler/logp_difference_max"] == pytest.approx(difference.abs().max().item(), rel=1e-9)
     assert found["sampler/kl_k1"] == pytest.approx(-difference.mean().item(), rel=1e-9)
@@ -142,12 +140,10 @@ def test_curves_of_scores_are_those_of_the_first_step_and_the_others_of_the_whol
     product = found["ib/cov_advantage_entropy"] + found["ib/mean_advantage_times_mean_entropy"]
     advantages = module.prepare(rollout).advantages
     mask = compared  # a token without a log-prob takes no part
-    entropies = torch.zeros(8, 6, dtype=torch.float64)
-    for row, (_, entropy) in enumerate(scores()):
-        entropies[row, : len(entropy)] = torch.tensor(entropy)
+    entropies = torch.cat([torch.tensor(entropy) for _, entropy in scores()])
     assert found["ib/mean_product"] == pytest.approx((advantages * entropies)[mask].mean().item(), rel=1e-6)
     assert product == pytest.approx(found["ib/mean_product"], rel=1e-9)
-    whole = rollout.sequences.response_mask & rollout.sampler_logp.isfinite()
+    whole = rollout.sampler_logp.isfinite()
     assert found["advantage/mean"] == pytest.approx(advantages[whole].mean().item(), rel=1e-6)
     assert all(value == value for value in found.values()), "no nan"
 
@@ -163,8 +159,8 @@ class HoldsOn(EntropyRegularizer):
 
 def test_tokens_without_a_log_prob_are_left_out_and_spoil_no_gradient() -> None:
     rollout = rollout_of(exact())
-    rollout.sampler_logp[:, 0] = torch.nan
-    rollout.sampler_logp[3, 1] = -torch.inf
+    rollout.sampler_logp[LENGTHS.cumsum(0) - LENGTHS] = torch.nan  # every first token
+    rollout.sampler_logp[span(LENGTHS, 3)][1] = -torch.inf
     settings = {"mini_batch_prompts": 2, "update_epochs": 2, "regularizer": HoldsOn(0.5)}
     made = [run(DAPOModule, rollout, old_logp=of, **settings) for of in ("policy", "sampler")]
     for name, value in made[0].weights[-1].items():
@@ -199,7 +195,7 @@ def test_what_needs_the_scores_of_the_whole_rollout_has_them(name: str) -> None:
 
 
 def test_log_probs_that_nobody_filled_in_are_refused_as_ever() -> None:
-    for logp in (torch.full((8, 6), torch.nan), torch.zeros(8, 6)):
+    for logp in (torch.full_like(exact(), torch.nan), torch.zeros_like(exact())):
         with pytest.raises(ConfigError, match="log-probs of 8 of 8 responses are"):
             run(DAPOModule, rollout_of(logp), old_logp="sampler", mini_batch_prompts=2)
 

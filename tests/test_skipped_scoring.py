@@ -15,12 +15,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from helpers.flat import span
 from helpers.models import TinySource
 from helpers.rollouts import make_rollout
-from helpers.sampler_scores import noise, rollout_of, sampler_near, scores
+from helpers.sampler_scores import LENGTHS, noise, rollout_of, sampler_near, scores
 from helpers.updates import Recorder, adamw, fit, sgd
 from ibro_lightning.batches import Rollout
-from ibro_lightning.batches.experience import Experience, TokenStats
+from ibro_lightning.batches.experience import Experience, MicroBatch, TokenStats
 from ibro_lightning.cli.main import main
 from ibro_lightning.models import PolicyOptions
 from ibro_lightning.modules import DAPOModule, PolicyModule, PPOModule
@@ -81,9 +82,7 @@ REGULARIZERS = {
 @cache
 def sampled() -> tuple[Rollout, ...]:
     """Two iterations, from a sampler near the policy; in the second, two responses are cut."""
-    logp = torch.zeros(8, 6, dtype=torch.float64)
-    for row, (of_row, _) in enumerate(scores()):
-        logp[row, : len(of_row)] = torch.tensor(of_row)
+    logp = torch.cat([torch.tensor(of_row) for of_row, _ in scores()])
     first, second = (
         rollout_of(sampler_near(logp + noise(7, size)).clamp(max=0.0), iteration=n) for n, size in ((1, 0.0), (2, 0.1))
     )
@@ -209,7 +208,7 @@ def with_infinite_advantages(kind: type[PolicyModule]) -> type[PolicyModule]:
     class Infinite(kind):
         def prepare(self, rollout: Rollout) -> Experience:
             experience = super().prepare(rollout)
-            first = torch.isin(experience.groups, self.updater.first_step(rollout))[:, None]
+            first = experience.per_token(torch.isin(experience.groups, self.updater.first_step(rollout)))
             return replace(experience, advantages=experience.advantages.masked_fill(first, torch.inf))
 
     return Infinite
@@ -345,11 +344,9 @@ def test_scores_come_first_where_anything_reads_them(name: str) -> None:
     assert (experience.other_rows is not None) == (0 < share < 1)
     if not first:
         return
-    responses = rollout.sequences.response_mask
-    for row, (logp, entropy) in enumerate(scores()):
-        for found, values in ((experience.old_logp, logp), (experience.old_entropy, entropy)):
-            torch.testing.assert_close(found[row, : len(logp)], torch.tensor(values), rtol=1e-9, atol=1e-12)
-    assert (experience.old_logp[~responses] == 0).all()
+    for number, found in enumerate((experience.old_logp, experience.old_entropy)):
+        expected = torch.cat([torch.tensor(of_row[number]) for of_row in scores()])
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "IBRO"])  # whose prompts these rollouts lack
@@ -369,9 +366,10 @@ def test_a_subclass_reads_real_scores_in_its_advantages() -> None:
     plain = DAPOModule(TinySource())
     plain.configure_model()
     for row, (_, entropy) in enumerate(scores()):
-        advantage = plain.prepare(sampled()[0]).advantages[row, 0].item()
+        own = span(LENGTHS, row)
+        advantage = plain.prepare(sampled()[0]).advantages[own][0].item()
         expected = torch.tensor(advantage * entropy)
-        torch.testing.assert_close(experience.advantages[row, : len(entropy)], expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(experience.advantages[own], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_while_the_critic_warms_up_the_policy_is_scored_for_the_curves() -> None:
@@ -390,7 +388,7 @@ def test_statistics_of_ones_own_see_the_old_scores() -> None:
     """A regulariser's hook that gets the micro-batch before anyone wrote its scores into it would read zeros."""
 
     class BySurprise(EntropyRegularizer):
-        def statistics(self, micro: Experience, context: StepContext) -> Mapping[str, Tensor]:
+        def statistics(self, micro: MicroBatch, context: StepContext) -> Mapping[str, Tensor]:
             return {"surprise": micro.old_entropy + micro.old_logp}
 
         def objective(self, stats: TokenStats) -> Tensor:
@@ -464,15 +462,15 @@ def test_a_step_that_is_not_scored_cannot_be_kept() -> None:
 
 
 def test_scores_are_written_where_their_rows_are() -> None:
-    """Rows 2 and 0 of a micro-batch narrower than the step; the rest, and the step's own tensors, stay."""
+    """Rows 5 and 4 of a padded micro-batch, with one token and two; the rest, and the step's own tensors, stay."""
     module = DAPOModule(TinySource())
     module.configure_model()
     experience = module.prepare(sampled()[0])
-    logp, entropy = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).double(), torch.tensor([[5.0], [6.0]]).double()
-    scored = with_scores(experience, [(torch.tensor([2, 0]), logp, entropy)])
-    expected_logp, expected_entropy = torch.zeros(8, 6, dtype=torch.float64), torch.zeros(8, 6, dtype=torch.float64)
-    expected_logp[2, :2], expected_logp[0, :2] = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
-    expected_entropy[2, 0], expected_entropy[0, 0] = 5.0, 6.0
+    logp, entropy = torch.tensor([[1.0, 9.0], [2.0, 3.0]]).double(), torch.tensor([[4.0, 9.0], [5.0, 6.0]]).double()
+    scored = with_scores(experience, [(torch.tensor([5, 4]), logp, entropy)])
+    expected_logp, expected_entropy = (torch.zeros(int(LENGTHS.sum()), dtype=torch.float64) for _ in range(2))
+    expected_logp[span(LENGTHS, 5)], expected_logp[span(LENGTHS, 4)] = logp[0, 0], logp[1]
+    expected_entropy[span(LENGTHS, 5)], expected_entropy[span(LENGTHS, 4)] = entropy[0, 0], entropy[1]
     assert torch.equal(scored.old_logp, expected_logp)
     assert torch.equal(scored.old_entropy, expected_entropy)
     assert experience.old_logp is None

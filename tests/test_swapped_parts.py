@@ -53,8 +53,9 @@ class Reinforce(PolicyProviderMixin, pl.LightningModule):
         self.rewards.append(float(rollout.rewards.mean()))
         advantages = group_advantages(rollout.rewards, rollout.groups)
         scorer = self.policy if isinstance(self.policy, Policy) else Policy(self.policy)
-        logp, _ = scorer(rollout.sequences, temperature=rollout.temperature)
-        mask = rollout.sequences.response_mask
+        sequences = rollout.sequences.pad()
+        logp, _ = scorer(sequences, temperature=rollout.temperature)
+        mask = sequences.response_mask
         return -token_mean(logp * advantages[:, None], mask, mask.sum())
 
     def validation_step(self, rollout: Rollout, batch_idx: int) -> None:
@@ -122,8 +123,8 @@ def test_responses_to_equal_prompts_are_one_group_unless_they_are_numbered() -> 
     rollout = Rollout.from_tokens(**TOKENS, logp=[[-1.0, -2.0, -3.0], [-4.0, -5.0], [-6.0, -7.0]])
     assert rollout.groups.tolist() == [0, 0, 1]
     assert rollout.rewards.tolist() == [1.0, -1.0, 0.5]
-    assert rollout.sampler_logp.tolist() == [[-1.0, -2.0, -3.0], [-6.0, -7.0, 0.0], [-4.0, -5.0, 0.0]]
-    assert rollout.sequences.input_ids.tolist() == [[5, 6, 8, 9, 2], [5, 6, 8, 2, 0], [7, 9, 2, 0, 0]]
+    assert rollout.sampler_logp.tolist() == [-1.0, -2.0, -3.0, -6.0, -7.0, -4.0, -5.0]
+    assert rollout.sequences.pad().input_ids.tolist() == [[5, 6, 8, 9, 2], [5, 6, 8, 2, 0], [7, 9, 2, 0, 0]]
     assert rollout.outcomes is None
     numbered = Rollout.from_tokens(**TOKENS, groups=[4, 3, 9], accuracy=[1, 0, 0], truncated=[False, True, False])
     assert numbered.groups.tolist() == [0, 1, 2]
@@ -132,7 +133,7 @@ def test_responses_to_equal_prompts_are_one_group_unless_they_are_numbered() -> 
 
 
 def test_unknown_log_probs_are_nan_and_too_few_are_refused() -> None:
-    assert Rollout.from_tokens(**TOKENS).sampler_logp[0].isnan().all()
+    assert Rollout.from_tokens(**TOKENS).sampler_logp.isnan().all()
     with pytest.raises(RolloutError, match="3 tokens and 1 log-probs"):
         Rollout.from_tokens(**TOKENS, logp=[[-1.0], [-1.0, -1.0], [-1.0, -1.0]])
 
@@ -141,7 +142,7 @@ def test_rollouts_and_sequences_print_as_one_line() -> None:
     rollout = Rollout.from_tokens(**TOKENS, iteration=3)
     assert repr(rollout) == "Rollout(train, iteration 3: 3 responses to 2 prompts, 7 tokens, mean reward 0.167)"
     assert repr(rollout.sequences) == (
-        "Sequences(input_ids=[3, 5] int64, starts=[3] int64, prompt_lengths=[3] int64, response_lengths=[3] int64)"
+        "FlatSequences(prompts=[5] int32, responses=[7] int32, prompt_lengths=[3] int64, response_lengths=[3] int64)"
     )
     assert repr(Rollout.from_groups([], name="aime", iteration=0, temperature=1.0)) == (
         "Rollout(aime: 0 responses to 0 prompts, 0 tokens)"
@@ -157,7 +158,7 @@ def test_a_data_loader_collates_the_same_rollout() -> None:
     expected = Rollout.from_tokens(**TOKENS)
     assert rollout.groups.equal(expected.groups)
     assert rollout.rewards.equal(expected.rewards)
-    assert rollout.sequences.input_ids.equal(expected.sequences.input_ids)
+    assert rollout.sequences.responses.equal(expected.sequences.responses)
 
 
 class Iterations(pl.Callback):
@@ -226,7 +227,7 @@ def test_tokens_and_numbers_may_be_tensors() -> None:
     of_tensors = {name: [torch.tensor(row) for row in rows] for name, rows in TOKENS.items()}
     rollout = Rollout.from_tokens(**of_tensors, accuracy=torch.tensor([1, 0, 0]), truncated=torch.zeros(3))
     assert rollout.groups.tolist() == [0, 0, 1]
-    assert rollout.sequences.input_ids.equal(plain.sequences.input_ids)
+    assert rollout.sequences.responses.equal(plain.sequences.responses)
     assert rollout.accuracy.equal(plain.accuracy)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from helpers.rollouts import make_rollout, padded_further, share_of, with_late
 from helpers.updates import assert_same, dapo, fit, ppo, sgd
 from helpers.written_out import Loss, per_token, whitened
 from ibro_lightning.batches import Rollout
-from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.batches.sequences import FlatSequences, Sequences
 from ibro_lightning.regularizers import EntropyBonus, EntropyRegularizer, InformationBottleneck
 from ibro_lightning.regularizers.coefficients import Coefficient
 from ibro_lightning.update import ReferenceKL
@@ -137,15 +136,22 @@ def test_the_token_budget_changes_neither_weights_nor_metrics(name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["ppo, token mean", "PPO with a critic"])
-def test_neither_padding_nor_the_order_of_groups_changes_the_update(name: str) -> None:
-    """Padding on the left, more of it on both sides, with a token that also occurs in the text."""
+def test_neither_padding_nor_the_order_of_groups_changes_the_update(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Micro-batches padded on the left, with more padding on both sides, of a token that also occurs in the text."""
     rollout = make_rollout(iteration=1)
     weights, metrics = outcome(MODULES[name], rollout)
-    rows = [[p.token_ids for p in rollout.prompts], [c.token_ids for c in rollout.completions]]
-    left = Sequences.collate(*rows, padding_side="left")
-    others = [replace(rollout, sequences=padded) for padded in (left, padded_further(left, 2, 5))]
-    for other in (*others, share_of(rollout, [2, 0, 3, 1])):
-        other_weights, other_metrics = outcome(MODULES[name], other)
+    pad = FlatSequences.pad
+
+    def otherwise(flat: FlatSequences, rows: Tensor | None = None) -> Sequences:
+        right = pad(flat, rows)
+        ids = [right.input_ids[row, : right.lengths[row]].tolist() for row in range(len(right))]
+        pairs = [(own[:start], own[start:]) for own, start in zip(ids, right.prompt_lengths.tolist(), strict=True)]
+        return padded_further(Sequences.collate(*zip(*pairs, strict=True), padding_side="left"), 2, 5)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FlatSequences, "pad", otherwise)
+        padded = outcome(MODULES[name], rollout)
+    for other_weights, other_metrics in (padded, outcome(MODULES[name], share_of(rollout, [2, 0, 3, 1]))):
         assert_same(other_weights, weights)
         assert other_metrics == pytest.approx(metrics, rel=1e-6, abs=1e-9)
 

@@ -22,7 +22,7 @@ from helpers.rollouts import make_rollout
 from helpers.updates import fit
 from ibro_lightning import regularizers
 from ibro_lightning.batches import Rollout, TokenStats
-from ibro_lightning.batches.experience import Experience
+from ibro_lightning.batches.experience import Experience, MicroBatch
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.functional import clipped_surrogate
@@ -120,7 +120,7 @@ def one_update(budget: int, mini_batch_prompts: int | None = None) -> dict[str, 
     updater = Updater(loop, TokenBudget(budget), mini_batch_prompts=mini_batch_prompts, max_grad_norm=None)
     context, rollout = scorer.context(), make_rollout()
     experience = scorer(rollout)
-    advantages = rollout.rewards.double()[:, None].expand(experience.mask.shape)
+    advantages = experience.per_token(rollout.rewards.double())
     for step in updater.steps(replace(experience, advantages=advantages), loss, context):
         updater.update(step, loss, context)
     return weights(policy)
@@ -154,7 +154,7 @@ def test_a_step_is_skipped_for_the_metrics_that_its_loss_names(kind: type[Policy
     loss, before = kind(), weights(policy)
     scorer, updater = Scorer(loop, loss), Updater(loop)
     experience = scorer(make_rollout())
-    advantages = make_rollout().rewards.double()[:, None].expand(experience.mask.shape)
+    advantages = experience.per_token(make_rollout().rewards.double())
     (step,) = updater.steps(replace(experience, advantages=advantages), loss, scorer.context())
     _, metrics = updater.update(step, loss, scorer.context())
     assert metrics["update/skipped_steps"] == skipped
@@ -305,7 +305,7 @@ def taken(losses: Sequence[PolicyLoss], ranks: Ranks = ALONE) -> tuple[dict[str,
     loop = PlainLoop({"policy": policy}, [torch.optim.SGD(policy.parameters(), lr=0.1)], ranks=ranks)
     scorer, updater, rollout = Scorer(loop, PolicyLoss()), Updater(loop), make_rollout()
     context, experience = scorer.context(), scorer(rollout)
-    advantages = rollout.rewards.double()[:, None].expand(experience.mask.shape)
+    advantages = experience.per_token(rollout.rewards.double())
     step = replace(experience, advantages=advantages)
     metrics = [updater.update(loss.prepare(step, context), loss, context)[1] for loss in losses]
     return weights(policy), metrics
@@ -367,7 +367,7 @@ class Prepared(EntropyBonus):
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         return step.with_extra(weight=torch.zeros_like(step.advantages))
 
-    def statistics(self, micro: Experience, context: StepContext) -> dict[str, Tensor]:
+    def statistics(self, micro: MicroBatch, context: StepContext) -> dict[str, Tensor]:
         return {"weight": torch.ones_like(micro.advantages)}
 
     def objective(self, stats: TokenStats) -> Tensor:
@@ -386,7 +386,7 @@ def test_one_group_with_a_large_rate_may_move_the_policy_far() -> None:
     loop, loss = PlainLoop({"policy": policy}, [torch.optim.AdamW(groups)]), PolicyLoss()
     scorer, updater, rollout = Scorer(loop, loss), Updater(loop), make_rollout()
     context, experience = scorer.context(), scorer(rollout)
-    advantages = rollout.rewards.double()[:, None].expand(experience.mask.shape)
+    advantages = experience.per_token(rollout.rewards.double())
     step = loss.prepare(replace(experience, advantages=advantages), context)
     done, metrics = updater.update(step, loss, context)
     assert updater.policy_shift([metrics], done, context)["update/policy_shift"] > 0
@@ -446,3 +446,27 @@ def test_a_loop_without_an_optimizer_of_the_policy_is_named() -> None:
     policy = torch.nn.Linear(1, 1)
     with pytest.raises(RuntimeError, match=r"^no optimizer of the loop has parameters of the policy"):
         Updater(PlainLoop({"policy": policy}, [])).clip_and_step("policy", {})
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 6)])
+def test_advantages_that_are_not_per_token_are_refused_with_what_to_write(shape: tuple[int, ...]) -> None:
+    """One number per response, or padded as up to 0.2."""
+    loop, loss = PlainLoop({"policy": Policy(qwen2().double())}, []), PolicyLoss()
+    scorer = Scorer(loop, loss)
+    experience = replace(scorer(make_rollout()), advantages=torch.zeros(shape))
+    with pytest.raises(
+        ValueError, match=r"^advantages of a step are \[N\] = \[27\], got .*per_token\(values\) repeats"
+    ):
+        loss.prepare(experience, scorer.context())
+
+
+class Padded(EntropyBonus):
+    def prepare(self, step: Experience, context: StepContext) -> Experience:
+        return step.with_extra(mine=torch.zeros(8, 6))
+
+
+def test_a_prepared_tensor_that_is_not_per_token_is_refused_by_name() -> None:
+    loop, loss = PlainLoop({"policy": Policy(qwen2().double())}, []), PolicyLoss(Padded(0.1))
+    scorer = Scorer(loop, loss)
+    with pytest.raises(ValueError, match=r"^mine of a step are \[N\] = \[27\], got \[8, 6\]"):
+        loss.prepare(scorer(make_rollout()), scorer.context())

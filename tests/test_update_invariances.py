@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from helpers.flat import flat, span, wide
 from helpers.models import TinyQwen2, gpt2, qwen2
 from helpers.rollouts import (
     GROUPS,
@@ -29,7 +30,7 @@ from helpers.rollouts import (
     sequences,
 )
 from helpers.updates import assert_same, micro_loss, scored_first, token_stats
-from ibro_lightning.batches.experience import Experience, TokenStats
+from ibro_lightning.batches.experience import Experience, MicroBatch, TokenStats
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.functional import group_advantages
@@ -57,23 +58,24 @@ def module() -> DAPOModule:
 @pytest.fixture(scope="module")
 def experience(module: DAPOModule) -> Experience:
     """Ratios spread around 1, so that all clips take part; one token is left out of the loss."""
-    seqs = sequences()
     with torch.no_grad():
-        logp, entropy = module.policy(seqs, temperature=TEMPERATURE)
+        logp, entropy = module.policy(sequences(), temperature=TEMPERATURE)
     noise = torch.randn(logp.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     noise[0, 0] = -3.0  # ratio e³ > 10
     noise[1, 0] = -3.0
     advantages = group_advantages(torch.tensor(REWARDS, dtype=torch.float64), torch.tensor(GROUPS))
-    mask = seqs.response_mask.clone()
-    mask[3, 2] = False
+    seqs = sequences().flatten()
+    mask = torch.ones(seqs.responses.shape, dtype=torch.bool)
+    mask[span(seqs.response_lengths, 3)][2] = False
     old_logp = logp + 0.5 * noise.where(noise > -3, noise * 2)
-    expanded = advantages[:, None].expand(mask.shape)
-    return Experience(seqs, old_logp, entropy, expanded, mask, torch.tensor(GROUPS), TEMPERATURE)
+    scores = (flat(values, seqs.response_lengths) for values in (old_logp, entropy))
+    of_tokens = advantages.repeat_interleave(seqs.response_lengths)
+    return Experience(seqs, *scores, of_tokens, mask, torch.tensor(GROUPS), TEMPERATURE)
 
 
-def weighted(micro: Experience, num_tokens: Tensor) -> Experience:
+def weighted(step: Experience, num_tokens: Tensor) -> MicroBatch:
     """With the token mean's weights for a step of ``num_tokens``, as :meth:`PolicyLoss.prepare` sets them."""
-    return replace(micro, weights=micro.mask.double() / num_tokens, num_tokens=num_tokens)
+    return replace(step, weights=step.mask.double() / num_tokens, num_tokens=num_tokens).micro_batch()
 
 
 def loss_and_gradients(module: DAPOModule, micro_batches: Iterable[Experience], num_tokens: Tensor) -> list[Tensor]:
@@ -99,14 +101,14 @@ def test_the_steps_loss_is_the_formula_written_out(
     module: DAPOModule, experience: Experience, whole_step: list[Tensor]
 ) -> None:
     """(Σ max(−rA, −clip(r)A, at most 10|A| if A < 0) − α Σ A·H) / N, token by token, from unbatched log-probs."""
-    policy_loss = product = tokens = 0.0
+    policy_loss, product, tokens, micro = 0.0, 0.0, 0.0, experience.micro_batch()
     kinds = set()
     for row, (logp, entropy) in enumerate(reference_scores(module.policy.model, TEMPERATURE)):
         for t in range(len(logp)):
-            if not experience.mask[row, t]:
+            if not micro.mask[row, t]:
                 continue
-            advantage = experience.advantages[row, t].item()
-            ratio = math.exp(logp[t] - experience.old_logp[row, t].item())
+            advantage = micro.advantages[row, t].item()
+            ratio = math.exp(logp[t] - micro.old_logp[row, t].item())
             loss = max(-ratio * advantage, -min(max(ratio, 0.8), 1.28) * advantage)
             if advantage < 0 and loss > -10 * advantage:
                 loss = -10 * advantage
@@ -121,7 +123,7 @@ def test_the_steps_loss_is_the_formula_written_out(
 def test_masked_tokens_have_no_say_in_the_step(
     module: DAPOModule, experience: Experience, whole_step: list[Tensor]
 ) -> None:
-    """Old log-probs, entropies and advantages on padding and on the masked token may be any number."""
+    """Old log-probs, entropies and advantages on the masked token may be any number."""
     garbage = {
         name: getattr(experience, name).where(experience.mask, value)
         for name, value in (("old_logp", -torch.inf), ("advantages", 1e6), ("old_entropy", torch.nan))
@@ -137,7 +139,8 @@ def test_metrics_of_micro_batches_add_up_to_those_of_the_step(module: DAPOModule
     micro_batches = [weighted(experience.select(some), num_tokens) for some in rows]
     parts = [micro_loss(module, micro)[1] for micro in micro_batches]
     with torch.no_grad():
-        ratio = (module.policy(experience.sequences, temperature=TEMPERATURE)[0] - experience.old_logp).exp()
+        logp, _ = module.policy(experience.sequences.pad(), temperature=TEMPERATURE)
+        ratio = (flat(logp, experience.lengths) - experience.old_logp).exp()
     sign, mask = experience.advantages.sign(), experience.mask
     expected = {
         "update/clipped_low": (mask & (sign < 0) & (ratio < 0.8)).sum(),
@@ -177,15 +180,20 @@ def test_clip_settings_that_make_no_sense_are_refused_by_name(setting: str, valu
 
 
 def test_selected_rows_keep_everything_that_belongs_to_them(experience: Experience) -> None:
-    """In the order asked for, trimmed to the longest response among them (rows 2 and 0: one token and two)."""
+    """In the order asked for (rows 2 and 0: one token and two); padded to the longest of them in a micro-batch."""
     some = experience.select(torch.tensor([2, 0]))
     assert some.groups.tolist() == [2, 2]
     assert experience.select(torch.tensor([1, 6])).groups.tolist() == [0, 3]
     assert len(some) == 2
     for name in ("old_logp", "old_entropy", "advantages", "mask"):
-        assert torch.equal(getattr(some, name), getattr(experience, name)[[2, 0], :2])
-    assert some.sequences.input_ids.tolist() == [[3, 1, 4, 5, 0], [3, 1, 4, 7, 2]]
-    assert some.sequences.response_mask.tolist() == [[True, False], [True, True]]
+        values, lengths = getattr(experience, name), experience.lengths
+        assert torch.equal(getattr(some, name), torch.cat([values[span(lengths, 2)], values[span(lengths, 0)]]))
+        expected = wide(values, lengths)[[2, 0], :2]
+        for micro in (some.micro_batch(), experience.micro_batch(torch.tensor([2, 0]))):
+            assert torch.equal(getattr(micro, name), expected)
+            assert micro.sequences.input_ids.tolist() == [[3, 1, 4, 5, 0], [3, 1, 4, 7, 2]]
+            assert micro.sequences.response_mask.tolist() == [[True, False], [True, True]]
+            assert micro.groups.tolist() == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -402,21 +410,22 @@ def test_mini_batches_are_shuffled_by_their_seed_alone() -> None:
 def test_score_equals_the_policys_forward(micro_batch_tokens: int) -> None:
     """However it is cut; and nothing of it carries a gradient."""
     module = dapo(torch.float32, micro_batch_tokens=micro_batch_tokens)
-    logp, entropy = module.scorer.score(sequences("left"), TEMPERATURE)
-    expected_logp, expected_entropy = module.policy(sequences("left"), temperature=TEMPERATURE)
+    logp, entropy = module.scorer.score(sequences("left").flatten(), TEMPERATURE)
+    lengths = sequences().response_lengths
+    padded = module.policy(sequences("left"), temperature=TEMPERATURE)
+    expected_logp, expected_entropy = (flat(values, lengths) for values in padded)
     assert not logp.requires_grad
     assert not entropy.requires_grad
     torch.testing.assert_close(logp, expected_logp.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(entropy, expected_entropy.detach(), rtol=1e-4, atol=1e-5)
-    assert (logp[~sequences().response_mask] == 0).all()
 
 
 def test_score_keeps_the_precision_of_a_float64_policy() -> None:
     """Scoring promises float64 for float64 logits, which is what one debugs numerics with."""
     module = dapo(torch.float64)
-    logp, _ = module.scorer.score(sequences(), TEMPERATURE)
+    logp, _ = module.scorer.score(sequences().flatten(), TEMPERATURE)
     expected, _ = module.policy(sequences(), temperature=TEMPERATURE)
-    torch.testing.assert_close(logp, expected.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(logp, flat(expected, sequences().response_lengths).detach(), rtol=1e-9, atol=1e-12)
 
 
 def test_prepare_gives_every_token_its_responses_advantage() -> None:
@@ -426,11 +435,13 @@ def test_prepare_gives_every_token_its_responses_advantage() -> None:
     with torch.no_grad():
         experience = module.prepare(rollout)
     half = math.sqrt(0.5)
-    for row, expected in enumerate([-half, half, half, -half, half, -half, 0.0, 0.0]):
-        torch.testing.assert_close(experience.advantages[row], torch.full((6,), expected), rtol=1e-5, atol=0)
-    assert torch.equal(experience.mask, rollout.sequences.response_mask)
+    lengths = rollout.sequences.response_lengths
+    expected = torch.tensor([-half, half, half, -half, half, -half, 0.0, 0.0]).repeat_interleave(lengths)
+    torch.testing.assert_close(experience.advantages, expected, rtol=1e-5, atol=0)
+    assert experience.mask.all()
     assert experience.temperature == TEMPERATURE
-    logp, entropy = module.policy(rollout.sequences, temperature=TEMPERATURE)
+    padded = module.policy(rollout.sequences.pad(), temperature=TEMPERATURE)
+    logp, entropy = (flat(values, lengths) for values in padded)
     torch.testing.assert_close(experience.old_logp, logp.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(experience.old_entropy, entropy.detach(), rtol=1e-4, atol=1e-5)
 
@@ -448,19 +459,18 @@ def test_integer_rewards_train_like_float_ones() -> None:
 def test_overlong_filter_masks_truncated_responses_but_still_compares_with_them(overlong_filter: bool) -> None:
     rollout = make_rollout(truncated=[1, 4])
     experience = dapo(torch.float32, overlong_filter=overlong_filter).prepare(rollout)
-    responses = rollout.sequences.response_mask
-    expected = responses.clone()
+    lengths = rollout.sequences.response_lengths
+    expected = torch.ones(int(lengths.sum()), dtype=torch.bool)
     if overlong_filter:
-        expected[[1, 4]] = False
+        expected[span(lengths, 1)] = expected[span(lengths, 4)] = False
     assert torch.equal(experience.mask, expected)
-    assert torch.equal(rollout.sequences.response_mask, responses)
-    half = math.sqrt(0.5)
-    torch.testing.assert_close(experience.advantages[:2, 0], torch.tensor([-half, half]), rtol=1e-5, atol=0)
+    half, firsts = math.sqrt(0.5), lengths.cumsum(0) - lengths
+    torch.testing.assert_close(experience.advantages[firsts[:2]], torch.tensor([-half, half]), rtol=1e-5, atol=0)
 
 
 def test_a_filtered_response_leaves_no_trace_in_the_gradient(module: DAPOModule, experience: Experience) -> None:
     mask = experience.mask.clone()
-    mask[[1, 4]] = False
+    mask[span(experience.lengths, 1)] = mask[span(experience.lengths, 4)] = False
     filtered, rest = replace(experience, mask=mask), experience.select(torch.tensor([0, 2, 3, 5, 6, 7]))
     expected = loss_and_gradients(module, [rest], rest.mask.sum())
     assert_same(loss_and_gradients(module, [filtered], mask.sum()), expected)
@@ -470,11 +480,15 @@ def test_experience_metrics_agree_with_numpy(experience: Experience) -> None:
     """Means over the loss's tokens, except for the policy's own statistics, which are over all response tokens."""
     rollout = make_rollout()  # only its sampler's log-probs are read
     mask = experience.mask.clone()
-    mask[4] = False
+    mask[span(experience.lengths, 4)] = False
+    # The sampler's log-probs in the order of these rows, which are not sorted into groups.
+    order = sorted(range(8), key=lambda row: GROUPS[row])
+    by_row = dict(zip(order, rollout.sampler_logp.split(rollout.sequences.response_lengths.tolist()), strict=True))
+    rollout = replace(rollout, sampler_logp=torch.cat([by_row[row] for row in range(8)]))
     metrics = experience_metrics(replace(experience, mask=mask), rollout)
-    valid, responses = mask.numpy(), experience.sequences.response_mask.numpy()
+    valid = mask.numpy()
     a, h = experience.advantages.numpy()[valid], experience.old_entropy.numpy()[valid]
-    log_ratio = (experience.old_logp.numpy() - rollout.sampler_logp.numpy())[responses]
+    log_ratio = experience.old_logp.numpy() - rollout.sampler_logp.numpy()
     mismatch, ratio = np.abs(log_ratio), np.exp(log_ratio)
     expected = {
         "ib/mean_product": (a * h).mean(),
@@ -484,9 +498,9 @@ def test_experience_metrics_agree_with_numpy(experience: Experience) -> None:
         "advantage/std": a.std(),
         "advantage/max": a.max(),
         "advantage/min": a.min(),
-        "policy/entropy": experience.old_entropy.numpy()[responses].mean(),
-        "policy/entropy_first_token": experience.old_entropy.numpy()[:, 0].mean(),
-        "policy/logp": experience.old_logp.numpy()[responses].mean(),
+        "policy/entropy": experience.old_entropy.numpy().mean(),
+        "policy/entropy_first_token": wide(experience.old_entropy, experience.lengths).numpy()[:, 0].mean(),
+        "policy/logp": experience.old_logp.numpy().mean(),
         "sampler/logp_difference_mean": mismatch.mean(),
         "sampler/logp_difference_max": mismatch.max(),
         "sampler/ratio_mean": ratio.mean(),

@@ -119,8 +119,8 @@ class TestGenerating:
         assert most == 3
 
     def test_what_json_cannot_say_is_minus_infinity(self, ready, fake):
-        fake.answers["/v1/completions"] = lambda _: (200, completion([1, 2], [-0.1, -9999.0], "stop"))
-        assert ready.generate([[1]], PARAMS, [[0]])[0][0].logp == (-0.1, -math.inf)
+        fake.answers["/v1/completions"] = lambda _: (200, completion([1, 2], [-0.125, -9999.0], "stop"))
+        assert ready.generate([[1]], PARAMS, [[0]])[0][0].logp == (-0.125, -math.inf)
 
     @pytest.mark.parametrize("answer", [completion([1], [-0.1], "abort"), completion([1, 2], [-0.1])])
     def test_an_answer_that_is_no_whole_response_is_refused(self, ready, fake, answer):

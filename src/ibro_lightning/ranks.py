@@ -112,8 +112,11 @@ class Ranks:
 
     def mean(self, values: Tensor, weights: Tensor) -> Tensor:
         """Mean over the tokens of all ranks by ``weights`` (a mask, or numbers ≥ 0); 0 if all weights are 0."""
-        total = self.sum((torch.where(weights > 0, values, 0.0) * weights).sum())
-        norm = self.sum(weights.sum())
+        if weights.dtype == torch.bool:  # as below, with fewer copies
+            total, norm = torch.where(weights, values, 0.0).sum(), weights.count_nonzero()
+        else:
+            total, norm = (torch.where(weights > 0, values, 0.0) * weights).sum(), weights.sum()
+        total, norm = self.sum(total), self.sum(norm)
         return torch.where(norm > 0, total / norm, 0.0)
 
     def largest(self, values: Tensor, mask: Tensor) -> Tensor:

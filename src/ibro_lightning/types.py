@@ -2,17 +2,18 @@
 
 In the order of one iteration: ``Problem`` (a source's text) → ``Prompt`` (its tokens) → ``Generation`` (the engine's
 tokens) → ``Completion`` (with text) → ``RewardResult`` → ``Rollout`` (one Lightning batch) → ``Experience`` (what one
-update needs); the last two are in :mod:`ibro_lightning.batches`. Shapes: ``B`` responses, ``L`` prompt + response
-tokens, ``T`` response tokens, padded.
+update needs); the last two are in :mod:`ibro_lightning.batches`. Shapes: ``B`` responses, ``N`` tokens of them, row
+after row without padding; in a padded micro-batch, ``L`` prompt + response tokens and ``T`` response tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from ibro_lightning.errors import ConfigError
 
@@ -127,32 +128,119 @@ class Prompt:
     """How control tokens in the data's text are treated."""
 
 
+class Numbers(Sequence[Any]):
+    """Reads like a tuple of Python's numbers, and is equal to one, but takes 4 bytes for each of them. Without numpy,
+    which the worker processes of rewards do not import; ``numpy.asarray`` copies nothing.
+
+    Args:
+        values: any sequence or array; copied, unless it is of this class.
+    """
+
+    __slots__ = ("_view",)
+    typecode: ClassVar[Literal["i", "f"]]
+
+    def __init__(self, values: Any = ()) -> None:
+        if isinstance(values, type(self)):
+            self._view: memoryview = values._view
+        else:
+            numbers = values.tolist() if hasattr(values, "tolist") else [*values]
+            self._view = memoryview(array(self.typecode, numbers)).toreadonly()
+
+    @classmethod
+    def shared(cls, buffer: Any) -> Self:
+        """Of an array of this type, which its owner no longer changes, without a copy."""
+        view = memoryview(buffer).toreadonly()
+        if view.format != cls.typecode or view.ndim != 1:
+            raise TypeError(f"an array of type {cls.typecode} with one dimension, not {view.format} with {view.ndim}")
+        numbers = cls()
+        numbers._view = view
+        return numbers
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._view.tolist())
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.shared(self._view[place]) if isinstance(place, slice) else self._view[place]
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, type(self)):
+            return self._view == other._view or self._view.tobytes() == other._view.tobytes()  # nan, too
+        return tuple(self) == other if isinstance(other, tuple) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        import numpy as np  # which is there, since it asks
+
+        return np.array(self._view, dtype=dtype) if copy else np.asarray(self._view, dtype=dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (type(self), array(self.typecode, self._view.tobytes()))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self)) if len(self) <= 16 else f"({str(tuple(self[:8]))[1:-1]}, … {len(self)} numbers)"
+
+
+def _unpickled(kind: type[Numbers], numbers: Any) -> Numbers:
+    return kind.shared(numbers)
+
+
+class TokenIds(Numbers):
+    """Token ids as int32."""
+
+    __slots__ = ()
+    typecode = "i"
+
+
+class Logp(Numbers):
+    """Log-probs as float32; nan in place of None."""
+
+    __slots__ = ()
+    typecode = "f"
+
+    def __init__(self, values: Any = ()) -> None:
+        has_none = isinstance(values, list | tuple) and None in values
+        super().__init__([math.nan if value is None else value for value in values] if has_none else values)
+
+
 @dataclass(frozen=True)
 class Generation:
-    """What an engine returns for one sample: token ids, EOS included if it was produced, and their log-probs.
+    """What an engine returns for one sample: token ids, EOS included if it was produced, and their log-probs. Any
+    sequence may be given for them; they are kept as :class:`TokenIds` and :class:`Logp`.
 
     ``logp`` are nats under the distribution actually sampled (temperature and truncation included): one per token, or
     empty if they are not available. A token whose log-prob is nan or −inf is not trained on.
     """
 
-    token_ids: tuple[int, ...]
-    logp: tuple[float, ...]
+    token_ids: Sequence[int]
+    logp: Sequence[float]
     finish_reason: FinishReason
+
+    def __post_init__(self) -> None:
+        _keep_compact(self)
 
 
 @dataclass(frozen=True)
 class Completion:
     """A generation with its text, as rewards see it. ``max_tokens`` is the limit under which it was sampled.
 
-    ``text`` is the decoded tokens; rewards receive it after the prompt's ``prefill``.
+    ``text`` is the decoded tokens; rewards receive it after the prompt's ``prefill``. Tokens and log-probs are the
+    generation's own.
     """
 
-    token_ids: tuple[int, ...]
-    logp: tuple[float, ...]
+    token_ids: Sequence[int]
+    logp: Sequence[float]
     finish_reason: FinishReason
     text: str
     max_tokens: int
     seed: int
+
+    def __post_init__(self) -> None:
+        _keep_compact(self)
 
     @property
     def truncated(self) -> bool:
@@ -185,3 +273,9 @@ class Group:
     prompt: Prompt
     completions: tuple[Completion, ...]
     results: tuple[RewardResult, ...]
+
+
+def _keep_compact(sampled: Generation | Completion) -> None:
+    logp: Sequence[float] | None = sampled.logp  # an engine without log-probs may say None
+    for name, values in (("token_ids", TokenIds(sampled.token_ids)), ("logp", Logp(() if logp is None else logp))):
+        object.__setattr__(sampled, name, values)  # in place of the sequences given; the fields are frozen

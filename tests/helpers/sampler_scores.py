@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from helpers.flat import flat
 from helpers.models import TinyQwen2
 from helpers.rollouts import GROUPS, TEMPERATURE, make_rollout, reference_scores
 from ibro_lightning.batches import Rollout
@@ -24,14 +25,18 @@ def scores() -> list[tuple[np.ndarray, np.ndarray]]:
     return [of_rows[row] for row in ORDER]
 
 
+LENGTHS = make_rollout().sequences.response_lengths
+
+
 def noise(seed: int, size: float) -> Tensor:
-    return size * torch.randn(8, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """``[N]``."""
+    wide = size * torch.randn(8, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return flat(wide, LENGTHS)
 
 
 def rollout_of(sampler_logp: Tensor, **settings: Any) -> Rollout:
-    """The rollout of the other tests, from a sampler that says so."""
-    rollout = make_rollout(**settings)
-    return replace(rollout, sampler_logp=torch.where(rollout.sequences.response_mask, sampler_logp, 0.0))
+    """The rollout of the other tests, from a sampler that says so, ``[N]``."""
+    return replace(make_rollout(**settings), sampler_logp=sampler_logp)
 
 
 SHIFTS = [0.05, 0.3, 0.9, -0.15, 0.5, 0.02, -1.0, 0.15]
@@ -39,7 +44,5 @@ SHIFTS = [0.05, 0.3, 0.9, -0.15, 0.5, 0.02, -1.0, 0.15]
 
 def sampler_near(logp: Tensor) -> Tensor:
     """``SHIFTS`` below ``logp``, and spread around that."""
-    responses = make_rollout().sequences.response_mask
-    spread = torch.where(responses, noise(3, 0.4), 0.0)
-    spread = spread - spread.sum(dim=1, keepdim=True) / responses.sum(dim=1, keepdim=True)
-    return logp - torch.tensor(SHIFTS, dtype=torch.float64)[:, None] - spread
+    spread = [row - row.mean() for row in noise(3, 0.4).split(LENGTHS.tolist())]
+    return logp - torch.cat([row + shift for row, shift in zip(spread, SHIFTS, strict=True)])

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from helpers.models import TinySource
 from ibro_lightning.batches import Rollout
-from ibro_lightning.batches.experience import Experience, TokenStats
+from ibro_lightning.batches.experience import Experience, MicroBatch, TokenStats
 from ibro_lightning.engines.weight_check import WeightCheck
 from ibro_lightning.modules import DAPOModule, PPOModule
 
@@ -32,18 +32,21 @@ def begin_step(module: Any, experience: Experience, seed: int = 0) -> Experience
     return module.policy_loss.prepare(experience, replace(module.context(), seed=seed))
 
 
-def token_stats(module: Any, micro: Experience) -> TokenStats:
-    """The policy's forward pass over a micro-batch."""
+def token_stats(module: Any, step: Experience | MicroBatch) -> TokenStats:
+    """The policy's forward pass over a micro-batch, or a step in one."""
+    micro = step.micro_batch() if isinstance(step, Experience) else step
     return module.policy_loss.stats(micro, module.context())
 
 
-def micro_loss(module: Any, micro: Experience) -> tuple[Tensor, dict[str, float]]:
-    """The policy's loss on a micro-batch, and its metrics."""
+def micro_loss(module: Any, step: Experience | MicroBatch) -> tuple[Tensor, dict[str, float]]:
+    """The policy's loss on a micro-batch, or a step in one, and its metrics."""
+    micro = step.micro_batch() if isinstance(step, Experience) else step
     return module.policy_loss(token_stats(module, micro), micro)
 
 
-def value_loss(module: Any, micro: Experience) -> tuple[Tensor, dict[str, float]]:
-    """The critic's loss on a micro-batch, and its metrics."""
+def value_loss(module: Any, step: Experience | MicroBatch) -> tuple[Tensor, dict[str, float]]:
+    """The critic's loss on a micro-batch, or a step in one, and its metrics."""
+    micro = step.micro_batch() if isinstance(step, Experience) else step
     return module.value_loss(module.value_loss.stats(micro, module.context()), micro)
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import index
 from typing import Any, Self, SupportsFloat
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ibro_lightning.batches.sequences import Sequences, to_device
+from ibro_lightning.batches.sequences import FlatSequences, joined, to_device
 from ibro_lightning.errors import ConfigError, RolloutError
-from ibro_lightning.types import Completion, FinishReason, Group, Prompt, RewardResult
+from ibro_lightning.types import Completion, FinishReason, Group, Logp, Prompt, RewardResult, TokenIds
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,15 +23,15 @@ class Rollout:
     rank's share of them, in whole groups.
 
     Tensors are ``[B]`` unless noted otherwise; ``prompts``, ``completions`` and ``results`` are the same rows as plain
-    Python. ``groups`` numbers the prompt that each response answers, 0..G-1 over all ranks. ``metrics`` describes the
-    generation on all ranks.
+    Python. Completions share the memory of ``sequences`` and ``sampler_logp`` on the CPU. ``groups`` numbers the prompt
+    that each response answers, 0..G-1 over all ranks. ``metrics`` describes the generation on all ranks.
     """
 
     prompts: tuple[Prompt, ...]
     completions: tuple[Completion, ...]
-    sequences: Sequences
+    sequences: FlatSequences
     sampler_logp: Tensor
-    """``[B, T]`` log-probs the engine sampled with; 0 on padding, nan where it gave none."""
+    """``[N]`` log-probs the engine sampled with, nan where it gave none; response tokens, row after row."""
     rewards: Tensor
     reward_parts: Mapping[str, Tensor]
     results: tuple[RewardResult, ...]
@@ -62,11 +63,10 @@ class Rollout:
             for i, g in zip(numbers, groups, strict=True)
             for c, r in zip(g.completions, g.results, strict=True)
         ]
-        completions = tuple(completion for _, _, completion, _ in rows)
-        sequences = Sequences.collate([p.token_ids for _, p, _, _ in rows], [c.token_ids for c in completions])
-        sampler_logp = torch.zeros(sequences.response_mask.shape)
-        for row, (_, prompt, completion, _) in enumerate(rows):
-            sampler_logp[row, : len(completion.token_ids)] = _logp_of(prompt, completion)
+        sampled = [completion for _, _, completion, _ in rows]
+        sequences = FlatSequences.collate([p.token_ids for _, p, _, _ in rows], [c.token_ids for c in sampled])
+        sampler_logp = joined([_logp_of(prompt, completion) for _, prompt, completion, _ in rows], np.float32)  # [N]
+        completions = _views(sampled, sequences.responses, sampler_logp)
         results = [result for _, _, _, result in rows]
         names = dict.fromkeys(name for result in results for name in result.parts)
         return cls(
@@ -131,7 +131,7 @@ class Rollout:
         limit = max(map(len, responses), default=0)
 
         def completion(row: int) -> Completion:
-            nats = () if logp is None else tuple(map(float, logp[row]))
+            nats = () if logp is None else list(map(float, logp[row]))
             reason: FinishReason = "length" if truncated is not None and truncated[row] else "stop"
             return Completion(responses[row], nats, reason, "", limit, seed=0)
 
@@ -245,10 +245,20 @@ def _check_numbers(name: str, values: Sequence[float], low: float, high: float) 
             raise ConfigError(f"{name}[{number}]", value, f"write a finite number{bounds}")
 
 
-def _logp_of(prompt: Prompt, completion: Completion) -> Tensor:
-    """``[T]`` float32, nan where missing."""
-    logp, count = completion.logp or (), len(completion.token_ids)
+def _logp_of(prompt: Prompt, completion: Completion) -> Any:
+    """One number per token, nan where missing."""
+    logp, count = completion.logp, len(completion.token_ids)
     if len(logp) not in (0, count):
         counts = f"a response to prompt {prompt.id!r} has {count} tokens and {len(logp)} log-probs"
         raise RolloutError(f"{counts}: give each token one (nan if it is unknown), or none at all")
-    return torch.tensor([torch.nan if value is None else float(value) for value in logp] or [torch.nan] * count)
+    return logp if len(logp) else np.full(count, np.nan, np.float32)
+
+
+def _views(completions: Sequence[Completion], responses: Tensor, logp: Tensor) -> tuple[Completion, ...]:
+    """The same completions on the tensors' memory ``[N]``, so that theirs can be freed."""
+    ids, nats, views, end = TokenIds.shared(responses.numpy()), Logp.shared(logp.numpy()), list[Completion](), 0
+    for completion in completions:
+        start, end = end, end + len(completion.token_ids)
+        own = nats[start:end] if len(completion.logp) else completion.logp
+        views.append(replace(completion, token_ids=ids[start:end], logp=own))
+    return tuple(views)

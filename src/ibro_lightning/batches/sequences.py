@@ -1,13 +1,17 @@
-"""Prompts and responses as one padded batch, and the move of whole batches between devices."""
+"""Prompts and responses, without padding or as one padded batch, and the move of whole batches between devices."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from ibro_lightning.batches.ragged import tokens_of
 
 T = TypeVar("T")
 
@@ -30,8 +34,80 @@ def _briefly(value: Any) -> str:
 
 
 @dataclass(frozen=True, repr=False)
+class FlatSequences:
+    """Prompts and responses of a rollout, row after row without padding.
+
+    ``prompts [P]``, ``responses [N]`` int32 token ids; ``prompt_lengths``, ``response_lengths`` ``[B]``.
+    """
+
+    prompts: Tensor
+    responses: Tensor
+    prompt_lengths: Tensor
+    response_lengths: Tensor
+
+    __repr__ = one_line
+
+    @classmethod
+    def collate(cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Self:
+        """Put token ids one after the other."""
+        if len(prompts) != len(responses):
+            raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: give one for each")
+        lengths = (torch.tensor([len(ids) for ids in rows], dtype=torch.long) for rows in (prompts, responses))
+        return cls(joined(prompts, np.int32), joined(responses, np.int32), *lengths)
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def lengths(self) -> Tensor:
+        """``[B]`` prompt + response tokens."""
+        return self.prompt_lengths + self.response_lengths
+
+    @property
+    def device(self) -> torch.device:
+        return self.responses.device
+
+    def same_prompts(self) -> list[int]:
+        """``[B]`` for each row, the first row with the same prompt, token by token."""
+        ends = self.prompt_lengths.cumsum(0).tolist()
+        tokens, firsts = self.prompts.cpu().numpy(), dict[bytes, int]()
+        spans = enumerate(pairwise([0, *ends]))
+        return [firsts.setdefault(tokens[start:end].tobytes(), row) for row, (start, end) in spans]
+
+    def select(self, rows: Tensor) -> Self:
+        """These rows."""
+        if rows.tolist() == list(range(len(self))):
+            return self
+        return type(self)(
+            self.prompts.index_select(0, tokens_of(self.prompt_lengths, rows)),
+            self.responses.index_select(0, tokens_of(self.response_lengths, rows)),
+            self.prompt_lengths[rows],
+            self.response_lengths[rows],
+        )
+
+    def pad(self, rows: Tensor | None = None) -> Sequences:
+        """These rows, or all, as a batch that is padded right."""
+        rows = torch.arange(len(self), device=self.device) if rows is None else rows
+        prompts, responses = self.prompt_lengths[rows], self.response_lengths[rows]  # [b]
+        width = int((prompts + responses).max()) if len(rows) else 0
+        input_ids = torch.zeros(len(rows), width, dtype=torch.long, device=self.device)  # [b, L]
+        empty = Sequences(input_ids, torch.zeros_like(prompts), prompts, responses)
+        tokens = self.select(rows)
+        filled = input_ids.masked_scatter(empty.is_prompt, tokens.prompts.long())
+        return replace(empty, input_ids=filled.masked_scatter_(empty.is_response, tokens.responses.long()))
+
+    def to(self, device: torch.device | str) -> Self:
+        return to_device(self, device)
+
+
+def joined(rows: Iterable[Any], dtype: type[np.generic]) -> Tensor:
+    """``[N]``: sequences of numbers one after the other."""
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype), *(np.asarray(row, dtype) for row in rows)]))
+
+
+@dataclass(frozen=True, repr=False)
 class Sequences:
-    """Prompts and responses as one padded batch, with the position of each response.
+    """Prompts and responses as one padded batch, such as a micro-batch, with the position of each response.
 
     ``input_ids [B, L]``; ``starts``, ``prompt_lengths``, ``response_lengths`` ``[B]``: row ``i`` holds its prompt from
     ``starts[i]`` on, its response right after, and padding elsewhere. Padding is identified by position, never by token
@@ -74,6 +150,10 @@ class Sequences:
         return self.prompt_lengths + self.response_lengths
 
     @property
+    def device(self) -> torch.device:
+        return self.input_ids.device
+
+    @property
     def attention_mask(self) -> Tensor:
         """``[B, L]`` int64, 1 on prompt and response."""
         position = self._position
@@ -83,6 +163,12 @@ class Sequences:
     def position_ids(self) -> Tensor:
         """``[B, L]`` int64 from 0 at the prompt's first token; 0 on padding before it."""
         return self._position.clamp(min=0)
+
+    @property
+    def is_prompt(self) -> Tensor:
+        """``[B, L]`` bool: which input tokens are prompt tokens."""
+        position = self._position
+        return (position >= 0) & (position < self.prompt_lengths[:, None])
 
     @property
     def is_response(self) -> Tensor:
@@ -108,6 +194,11 @@ class Sequences:
             firsts.setdefault(tuple(tokens[row][start : start + length]), row)
             for row, (start, length) in enumerate(spans)
         ]
+
+    def flatten(self) -> FlatSequences:
+        """The same rows without padding."""
+        tokens = self.input_ids[self.is_prompt].int(), self.input_ids[self.is_response].int()
+        return FlatSequences(*tokens, self.prompt_lengths, self.response_lengths)
 
     def without_last(self) -> Self:
         """The same rows without the last response token, from which no other is predicted."""
@@ -138,7 +229,7 @@ def to_device(instance: T, device: torch.device | str) -> T:
 
 
 def _move(value: Any, device: torch.device | str) -> Any:
-    if isinstance(value, Tensor | Sequences):
+    if isinstance(value, Tensor | FlatSequences | Sequences):
         return value.to(device)
     if isinstance(value, Mapping):
         return {key: _move(item, device) for key, item in value.items()}

@@ -135,7 +135,7 @@ class Collector:
         tokens = [self._without_ending(sample.token_ids) if keep else list(sample.token_ids) for sample in samples]
         texts = self.provider.tokenizer.batch_decode(tokens, skip_special_tokens=not keep)
         return tuple(
-            Completion(sample.token_ids, sample.logp or (), sample.finish_reason, text, sampling.max_tokens, seed)
+            Completion(sample.token_ids, sample.logp, sample.finish_reason, text, sampling.max_tokens, seed)
             for sample, text, seed in zip(samples, texts, seeds, strict=True)
         )
 

@@ -6,15 +6,15 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from ibro_lightning.batches.sequences import joined
 from ibro_lightning.datamodules.producer import Produced, Progress, owners_of
 from ibro_lightning.ranks import Ranks
-from ibro_lightning.types import Completion, Group, Prompt, RewardResult
+from ibro_lightning.types import Completion, Group, Logp, Prompt, RewardResult, TokenIds
 
 STOP_S = 5.0
 """Longest time in seconds to wait for abandoned work: the engine's end stops it, but not verifiers, nor other ranks."""
@@ -111,8 +111,8 @@ def _packed(groups: Sequence[Group]) -> dict[str, Any]:
         "prompts": [group.prompt.id for group in groups],
         "sizes": [len(group.completions) for group in groups],
         "lengths": [(len(completion.token_ids), len(completion.logp)) for completion in completions],
-        "token_ids": _joined([completion.token_ids for completion in completions], torch.int64),
-        "logp": _joined([completion.logp for completion in completions], torch.float64),  # as exact as Python's
+        "token_ids": joined([completion.token_ids for completion in completions], np.int32),  # [N] int32
+        "logp": joined([completion.logp for completion in completions], np.float32),  # [≤ N] float32
         "completions": [(c.finish_reason, c.text, c.max_tokens, c.seed) for c in completions],
         "results": [
             (_plain(r.reward), _plain_parts(r), r.answer, r.timed_out, _plain(r.outcome_span)) for r in results
@@ -121,20 +121,18 @@ def _packed(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def _unpacked(packed: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> list[Group]:
-    tokens, logp = iter(packed["token_ids"].tolist()), iter(packed["logp"].tolist())
+    # Up to 0.2 they were int64 and float64.
+    tokens, logp = TokenIds.shared(packed["token_ids"].int().numpy()), Logp.shared(packed["logp"].float().numpy())
+    ends = accumulate(packed["lengths"], lambda ends, more: (ends[0] + more[0], ends[1] + more[1]), initial=(0, 0))
     completions = (
-        Completion(tuple(islice(tokens, size)), tuple(islice(logp, known)), *others)
-        for (size, known), others in zip(packed["lengths"], packed["completions"], strict=True)
+        Completion(tokens[before[0] : end[0]], logp[before[1] : end[1]], *others)
+        for (before, end), others in zip(pairwise(ends), packed["completions"], strict=True)
     )
     results = (RewardResult(*values) for values in packed["results"])
     return [
         Group(prompts[name], tuple(islice(completions, size)), tuple(islice(results, size)))
         for name, size in zip(packed["prompts"], packed["sizes"], strict=True)
     ]
-
-
-def _joined(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-    return torch.tensor([value for row in rows for value in row], dtype=dtype)
 
 
 def _plain(number: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.batches.sequences import FlatSequences
 from ibro_lightning.datamodules import RolloutDataModule, SFTDataModule
 from ibro_lightning.datamodules.evaluation import EvaluationDataModule
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
@@ -131,9 +131,9 @@ def _check_templates(checked: Checked, module: Any, sampling: SamplingParams, po
             continue
         response = [module.tokenizer.eos_token_id] * sampling.max_tokens
         prompt_ids = [list(prompt.token_ids) for prompt in checked.prompts]
-        responses = Sequences.collate(prompt_ids, [response] * len(prompt_ids))
+        responses = FlatSequences.collate(prompt_ids, [response] * len(prompt_ids))
         shown = template.sequences(checked.prompts, responses, module.tokenizer, positions)
-        first = shown.input_ids[0, : int(shown.prompt_lengths[0])].tolist()
+        first = shown.prompts[: int(shown.prompt_lengths[0])].tolist()
         checked.lines += [
             f"model.regularizer: prompts with the answer take up to {int(shown.prompt_lengths.max())} tokens",
             f"  first one: {_quoted(module.tokenizer.decode(first))}",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ibro_lightning.dry_run.engine_memory import EngineMemory
@@ -132,17 +131,17 @@ def _policy_loss(module: Any, shapes: Shapes) -> Tensor:
         return _plain_loss(module, shapes)
     policy_loss, context = module.policy_loss, module.context()
     step = policy_loss.prepare(shapes.experience(module), context)
-    micro = step.select(torch.arange(len(step)))
+    micro = step.micro_batch()
     return policy_loss(policy_loss.stats(micro, context), micro)[0]
 
 
 def _plain_loss(module: Any, shapes: Shapes) -> Tensor:
     with_entropy = module.policy_loss is not None
-    logp, entropy = module.policy(shapes.sequences(), temperature=1.0, with_entropy=with_entropy)
+    logp, entropy = module.policy(shapes.sequences().pad(), temperature=1.0, with_entropy=with_entropy)
     loss: Tensor = logp.sum() if entropy is None else logp.sum() + entropy.sum()
     return loss
 
 
 def _value_loss(module: PPOModule, shapes: Shapes) -> Tensor:
-    micro, loss = replace(shapes.experience(module), num_tokens=1.0), module.value_loss
+    micro, loss = shapes.experience(module).micro_batch(), module.value_loss
     return loss(loss.stats(micro, module.context()), micro)[0]

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience
-from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.batches.sequences import FlatSequences
 from ibro_lightning.models.building import empty_model
 from ibro_lightning.models.sharing import known_obstacle
 from ibro_lightning.modules import PPOModule
 from ibro_lightning.types import Prompt
 from ibro_lightning.update.steps import shared_prompt_batches, token_budget_batches
 
-FLOAT, INT, BOOL = 4, 8, 1
+FLOAT, INT, LONG, BOOL = 4, 4, 8, 1
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ class Shapes:
             return self.micro_rows // 2 * self.tokens
         return (len(set(self.micro_groups)) * self.prompt + self.micro_rows * self.response) // 2
 
-    def sequences(self) -> Sequences:
+    def sequences(self) -> FlatSequences:
         """A micro-batch of dummy tokens; prompts of different groups begin with different ones."""
         prompts = [[group] + [0] * (self.prompt - 1) for group in self.micro_groups or range(self.micro_rows)]
-        return Sequences.collate(prompts, [[0] * self.response] * self.micro_rows)
+        return FlatSequences.collate(prompts, [[0] * self.response] * self.micro_rows)
 
     def scores_first(self, module: Any) -> bool:
         """Whether a rollout is scored before its update, in an iteration that trains every network."""
@@ -110,10 +110,10 @@ class Shapes:
         return 0.0 if module.scorer.old_logp == "sampler" else 1.0 - in_first_step / self.groups
 
     def experience(self, module: Any) -> Experience:
-        """A micro-batch at the start of an optimizer step, with everything that the module's own losses may read."""
+        """The rows of a micro-batch at the start of an optimizer step, with all that the module's losses may read."""
 
         def zeros() -> Tensor:
-            return torch.zeros(self.micro_rows, self.response)
+            return torch.zeros(self.micro_rows * self.response)
 
         scored = self.scores_first(module)
         rows = range(self.micro_rows if self.prompts else 0)
@@ -122,7 +122,7 @@ class Shapes:
             old_logp=zeros() if scored else None,
             old_entropy=zeros() if scored else None,
             advantages=zeros(),
-            mask=torch.ones(self.micro_rows, self.response, dtype=torch.bool),
+            mask=torch.ones(self.micro_rows * self.response, dtype=torch.bool),
             groups=torch.zeros(self.micro_rows, dtype=torch.long),
             temperature=1.0,
             prompts=tuple(self.prompts[row % len(self.prompts)] for row in rows),
@@ -134,13 +134,14 @@ class Shapes:
     def rollout_bytes(self, module: Any) -> int:
         """Bytes of a rollout and its scores, and of the copy that an optimizer step works on."""
         if module.policy_loss is None:
-            return self.rows * self.tokens * INT
-        # sampler_logp, token_rewards, old_logp, old_entropy; PPO has advantages per token, others per response
-        floats = 4 + len(_extra_names(module)) + isinstance(module, PPOModule)
-        kept = self.tokens * INT + self.response * (floats * FLOAT + BOOL)
-        # the copy always has advantages per token, and weights per token
-        copied = kept + self.response * (2 - isinstance(module, PPOModule)) * FLOAT
-        return self.rows * kept + self.step_rows * copied
+            return self.rows * self.tokens * LONG
+        # sampler_logp, token_rewards, old_logp, old_entropy, advantages
+        floats = 5 + len(_extra_names(module))
+        step = self.tokens * INT + self.response * (floats * FLOAT + BOOL)
+        # What a rollout's first step finds out of its own rows is added to a copy of what was known of the others.
+        kept = step + self.response * (0 if self.scores_first(module) else 2 * FLOAT)
+        copied = step if self.step_rows < self.rows else 0  # a step on the whole rollout copies nothing
+        return self.rows * kept + self.step_rows * (copied + self.response * FLOAT)  # a step has weights
 
 
 def _shares_prompts(module: Any) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ibro_lightning.engines.hf_batch import Batch
 from ibro_lightning.engines.sampling import sample_tokens
-from ibro_lightning.types import Generation, SamplingParams
+from ibro_lightning.types import Generation, Logp, SamplingParams, TokenIds
 
 
 class Live(NamedTuple):
@@ -94,12 +94,13 @@ class Responses:
         samples, tokens, logp = (column[~ended].cpu()[order] for column in (samples, tokens, logp))
         stops = samples.bincount().cumsum(dim=0)
         stopped = torch.isin(tokens[stops - 1], self.ends.cpu()).tolist()
-        all_ids, all_logp, start, generations = tokens.tolist(), logp.tolist(), 0, []
-        for stop, reason in zip(stops.tolist(), stopped, strict=True):
-            ids, own = tuple(all_ids[start:stop]), tuple(all_logp[start:stop])
-            generations.append(Generation(ids, own, "stop" if reason else "length"))
-            start = stop
-        return generations
+        # [N] each; the responses are views of these.
+        ids, nats = TokenIds.shared(tokens.int().numpy()), Logp.shared(logp.float().numpy())
+        starts = [0, *stops.tolist()]
+        return [
+            Generation(ids[start:stop], nats[start:stop], "stop" if reason else "length")
+            for start, stop, reason in zip(starts, starts[1:], stopped, strict=False)
+        ]
 
 
 def _in_place(live: Tensor, count: int) -> Tensor:

@@ -136,7 +136,8 @@ def _find_fault(model: Any, generate: Generate, max_model_len: int | None, attem
     if model.dtype != torch.float32:
         return None  # too large for float32, and rounding would dominate the difference
     difference = max(
-        float((torch.tensor(answer.logp) - logp).abs().max()) for (_, answer), logp in zip(rows, expected, strict=True)
+        float((torch.tensor([*answer.logp]) - logp).abs().max())
+        for (_, answer), logp in zip(rows, expected, strict=True)
     )
     changed = [(prompts[0][0] + 1) % vocabulary, *prompts[0][1:]]
     context = float((_plain_logp(model, changed, full[0].token_ids) - expected[0]).abs().max())
@@ -157,7 +158,7 @@ def _ends_one(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
 def _plain_logp(model: Any, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
     """``[T]`` log-probs of a response from a forward pass without padding or cache; on the CPU."""
     logits = _logits(model, [*prompt, *response])[len(prompt) - 1 : -1].float()
-    chosen = torch.tensor(response, device=logits.device)[:, None]
+    chosen = torch.tensor([*response], device=logits.device)[:, None]
     return logits.log_softmax(dim=-1).gather(-1, chosen).squeeze(-1).cpu()
 
 

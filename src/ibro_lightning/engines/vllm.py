@@ -15,6 +15,7 @@ In addition, :mod:`ibro_lightning.engines.weight_check` verifies the engine afte
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -254,17 +255,17 @@ class _Response:
     """One sample so far; its finish reason is ``deadline`` until it is finished."""
 
     def __init__(self) -> None:
-        self.token_ids: list[int] = []
-        self.logp: list[float] = []
+        self.token_ids = array("i")
+        self.logp = array("f")
         self.finish_reason: FinishReason = "deadline"
 
     def take(self, output: Any) -> None:
-        self.token_ids += output.token_ids
-        self.logp += output.logprobs.logprobs
+        self.token_ids.extend(output.token_ids)
+        self.logp.extend(output.logprobs.logprobs)
         if output.finish_reason in ("stop", "length"):
             self.finish_reason = output.finish_reason
         elif output.finish_reason is not None:
             raise RuntimeError(f"a response ended with {output.finish_reason!r}")
 
     def generation(self) -> Generation:
-        return Generation(tuple(self.token_ids), tuple(self.logp), self.finish_reason)
+        return Generation(self.token_ids, self.logp, self.finish_reason)

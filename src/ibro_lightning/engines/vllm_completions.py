@@ -51,4 +51,4 @@ def generation_of(answer: Any) -> Generation:
     if reason not in ("stop", "length") or len(logp) != len(tokens):
         what = f"{reason!r}, {len(tokens)} tokens and {len(logp)} log-probs"
         raise RolloutError(f"the vLLM server ended a response with {what}")
-    return Generation(tuple(tokens), tuple(logp), reason)
+    return Generation(tokens, logp, reason)

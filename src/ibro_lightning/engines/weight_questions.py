@@ -128,7 +128,7 @@ class Questions:
         places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         scored: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         for prompt, row in sorted(rows, key=lambda pair: -len(pair[1].token_ids)):
-            tokens = row.token_ids
+            tokens = tuple(row.token_ids)
             if (prompt, tokens) not in places:
                 places |= {(prompt, tokens[:length]): len(scored) for length in range(1, len(tokens) + 1)}
                 scored.append((prompt, tokens))
@@ -142,12 +142,12 @@ class Questions:
                 sequences = Sequences.collate(*zip(*(scored[place] for place in batch), strict=True))
                 logp |= dict(zip(batch, self.provider.response_logp(sequences, 1.0).float().cpu(), strict=True))
         return [
-            Answer(row, torch.tensor(row.logp), logp[places[prompt, row.token_ids]][: len(row.logp)])
+            Answer(row, torch.tensor(list(row.logp)), logp[places[prompt, tuple(row.token_ids)]][: len(row.logp)])
             for prompt, row in rows
         ]
 
 
-def _stop_token(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def _stop_token(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The stop token with which one row ends early and another continues for as long as possible."""
     best: tuple[int, tuple[int, ...]] = (0, ())
     for position in range(2):

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import Experience
+from ibro_lightning.batches.ragged import row_wise
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.functional import (
     AggregationMode,
     dr_grpo_advantages,
     group_advantages,
-    reinforce_plus_plus_advantages,
+    reward_to_go,
     rloo_advantages,
 )
 from ibro_lightning.models import PolicyLike, PolicyOptions
@@ -137,11 +138,11 @@ class DAPOModule(PolicyModule):
         measured: list[dict[str, float]] = []
         loss.start_iteration()
         with timer("prepare"), torch.no_grad():
-            experience = self.prepare(rollout)  # score → advantages [B, T]
+            experience = self.prepare(rollout)  # score → advantages [N]
             observe(self.regularizer.coefficient, experience.old_entropy, experience, self.ranks)
         with timer("update"):
             steps = updater.steps(experience, loss, context)
-            for step in steps:  # whole groups [B', T]
+            for step in steps:  # whole groups [n]
                 done, metrics = updater.update(step, loss, context)  # micro-batches → loss → backward → clip → step
                 steps.keep(done)
                 measured.append(metrics)
@@ -168,21 +169,21 @@ class DAPOModule(PolicyModule):
         return self.advantages_need_scores or self.scorer.needs_scores
 
     def advantages(self, experience: Experience) -> Tensor:
-        """The advantages ``[B, T]`` of the configured estimator."""
-        rewards, groups = experience.token_rewards, experience.groups
-        assert rewards is not None, "the scorer sets them"
+        """The advantages ``[N]`` of the configured estimator."""
+        assert experience.token_rewards is not None, "the scorer sets them"
+        assert experience.rewards is not None
         if self.advantage not in GROUP_RELATIVE:
-            responses = experience.sequences.response_mask
-            return reinforce_plus_plus_advantages(
-                rewards, responses, whiten=lambda to_go, _: whiten(to_go, experience, self.ranks)
-            )
-        per_response = rewards.sum(dim=1)  # [B]
+            (to_go,) = row_wise(
+                lambda _, mask, rewards: reward_to_go(rewards, mask), experience.lengths, experience.token_rewards
+            )  # [N]
+            return whiten(to_go, experience, self.ranks)
+        rewards, groups = experience.rewards, experience.groups  # [B] each
         if self.advantage == "grpo" and experience.outcomes is not None:  # the one that divides by a deviation
             span = 1.0 if experience.outcome_span is None else experience.outcome_span
-            advantages = group_advantages(per_response, groups, outcomes=experience.outcomes, outcome_span=span)
+            advantages = group_advantages(rewards, groups, outcomes=experience.outcomes, outcome_span=span)
         else:
-            advantages = GROUP_RELATIVE[self.advantage](per_response, groups)
-        return advantages[:, None].expand(rewards.shape)  # [B, T]
+            advantages = GROUP_RELATIVE[self.advantage](rewards, groups)
+        return experience.per_token(advantages)  # [N]
 
     def experience_metrics(self, experience: Experience, rollout: Rollout) -> dict[str, float]:
         """The curves of a rollout and of the policy before the update."""

@@ -9,6 +9,7 @@ through the micro-batches: loss → backward → clip → step. The losses are i
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,8 +20,16 @@ from torch import Tensor
 
 from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import Experience
+from ibro_lightning.batches.ragged import row_wise
 from ibro_lightning.errors import ConfigError, check_at_least, check_count, is_number
-from ibro_lightning.functional import AggregationMode, explained_variance, gae, length_adaptive_lambda, reward_to_go
+from ibro_lightning.functional import (
+    GAE,
+    AggregationMode,
+    explained_variance,
+    gae,
+    length_adaptive_lambda,
+    reward_to_go,
+)
 from ibro_lightning.models import (
     Critic,
     PolicyLike,
@@ -182,12 +191,12 @@ class PPOModule(PolicyModule):
         if trains_policy := self.trains_policy(rollout.iteration):
             loss.start_iteration()
         with timer("prepare"), torch.no_grad():
-            experience = self.prepare(rollout)  # score → values → advantages [B, T]
+            experience = self.prepare(rollout)  # score → values → advantages [N]
             if trains_policy:
                 observe(self.regularizer.coefficient, experience.old_entropy, experience, self.ranks)
         with timer("update"):
             steps = updater.steps(experience, loss, context)
-            for step in steps:  # whole groups [B', T]
+            for step in steps:  # whole groups [n]
                 done, metrics = updater.update(step, loss, context) if trains_policy else (step, {})
                 _, of_critic = updater.update(done, self.value_loss, context, "critic")
                 steps.keep(done)
@@ -204,25 +213,28 @@ class PPOModule(PolicyModule):
         """Compute what stays fixed during the update, without gradients."""
         first_step = None if self.scores_first(rollout) else self.updater.first_step(rollout)
         experience = self.scorer(rollout, first_step=first_step)
-        responses, ends = experience.sequences.response_mask, experience.sequences.response_lengths
-        values = self.scorer.values(self.critic, experience.sequences)  # [B, T + 1]
-        last_values = values.gather(1, ends[:, None]).squeeze(1) * rollout.truncated  # [B]
+        values, last_values = self.scorer.values(self.critic, experience.sequences)  # [N], [B]
+        last_values = last_values * rollout.truncated  # [B]
         lam: float | Tensor = self.gae_lambda
         if self.length_adaptive_alpha is not None:
-            lam = length_adaptive_lambda(ends, alpha=self.length_adaptive_alpha)  # [B]
+            lam = length_adaptive_lambda(experience.lengths, alpha=self.length_adaptive_alpha)  # [B]
         assert experience.token_rewards is not None, "the scorer sets them"
-        advantages, returns = gae(
-            experience.token_rewards,
-            values[:, :-1],
-            responses,
-            gamma=self.gamma,
-            lam=lam,
-            critic_lam=self.critic_gae_lambda,
-            last_values=last_values if self.bootstrap_truncated else None,
-        )  # [B, T] each
+
+        def estimate(rows: Tensor, mask: Tensor, rewards: Tensor, values: Tensor) -> GAE:  # of some rows, [b, t]
+            return gae(
+                rewards,
+                values,
+                mask,
+                gamma=self.gamma,
+                lam=lam[rows] if isinstance(lam, Tensor) else lam,
+                critic_lam=self.critic_gae_lambda,
+                last_values=last_values[rows] if self.bootstrap_truncated else None,
+            )
+
+        advantages, returns = row_wise(estimate, experience.lengths, experience.token_rewards, values)  # [N] each
         if self.whiten_advantages:
             advantages = whiten(advantages, experience, self.ranks)
-        return replace(experience, advantages=advantages).with_extra(values=values[:, :-1], returns=returns)
+        return replace(experience, advantages=advantages).with_extra(values=values, returns=returns)
 
     def scores_first(self, rollout: Rollout) -> bool:
         """Whether all old log-probs are computed before the update: as in :class:`DAPOModule`, and while the critic
@@ -239,7 +251,10 @@ class PPOModule(PolicyModule):
         the observed discounted rewards, not against the critic's own (bootstrapped) targets."""
         responses, values, mean = experience.responses, experience.extra["values"], self.ranks.mean
         assert experience.token_rewards is not None
-        returns = reward_to_go(experience.token_rewards, experience.sequences.response_mask, gamma=self.gamma)  # [B, T]
+        to_go = partial(reward_to_go, gamma=self.gamma)
+        (returns,) = row_wise(
+            lambda _, mask, rewards: to_go(rewards, mask), experience.lengths, experience.token_rewards
+        )  # [N]
         explained = explained_variance(values, returns, responses, mean=mean, largest=self.ranks.largest)
         return {
             **experience_metrics(experience, rollout, self.policy_loss, self.ranks),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibro_lightning.batches.experience import Experience, TokenStats
+from ibro_lightning.batches.experience import Experience, MicroBatch, TokenStats
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.regularizers.coefficients import Coefficient, as_coefficient
@@ -22,9 +22,11 @@ class StepContext:
     """What a loss and its regulariser can use in an optimizer step, besides the step itself."""
 
     policy: Callable[..., tuple[Tensor, Tensor | None]]
-    """``policy(sequences, temperature=…, with_entropy=True)`` → ``(logp, entropy)`` ``[B, T]`` with gradients."""
+    """``policy(sequences, temperature=…, with_entropy=True)`` → ``(logp, entropy)`` ``[B, T]`` with gradients, for a
+    padded batch."""
     score: Callable[..., tuple[Tensor, Tensor]]
-    """``score(sequences, temperature)`` → the same without gradients, for any number of sequences."""
+    """``score(sequences, temperature)`` → ``(logp, entropy)`` ``[N]`` without gradients, for any number of sequences
+    without padding."""
     tokenizer: Any = None
     seed: int = 0
     """For draws in :meth:`EntropyRegularizer.prepare`: a function of the run, the iteration and the step."""
@@ -76,10 +78,11 @@ class EntropyRegularizer(ABC):
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         """Called without gradients before the step is split into micro-batches: for statistics of the whole step, for
-        another advantage, and for ``step.with_extra(name=[B, T])``, whose mean is logged as ``regularizer/name``."""
+        another advantage, and for ``step.with_extra(name=…)``, whose mean is logged as ``regularizer/name``. The step's
+        tensors are ``[N]``: its response tokens, row after row without padding (:class:`.Experience`)."""
         return step
 
-    def statistics(self, micro: Experience, context: StepContext) -> Mapping[str, Tensor]:
+    def statistics(self, micro: MicroBatch, context: StepContext) -> Mapping[str, Tensor]:
         """Further tensors of a micro-batch, *with* gradients, ``[B, T]`` each, for ``stats.extra``; only if α > 0."""
         return {}
 

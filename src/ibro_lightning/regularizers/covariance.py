@@ -18,7 +18,7 @@ from ibro_lightning.regularizers.base import PolicyLossMethod, StepContext
 
 
 def token_covariance(step: Experience, context: StepContext) -> Tensor:
-    """``c_t [B, T]``: how much a token adds to the covariance of advantage and log-prob."""
+    """``c_t [N]``: how much a token adds to the covariance of advantage and log-prob."""
     assert step.old_logp is not None
     centred = [values - context.ranks.mean(values, step.mask) for values in (step.advantages, step.old_logp)]
     return centred[0] * centred[1]
@@ -47,15 +47,15 @@ class ClipCov(PolicyLossMethod):
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         covariance = token_covariance(step, context)
-        eligible = ((covariance > self.low) & (covariance < self.high) & step.mask).flatten().nonzero().squeeze(-1)
+        eligible = ((covariance > self.low) & (covariance < self.high) & step.mask).nonzero().squeeze(-1)
         generator = torch.Generator().manual_seed(context.seed % 2**63)
         counts = context.ranks.gather(len(eligible))
         before = sum(counts[: context.ranks.rank])  # all ranks draw from the eligible tokens of all ranks
         drawn = torch.randperm(sum(counts), generator=generator)[: count_of(step.mask, self.fraction, context)]
         chosen = drawn[(drawn >= before) & (drawn < before + len(eligible))] - before
-        left_out = torch.zeros(covariance.numel(), dtype=torch.bool, device=covariance.device)
+        left_out = torch.zeros_like(step.mask)
         left_out[eligible[chosen.to(eligible.device)]] = True
-        return step.with_extra(clip_cov=left_out.view_as(step.mask))
+        return step.with_extra(clip_cov=left_out)
 
     def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:
         return torch.where(stats.extra["clip_cov"], 0.0, loss)
@@ -89,17 +89,16 @@ class KLCov(PolicyLossMethod):
 
 
 def top_tokens(values: Tensor, step: Experience, fraction: float, context: StepContext) -> Tensor:
-    """``[B, T]`` bool: that share of the step's valid tokens, on all ranks, which has the largest ``values``.
+    """``[N]`` bool: that share of the step's valid tokens, on all ranks, which has the largest ``values``.
 
     The first tokens of a group's responses share one state, so equal values are common, and rounding, which depends on
     how the step is split, must not choose between them: values that agree to 0.001 count as equal, and among these the
     first groups and rows are chosen.
     """
-    rounded = values.round(decimals=3).masked_fill(~step.mask, -torch.inf).flatten()
-    groups = step.groups[:, None].expand(values.shape).flatten()
-    chosen = torch.zeros_like(step.mask).flatten()
-    chosen[context.ranks.top(rounded, count_of(step.mask, fraction, context), groups)] = True
-    return chosen.view_as(step.mask)
+    rounded = values.round(decimals=3).masked_fill(~step.mask, -torch.inf)
+    chosen = torch.zeros_like(step.mask)
+    chosen[context.ranks.top(rounded, count_of(step.mask, fraction, context), step.per_token(step.groups))] = True
+    return chosen
 
 
 def count_of(mask: Tensor, fraction: float, context: StepContext) -> int:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from string import Formatter
 from typing import Any
 
-from ibro_lightning.batches.sequences import Sequences
+import numpy as np
+import torch
+
+from ibro_lightning.batches.sequences import FlatSequences, joined
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.rendering import ControlTokens, RenderingError, masked_content, render
 from ibro_lightning.types import Message, Prompt
@@ -36,8 +40,8 @@ class HindsightTemplate:
         self._rendered: dict[tuple[str, str], tuple[int, ...]] = {}
 
     def sequences(
-        self, prompts: Sequence[Prompt], responses: Sequences, tokenizer: Any, max_length: int | None = None
-    ) -> Sequences:
+        self, prompts: Sequence[Prompt], responses: FlatSequences, tokenizer: Any, max_length: int | None = None
+    ) -> FlatSequences:
         """The same responses after prompts that show the answer, row by row.
 
         Raises:
@@ -48,9 +52,11 @@ class HindsightTemplate:
             if (prompt.id, prompt.text) not in self._rendered:
                 self._rendered[prompt.id, prompt.text] = self._render(prompt, tokenizer)
         tokens = [self._rendered[prompt.id, prompt.text] for prompt in prompts]
-        on_cpu = responses.to("cpu")
-        rows = zip(on_cpu.input_ids, on_cpu.is_response, strict=True)
-        shown = Sequences.collate(tokens, [ids[mask].tolist() for ids, mask in rows])
+        shown = replace(
+            responses,
+            prompts=joined(tokens, np.int32).to(responses.device),
+            prompt_lengths=torch.tensor([len(ids) for ids in tokens], device=responses.device),
+        )
         if max_length is not None and len(shown) and (longest := int(shown.lengths.max())) > max_length:
             raise ConfigError(
                 SETTING,
@@ -58,7 +64,7 @@ class HindsightTemplate:
                 f"with the answer shown, prompt and response take up to {longest} tokens, and the model has positions "
                 f"for {max_length}: show less, or lower data.sampling.max_tokens",
             )
-        return shown.to(responses.input_ids.device)
+        return shown
 
     def content(self, prompt: Prompt, control: ControlTokens | None = None) -> str | list[Message]:
         """The prompt as text or messages, with the answer shown.

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from ibro_lightning.batches.experience import Experience, TokenStats
+from ibro_lightning.batches.experience import Experience, MicroBatch, TokenStats
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.regularizers.base import EntropyRegularizer, StepContext
 from ibro_lightning.regularizers.coefficients import Coefficient
@@ -65,11 +65,12 @@ class IBRO(EntropyRegularizer):
         _, entropy = context.score(sequences, step.temperature)
         return step.with_extra(hindsight_entropy=entropy)
 
-    def statistics(self, micro: Experience, context: StepContext) -> Mapping[str, Tensor]:
+    def statistics(self, micro: MicroBatch, context: StepContext) -> Mapping[str, Tensor]:
         if self.form == "weighted":
             return {}
-        sequences = self.hindsight.sequences(micro.prompts, micro.sequences, context.tokenizer, context.max_length)
-        _, entropy = context.policy(sequences, temperature=micro.temperature)
+        flat = micro.sequences.flatten()
+        sequences = self.hindsight.sequences(micro.prompts, flat, context.tokenizer, context.max_length)
+        _, entropy = context.policy(sequences.pad(), temperature=micro.temperature)
         assert entropy is not None
         return {"hindsight_entropy": entropy}
 

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -38,7 +39,7 @@ def write_parquet(path: Path, rollout: Rollout, *, tokens: bool = False, run: st
             "iteration": rollout.iteration,
             **_row(prompt, completion, result),
             "trained_on": trained_on,
-            **({"token_ids": completion.token_ids, "logp": completion.logp} if tokens else {}),
+            **({"token_ids": np.asarray(completion.token_ids), "logp": np.asarray(completion.logp)} if tokens else {}),
         }
         for prompt, completion, result, trained_on in (*kept, *dropped)
     ]
@@ -50,7 +51,7 @@ def write_parquet(path: Path, rollout: Rollout, *, tokens: bool = False, run: st
 
 
 def _row(prompt: Prompt, completion: Completion, result: RewardResult) -> dict[str, Any]:
-    logps = [logp for logp in completion.logp or () if logp is not None and math.isfinite(logp)]
+    logps = [logp for logp in completion.logp if math.isfinite(logp)]
     return {
         "prompt_id": prompt.id,
         "part": prompt.part,
@@ -91,8 +92,8 @@ def read_groups(path: Path, prompts: Sequence[Prompt], seeds: Sequence[Sequence[
 
 def _read_row(row: dict[str, Any]) -> tuple[Completion, RewardResult]:
     completion = Completion(
-        token_ids=tuple(row["token_ids"]),
-        logp=tuple(row["logp"]),
+        token_ids=list(row["token_ids"]),
+        logp=list(row["logp"]),
         finish_reason=row["finish_reason"],
         text=row["response"],
         max_tokens=row["max_tokens"],

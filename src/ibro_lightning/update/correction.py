@@ -8,6 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from ibro_lightning.batches.ragged import row_sums, row_wise
 from ibro_lightning.errors import ConfigError, is_number
 from ibro_lightning.functional import (
     MismatchLevel,
@@ -51,17 +52,31 @@ class SamplerCorrection:
             raise ConfigError("floor", self.floor, "it is a bound of mode mask: write a number from 0 to 1, or null")
 
     def __call__(self, old_logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> MismatchWeights:
-        """Weights and dropped tokens, ``[B, T]``."""
+        """Weights and dropped tokens; all ``[B, T]``."""
         return mismatch_weights(
             old_logp, sampler_logp, mask, level=self.level, mode=self.mode, cap=self.cap, floor=self.floor
         )
 
 
 def mismatch_metrics(
-    correction: SamplerCorrection | None, old_logp: Tensor, sampler_logp: Tensor, mask: Tensor, ranks: Ranks = ALONE
+    correction: SamplerCorrection | None,
+    old_logp: Tensor,
+    sampler_logp: Tensor,
+    mask: Tensor,
+    lengths: Tensor,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
-    """The mismatch of trainer and sampler over all ranks, before any correction, as ``sampler/…``."""
-    result = None if correction is None else correction(old_logp, sampler_logp, mask)
+    """The mismatch of trainer and sampler over all ranks, before any correction, as ``sampler/…``.
+
+    Args:
+        old_logp, sampler_logp, mask: ``[N]``, of responses of ``lengths [B]``.
+    """
+    result = None
+    if correction is not None:
+        tokens = old_logp, sampler_logp, mask
+        result = MismatchWeights(
+            *row_wise(lambda _, __, old, sampler, own: tuple(correction(old, sampler, own)), lengths, *tokens)
+        )
     measured = mismatch_diagnostics(old_logp, sampler_logp, mask, result, mean=ranks.mean, largest=ranks.largest)
     measured["non_finite"] = ranks.sum(measured["non_finite"])
     return {f"sampler/{name}": value for name, value in measured.items()}
@@ -72,10 +87,10 @@ def sampled_tokens(sampler_logp: Tensor, tokens: Tensor, ranks: Ranks = ALONE) -
 
     A token without one (nan, −inf) comes from an unknown distribution: it is left out of the loss, the regulariser's
     term and both denominators. If no rank has any log-prob, the responses were not sampled by one of our engines, and
-    all tokens take part, which makes sense only without a correction. All ``[B, T]``.
+    all tokens take part, which makes sense only without a correction. All ``[N]``.
     """
     sampled = tokens & sampler_logp.isfinite()
-    return sampled if bool(ranks.sum(sampled.sum())) else tokens
+    return sampled if bool(ranks.sum(sampled.count_nonzero())) else tokens
 
 
 _CERTAIN = -1e-6
@@ -90,57 +105,65 @@ _UNIFORM_NATS = 20.0
 """No sampler draws tokens this unlikely on average: uniform sampling from 2^17 tokens has 12 nats."""
 
 
-def rows_without_logp(sampler_logp: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def rows_without_logp(sampler_logp: Tensor, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """``[B]`` bool each: responses without a finite log-prob; and responses whose log-probs count as 0 on all tokens,
     or on all but one of several, as in a buffer that was not filled in. Both False for a response without tokens."""
-    count = tokens.sum(dim=1)
-    certain = (tokens & sampler_logp.isfinite() & (sampler_logp > _CERTAIN)).sum(dim=1)
+    finite = tokens & sampler_logp.isfinite()  # [N]
+    count, known = row_sums(tokens, lengths), row_sums(finite, lengths)  # [B]
+    certain = row_sums(finite & (sampler_logp > _CERTAIN), lengths)
     return (
-        (count > 0) & ~(tokens & sampler_logp.isfinite()).any(dim=1),
+        (count > 0) & (known == 0),
         (certain > 0) & (certain >= count - (count > 2).to(count.dtype)),
     )
 
 
-def logp_are_suspicious(sampler_logp: Tensor, tokens: Tensor) -> Tensor:
-    """0-dim bool: whether the log-probs alone call for a comparison with the policy's."""
-    finite = tokens & sampler_logp.isfinite()
-    mean = torch.where(finite, sampler_logp, 0.0).sum(dim=1) / finite.sum(dim=1).clamp(min=1)  # [B]
-    return torch.stack([*rows_without_logp(sampler_logp, tokens), mean < -_UNIFORM_NATS]).any()
+def logp_are_suspicious(sampler_logp: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """0-dim bool: whether the log-probs ``[N]`` alone call for a comparison with the policy's."""
+    mean = _row_means(sampler_logp, tokens & sampler_logp.isfinite(), lengths)  # [B]
+    return torch.stack([*rows_without_logp(sampler_logp, tokens, lengths), mean < -_UNIFORM_NATS]).any()
 
 
 def refuse_impossible_logp(sampler_logp: Tensor, tokens: Tensor, ranks: Ranks = ALONE) -> None:
-    """Raise :class:`ConfigError` if a token's log-prob ``[B, T]`` is above 0 by more than rounding."""
-    above = (tokens & sampler_logp.isfinite() & (sampler_logp > _ABOVE_ZERO)).sum()
+    """Raise :class:`ConfigError` if a token's log-prob ``[N]`` is above 0 by more than rounding."""
+    above = (tokens & sampler_logp.isfinite() & (sampler_logp > _ABOVE_ZERO)).count_nonzero()
     if count := int(ranks.sum(above)):
         raise _refused(f"{count} of the sampler's log-probs are above 0, which no probability is")
 
 
-def refuse_missing_logp(sampler_logp: Tensor, old_logp: Tensor, tokens: Tensor, ranks: Ranks = ALONE) -> int:
+def refuse_missing_logp(
+    sampler_logp: Tensor, old_logp: Tensor, tokens: Tensor, lengths: Tensor, ranks: Ranks = ALONE
+) -> int:
     """The number of responses, on all ranks, without a finite log-prob of the sampler.
 
     Args:
-        sampler_logp, old_logp, tokens: ``[B, T]``; old_logp is the policy's.
+        sampler_logp, old_logp, tokens: ``[N]``, of responses of ``lengths [B]``; old_logp is the policy's.
 
     Raises:
         ConfigError: these are all responses; or the log-probs of some are 0 on every token (or on all but one) where
             the policy is far from certain; or their mean difference from the policy's, over all tokens, exceeds what
             any precision explains. Correcting by them would scale the loss to almost nothing, or to the cap.
     """
-    without, zero = rows_without_logp(sampler_logp, tokens)  # [B]
+    without, zero = rows_without_logp(sampler_logp, tokens, lengths)  # [B]
     finite = tokens & sampler_logp.isfinite() & old_logp.isfinite()
     certain = finite & (sampler_logp > _CERTAIN)
-    zero &= torch.where(certain, old_logp, 0.0).sum(dim=1) / certain.sum(dim=1).clamp(min=1) < -_CERTAIN_NATS
-    missing, zeros, total = ranks.sum(torch.stack([without.sum(), zero.sum(), tokens.any(dim=1).sum()])).tolist()
+    zero &= _row_means(old_logp, certain, lengths) < -_CERTAIN_NATS
+    answers = (row_sums(tokens, lengths) > 0).sum()
+    missing, zeros, total = ranks.sum(torch.stack([without.sum(), zero.sum(), answers])).tolist()
     if total and (missing == total or zeros):
         what = "0 on every token or on all but one" if zeros else "not finite"
         raise _refused(f"the sampler's log-probs of {zeros or missing} of {total} responses are {what}")
-    difference = torch.where(finite, old_logp.double() - sampler_logp.double(), 0.0).sum()
-    apart, count = ranks.sum(torch.stack([difference, finite.sum().double()])).tolist()
+    difference = row_sums(torch.where(finite, old_logp - sampler_logp, 0.0), lengths).double().sum()
+    apart, count = ranks.sum(torch.stack([difference, finite.count_nonzero().double()])).tolist()
     if abs(apart) > _APART_NATS * count:
         raise _refused(
             f"the sampler's log-probs are {abs(apart) / count:.3g} nats per token from the policy's in the mean"
         )
     return int(missing)
+
+
+def _row_means(values: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+    """``[B]`` over each row's tokens in ``mask [N]``; 0 without any."""
+    return row_sums(torch.where(mask, values, 0.0), lengths) / row_sums(mask, lengths).clamp(min=1)
 
 
 def _refused(what: str) -> ConfigError:

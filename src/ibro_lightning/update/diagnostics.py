@@ -29,15 +29,17 @@ def experience_metrics(
     advantages, entropy, mask = experience.advantages, experience.old_entropy, experience.mask
     responses, mean = experience.scored_responses, ranks.mean
     correction = None if loss is None else loss.sampler_correction
-    scored = mask & responses  # [B, T] of those that take part in the loss
+    scored = mask & responses  # [N] of those that take part in the loss
     mean_advantage, mean_entropy = mean(advantages, scored), mean(entropy, scored)
     covariance = masked_covariance(advantages, entropy, scored, mean=mean)
-    mismatch = (experience.old_logp - rollout.sampler_logp).abs()  # [B, T]
-    compared = responses & mismatch.isfinite()  # [B, T]
-    non_finite = experience.responses & ~mismatch.isfinite()  # [B, T]
+    mismatch = (experience.old_logp - rollout.sampler_logp).abs()  # [N]
+    compared = responses & mismatch.isfinite()  # [N]
+    non_finite = experience.responses & ~mismatch.isfinite()  # [N]
+    lengths = experience.lengths
+    first = (lengths.cumsum(0) - lengths)[lengths > 0]  # [≤ B] places of the first tokens
     metrics = {
         "policy/entropy": mean(entropy, responses),
-        "policy/entropy_first_token": mean(entropy[:, :1], responses[:, :1]),
+        "policy/entropy_first_token": mean(entropy[first], responses[first]),
         "policy/logp": mean(experience.old_logp, responses),
         "advantage/mean": mean(advantages, mask),
         "advantage/std": masked_covariance(advantages, advantages, mask, mean=mean).sqrt(),
@@ -48,7 +50,7 @@ def experience_metrics(
         "ib/mean_product": covariance + mean_advantage * mean_entropy,
         "sampler/logp_difference_mean": mean(mismatch, compared),
         "sampler/logp_difference_max": _or_zero(ranks.largest(mismatch, compared)),
-        **mismatch_metrics(correction, experience.old_logp, rollout.sampler_logp, responses, ranks),
+        **mismatch_metrics(correction, experience.old_logp, rollout.sampler_logp, responses, lengths, ranks),
         "sampler/non_finite": ranks.sum(non_finite.sum().to(mismatch.dtype)),
     }
     if "reference_kl" in experience.extra:
@@ -61,7 +63,7 @@ def experience_metrics(
 
 
 def observe(coefficient: Coefficient, measured: Tensor | None, experience: Experience, ranks: Ranks) -> None:
-    """Pass a coefficient the mean of ``measured`` ``[B, T]`` over the rollout's response tokens on all ranks; None: it
+    """Pass a coefficient the mean of ``measured`` ``[N]`` over the rollout's response tokens on all ranks; None: it
     is not measured yet, which suits a coefficient that follows nothing."""
     if measured is None:
         return

@@ -8,12 +8,14 @@ importance weight of an engine that is not quite the policy, H the policy's entr
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ibro_lightning.batches.experience import Experience, TokenStats
+from ibro_lightning.batches.experience import Experience, MicroBatch, TokenStats
+from ibro_lightning.batches.ragged import row_wise
 from ibro_lightning.errors import ConfigError, check_count, check_instance, is_number
 from ibro_lightning.functional import (
     AggregationMode,
@@ -91,7 +93,7 @@ class PolicyLoss:
             clipped["dual"] = (A < 0) & (ratio > self.dual_clip)
         return loss, {f"update/clipped_{bound}": tokens for bound, tokens in clipped.items()}
 
-    def __call__(self, stats: TokenStats, micro: Experience) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, stats: TokenStats, micro: MicroBatch) -> tuple[Tensor, dict[str, float]]:
         """The micro-batch's share of the step's loss, a scalar with a gradient, and of the step's metrics."""
         loss, per_token = checked(self.surrogate(stats), stats)  # [B, T]
         if self.sampler_correction is not None and stats.sampler_logp is not None:
@@ -119,9 +121,9 @@ class PolicyLoss:
         tokens = step.mask
         if self.kl is None and self.zero_without_advantage and self.regularizer.zero_without_advantage:
             tokens = tokens & (step.advantages != 0)
-        return tokens.any(dim=1)
+        return step.row_sums(tokens) > 0
 
-    def stats(self, micro: Experience, context: StepContext) -> TokenStats:
+    def stats(self, micro: MicroBatch, context: StepContext) -> TokenStats:
         """Run the policy over a micro-batch, with gradients. If it has no old scores, this is the rollout's first
         optimizer step: the policy is still the one that sampled, so its scores serve as the old ones."""
         active, unscored = bool(self.regularizer.coef), micro.old_logp is None
@@ -139,15 +141,17 @@ class PolicyLoss:
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         """Fix what depends on the whole optimizer step before it is split into micro-batches: the tokens' weights, and
         the regulariser's tensors."""
-        num_tokens = context.ranks.sum(step.mask.sum()).clamp(min=1)
-        weights = aggregation_weights(
-            step.mask,
-            self.aggregation,
+        _check_per_token("advantages", step.advantages, step)
+        num_tokens = context.ranks.sum(step.mask.count_nonzero()).clamp(min=1)
+        weights_of = partial(
+            aggregation_weights,
+            mode=self.aggregation,
             num_tokens=num_tokens,
-            num_sequences=context.ranks.sum(step.mask.any(dim=1).sum()).clamp(min=1),
+            num_sequences=context.ranks.sum((step.row_sums(step.mask) > 0).sum()).clamp(min=1),
             max_tokens=self.aggregation_max_tokens,
             dtype=torch.float64 if step.advantages.dtype == torch.float64 else torch.float32,
-        )  # [B, T]
+        )
+        (weights,) = row_wise(lambda _, __, mask: weights_of(mask), step.lengths, step.mask)  # [N]
         step = replace(step, weights=weights, num_tokens=num_tokens)
         try:
             prepared = self.regularizer.prepare(step, context)
@@ -157,6 +161,8 @@ class PolicyLoss:
                 error.add_note(f"old_logp and old_entropy may be None unless {name} sets prepare_needs_scores = True")
             raise
         added = {name: values for name, values in prepared.extra.items() if name not in step.extra}
+        for name, values in {"advantages": prepared.advantages, **added}.items():
+            _check_per_token(name, values, step)
         means = {f"regularizer/{name}": context.ranks.mean(v.float(), step.mask).item() for name, v in added.items()}
         return replace(prepared, metrics={**prepared.metrics, **means})
 
@@ -240,12 +246,18 @@ def checked(result: Any, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
     return result
 
 
-def weighted_sum(values: Tensor, micro: Experience) -> Tensor:
+def weighted_sum(values: Tensor, micro: MicroBatch) -> Tensor:
     """``Σ weights·x`` over the valid tokens of a micro-batch: its share of the step's aggregate."""
     assert micro.weights is not None, "PolicyLoss.prepare sets the weights"
     if values.shape != micro.mask.shape:
         raise ValueError(f"losses and objectives are [B, T] = {list(micro.mask.shape)}, got {list(values.shape)}")
     return (torch.where(micro.mask, values, 0.0) * micro.weights).sum()
+
+
+def _check_per_token(name: str, values: Tensor, step: Experience) -> None:
+    if values.shape != step.mask.shape:
+        shapes = f"[N] = {list(step.mask.shape)}, got {list(values.shape)}"
+        raise ValueError(f"{name} of a step are {shapes}: per_token(values) repeats [B] over each response's tokens")
 
 
 def _named(result: ClippedSurrogate) -> tuple[Tensor, dict[str, Tensor]]:

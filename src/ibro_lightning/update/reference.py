@@ -82,11 +82,11 @@ class ReferenceKL:
         return self._reference if self.sharding else self._reference.to(device)
 
     def penalty(self, logp: Tensor, reference_logp: Tensor) -> Tensor:
-        """The estimate per token, ``[B, T]`` in nats; with a gradient if ``logp`` has one."""
+        """The estimate per token, in nats; with a gradient if ``logp`` has one."""
         return kl_divergence(logp, reference_logp, self.estimator)
 
     def take_from(self, rewards: Tensor, kl: Tensor) -> Tensor:
-        """Token rewards ``[B, T]``, less the penalty if it is placed there."""
+        """Token rewards ``[N]``, less the penalty if it is placed there."""
         return rewards - self.coef * kl if self.placement == "reward" else rewards
 
     def add_to(self, loss: Tensor, logp: Tensor, reference_logp: Tensor) -> Tensor:

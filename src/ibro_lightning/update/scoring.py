@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import Experience, OldScores
-from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.batches.ragged import Places, per_token, put_tokens, row_sums
+from ibro_lightning.batches.sequences import FlatSequences
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import Critic
 from ibro_lightning.ranks import rank_zero_warn
@@ -76,31 +78,30 @@ class Scorer:
         Raises:
             ConfigError: the sampler's log-probs leave nothing to correct by.
         """
-        sequences, responses = rollout.sequences, rollout.sequences.response_mask
-        logp, entropy = (None, None) if first_step is not None else self.score(sequences, rollout.temperature)  # [B, T]
+        sequences, lengths = rollout.sequences, rollout.sequences.response_lengths
+        logp, entropy = (None, None) if first_step is not None else self.score(sequences, rollout.temperature)  # [N]
         extra = {}
-        rewards = self._zeros(sequences)  # [B, T]
-        last = (sequences.response_lengths - 1).clamp(min=0)  # [B]; an engine's deadline may leave a response empty
-        rewards.scatter_(1, last[:, None], rollout.rewards[:, None].to(rewards.dtype))
+        rewards, some = self._zeros(sequences), lengths > 0  # [N], [B]; an engine's deadline may leave a response empty
+        rewards[lengths.cumsum(0)[some] - 1] = rollout.rewards[some].to(rewards.dtype)
         if (kl := self.loss.kl) is not None:
             assert logp is not None, "a penalty to a reference needs scores first"
-            reference = kl.on(sequences.input_ids.device)
+            reference = kl.on(sequences.device)
             reference_logp, _ = self.score(sequences, rollout.temperature, reference, with_entropy=False)
             extra = {"reference_logp": reference_logp, "reference_kl": kl.penalty(logp, reference_logp)}
             rewards = kl.take_from(rewards, extra["reference_kl"])
-        on_time = responses & ~rollout.late[:, None]  # [B, T]
-        counts = sampled_tokens(rollout.sampler_logp, on_time, self.loop.ranks)
+        counts = sampled_tokens(rollout.sampler_logp, per_token(~rollout.late, lengths), self.loop.ranks)  # [N]
         experience = Experience(
             sequences=sequences,
             old_logp=logp,
             old_entropy=entropy,
-            advantages=torch.zeros_like(rewards),
-            mask=counts & ~rollout.truncated[:, None] if self.overlong_filter else counts,
+            advantages=rewards.new_zeros(()).expand_as(rewards),  # takes no memory
+            mask=counts & per_token(~rollout.truncated, lengths) if self.overlong_filter else counts,
             groups=rollout.groups,
             temperature=rollout.temperature,
             iteration=rollout.iteration,
             prompts=rollout.prompts,
             token_rewards=rewards,
+            rewards=torch.where(some, row_sums(rewards, lengths), rollout.rewards.to(rewards.dtype)),
             sampler_logp=rollout.sampler_logp,
             outcomes=rollout.outcomes,
             outcome_span=rollout.outcome_span,
@@ -115,30 +116,33 @@ class Scorer:
 
     @torch.no_grad()
     def score(
-        self, sequences: Sequences, temperature: float, policy: nn.Module | None = None, with_entropy: bool = True
+        self, sequences: FlatSequences, temperature: float, policy: nn.Module | None = None, with_entropy: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """``(logp, entropy)`` ``[B, T]`` under the present policy (or another one), without gradients; the entropy
+        """``(logp, entropy)`` ``[N]`` under the present policy (or another one), without gradients; the entropy
         is 0 without ``with_entropy``."""
         policy = policy or self.policy
         logp, entropy = self._zeros(sequences), self._zeros(sequences)
         for rows, _ in self.budget.micro_batches(sequences, self.loop.ranks, policy):
-            with self.budget.advice("prepare", micro := sequences.select(rows), policy):
+            with self.budget.advice("prepare", micro := sequences.pad(rows), policy):
                 micro_logp, micro_entropy = policy(micro, temperature=temperature, with_entropy=with_entropy)  # [b, t]
-            width = micro_logp.shape[1]
-            logp[rows, :width] = micro_logp
+            places = Places.of(sequences.response_lengths, rows)
+            places.put(micro_logp, logp)
             if micro_entropy is not None:
-                entropy[rows, :width] = micro_entropy
+                places.put(micro_entropy, entropy)
         return logp, entropy
 
     @torch.no_grad()
-    def values(self, critic: Critic, sequences: Sequences) -> Tensor:
-        """``[B, T + 1]`` a critic's values before each response token and after the last, without gradients."""
-        values = torch.nn.functional.pad(self._zeros(sequences), (0, 1))
+    def values(self, critic: Critic, sequences: FlatSequences) -> tuple[Tensor, Tensor]:
+        """A critic's values before each response token ``[N]``, and after the last of each response ``[B]``, without
+        gradients."""
+        values = self._zeros(sequences)
+        last_values = values.new_zeros(len(sequences))
         for rows, _ in self.budget.micro_batches(sequences, self.loop.ranks, critic):
-            with self.budget.advice("prepare", micro := sequences.select(rows), critic):
+            with self.budget.advice("prepare", micro := sequences.pad(rows), critic):
                 micro_values = critic(micro)  # [b, t + 1]
-            values[rows, : micro_values.shape[1]] = micro_values
-        return values
+            Places.of(sequences.response_lengths, rows).put(micro_values[:, :-1], values)
+            last_values[rows] = micro_values.gather(1, micro.response_lengths[:, None]).squeeze(1).to(values.dtype)
+        return values, last_values
 
     def context(self, tokenizer: Any = None, max_length: int | None = None) -> StepContext:
         """The context of losses and regularisers, with the present policy."""
@@ -153,40 +157,43 @@ class Scorer:
         """Of scores: float32, or float64 for float64 weights."""
         return torch.float64 if next(self.policy.parameters()).dtype == torch.float64 else torch.float32
 
-    def _zeros(self, sequences: Sequences) -> Tensor:
-        """``[B, T]`` for scores."""
-        return torch.zeros(sequences.response_mask.shape, dtype=self._dtype, device=sequences.input_ids.device)
+    def _zeros(self, sequences: FlatSequences) -> Tensor:
+        """``[N]`` for scores."""
+        return torch.zeros(sequences.responses.shape, dtype=self._dtype, device=sequences.device)
 
     def _other_rows(self, rollout: Rollout, first_step: Tensor) -> OldScores | None:
         """The old scores of the rows that are not in the first optimizer step; None if it has all groups."""
         if len(first_step) >= rollout.num_groups:
             return None
         sequences, sampler_logp = rollout.sequences, rollout.sampler_logp
-        known = OldScores.unknown(sequences, self._dtype)  # [B, T]
-        rows = torch.isin(rollout.groups, first_step.to(rollout.groups.device), invert=True).nonzero().squeeze(-1)
+        known = OldScores.unknown(sequences, self._dtype)  # [N]
+        others = torch.isin(rollout.groups, first_step.to(rollout.groups.device), invert=True)  # [B]
+        rows, lengths = others.nonzero().squeeze(-1), sequences.response_lengths
         if self.old_logp == "sampler":
             # A token without a finite one takes no part in the loss; 0 keeps its nan out of the gradient.
-            known.logp[rows] = torch.where(sampler_logp.isfinite(), sampler_logp, 0.0).to(known.logp)[rows]
-            return known
+            finite = torch.where(sampler_logp.isfinite(), sampler_logp, 0.0).to(known.logp)  # [N]
+            return replace(known, logp=torch.where(per_token(others, lengths), finite, known.logp))
         # All ranks take part in the forward passes of a sharded policy; one without other rows scores one in vain.
         part = sequences.select(rows if len(rows) else rows.new_zeros(1))
-        scores = self.score(part, rollout.temperature)  # [B', T'] each
+        scores = self.score(part, rollout.temperature)  # [n] each
         if len(rows):
-            known.logp[rows, : part.max_response_length], known.entropy[rows, : part.max_response_length] = scores
+            for own, values in zip(scores, (known.logp, known.entropy), strict=True):
+                put_tokens(own, values, lengths, rows)
             known.scored[rows] = True
         return known
 
     def _check_sampler_logp(self, rollout: Rollout, experience: Experience) -> None:
         """Raise :class:`ConfigError` if there is nothing to correct by; warn once of responses left out."""
-        ranks, tokens = self.loop.ranks, experience.responses & ~rollout.late[:, None]  # [B, T]
+        ranks, lengths = self.loop.ranks, experience.lengths
+        tokens = experience.responses & experience.per_token(~rollout.late)  # [N]
         refuse_impossible_logp(rollout.sampler_logp, tokens, ranks)
-        suspicious = logp_are_suspicious(rollout.sampler_logp, tokens).to(torch.float32)
+        suspicious = logp_are_suspicious(rollout.sampler_logp, tokens, lengths).to(torch.float32)
         old_logp = experience.old_logp
         if old_logp is None:
             if not bool(ranks.max(suspicious)):
                 return
             old_logp, _ = self.score(experience.sequences, rollout.temperature, with_entropy=False)
-        missing = refuse_missing_logp(rollout.sampler_logp, old_logp, tokens, ranks)
+        missing = refuse_missing_logp(rollout.sampler_logp, old_logp, tokens, lengths, ranks)
         if missing and not self._warned_of_missing_logp:
             self._warned_of_missing_logp = True
             rank_zero_warn(

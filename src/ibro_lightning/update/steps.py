@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ibro_lightning.batches.experience import Experience
-from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.batches.ragged import Places
+from ibro_lightning.batches.sequences import FlatSequences, Sequences
 from ibro_lightning.errors import check_count
 from ibro_lightning.guards.memory_advice import memory_advice
 from ibro_lightning.ranks import ALONE, Ranks
@@ -124,7 +125,7 @@ class TokenBudget:
         check_count("micro_batch_tokens", self.tokens, 1)
 
     def micro_batches(
-        self, sequences: Sequences, ranks: Ranks = ALONE, network: nn.Module | None = None
+        self, sequences: FlatSequences | Sequences, ranks: Ranks = ALONE, network: nn.Module | None = None
     ) -> list[tuple[Tensor, bool]]:
         """``(rows, counts)`` of equally many micro-batches on every rank, since all ranks run a sharded model at once.
         A rank with too few repeats its shortest row, which does not count.
@@ -132,7 +133,7 @@ class TokenBudget:
         Args:
             network: to be run over them; it may share prompts (:attr:`.ResponseNetwork.shares_prompts`).
         """
-        device = sequences.input_ids.device
+        device = sequences.device
         if shares_prompts(network):
             lengths = sequences.prompt_lengths.tolist(), sequences.response_lengths.tolist()
             cut = shared_prompt_batches(sequences.same_prompts(), *lengths, self.tokens)
@@ -173,8 +174,9 @@ def with_scores(step: Experience, parts: Sequence[tuple[Tensor, Tensor, Tensor]]
     the step is unchanged."""
     if not parts:
         return step
-    logp, entropy = (values.new_zeros(step.mask.shape) for values in parts[0][1:])  # [B, T]
+    logp, entropy = (values.new_zeros(step.mask.shape) for values in parts[0][1:])  # [N]
     for rows, micro_logp, micro_entropy in parts:
-        logp[rows, : micro_logp.shape[1]] = micro_logp
-        entropy[rows, : micro_entropy.shape[1]] = micro_entropy
+        places = Places.of(step.lengths, rows)
+        places.put(micro_logp, logp)
+        places.put(micro_entropy, entropy)
     return replace(step, old_logp=logp, old_entropy=entropy)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from ibro_lightning.batches import Rollout
-from ibro_lightning.batches.experience import Experience, OldScores
+from ibro_lightning.batches.experience import Experience, MicroBatch, OldScores
+from ibro_lightning.batches.ragged import put_tokens
 from ibro_lightning.errors import check_at_least, check_count
 from ibro_lightning.models import clip_gradients
 from ibro_lightning.ranks import ALONE, Ranks, rank_zero_warn
@@ -42,10 +43,10 @@ class Loss(Protocol):
     def rows_with_gradient(self, step: Experience, /) -> Tensor:
         """``[B]`` bool: the rows of an optimizer step whose loss may have a gradient other than 0."""
 
-    def stats(self, micro: Experience, context: StepContext, /) -> Any:
+    def stats(self, micro: MicroBatch, context: StepContext, /) -> Any:
         """Run the network, with gradients."""
 
-    def __call__(self, stats: Any, micro: Experience, /) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, stats: Any, micro: MicroBatch, /) -> tuple[Tensor, dict[str, float]]:
         """A scalar to be minimised, and the micro-batch's share of the step's metrics."""
 
 
@@ -75,7 +76,7 @@ class Steps:
                     "steps.keep(step) with what update() returns"
                 )
             self._rows = rows.to(self.experience.groups.device)
-            step = rows_of(replace(self.experience, other_rows=None), self._rows)  # [B', T]
+            step = rows_of(replace(self.experience, other_rows=None), self._rows)  # [n]
             if step.scored is not None:  # the log-probs of some rows are the sampler's
                 step = replace(step, old_entropy=step.old_entropy if bool(step.scored.all()) else None)
             yield self._loss.prepare(step, replace(self._context, seed=seed))
@@ -90,8 +91,8 @@ class Steps:
         known = whole.other_rows or OldScores.unknown(whole.sequences, step.old_logp.dtype)
         logp, entropy, scored = known.logp.clone(), known.entropy.clone(), known.scored.clone()
         if len(self._rows):  # otherwise the step has a row that does not count
-            width = step.mask.shape[1]
-            logp[self._rows, :width], entropy[self._rows, :width] = step.old_logp, step.old_entropy
+            put_tokens(step.old_logp, logp, whole.lengths, self._rows)
+            put_tokens(step.old_entropy, entropy, whole.lengths, self._rows)
             scored[self._rows] = True
         all_scored = None if bool(scored.all()) else scored
         self.experience = replace(whole, old_logp=logp, old_entropy=entropy, scored=all_scored, other_rows=None)
@@ -177,7 +178,7 @@ class Updater:
         model = self.loop.networks[network]
         batches = self._micro_batches(step, loss, model)
         for number, (rows, counts, learns) in enumerate(batches, start=1):
-            micro = step.select(rows)  # [b, t]
+            micro = step.micro_batch(rows)  # [b, t]
             with self.budget.advice("update", micro.sequences, model):
                 with torch.set_grad_enabled(learns):
                     stats = loss.stats(micro, context)  # [b, t] with gradients
@@ -190,7 +191,7 @@ class Updater:
                 scores.append((rows, stats.old_logp, stats.old_entropy))
             for name, share in metrics.items() if counts else ():
                 totals[name] += share
-        metrics = self._total_over_ranks(totals, step.sequences.input_ids.device)
+        metrics = self._total_over_ranks(totals, step.sequences.device)
         losses = {name: metrics[name] for name in loss.must_be_finite if name in metrics}
         taken = self.clip_and_step(network, losses, step)
         measured = {**(step.metrics if network == "policy" else {}), **metrics, **taken}
@@ -253,7 +254,7 @@ class Updater:
         # Whole groups: the result does not depend on the split into micro-batches or over ranks.
         count = experience.num_groups or int(experience.groups.max()) + 1
         part = rows_of(experience, (experience.groups < -(-count // 8)).nonzero().squeeze(-1))
-        logp, _ = context.score(part.sequences, part.temperature, with_entropy=False)  # [B', T]
+        logp, _ = context.score(part.sequences, part.temperature, with_entropy=False)  # [n]
         assert part.old_logp is not None
         shift = context.ranks.mean((logp - part.old_logp).abs(), part.mask).item()
         if not shift <= FAR:  # NaN, too
@@ -299,7 +300,8 @@ def update_metrics(
     """
     scored_first = float(experience.old_logp is not None)
     if experience.other_rows is not None:
-        scored_first = ranks.mean(experience.other_rows.scored.float(), experience.responses.any(dim=1)).item()
+        has_tokens = (experience.lengths > 0) & (not experience.placeholder)  # [B]
+        scored_first = ranks.mean(experience.other_rows.scored.float(), has_tokens).item()
     names = dict.fromkeys(name for step in steps for name in step)
     columns = {name: [step[name] for step in steps if name in step] for name in names}
     return {

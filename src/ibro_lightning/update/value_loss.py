@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ibro_lightning.batches.experience import Experience
+from ibro_lightning.batches.experience import Experience, MicroBatch
 from ibro_lightning.functional import clipped_value_loss, token_mean
 from ibro_lightning.regularizers import StepContext
 from ibro_lightning.update.loop import Loop
@@ -24,14 +24,14 @@ class ValueLoss:
         self.loop, self.clip = loop, clip
 
     def rows_with_gradient(self, step: Experience) -> Tensor:
-        return step.mask.any(dim=1)
+        return step.row_sums(step.mask) > 0
 
-    def stats(self, micro: Experience, context: StepContext) -> Tensor:
+    def stats(self, micro: MicroBatch, context: StepContext) -> Tensor:
         """The values ``[B, T]`` before each token, with gradients."""
         values: Tensor = self.loop.networks["critic"](micro.sequences)  # [B, T + 1]
         return values[:, :-1]
 
-    def __call__(self, values: Tensor, micro: Experience) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, values: Tensor, micro: MicroBatch) -> tuple[Tensor, dict[str, float]]:
         result = clipped_value_loss(values, micro.extra["values"], micro.extra["returns"], clip=self.clip)  # [B, T]
         loss = token_mean(result.loss, micro.mask, micro.num_tokens)  # [B, T] → scalar
         clipped = token_mean(result.clipped.float(), micro.mask, micro.num_tokens)

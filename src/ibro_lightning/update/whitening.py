@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience
+from ibro_lightning.batches.ragged import row_wise
 from ibro_lightning.functional import masked_whiten
 from ibro_lightning.ranks import Ranks
 
 
 def whiten(values: Tensor, experience: Experience, ranks: Ranks) -> Tensor:
-    """``[B, T]`` with mean 0 and variance 1 over the rollout's valid tokens on all ranks; 0 elsewhere. The variance is
+    """``[N]`` with mean 0 and variance 1 over the rollout's valid tokens on all ranks; 0 elsewhere. The variance is
     less than 1 where the whole rollout is right or wrong and the values hardly differ (``docs/rewards.md``)."""
     mask = experience.mask
     mean = ranks.mean(values, mask)
-    variance = ranks.mean((values - mean) ** 2, mask)
-    least = _least_variance(experience, ranks)
-    return masked_whiten(values, mask, mean=mean, variance=variance, least_variance=least)
+    variance = ranks.mean((values - mean).square_(), mask)
+    whiten_some = partial(
+        masked_whiten, mean=mean, variance=variance, least_variance=_least_variance(experience, ranks)
+    )
+    # Some rows at a time, since it computes in float64.
+    return row_wise(lambda _, __, some, counts: whiten_some(some, counts), experience.lengths, values, mask)[0]
 
 
 def _least_variance(experience: Experience, ranks: Ranks) -> Tensor:
