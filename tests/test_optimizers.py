@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -591,7 +592,8 @@ def test_the_published_rate_costs_no_further_pass() -> None:
     module.configure_model()
     passes: list[int] = []
     module.policy.register_forward_pre_hook(lambda *_: passes.append(1))
-    _, recorder = fit(module, rollouts(2))
+    rewards = torch.tensor([1.0, -1.0] * 4)  # a group without an advantage would have a pass of its own
+    _, recorder = fit(module, [replace(rollout, rewards=rewards) for rollout in rollouts(2)])
     assert len(passes) == 2
     assert all("update/policy_shift" not in metrics for metrics in recorder.metrics)
 
