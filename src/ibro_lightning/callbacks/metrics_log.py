@@ -80,7 +80,7 @@ class MetricsLog(pl.Callback):
         for logger in trainer.loggers if every and self._iteration % every == 0 else ():
             logger.log_metrics(metrics, step=self._iteration)
         # For checkpoints: their names contain the iteration, and any metric may select the best one.
-        pl_module.log_dict({**metrics, "iteration": float(self._iteration)}, logger=False, batch_size=1)
+        offer(trainer, {**metrics, "iteration": float(self._iteration)}, pl_module.device)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._measured = {}
@@ -108,6 +108,14 @@ class MetricsLog(pl.Callback):
         for logger in trainer.loggers if self._measured else ():
             logger.log_metrics(self._measured, step=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
         self._measured = {}
+
+
+def offer(trainer: pl.Trainer, metrics: Mapping[str, float], device: torch.device) -> None:
+    """Put metrics into ``trainer.callback_metrics``, as ``pl_module.log_dict(metrics, logger=False)`` would: that takes
+    half a millisecond for each."""
+    values = torch.tensor(list(metrics.values()), dtype=torch.get_default_dtype()).to(device)
+    # Clones: who saves one of them in a checkpoint does not save all.
+    trainer.callback_metrics.update(zip(metrics, (value.clone() for value in values), strict=True))
 
 
 def _numbers(outputs: Mapping[str, Any]) -> dict[str, float]:
