@@ -134,8 +134,7 @@ def _evaluate_drawing_modules(model: nn.Module, run: Run) -> list[nn.Module]:
         if random_numbers:
             does = "draws random numbers in training (router jitter, layer drop or the like)"
         warnings.warn(
-            f"{name}: {_named(model, found)} {does}: like dropout, this is off, as it is while "
-            "responses are sampled",
+            f"{name}: {_named(model, found)} {does}: like dropout, this is off, as it is while responses are sampled",
             stacklevel=4,
         )
     return found
