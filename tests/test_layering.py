@@ -122,8 +122,8 @@ UPDATE = [module for module in FILES if module.split(".")[0] == "update"]
 
 
 def test_update_needs_no_lightning() -> None:
-    """Neither its files nor whatever they import, and it trains without; nor does an engine's process, which starts while
-    the run waits."""
+    """Neither its files nor whatever they import, and it trains without; nor does an engine's process, for which a run
+    waits."""
     code = f"""
 import importlib
 for module in ["engines.process_child", *{UPDATE}]:
