@@ -34,15 +34,18 @@ RECIPES = {"quickstart": "quickstart.yaml", "sums": "smollm2_arithmetic.yaml"}
 
 
 class Bench:
-    """The sides, the recipe that they share, and a folder for jobs, reports and logs."""
+    """The sides, their recipes, and a folder for jobs, reports and logs."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.recipe = folder / "recipe.yaml"
-        self.recipe.write_text(yaml.safe_dump(comparable(read_recipe(TREE / "configs" / RECIPES[options.task]))))
-        self.settings = read_recipe(self.recipe)["data"]["init_args"]
         self.trees = {"ours": TREE} | ({"baseline": options.baseline.resolve()} if options.baseline else {})
+        self.recipes = {side: folder / f"recipe-{side}.yaml" for side in self.trees}
+        """By tree, because a setting may be newer than the baseline. TRL reads ours."""
+        for side, tree in self.trees.items():
+            shipped = read_recipe(tree / "configs" / RECIPES[options.task])
+            self.recipes[side].write_text(yaml.safe_dump(comparable(shipped)))
+        self.settings = read_recipe(self.recipes["ours"])["data"]["init_args"]
         self.trl_python = None if options.no_trl else environment(options.env)
         self.policy = self._policy()
         self.micro_batch: int | None = None
@@ -74,7 +77,7 @@ class Bench:
         report.unlink(missing_ok=True)
         Job(
             side=side,
-            recipe=str(self.recipe),
+            recipe=str(self.recipes.get(side, self.recipes["ours"])),
             policy=str(self.policy),
             problems=str(self._problems(turn, iterations)),
             iterations=iterations,
@@ -91,7 +94,9 @@ class Bench:
         file = self.folder / f"problems-{turn}-{count}.jsonl"
         if not file.exists():
             self._python(
-                "ours", ["-m", "peers.problems", str(self.recipe), str(turn), str(count), str(file)], "problems"
+                "ours",
+                ["-m", "peers.problems", str(self.recipes["ours"]), str(turn), str(count), str(file)],
+                "problems",
             )
         return file
 

@@ -214,13 +214,14 @@ def sides(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) ->
             return (subprocess.run if fresh else forked.run)(command, **settings)
 
         monkeypatch.setattr(against_trl, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
-        recipe = work.read_recipe(made.recipe)
+        recipe = work.read_recipe(made.recipes["ours"])
         data = recipe["data"]["init_args"]
         data["source"]["init_args"]["task"] = {"class_path": "NumberPath", "init_args": {"size": 12}}
         data |= {"prompts_per_rollout": 4, "group_size": 2}
         data["sampling"]["max_tokens"] = 17
         recipe["model"]["init_args"]["mini_batch_prompts"] = 2
-        made.recipe.write_text(yaml.safe_dump(recipe))
+        for file in made.recipes.values():
+            file.write_text(yaml.safe_dump(recipe))
         made.settings = data
         return made
 
@@ -233,7 +234,7 @@ def test_two_source_trees_run_in_turns_on_the_same_problems(sides: Callable[...,
     assert list(reports) == ["ours", "baseline"]
     assert against_trl.verdicts(reports, learn=False) == []
     (ours,), (baseline,) = reports["ours"], reports["baseline"]
-    drawn = problems.drawn(work.read_recipe(bench.recipe), 0, 12)
+    drawn = problems.drawn(work.read_recipe(bench.recipes["ours"]), 0, 12)
     assert [name for one in ours.iterations for name in one.prompts] == [problem["id"] for problem in drawn]
     assert [one.lengths for one in ours.iterations] == [one.lengths for one in baseline.iterations]
     for one in ours.iterations:

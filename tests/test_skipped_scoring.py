@@ -251,7 +251,8 @@ def test_every_micro_batch_goes_through_the_policy_once_instead_of_twice(kind: t
         module.configure_model()
         calls: list[bool] = []
         module.policy.register_forward_pre_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
-        fit(module, sampled()[:1])
+        rewards = torch.tensor([1.0, -1.0] * 4)  # groups without an advantage would run without gradients
+        fit(module, [replace(sampled()[0], rewards=rewards)])
         passes[k] = calls
         micro_batches = len(module.scorer.budget.micro_batches(make_rollout().sequences))
     assert passes[kind] == [True] * micro_batches

@@ -27,8 +27,7 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """Transformers' ``sdpa``, computing the heads that share keys and values as queries of one head, without copies.
 
-    Given a mask, ``sdpa`` first copies keys and values for each head. Products of matrices are twice as fast as
-    torch's kernel for a few queries in float32 on CPUs; elsewhere the kernel is used.
+    Given a mask, ``sdpa`` first copies keys and values for each head.
 
     Args:
         query: ``[B, H, L, D]``; anything but one new token per row is left to ``sdpa``.

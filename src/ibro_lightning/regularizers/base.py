@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -55,8 +56,15 @@ class EntropyRegularizer(ABC):
     prepare_needs_scores: bool = False
     """Whether :meth:`prepare` reads ``step.old_logp`` or ``step.old_entropy``. Otherwise they may be None
     there: a rollout's first optimizer step takes them from its own forward pass."""
+    zero_without_advantage: bool = False
+    """Whether the term, and what :meth:`shape_policy_loss` makes of a loss of 0, are 0 wherever the advantage is: then
+    responses without an advantage need no backward pass. Subclasses with methods of their own do not inherit it."""
     reads_old_entropy: bool = True
     """Whether another hook reads ``old_entropy``. Otherwise a module's ``old_logp: sampler`` may leave it None."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        does_not_inherit(cls, "zero_without_advantage", harmless=("prepare", "statistics"))
 
     def __init__(self, coef: Coefficient | float) -> None:
         self.coefficient = as_coefficient(coef, "coef", "entropy")
@@ -84,10 +92,18 @@ class EntropyRegularizer(ABC):
         return loss
 
 
+def does_not_inherit(cls: type, promise: str, harmless: Sequence[str] = ()) -> None:
+    """Set a class's ``promise`` to False if it says nothing of it and has methods of its own, but for ``harmless``."""
+    own = {name for name, value in vars(cls).items() if isinstance(value, FunctionType | property)}
+    if promise not in vars(cls) and own - {"__init__", *harmless}:
+        setattr(cls, promise, False)
+
+
 class PolicyLossMethod(EntropyRegularizer):
     """A method that works through the advantages or the policy loss, and has no term of its own."""
 
     needs_entropy = False
+    zero_without_advantage = True  # of subclasses that leave the policy loss as it is
 
     def __init__(self) -> None:
         if type(self) is PolicyLossMethod:

@@ -34,6 +34,7 @@ class ClipCov(PolicyLossMethod):
     """
 
     prepare_needs_scores = True
+    zero_without_advantage = True
 
     def __init__(self, fraction: float = 2e-4, low: float = 1.0, high: float = 5.0) -> None:
         super().__init__()

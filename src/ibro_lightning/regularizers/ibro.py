@@ -54,6 +54,10 @@ class IBRO(EntropyRegularizer):
         self.beta, self.form, self.max_ratio = beta, form, max_ratio
         self.hindsight = HindsightTemplate(template)
 
+    @property
+    def zero_without_advantage(self) -> bool:  # type: ignore[override]
+        return not self.coef
+
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         if self.form == "two-term" or not self.coef:
             return step

@@ -54,6 +54,10 @@ class InformationBottleneck(EntropyRegularizer):
             raise ConfigError("clip", clip, "write a positive bound for the advantage")
         self.part, self.transform, self.clip = part, transform, clip
 
+    @property
+    def zero_without_advantage(self) -> bool:  # type: ignore[override]
+        return self.part == "raw" or not self.coef
+
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         weight = self.weight(step.advantages)
         mean = context.ranks.mean(weight, step.mask if step.weights is None else step.weights)  # Ā
@@ -82,6 +86,8 @@ class OppositeInformationBottleneck(InformationBottleneck):
     The sharpest ablation of IB: an effect of both signs does not come from the sign. Unlike Conditional Entropy Shaping
     (arXiv 2605.19358), which chooses the uncertain tokens, it treats all tokens alike.
     """
+
+    zero_without_advantage = InformationBottleneck.zero_without_advantage
 
     def objective(self, stats: TokenStats) -> Tensor:
         return -super().objective(stats)

@@ -21,6 +21,7 @@ class TopEntropyTokens(PolicyLossMethod):
     """
 
     prepare_needs_scores = True
+    zero_without_advantage = True
 
     def __init__(self, fraction: float = 0.2) -> None:
         super().__init__()

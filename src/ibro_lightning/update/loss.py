@@ -25,6 +25,7 @@ from ibro_lightning.functional import (
     token_mean,
 )
 from ibro_lightning.regularizers import EntropyRegularizer, NoRegularizer, StepContext
+from ibro_lightning.regularizers.base import does_not_inherit
 from ibro_lightning.regularizers.coefficients import Coefficient, Constant
 from ibro_lightning.update.correction import SamplerCorrection
 from ibro_lightning.update.reference import ReferenceKL
@@ -48,6 +49,13 @@ class PolicyLoss:
 
     clip_ratio_low_may_be_one = False
     must_be_finite = ("update/policy_loss",)
+    zero_without_advantage = True
+    """Whether :meth:`surrogate` is 0 wherever the advantage is: then responses without an advantage need no backward
+    pass. Subclasses with methods of their own do not inherit it."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        does_not_inherit(cls, "zero_without_advantage")
 
     def __init__(
         self,
@@ -104,6 +112,14 @@ class PolicyLoss:
         for name, values in per_token.items():
             metrics[name] = token_mean(values.detach().float(), stats.mask, micro.num_tokens).item()
         return total, metrics
+
+    def rows_with_gradient(self, step: Experience) -> Tensor:
+        """``[B]`` bool: the rows whose loss may have a gradient other than 0. In a group of equal rewards, advantages
+        are 0, and neither surrogate nor IB moves the policy; a uniform bonus or a KL penalty does."""
+        tokens = step.mask
+        if self.kl is None and self.zero_without_advantage and self.regularizer.zero_without_advantage:
+            tokens = tokens & (step.advantages != 0)
+        return tokens.any(dim=1)
 
     def stats(self, micro: Experience, context: StepContext) -> TokenStats:
         """Run the policy over a micro-batch, with gradients. If it has no old scores, this is the rollout's first
@@ -166,6 +182,8 @@ class GSPOLoss(PolicyLoss):
     """One clipped ratio per response, the geometric mean of its tokens' ratios (arXiv 2507.18071): clip ratios near
     3e-4, with the aggregation ``seq-mean-token-mean``."""
 
+    zero_without_advantage = True
+
     def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
         result = gspo_surrogate(
             stats.logp,
@@ -184,6 +202,7 @@ class CISPOLoss(PolicyLoss):
     has no dual clip; ``clip_ratio_low`` 1 means no lower bound, as in the paper."""
 
     clip_ratio_low_may_be_one = True
+    zero_without_advantage = True
 
     def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
         result = cispo_surrogate(

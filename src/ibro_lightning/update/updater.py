@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from ibro_lightning.batches import Rollout
@@ -38,6 +38,9 @@ class Loss(Protocol):
     @property
     def must_be_finite(self) -> Sequence[str]:
         """Names of metrics: a step in which one of these is not finite is skipped."""
+
+    def rows_with_gradient(self, step: Experience, /) -> Tensor:
+        """``[B]`` bool: the rows of an optimizer step whose loss may have a gradient other than 0."""
 
     def stats(self, micro: Experience, context: StepContext, /) -> Any:
         """Run the network, with gradients."""
@@ -156,7 +159,8 @@ class Updater:
     def update(
         self, step: Experience, loss: Loss, context: StepContext, network: str = "policy"
     ) -> tuple[Experience, dict[str, float]]:
-        """Take one optimizer step of a network, in as many micro-batches as the token budget needs.
+        """Take one optimizer step of a network, in as many micro-batches as the token budget needs. Rows without a
+        gradient only run forward.
 
         Returns:
             The step, with the scores of this forward pass if it had none; and its metrics over all ranks.
@@ -171,15 +175,17 @@ class Updater:
         totals: dict[str, float] = defaultdict(float)
         scores: list[tuple[Tensor, Tensor, Tensor]] = []
         model = self.loop.networks[network]
-        batches = self.budget.micro_batches(step.sequences, ranks, model)
-        for number, (rows, counts) in enumerate(batches, start=1):
+        batches = self._micro_batches(step, loss, model)
+        for number, (rows, counts, learns) in enumerate(batches, start=1):
             micro = step.select(rows)  # [b, t]
             with self.budget.advice("update", micro.sequences, model):
-                stats = loss.stats(micro, context)  # [b, t] with gradients
-                value, metrics = loss(stats, micro)  # a scalar
+                with torch.set_grad_enabled(learns):
+                    stats = loss.stats(micro, context)  # [b, t] with gradients
+                    value, metrics = loss(stats, micro)  # a scalar
                 with nullcontext() if number == len(batches) else self.loop.no_sync():
                     # Gradients are averaged over ranks; the loss's weights divide by the tokens of all ranks already.
-                    self.loop.backward(value * (ranks.size if counts else 0.0))
+                    if learns:
+                        self.loop.backward(value * (ranks.size if counts else 0.0))
             if step.old_logp is None:
                 scores.append((rows, stats.old_logp, stats.old_entropy))
             for name, share in metrics.items() if counts else ():
@@ -189,6 +195,19 @@ class Updater:
         taken = self.clip_and_step(network, losses, step)
         measured = {**(step.metrics if network == "policy" else {}), **metrics, **taken}
         return with_scores(step, scores), measured
+
+    def _micro_batches(self, step: Experience, loss: Loss, model: nn.Module) -> list[tuple[Tensor, bool, bool]]:
+        """Rows of each micro-batch, whether they count, and whether they have a gradient; those without come first."""
+        ranks, learns = self.loop.ranks, loss.rows_with_gradient(step)  # [B]
+        # All ranks run backward equally often, and an optimizer treats parameters without a gradient otherwise.
+        if ranks.size > 1 or not learns.any():
+            learns = torch.ones_like(learns)
+        batches = []
+        for rows, with_gradient in (((~learns).nonzero(), False), (learns.nonzero(), True)):
+            if len(rows := rows.squeeze(-1)):
+                parts = self.budget.micro_batches(step.sequences.select(rows), ranks, model)
+                batches += [(rows[part], counts, with_gradient) for part, counts in parts]
+        return batches
 
     def clip_and_step(self, network: str, losses: Mapping[str, float], batch: Any = None) -> dict[str, float]:
         """Clip, step, schedule, zero. A step with a loss or a gradient that is not finite is skipped and counted.

@@ -23,6 +23,9 @@ class ValueLoss:
     def __init__(self, loop: Loop, clip: float | None = 0.5) -> None:
         self.loop, self.clip = loop, clip
 
+    def rows_with_gradient(self, step: Experience) -> Tensor:
+        return step.mask.any(dim=1)
+
     def stats(self, micro: Experience, context: StepContext) -> Tensor:
         """The values ``[B, T]`` before each token, with gradients."""
         values: Tensor = self.loop.networks["critic"](micro.sequences)  # [B, T + 1]
