@@ -111,8 +111,8 @@ class MetricsLog(pl.Callback):
 
 
 def offer(trainer: pl.Trainer, metrics: Mapping[str, float], device: torch.device) -> None:
-    """Put metrics into ``trainer.callback_metrics``, as ``pl_module.log_dict(metrics, logger=False)`` would, which for a
-    hundred curves takes longer than to compute them. Lightning's LearningRateMonitor does so, too."""
+    """Put metrics into ``trainer.callback_metrics``, as Lightning's LearningRateMonitor does; by ``pl_module.log_dict``
+    that would take longer for a hundred curves than to compute them."""
     values = torch.tensor(list(metrics.values()), dtype=torch.get_default_dtype()).to(device)
     # Clones: who saves one of them in a checkpoint does not save all.
     trainer.callback_metrics.update(zip(metrics, (value.clone() for value in values), strict=True))
