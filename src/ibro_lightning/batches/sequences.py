@@ -109,6 +109,10 @@ class Sequences:
             for row, (start, length) in enumerate(spans)
         ]
 
+    def without_last(self) -> Self:
+        """The same rows without the last response token, from which no other is predicted."""
+        return replace(self, response_lengths=(self.response_lengths - 1).clamp(min=0))
+
     def select(self, rows: Tensor) -> Self:
         """These rows, without the padding that none of them needs."""
         starts, lengths = self.starts[rows], self.lengths[rows]

@@ -2,7 +2,7 @@
 
 from ibro_lightning.callbacks.checkpoint import IterationCheckpoint
 from ibro_lightning.callbacks.evaluation_report import EvaluationReport
-from ibro_lightning.callbacks.export import ExportModel
+from ibro_lightning.callbacks.export_model import ExportModel
 from ibro_lightning.callbacks.heartbeat import Heartbeat
 from ibro_lightning.callbacks.interruptions import Interruptions
 from ibro_lightning.callbacks.metrics_log import MetricsLog

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-from ibro_lightning.callbacks.export import ExportModel
+from ibro_lightning.callbacks.export_model import ExportModel
 from ibro_lightning.callbacks.needs import EvaluatedModule, warn_unless
 from ibro_lightning.callbacks.say import say
 from ibro_lightning.guards.disk import write_json

@@ -77,9 +77,15 @@ def work_of(module: Any, estimate: MemoryEstimate, tokens: Tokens, scored_first:
         return per_pair * ((prompt + response) ** 2 - prompt**2) / 2
 
     head = 2 * table * tokens.generated
-    shared = module.policy.shares_prompts  # each prompt once, though attention may ask again with each response
-    computed = tokens.prompts * tokens.prompt + tokens.generated if shared else tokens.trained
-    forward = 2 * blocks * computed + tokens.responses * attention(0, tokens.prompt + tokens.response)
+    shared = module.policy.shares_prompts
+
+    def forward_of(response: float) -> float:
+        """A pass over responses of this length. Shared prompts are computed once, though attention may ask again."""
+        prompts = tokens.prompts if shared else tokens.responses
+        computed = prompts * tokens.prompt + tokens.responses * response
+        return 2 * blocks * computed + tokens.responses * attention(0, tokens.prompt + response)
+
+    forward = forward_of(tokens.response - shared)  # where prompts are shared, the last token is left out
     generate = (
         2 * blocks * (tokens.prompts * tokens.prompt + tokens.generated)
         + head
@@ -89,13 +95,13 @@ def work_of(module: Any, estimate: MemoryEstimate, tokens: Tokens, scored_first:
     passes = 3 + module.policy_options.gradient_checkpointing - (added > 0)
     if module.policy_loss is None:
         return Work(0.0, 0.0, passes * forward + 4 * head)
-    has_critic = isinstance(module, PPOModule)
     scores = scored_first + (module.kl is not None)
-    critic_passes = 3 + module.policy_options.gradient_checkpointing if has_critic else 0
+    critic = forward_of(tokens.response) if isinstance(module, PPOModule) else 0.0
+    critic_passes = 3 + module.policy_options.gradient_checkpointing
     return Work(
         generate=generate,
-        score=scores * (forward + head) + has_critic * forward,
-        update=module.updater.update_epochs * ((passes + critic_passes) * forward + 4 * head),
+        score=scores * (forward + head) + critic,
+        update=module.updater.update_epochs * (passes * forward + critic_passes * critic + 4 * head),
     )
 
 

@@ -59,7 +59,8 @@ def flat_response_states(
     Args:
         batch: ``sequences``, flattened; None: that is done here.
     """
-    batch = FlatBatch.of(sequences) if batch is None else batch
+    if batch is None:
+        batch = FlatBatch.of(sequences if after_last else sequences.without_last())
     places = batch.predicting(sequences, after_last=after_last)
     inputs = {"input_ids": batch.tokens[None], "position_ids": batch.positions[None]}
     with flat_attention(model.config.get_text_config(), batch):
