@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 import against_trl
+from helpers import forked
 from peers import environment, figures, problems, smollm2, tables, work
 
 ROOT = Path(__file__).parents[1]
@@ -198,13 +200,20 @@ def test_the_stand_in_for_smollm2_asks_as_many_tokens_and_is_sometimes_right(tmp
 
 @pytest.fixture
 def sides(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., against_trl.Bench]:
-    """Makes a bench of ours against ours on a recipe of a few responses."""
+    """Makes a bench of ours against ours on a recipe of a few responses. Only the job ``ours-0`` of a bench without
+    further arguments starts a fresh process."""
 
     def bench(*arguments: str) -> against_trl.Bench:
         options = against_trl.parse(
             ["quickstart", "--no_trl", "--baseline", str(ROOT), "--policy", str(tiny_policy), *arguments]
         )
         made = against_trl.Bench(options, tmp_path / "bench")
+
+        def run(command: Sequence[str], **settings: Any) -> Any:
+            fresh = command[-1].endswith("ours-0.job.json") and not options.ours_args
+            return (subprocess.run if fresh else forked.run)(command, **settings)
+
+        monkeypatch.setattr(against_trl, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
         recipe = work.read_recipe(made.recipes["ours"])
         data = recipe["data"]["init_args"]
         data["source"]["init_args"]["task"] = {"class_path": "NumberPath", "init_args": {"size": 12}}

@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,9 +38,18 @@ def check(folder: Path, story: str) -> None:
     assert not list(folder.glob("run.*/checkpoints/*.ckpt")), f"nothing was given up: {story}"
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "moment"), [(name, moment) for name in ALGORITHMS for moment in phases(name)], ids=str
-)
+def in_phases() -> list[Any]:
+    """Of PPO, the quick tests have the moments at which its critic may differ, and the random ones below; what an
+    engine, a reward or the end of a run does knows no critic."""
+    moments = [(name, moment) for name in ALGORITHMS for moment in phases(name)]
+    late = ("generate", "verify", "validation_step-3", "save_pretrained", "_write")
+    return [
+        pytest.param(*case, marks=pytest.mark.slow if case[0] == "PPOModule" and str(case[1]).startswith(late) else ())
+        for case in moments
+    ]
+
+
+@pytest.mark.parametrize(("algorithm", "moment"), in_phases(), ids=str)
 def test_killed_in_a_phase(references: dict[str, Reference], algorithm: str, moment: Moment) -> None:
     folder = references[algorithm].folder
     assert kill(folder, moment), f"{moment} never came"

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from helpers.engines import Told
+from helpers.forked import engine_processes, fork_engines
 from helpers.models import qwen2
 from helpers.processes import HANGS_S, start_ranks
 from ibro_lightning.engines import EngineProcess, HFEngine, VLLMEngine, shared_weights
@@ -50,18 +51,13 @@ def runs(pid: int) -> bool:
         return False
 
 
-def servers() -> list[psutil.Process]:
-    """The engines' processes that this one has started."""
-    return [child for child in psutil.Process().children() if "process_child" in " ".join(child.cmdline())]
-
-
 @pytest.fixture(scope="class")
 def apart() -> Iterator[EngineProcess]:
     engine = EngineProcess(HFEngine(max_batch_size=4))
     engine.setup(spec())
     yield engine
     engine.close()
-    assert not servers()
+    assert not engine_processes()
 
 
 class TestAtWork:
@@ -75,9 +71,9 @@ class TestAtWork:
             assert apart.generate(PROMPTS, SAMPLING, SEEDS) == here.generate(PROMPTS, SAMPLING, SEEDS)
 
     def test_a_second_setup_starts_no_second_process(self, apart: EngineProcess) -> None:
-        (before,) = servers()
+        (before,) = engine_processes()
         apart.setup(spec())
-        assert servers() == [before]
+        assert engine_processes() == [before]
 
     def test_a_part_of_the_weights_arrives_alone(self, apart: EngineProcess) -> None:
         apart.load_weights(weights(1))
@@ -103,29 +99,30 @@ class TestAtWork:
 
     def test_signals_are_for_the_trainer(self, apart: EngineProcess) -> None:
         """A terminal and a scheduler send them to all processes; the rollout in flight is wanted for the checkpoint."""
-        (server,) = servers()
+        (server,) = engine_processes()
         assert os.getsid(server.pid) != os.getsid(0)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             server.send_signal(number)
         apart.load_weights(weights())
         assert apart.generate(PROMPTS, SAMPLING, SEEDS)
-        assert servers() == [server]
+        assert engine_processes() == [server]
 
 
 class TestItsEnd:
     @pytest.fixture
-    def told(self, tmp_path: Path) -> Iterator[EngineProcess]:
+    def told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EngineProcess]:
+        fork_engines(monkeypatch)  # how it ends does not depend on how it began
         engine = EngineProcess(Told(str(tmp_path)), num_threads=2)
         engine.setup(spec())
         yield engine
         engine.close()
-        assert not servers()
+        assert not engine_processes()
 
     def test_errors_have_the_traceback_of_its_process_and_a_death_its_cause(self, told: EngineProcess) -> None:
         ((generation,),) = told.generate([[Told.WORKS]], SAMPLING, [[0]])
         threads, pid = generation.token_ids
         assert threads == 2
-        assert pid == servers()[0].pid != os.getpid()
+        assert pid == engine_processes()[0].pid != os.getpid()
         with pytest.raises(ValueError, match="as told") as error:
             told.generate([[Told.RAISES]], SAMPLING, [[0]])
         assert 'raise ValueError("as told")' in error.value.__notes__[0]
@@ -142,7 +139,7 @@ class TestItsEnd:
     def test_a_call_in_progress_learns_at_once_that_it_was_killed_or_closed(
         self, told: EngineProcess, tmp_path: Path
     ) -> None:
-        for end in (lambda: servers()[0].kill(), told.close):
+        for end in (lambda: engine_processes()[0].kill(), told.close):
             told.load_weights(weights())
             found: list[BaseException] = []
 
@@ -158,7 +155,7 @@ class TestItsEnd:
             end()
             thread.join(HANGS_S)
             assert "signal SIGKILL" in str(found[0])
-            assert not servers()
+            assert not engine_processes()
             (tmp_path / "hangs").unlink()
 
     def test_an_interrupted_call_leaves_no_answer_for_the_next(
@@ -171,7 +168,7 @@ class TestItsEnd:
         threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             told.generate([[Told.HANGS]], SAMPLING, [[0]])
-        assert not servers()
+        assert not engine_processes()
         told.load_weights(weights())
         assert told.generate([[Told.WORKS]], SAMPLING, [[0]])
 
@@ -179,23 +176,23 @@ class TestItsEnd:
         assert not (tmp_path / "closed").exists()
         told.close()
         assert (tmp_path / "closed").exists()
-        assert not servers()
+        assert not engine_processes()
         told.setup(spec())
-        assert servers()
+        assert engine_processes()
 
     @pytest.mark.parametrize("busy", [False, True])
     def test_it_ends_with_the_trainer_that_is_killed(self, busy: bool, tmp_path: Path) -> None:
         (trainer,) = start_ranks(1, serve_until_killed, str(tmp_path), busy, folder=tmp_path)
         until(lambda: (tmp_path / ("hangs" if busy else "ready")).exists())
-        (server,) = [
-            child for child in psutil.Process(trainer.pid).children() if "process_child" in " ".join(child.cmdline())
-        ]
+        (server,) = engine_processes(trainer.pid)
         trainer.kill()
         trainer.join()
         until(lambda: not runs(server.pid))
 
 
 def serve_until_killed(folder: str, busy: bool) -> None:
+    if not busy:  # one of the two is a fresh process
+        fork_engines()
     engine = EngineProcess(Told(folder))
     engine.setup(spec())
     Path(folder, "ready").touch()

@@ -13,12 +13,15 @@ import pytest
 import gpu_check
 from gpu import hardware
 from gpu.report import Figures
+from helpers.forked import fork_from
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All sections, as ``--miniature`` runs them."""
-    return gpu_check.check(list(gpu_check.SECTIONS), True, tmp_path_factory.mktemp("check"))
+    with pytest.MonkeyPatch.context() as patch:
+        fork_from(gpu_check, patch)
+        return gpu_check.check(list(gpu_check.SECTIONS), True, tmp_path_factory.mktemp("check"))
 
 
 def test_the_miniature_runs_every_section_that_can_run_here(result: dict[str, Any]) -> None:
@@ -82,7 +85,8 @@ def test_a_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert gpu_check.installed("torch")
 
 
-def test_a_section_that_fails_is_named_with_the_reason(tmp_path: Path) -> None:
+def test_a_section_that_fails_is_named_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_from(gpu_check, monkeypatch)
     outcome = run("no_such_section", tmp_path)
     assert outcome["status"] == "failed"
     assert "no_such_section" in outcome["reason"]

@@ -163,6 +163,12 @@ def test_in_a_shadow_small_tensors_have_values_and_large_ones_take_no_memory() -
         assert memory.peak > 12 << 40
 
 
+@pytest.fixture(scope="module")
+def plain_estimate(small_llama: str) -> MemoryEstimate:
+    plain = module_of(small_llama)
+    return estimate_memory(plain, shapes_of(plain), ONE)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -174,13 +180,14 @@ def test_in_a_shadow_small_tensors_have_values_and_large_ones_take_no_memory() -
     ],
     ids=["ibro", "two-term", "clip-cov", "kl", "gspo"],
 )
-def test_every_loss_runs_in_a_shadow(small_llama: str, settings: dict[str, Any]) -> None:
+def test_every_loss_runs_in_a_shadow(
+    small_llama: str, plain_estimate: MemoryEstimate, settings: dict[str, Any]
+) -> None:
     module = module_of(small_llama, **settings)
     found = estimate_memory(module, shapes_of(module), Layout())
     assert found.notes == ()
-    plain = module_of(small_llama)
     reference = found.networks[-1].weights if module.kl is not None else 0
-    extra = found.update - reference - estimate_memory(plain, shapes_of(plain), Layout()).update
+    extra = found.update - reference - plain_estimate.update
     two_terms = isinstance(module.regularizer, IBRO) and module.regularizer.form == "two-term"
     assert (extra > 5 * 2**20) == two_terms, "only two-term keeps the activations of a second forward pass"
 
@@ -207,12 +214,12 @@ def test_the_optimizer_is_asked_what_it_keeps(small_llama: str) -> None:
         states(lambda p: torch.optim.AdamW(p, lr=-1.0))
 
 
-def test_what_settings_do_to_the_estimate(small_llama: str) -> None:
+def test_what_settings_do_to_the_estimate(small_llama: str, plain_estimate: MemoryEstimate) -> None:
     def estimate(layout: Layout = ONE, **settings: Any) -> MemoryEstimate:
         module = module_of(small_llama, **settings)
         return estimate_memory(module, shapes_of(module, layout.data_parallel), layout)
 
-    plain = estimate()
+    plain = plain_estimate
     assert estimate(checkpointing=True).update < plain.update
     assert estimate(micro_batch_tokens=256).update < plain.update
     assert estimate(Layout(world=2, kind="ddp")).networks[0].buckets == plain.networks[0].gradients

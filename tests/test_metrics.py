@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 
+from helpers.processes import logs, run_ranks
 from ibro_lightning.batches import Rollout
 from ibro_lightning.evaluation.metrics import Evaluation, SampleAccuracy
 from ibro_lightning.types import Completion, FinishReason, Group, Prompt, RewardResult
@@ -270,25 +270,23 @@ def questions(indices: Sequence[int]) -> Rollout:
     )
 
 
-def on_rank(rank: int, store: str, folder: str) -> None:
+def on_rank() -> None:
     """Both pairs of shares, one after the other; each rank writes what it computed."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
     results = []
     for shares in SHARES:
         metric = SampleAccuracy()
         for batch in shares[rank]:
             metric.update(questions(batch))
         results.append(metric.compute().to_json())
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(results))
-    distributed.barrier()
-    os._exit(0)  # gloo's threads now and then abort at the interpreter's end
+    Path(f"rank{rank}.json").write_text(json.dumps(results))
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_two_processes_with_uneven_shares_and_with_none_compute_what_one_computes(tmp_path: Path) -> None:
     """Bit for bit, the intervals included, on both ranks; the other two shares leave a rank without a question."""
-    multiprocessing.spawn(on_rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    assert run_ranks(2, on_rank, folder=tmp_path) == [0, 0], logs(tmp_path)
     alone = json.loads(json.dumps(evaluate(questions(range(7))).to_json()))
     assert alone["questions"] == 7
     assert alone["timed_out"] == 7

@@ -9,11 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
 from helpers.collecting import IsOne, Paths, Provider, ScriptedEngine, build
+from helpers.forked import engine_processes, fork_engines
 from helpers.models import TinyQwen2
 from helpers.run_comparison import differences, unequal
 from helpers.runs import curve, refusal
@@ -380,6 +380,12 @@ def test_the_time_of_an_iteration_counts_what_runs_beside_it_once(tokenizer: Any
 OVERLAP = ["fit", "--config", "tiny.yaml", "--data.max_staleness", "1", "--trainer.max_epochs", "4"]
 
 
+@pytest.fixture
+def forked_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_engines(monkeypatch)
+
+
+@pytest.mark.usefixtures("forked_engines")
 def test_the_same_command_twice_is_the_same_bit_for_bit(workspace: Path) -> None:
     """It is evaluated while a rollout is in flight. How runs go on is in test_crash.py."""
     for run in ("one", "two"):
@@ -393,12 +399,13 @@ def test_the_same_command_twice_is_the_same_bit_for_bit(workspace: Path) -> None
     assert ["next" in state["RolloutDataModule"] for state in states] == [True, True, True, False]
 
 
+@pytest.mark.usefixtures("forked_engines")
 def test_an_error_of_a_reward_ends_the_run_in_one_line_and_leaves_no_process(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refusal([*OVERLAP, "--data.reward", "user_code.NaNLater"], capsys)
     assert "NaNLater" in line
-    assert not [child for child in psutil.Process().children() if "process_child" in " ".join(child.cmdline())]
+    assert not engine_processes()
     assert not [thread for thread in threading.enumerate() if thread.name == "rollout"]
 
 
@@ -420,6 +427,7 @@ class Dies(HFEngine):
 """
 
 
+@pytest.mark.usefixtures("forked_engines")
 def test_the_death_of_the_engines_process_is_one_line_and_the_run_goes_on_from_its_checkpoint(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

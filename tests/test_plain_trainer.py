@@ -101,6 +101,8 @@ def test_a_plain_trainer_has_every_curve_once(module: Any, data: Any, curve: str
     assert curves["val/a/accuracy"] == curves["val/accuracy"] == [0, 1, 2]
     assert trainer.callback_metrics["iteration"] == 2
     assert {curve, "val/a/accuracy", "val/accuracy"} <= trainer.callback_metrics.keys()
+    for value in trainer.callback_metrics.values():  # as self.log leaves them: a checkpoint may save one alone
+        assert (value.dtype, value.untyped_storage().nbytes()) == (torch.float32, 4)
 
 
 def test_lightnings_own_monitors_see_training_and_evaluation(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ibro_lightning.engines import HFEngine
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import Policy
 from ibro_lightning.models.spec import ModelSpec
+from ibro_lightning.models.transformer import accepted_arguments
 from ibro_lightning.types import SamplingParams
 
 torch.set_num_threads(1)
@@ -146,6 +147,25 @@ def test_most_models_are_left_as_they_are() -> None:
     assert all(module.training for module in policy.modules())
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+
+
+def test_the_trial_takes_two_passes_and_queues_nothing_for_a_gpu() -> None:
+    """Where CUDA is not initialised, ``torch.manual_seed`` keeps the formatted stack of each call for when it is."""
+    policy, passes = Policy(qwen2()), list[bool]()
+    policy.model.register_forward_pre_hook(lambda *_: passes.append(True))
+    queued = len(torch.cuda._queued_calls)
+    policy.ensure_deterministic()
+    assert len(passes) == 2
+    assert len(torch.cuda._queued_calls) == queued
+
+
+def test_a_wrapper_around_one_models_forward_pass_is_asked_itself() -> None:
+    """Its class's, which has been asked before, takes more."""
+    model = qwen2()
+    assert "position_ids" in accepted_arguments(model)
+    model.forward = lambda input_ids, attention_mask: None
+    assert accepted_arguments(model) == {"input_ids", "attention_mask"}
+    assert "position_ids" in accepted_arguments(qwen2())
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"])

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from ibro_lightning.cli.main import main
+from ibro_lightning.cli.parser import OneLineParser
 from ibro_lightning.cli.recipes import find_config, recipe_folder, recipe_names
 from ibro_lightning.cli.training import IbroCLI
 from ibro_lightning.errors import ConfigError
@@ -38,6 +39,26 @@ def test_every_shipped_recipe_parses(name: str) -> None:
     config = printed_config("fit", "--config", name)
     assert config["model"]["class_path"].startswith("ibro_lightning.modules.")
     assert config["data"]["class_path"].startswith("ibro_lightning.datamodules.")
+
+
+def test_what_a_commands_own_parser_has_completed_and_checked_is_complete_and_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parser of all commands would complete and check it again, which takes as long."""
+    found: list[str] = []
+
+    def keep(cli: IbroCLI) -> None:
+        found.append(cli.parser.dump(cli.config, skip_none=False))
+        raise SystemExit
+
+    monkeypatch.setattr(IbroCLI, "before_instantiate_classes", keep)
+    monkeypatch.chdir(tmp_path)
+    for trusts in (True, False):
+        monkeypatch.setattr(OneLineParser, "trusts_commands", trusts)
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", "ppo_ib.yaml", "--optimizer", "SGD", "--model.kl", "ReferenceKL"])
+    assert len(found[0]) > 3000
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", RECIPES)

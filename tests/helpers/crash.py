@@ -175,8 +175,10 @@ def go_on(folder: Path, *argv: str, ranks: int = 1) -> None:
 
 
 def _run(argv: Sequence[str], moment: Moment | None, log: str | None) -> None:
+    from helpers.forked import fork_engines
     from ibro_lightning.cli.main import main
 
+    fork_engines()
     if log is not None:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)

@@ -79,10 +79,8 @@ class MetricsLog(pl.Callback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         for logger in trainer.loggers if every and self._iteration % every == 0 else ():
             logger.log_metrics(metrics, step=self._iteration)
-        # For checkpoints: their names contain the iteration, and any metric may select the best one. Like Lightning's
-        # LearningRateMonitor, not by self.log, which for a hundred curves takes longer than to compute them.
-        latest = {**metrics, "iteration": float(self._iteration)}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in latest.items()})
+        # For checkpoints: their names contain the iteration, and any metric may select the best one.
+        offer(trainer, {**metrics, "iteration": float(self._iteration)}, pl_module.device)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._measured = {}
@@ -110,6 +108,14 @@ class MetricsLog(pl.Callback):
         for logger in trainer.loggers if self._measured else ():
             logger.log_metrics(self._measured, step=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
         self._measured = {}
+
+
+def offer(trainer: pl.Trainer, metrics: Mapping[str, float], device: torch.device) -> None:
+    """Put metrics into ``trainer.callback_metrics``, as Lightning's LearningRateMonitor does; by ``pl_module.log_dict``
+    that would take longer for a hundred curves than to compute them."""
+    values = torch.tensor(list(metrics.values()), dtype=torch.get_default_dtype()).to(device)
+    # Clones: who saves one of them in a checkpoint does not save all.
+    trainer.callback_metrics.update(zip(metrics, (value.clone() for value in values), strict=True))
 
 
 def _numbers(outputs: Mapping[str, Any]) -> dict[str, float]:

@@ -28,7 +28,15 @@ class SaveResolvedConfig(SaveConfigCallback):
         name = "config.yaml" if stage == "fit" else f"{TrainerFn(stage).value}.yaml"
         path = run_folder(trainer) / name
         with written_atomically(path) as partial:
-            self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=self.multifile)
+            # Parsed, it is valid: checking every class in it again takes longer than writing it.
+            self.parser.save(
+                self.config,
+                partial,
+                skip_none=False,
+                skip_validation=True,
+                overwrite=True,
+                multifile=self.multifile,
+            )
             partial.write_text(header() + partial.read_text())
             if stage != "fit":
                 set_settings_aside(path, partial)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from types import NoneType
 from typing import Any, NoReturn, get_args
 
+from jsonargparse import Namespace
 from jsonargparse._common import lenient_check
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.optim import Optimizer
@@ -35,6 +36,8 @@ class OneLineParser(LightningArgumentParser):
     of_class: type | None = None
     """The class in a recipe whose arguments this parser reads; None for the whole recipe's parser."""
     paths: RecipePaths
+    trusts_commands = True
+    """Whether what a command's own parser has completed and checked is taken as it is by the parser of all commands."""
 
     def add_class_arguments(self, theclass: Any, *args: Any, **kwargs: Any) -> Any:
         self.of_class = theclass
@@ -49,12 +52,16 @@ class OneLineParser(LightningArgumentParser):
     def _parse_common(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         for part in (cfg, *(cfg.get(name) for name in ("fit", "validate", "test", "predict"))):
             settle_learning_rates(part)
+        if self._of_commands and isinstance(cfg.get(cfg.get("subcommand") or ""), Namespace):
+            kwargs["defaults"] = False
         return super()._parse_common(cfg, *args, **kwargs)
 
     def _check_value_key(self, action: Action, value: Any, key: str, *args: Any, **kwargs: Any) -> Any:
         if self._of_optimizer and args and not args[0] and not lenient_check.get():
             # The parser is checking whether a setting of another class, default or not, fits this one.
             raise TypeError(f"{key} is of another optimizer")
+        if self._of_commands and "." in key and not lenient_check.get():
+            return value
         # The parser takes null for an argument that is not given yet, so it would reach the constructor.
         hint = getattr(action, "_typehint", None)
         kinds = [kind for kind in (hint, *get_args(hint)) if kind in (int, float)]
@@ -67,6 +74,10 @@ class OneLineParser(LightningArgumentParser):
         if isinstance(cfg, dict) and any(action.dest == "model" for action in self._actions):
             cfg = one_rate(_short_to_long(cfg))
         return super()._apply_actions(cfg, *args, **kwargs)
+
+    @property
+    def _of_commands(self) -> bool:
+        return self.trusts_commands and self._subcommands_action is not None
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
         command = cfg.get("subcommand")

@@ -212,7 +212,9 @@ class IbroCLI(LightningCLI):
     def _settings(self) -> RunSettings:
         """The run's settings as ``config.yaml`` will hold them."""
         parser = self._parser(self.subcommand)
-        return RunSettings.parse(header() + parser.dump(self.config[self.subcommand], skip_none=False))
+        return RunSettings.parse(
+            header() + parser.dump(self.config[self.subcommand], skip_none=False, skip_validation=True)
+        )
 
     def _fit(self, settings: dict[str, Any]) -> None:
         batches = self.datamodule.train_dataloader() if hasattr(self.datamodule, "train_dataloader") else None

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from lightning.pytorch.utilities import rank_zero_warn
 from packaging.version import Version
 from transformers import AutoConfig
 
@@ -18,6 +17,7 @@ from ibro_lightning.engines.vllm_http import API_KEY, Request, ServerClient, Ser
 from ibro_lightning.engines.weight_names import weight_shapes
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models.spec import ModelSpec
+from ibro_lightning.ranks import rank_zero_warn
 from ibro_lightning.types import Dtype, SamplingParams
 
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --skip-tokenizer-init"

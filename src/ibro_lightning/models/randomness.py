@@ -98,11 +98,19 @@ def _evaluate_drawing_modules(model: nn.Module, run: Run) -> list[nn.Module]:
     """
     if is_shadow(model):
         return []
-    _check_finite(model, run)
+    name = type(model).__name__
+    if reason := why_not_finite(dict(model.named_parameters())):  # of this rank's part
+        raise ConfigError("policy", name, f"{reason}: take the model from before it broke")
+    output, moved = _seeded_run(run, 0)
+    if not torch.isfinite(output).all():
+        remedy = "what it computes is not finite, though its weights are: try model.policy_options.dtype: float32"
+        raise ConfigError("policy", name, remedy)
     found: list[nn.Module] = []
     drawing: list[nn.Module] = []
     random_numbers = False
-    while _draws(run):
+    # Two runs under different seeds may agree, as draws can matter rarely, and a module's own generator is not watched:
+    # so both are checked.
+    while moved or _unequal(output, _seeded_run(run, 1)[0]):
         drawing, random_numbers = _drawing_modules(model, run)
         in_training = [module for module in drawing if module.training]
         if not in_training:
@@ -110,13 +118,14 @@ def _evaluate_drawing_modules(model: nn.Module, run: Run) -> list[nn.Module]:
         for module in in_training:
             module.training = False
         found += in_training
+        output, moved = _seeded_run(run, 0)
     if drawing and any(_differ(run, seed) for seed in range(8)):
         what, does = "changes from one run to the next", "gives other results for the same input"
         if random_numbers:
             what, does = "depends on random numbers", "draws them"
         raise ConfigError(
             "policy",
-            type(model).__name__,
+            name,
             f"what it computes {what}, and not in training alone: {_named(model, drawing)} {does}; the ratio to the "
             "policy that sampled would be noise: take another model, or switch it off there",
         )
@@ -125,8 +134,7 @@ def _evaluate_drawing_modules(model: nn.Module, run: Run) -> list[nn.Module]:
         if random_numbers:
             does = "draws random numbers in training (router jitter, layer drop or the like)"
         warnings.warn(
-            f"{type(model).__name__}: {_named(model, found)} {does}: like dropout, this is off, as it is while "
-            "responses are sampled",
+            f"{name}: {_named(model, found)} {does}: like dropout, this is off, as it is while responses are sampled",
             stacklevel=4,
         )
     return found
@@ -137,18 +145,6 @@ def is_shadow(model: nn.Module) -> bool:
     return any(isinstance(getattr(p, "_local_tensor", p), FakeTensor) for p in model.parameters())
 
 
-def _check_finite(model: nn.Module, run: Run) -> None:
-    """Raise :class:`ConfigError` if a weight (of this rank's part), or the model's output, is not finite."""
-    name = type(model).__name__
-    if reason := why_not_finite(dict(model.named_parameters())):
-        raise ConfigError("policy", name, f"{reason}: take the model from before it broke")
-    with _seeded(0):
-        output = run()
-    if not torch.isfinite(output).all():
-        remedy = "what it computes is not finite, though its weights are: try model.policy_options.dtype: float32"
-        raise ConfigError("policy", name, remedy)
-
-
 def _named(model: nn.Module, modules: list[nn.Module]) -> str:
     """``MixtralSparseMoeBlock (model.layers.0.mlp and 31 others)``"""
     names = {module: name for name, module in model.named_modules()}
@@ -156,23 +152,20 @@ def _named(model: nn.Module, modules: list[nn.Module]) -> str:
     return f"{type(modules[0]).__name__} ({names[modules[0]] or 'the model'}{others})"
 
 
-def _draws(run: Run) -> bool:
-    """Whether a run advances a random state or depends on one. Two runs under different seeds may agree, as draws can
-    matter rarely, and a module's own generator is not watched: so both are checked."""
-    with _seeded(0) as has_moved:
-        run()
-        moved = has_moved()
-    return moved or _differ(run, 0)
+def _seeded_run(run: Run, seed: int) -> tuple[Tensor, bool]:
+    """The output of a run, and whether it advanced a random state."""
+    with _seeded(seed) as has_moved:
+        return run(), has_moved()
 
 
 def _differ(run: Run, seed: int) -> bool:
     """Whether two runs under different seeds differ by more than rounding."""
-    outputs = []
-    for run_seed in (2 * seed, 2 * seed + 1):
-        with _seeded(run_seed):
-            outputs.append(run())
-    difference = (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp(min=1e-6)
-    return not bool(difference <= torch.finfo(outputs[0].dtype).eps ** 0.6)
+    return _unequal(_seeded_run(run, 2 * seed)[0], _seeded_run(run, 2 * seed + 1)[0])
+
+
+def _unequal(one: Tensor, other: Tensor) -> bool:
+    difference = (one - other).abs().max() / one.abs().max().clamp(min=1e-6)
+    return not bool(difference <= torch.finfo(one.dtype).eps ** 0.6)
 
 
 def _drawing_modules(model: nn.Module, run: Run) -> tuple[list[nn.Module], bool]:
@@ -244,7 +237,10 @@ def _seeded(seed: int) -> Iterator[Callable[[], bool]]:
     python, numbers = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: where CUDA is not initialised, each call keeps the formatted stack for when it is.
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)  # the global state is what models draw from
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ def response_states(
         # Restarting positions tell transformers where a sequence begins, but only without an attention mask.
         tokens, positions = sequences.input_ids[attended][None], sequences.position_ids[attended][None]
         return run(model, output, input_ids=tokens, position_ids=positions)[0][predicts[attended]]
-    accepted = inspect.signature(model.forward).parameters
+    accepted = accepted_arguments(model)
     inputs = {"input_ids": sequences.input_ids, "attention_mask": sequences.attention_mask}
     if "position_ids" in accepted:
         inputs["position_ids"] = sequences.position_ids
@@ -62,9 +64,20 @@ def flat_response_states(
     places = batch.predicting(sequences, after_last=after_last)
     inputs = {"input_ids": batch.tokens[None], "position_ids": batch.positions[None]}
     with flat_attention(model.config.get_text_config(), batch):
-        if output == "logits" and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        if output == "logits" and "logits_to_keep" in accepted_arguments(model):
             return run(model, output, **inputs, logits_to_keep=places)[0]
         return run(model, output, **inputs)[0][places]
+
+
+def accepted_arguments(model: nn.Module) -> frozenset[str]:
+    """The names of what a model's forward pass takes, looked up once for all models of a class."""
+    own = vars(model).get("forward")  # a wrapper around this one model, which a cache would keep in memory
+    return _parameters(type(model).forward) if own is None else frozenset(inspect.signature(own).parameters)
+
+
+@lru_cache(maxsize=64)
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def run(model: Any, output: str, **inputs: Any) -> Tensor:

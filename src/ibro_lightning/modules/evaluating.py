@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from ibro_lightning.batches import Rollout
+from ibro_lightning.callbacks.metrics_log import offer
 from ibro_lightning.evaluation.metrics import Evaluation, SampleAccuracy, evaluation_scalars
 from ibro_lightning.runs.folder import evaluation_counts
 
@@ -48,7 +49,7 @@ class Evaluator:
         for logger in self._module.loggers if whole else ():
             logger.log_metrics(self._scalars, step=iteration)
         if not trainer.sanity_checking:
-            self._module.log_dict(self._scalars, logger=False)
+            offer(trainer, self._scalars, self._module.device)
         loop = trainer.test_loop if trainer.testing else trainer.validate_loop
         self._returned = list(loop._logged_outputs)
         return evaluations
