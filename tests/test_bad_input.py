@@ -59,6 +59,10 @@ CASES = {
         ["--model.regularizer", "IBRO"],
         ["model.regularizer.template", "cannot write"],
     ),
+    "dual clip of a loss without": (
+        ["--model.surrogate", "cispo", "--model.dual_clip", "3.0"],
+        ["model.dual_clip: 3.0", "CISPOLoss has no dual clip: leave it out"],
+    ),
     "dual clip below 1": (["--model.dual_clip", "0.5"], ["model.dual_clip: 0.5", "above 1"]),
     "longer than the model": (["--data.sampling.max_tokens", "300"], ["sampling.max_tokens: 300", "256 positions"]),
     "evaluation on training prompts": (["--data.allow_overlap", "false"], ["eval_sets.starts", "allow_overlap: true"]),

@@ -32,6 +32,9 @@ from ibro_lightning.regularizers.coefficients import Coefficient, Constant
 from ibro_lightning.update.correction import SamplerCorrection
 from ibro_lightning.update.reference import ReferenceKL
 
+DUAL_CLIP = 10.0
+"""A bound so far from 1 that it acts only on tokens that have become much more likely."""
+
 
 class PolicyLoss:
     """``L = agg(w·max(−rA, −clip(r, 1−ε_low, 1+ε_high)·A) + β·KL) − α·agg(J)``; for A < 0 the maximum is cut to
@@ -50,6 +53,7 @@ class PolicyLoss:
     """
 
     clip_ratio_low_may_be_one = False
+    has_dual_clip = True
     must_be_finite = ("update/policy_loss",)
     zero_without_advantage = True
     """Whether :meth:`surrogate` is 0 wherever the advantage is: then responses without an advantage need no backward
@@ -65,7 +69,7 @@ class PolicyLoss:
         *,
         clip_ratio_low: float = 0.2,
         clip_ratio_high: float = 0.28,
-        dual_clip: float | None = 10.0,
+        dual_clip: float | None = DUAL_CLIP,
         aggregation: AggregationMode = "token-mean",
         aggregation_max_tokens: int | None = None,
         sampler_correction: SamplerCorrection | None = SamplerCorrection(),
@@ -75,6 +79,8 @@ class PolicyLoss:
         check_instance("sampler_correction", sampler_correction, SamplerCorrection, optional=True)
         check_instance("kl", kl, ReferenceKL, optional=True)
         _check_clips(clip_ratio_low, clip_ratio_high, dual_clip, low_may_be_one=self.clip_ratio_low_may_be_one)
+        if not self.has_dual_clip and dual_clip not in (None, DUAL_CLIP):
+            raise ConfigError("dual_clip", dual_clip, f"{type(self).__name__} has no dual clip: leave it out")
         _check_aggregation(aggregation, aggregation_max_tokens)
         self.regularizer = regularizer or NoRegularizer()
         self.clip_ratio_low, self.clip_ratio_high, self.dual_clip = clip_ratio_low, clip_ratio_high, dual_clip
@@ -208,6 +214,7 @@ class CISPOLoss(PolicyLoss):
     has no dual clip; ``clip_ratio_low`` 1 means no lower bound, as in the paper."""
 
     clip_ratio_low_may_be_one = True
+    has_dual_clip = False
     zero_without_advantage = True
 
     def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
