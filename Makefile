@@ -36,9 +36,10 @@ runs/sft_quickstart_vllm/model/config.json: | $(VLLM_READY)
 test-vllm: $(VLLM_READY)
 	$(VLLM_PY) -m pytest -n 2 --dist loadfile tests/vllm
 
-# worksteal: a worker runs files one after the other, so that what a file prepares is prepared once.
+# worksteal: a worker runs files one after the other, so that what a file prepares is prepared once. Three on two cores,
+# because some tests wait for processes of their own.
 test: $(READY) lint
-	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not alone"
+	$(PY) -m pytest -n 3 --dist worksteal -m "not slow and not alone"
 
 lint: $(READY)
 	$(PY) -m ruff check .

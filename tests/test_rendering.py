@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from helpers.prompts import Listed
-from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.batches.sequences import FlatSequences
 from ibro_lightning.datamodules import EvalSet, EvaluationDataModule, RolloutDataModule, SFTDataModule
 from ibro_lightning.datamodules.collector import Collector
 from ibro_lightning.errors import ConfigError
@@ -138,7 +138,11 @@ class TestRawText:
     def test_prompts_with_the_answer_shown_end_likewise(self):
         tokens = tokenizer(around="<s> $A <|im_end|>")
         prompt = Prompt("p", "2+2?", (9,), "4", content="2+2?")
-        row = HindsightTemplate("{prompt} ({answer})").sequences([prompt], Sequences.collate([[1]], [[5, 3]]), tokens)
+        row = (
+            HindsightTemplate("{prompt} ({answer})")
+            .sequences([prompt], FlatSequences.collate([[1]], [[5, 3]]), tokens)
+            .pad()
+        )
         ids = row.input_ids[0].tolist()
         assert tokens.decode(ids[:-2]) == "<s>2+2? (4)"
         assert ids[-2:] == [5, 3]
@@ -264,7 +268,9 @@ class TestPrefill:
     def test_the_answer_is_shown_in_the_question_and_the_words_are_continued(self):
         chat = tokenizer(CHATML)
         prompts = encode(chat, self.begun())
-        row = HindsightTemplate("{prompt} ({answer})").sequences(prompts, Sequences.collate([[1]], [[5]]), chat)
+        row = (
+            HindsightTemplate("{prompt} ({answer})").sequences(prompts, FlatSequences.collate([[1]], [[5]]), chat).pad()
+        )
         expected = f"<|im_start|>user\n{ASK['content']} (4){END}\n<|im_start|>assistant\nLet me think."
         assert chat.decode(row.input_ids[0].tolist()[:-1]) == expected
 
@@ -517,7 +523,11 @@ class TestChatTemplateKwargs:
     def test_reach_prompts_that_show_the_answer(self):
         tokens = tokenizer(THINKS)
         prompts = encode(tokens, [ASK], chat_template_kwargs=self.OFF)
-        row = HindsightTemplate("{prompt} ({answer})").sequences(prompts, Sequences.collate([[1]], [[5]]), tokens)
+        row = (
+            HindsightTemplate("{prompt} ({answer})")
+            .sequences(prompts, FlatSequences.collate([[1]], [[5]]), tokens)
+            .pad()
+        )
         assert tokens.decode(row.input_ids[0].tolist()[:-1]).endswith(
             "(4)<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
         )
