@@ -114,7 +114,7 @@ class TestDistribution:
         samples = self.engine(serve, engine_name).generate([PROMPTS[2]], params, [self.seeds("derived")])[0]
         counts = torch.zeros(64, 64)
         for sample in samples:
-            counts[sample.token_ids] += 1
+            counts[tuple(sample.token_ids)] += 1
         first = next_logp(model, PROMPTS[2], 1.3)
         second = torch.stack([next_logp(model, [*PROMPTS[2], token], 1.3) for token in range(64)])
         p_value, cells = chi_square(counts.flatten(), (first[:, None] + second).exp().flatten())
