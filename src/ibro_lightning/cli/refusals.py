@@ -116,8 +116,11 @@ def _wrong_value(parser: Any, keys: tuple[str, ...], value: str, message: str) -
             return Refused((*keys, *_keys(inner)), value, remedy)
     reason = ""
     if problem := _IMPORT.search(message):
-        value, reason = problem[1], f"cannot be imported ({problem[2].splitlines()[0].strip()}): "
-        if (moved := _moved(value, _bases(hint))) is not None:
+        value, cause = problem[1], problem[2].splitlines()[0].strip()
+        reason = f"cannot be imported ({cause}): "
+        if (moved := _moved(value, _bases(hint))) is not None and _path(moved) == value:
+            return Refused(keys, value, f"one of its settings: {cause}")
+        if moved is not None:
             return Refused(keys, value, f"this class has moved: write {moved.__name__}, or {_path(moved)}")
     elif other := _NO_SUBCLASS.search(message):
         reason = f"not a subclass of {other[1]}: " if other[1] else "this is an abstract base class: "
