@@ -194,7 +194,8 @@ def measure(folder: Path) -> None:
         largest, total = largest_and_all(policy)
         assert total > 10 * largest, "or the bound below says little"
         if rank or not spared:  # without files of its format, rank 0 builds the model on its CPU
-            assert loading.peak <= total / 2 + 2.5 * largest, (loading.peak / total, largest / total)
+            # A parameter in transit, its shards, and one before them that gloo's thread has not let go of yet.
+            assert loading.peak <= total / 2 + 4 * largest, (loading.peak / total, largest / total)
         with PeakBytes() as handing_out:
             for _ in policy.named_full_weights():
                 pass
