@@ -25,7 +25,7 @@ LAYERS = [
     *("version", "errors", "timing", "resampling", "seeding", "types", "functional", "rendering"),
     *("batches.ragged", "batches.sequences", "guards", "ranks", "batches", "runs"),
     *("regularizers", "models", "engines", "rewards", "sources", "tasks", "evaluation", "update"),
-    *("callbacks", "modules", "datamodules", "strategies", "dry_run", "cli"),
+    *("callbacks", "modules", "datamodules", "strategies", "dry_run", "studies", "cli"),
     *("__init__", "__main__"),
 ]
 

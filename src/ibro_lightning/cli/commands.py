@@ -14,6 +14,7 @@ COMMANDS = {
     "validate": "evaluate a policy, or a checkpoint (--ckpt_path), on data.eval_sets",
     "test": "the same, once, for the numbers to report",
     "predict": "generate and judge responses to the questions of data.eval_sets",
+    "study": "run a recipe in several arms with many seeds, as a study file plans it",
     "compare": "compare two evaluations of the same questions",
     "export": "write a checkpoint's policy as a Hugging Face folder",
 }

@@ -40,6 +40,10 @@ def command(argv: Sequence[str]) -> Callable[[Sequence[str]], None]:
             from ibro_lightning.evaluation.compare import main as compare
 
             return lambda argv: compare(argv[1:])
+        if argv[0] == "study":
+            from ibro_lightning.cli.study import main as study
+
+            return lambda argv: study(argv[1:])
         if argv[0] == "export":
             return _export
         from ibro_lightning.cli.run import main as run

@@ -109,7 +109,7 @@ def measured_speeds(folder: Path) -> dict[str, float]:
     """Speeds in the curves of an earlier run in ``folder``, averaged over its last iterations; empty without curves."""
     if not any(folder.glob("events.out.tfevents.*")):
         return {}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
     events.Reload()

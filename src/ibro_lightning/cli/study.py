@@ -1,0 +1,129 @@
+"""``python -m ibro_lightning study``: runs a study file, or says what it would take."""
+
+from __future__ import annotations
+
+import io
+from argparse import ArgumentError
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import fields
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from ibro_lightning.cli.recipes import resolve_configs
+from ibro_lightning.errors import ConfigError, UserError
+from ibro_lightning.studies.jobs import Execution
+from ibro_lightning.studies.power import minimum_detectable_difference, pairs_needed
+from ibro_lightning.studies.progress import Progress, elapsed
+from ibro_lightning.studies.runner import StudyRunner
+from ibro_lightning.studies.spec import Study, study_parser
+from ibro_lightning.studies.store import ResultsStore
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run ``study``."""
+    study, options = _parsed(argv)
+    execution: Execution = options.execution
+    output = Path(options.output or f"runs/studies/{study.name}")
+    results = Path(options.results or output / "results")
+    check_trials(study)
+    store = ResultsStore(study, results)
+    if options.dry_run:
+        print("\n".join(dry_run(study, execution, output, store)))
+        return
+    progress = Progress(study, output, store, execution.limit(len(study.seeds) * len(study.all_arms())))
+    StudyRunner(study, execution, output, store, progress, options.retry_failed).run()
+    print(f"\nresults   {results}\nreport    python -m ibro_lightning report {results}")
+
+
+def study_arguments() -> ArgumentParser:
+    """The command line of ``study``: a study file's fields, and how it is run."""
+    parser = study_parser()
+    parser.add_class_arguments(Execution, "execution")
+    parser.add_argument("--output", type=str | None, default=None, help="folder of the trials: runs/studies/NAME")
+    parser.add_argument("--results", type=str | None, default=None, help="folder of the results: OUTPUT/results")
+    parser.add_argument("--retry_failed", action="store_true", help="start failed trials again")
+    parser.add_argument("--dry_run", action="store_true", help="only print trials, time, disk and what can be found")
+    return parser
+
+
+def _parsed(argv: Sequence[str]) -> tuple[Study, Any]:
+    parser = study_arguments()
+    try:
+        options = parser.instantiate(parser.parse_args(resolve_configs(argv)))
+    except ArgumentError as error:
+        raise ConfigError("study", "", " ".join(str(error).split())) from error
+    names = [field.name for field in fields(Study)]
+    return Study(**{name: options[name] for name in names}), options
+
+
+def check_trials(study: Study) -> None:
+    """Raise :class:`ConfigError` for an arm whose settings the recipe's command line refuses.
+
+    One seed is enough. Another process does it, since it needs torch and this one may wait for days.
+    """
+    seed = study.seeds[0]
+    trials = {
+        trial.name: trial.arguments for trial in [study.base(seed), *study.trials()] if trial and trial.seed == seed
+    }
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        for name, refusal in zip(trials, pool.map(refusal_of, trials.values()), strict=True):
+            if refusal:
+                raise ConfigError("arms", name.split("/")[0], refusal)
+
+
+def refusal_of(arguments: Sequence[str]) -> str:
+    """What ``fit`` answers to settings that it refuses; empty if it takes them."""
+    from ibro_lightning.cli.run import main as run
+
+    printed = io.StringIO()
+    with redirect_stdout(io.StringIO()), redirect_stderr(printed), suppress(SystemExit):
+        try:
+            run(["fit", *arguments, "--print_config"])
+        except UserError as error:
+            return str(error)
+    return printed.getvalue().strip().removeprefix("error: ")
+
+
+def dry_run(study: Study, execution: Execution, output: Path, store: ResultsStore) -> list[str]:
+    """What a study would take, and what it could find."""
+    trials = list(study.trials())
+    left = [trial for trial in trials if store.state_of(trial) is None]
+    at_once = execution.limit(len(left))
+    lines = [
+        f"{study.name}: {len(study.all_arms())} arms x {len(study.seeds)} seeds = {len(trials)} trials, "
+        f"{len(trials) - len(left)} of them done; {at_once} at once, {execution.threads} threads each",
+    ]
+    seconds, megabytes = store.mean_of("trial/wall_s"), store.mean_of("trial/disk_mb")
+    if seconds is None or megabytes is None:
+        lines.append("time and disk: unknown until one trial is finished")
+    else:
+        in_all = elapsed(seconds * len(left) / at_once)
+        lines.append(f"time: {elapsed(seconds)} per trial, as in those that are finished: {in_all} in all")
+        lines.append(f"disk: {megabytes:.0f} MB per trial, {megabytes * len(left) / 1000:.1f} GB more in {output}")
+    return [*lines, *detectable(study)]
+
+
+def detectable(study: Study) -> list[str]:
+    """The smallest difference that the planned number of seeds can find."""
+    plan, seeds, pairs = study.plan, len(study.seeds), len(study.plan.comparisons)
+    lines = []
+    if plan.paired_sd is None:
+        lines.append("smallest difference that can be found: unknown without plan.paired_sd, from a pilot")
+    elif pairs:
+        alone, corrected = (
+            minimum_detectable_difference(plan.paired_sd, seeds, plan.level / count) for count in (1, pairs)
+        )
+        lines.append(
+            f"smallest difference in {plan.metric} that {seeds} seeds find in 80 % of such studies: {alone:.3g}, and "
+            f"{corrected:.3g} after correction for {pairs} comparisons; {plan.difference_that_matters:g} matters"
+        )
+    if pairs and (needed := pairs_needed(plan.level, pairs)) > seeds:
+        lines.append(
+            f"warning: with {seeds} seeds the test cannot reach {plan.level:g} for {pairs} comparisons: {needed} can"
+        )
+    return lines
