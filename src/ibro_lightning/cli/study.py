@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 
 from ibro_lightning.cli.recipes import resolve_configs
 from ibro_lightning.errors import ConfigError, UserError
-from ibro_lightning.studies.jobs import Execution
+from ibro_lightning.studies.jobs import Execution, Jobs
 from ibro_lightning.studies.power import minimum_detectable_difference, pairs_needed
 from ibro_lightning.studies.progress import Progress, elapsed
 from ibro_lightning.studies.runner import StudyRunner
@@ -36,7 +36,8 @@ def main(argv: Sequence[str]) -> None:
         print("\n".join(dry_run(study, execution, output, store)))
         return
     progress = Progress(study, output, store, execution.limit(len(study.seeds) * len(study.all_arms())))
-    StudyRunner(study, execution, output, store, progress, options.retry_failed).run()
+    jobs = Jobs(execution, output.absolute() / "jobs")
+    StudyRunner(study, jobs, output, store, progress, retry_failed=options.retry_failed).run()
     print(f"\nresults   {results}\nreport    python -m ibro_lightning report {results}")
 
 

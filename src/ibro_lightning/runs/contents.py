@@ -10,6 +10,10 @@ from functools import cached_property
 
 MARK = ".ibro_lightning"
 """The first file in a run's folder; see :mod:`.marks`."""
+EVENTS = "events.out.tfevents.*"
+"""Pattern of the curves of a TensorBoard logger."""
+METRICS = "metrics.csv"
+"""The curves of a CSV logger."""
 MOVING = MARK + ".moving"
 """Marks a folder into which a run's files are being moved."""
 _UNFINISHED = re.compile(r"(?:model|critic|adapter)[.\d]*(?:\.old)?\.partial/|checkpoints/[^/]+\.partial/")

@@ -28,6 +28,7 @@ from ibro_lightning.studies.spec import Study, Trial
 
 STOPPED = (129, 130, 138, 143)
 """Exit codes of a command that was asked to stop (docs/endings.md)."""
+PROGRAM = (sys.executable, "-m", "ibro_lightning")
 POLL_S = 0.5
 STOP = ".stop"
 """A file in the study's folder that asks all jobs to stop, on whatever machine they run."""
@@ -64,7 +65,7 @@ class TrialJob:
     trial: Trial
     output: Path
     threads: int = 1
-    program: tuple[str, ...] = (sys.executable, "-m", "ibro_lightning")
+    program: tuple[str, ...] = PROGRAM
 
     @property
     def folder(self) -> Path:

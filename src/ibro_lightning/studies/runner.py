@@ -9,8 +9,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.studies.job import STOP, Outcome, TrialJob
-from ibro_lightning.studies.jobs import Execution, Jobs
+from ibro_lightning.studies.job import PROGRAM, STOP, Outcome, TrialJob
+from ibro_lightning.studies.jobs import Jobs
 from ibro_lightning.studies.progress import Progress
 from ibro_lightning.studies.spec import Study, Trial
 from ibro_lightning.studies.store import ResultsStore
@@ -26,28 +26,31 @@ class StudyRunner:
     """Runs what is left of a study.
 
     Args:
+        jobs: starts trials.
         output: the folder of its trials. It may be lost: then unfinished trials start from the beginning.
         store: its results.
         progress: is told what happens, and shows it.
         retry_failed: start trials again that have failed for good before.
+        program: what runs a command of a trial.
     """
 
     def __init__(
         self,
         study: Study,
-        execution: Execution,
+        jobs: Jobs,
         output: Path,
         store: ResultsStore,
         progress: Progress,
+        *,
         retry_failed: bool = False,
+        program: tuple[str, ...] = PROGRAM,
     ) -> None:
-        self.study, self.execution, self.output = study, execution, output.absolute()
+        self.study, self.jobs, self.output, self.program = study, jobs, output.absolute(), program
         self.store, self.progress = store, progress
         done = ("finished",) if retry_failed else ("finished", "failed")
         self.waiting = [trial for trial in study.trials() if store.state_of(trial) not in done]
-        self.limit = execution.limit(len(self.waiting))
-        self.jobs = Jobs(execution, self.output / "jobs")
-        self.attempts = Counter[str]()
+        self.limit = jobs.execution.limit(len(self.waiting))
+        self.failures = Counter[str]()
         self.bases: dict[int, Outcome] = {}
         """How the training of each seed's base policy has ended."""
         self.trials: dict[str, Trial] = {}
@@ -79,8 +82,8 @@ class StudyRunner:
     def step(self) -> None:
         """Start what can be started, and take what has ended."""
         while len(self.trials) < self.limit and (trial := self._next()) is not None:
-            self.jobs.submit(TrialJob(self.study, trial, self.output, self.execution.threads))
-            self.attempts[trial.name] += 1
+            threads = self.jobs.execution.threads
+            self.jobs.submit(TrialJob(self.study, trial, self.output, threads, self.program))
             self.trials[trial.name] = trial
         for name, outcome in self.jobs.finished().items():
             self._take(self.trials.pop(name), outcome)
@@ -97,17 +100,19 @@ class StudyRunner:
         return None
 
     def _take(self, trial: Trial, outcome: Outcome) -> None:
-        self.progress.tell(trial, outcome, self.attempts[trial.name])
-        if outcome.state == "stopped" or (outcome.state == "failed" and self.attempts[trial.name] < ATTEMPTS):
+        self.failures[trial.name] += outcome.state == "failed"
+        attempts = self.failures[trial.name] + (outcome.state == "finished")
+        self.progress.tell(trial, outcome, attempts)
+        if outcome.state == "stopped" or (outcome.state == "failed" and attempts < ATTEMPTS):
             if trial.arm is not None:
                 self.waiting.insert(0, trial)
         elif trial.arm is None:
             self._take_base(trial, outcome)
         elif outcome.state == "finished":
             base = self.study.base(trial.seed)
-            self.store.add(trial, self._folder(trial), self._folder(base) if base else None, self.attempts[trial.name])
+            self.store.add(trial, self._folder(trial), self._folder(base) if base else None, attempts)
         else:
-            self.store.add_failure(trial, self.attempts[trial.name], outcome.error)
+            self.store.add_failure(trial, attempts, outcome.error)
 
     def _take_base(self, base: Trial, outcome: Outcome) -> None:
         self.bases[base.seed] = outcome
@@ -121,7 +126,7 @@ class StudyRunner:
 
     def stop(self) -> None:
         """Ask the trials to stop, and wait until they have saved where they are. On SLURM they stay queued."""
-        if self.execution.executor == "slurm":
+        if self.jobs.execution.executor == "slurm":
             self.progress.say(f"{len(self.trials)} jobs stay in SLURM's queue: the same command finds them again")
             return
         (self.output / STOP).touch()

@@ -92,7 +92,8 @@ class ResultsStore:
         ranks = {trial.name: rank for rank, trial in enumerate(self.study.trials())}
         for name, table in self.tables.items():
             order = [ranks.get(trial, len(ranks)) for trial in table["trial"].to_pylist()]
-            write_table(self.folder / f"{name}.parquet", table.take(np.argsort(order, kind="stable")))
+            # In one piece, so that the same rows are the same bytes.
+            write_table(self.folder / f"{name}.parquet", table.combine_chunks().take(np.argsort(order, kind="stable")))
         write_json(self.folder / "versions.json", versions())
 
     def _check_unchanged(self) -> None:
