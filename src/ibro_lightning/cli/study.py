@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import io
-from argparse import ArgumentError
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -20,24 +17,24 @@ from ibro_lightning.studies.jobs import Execution, Jobs
 from ibro_lightning.studies.power import minimum_detectable_difference, pairs_needed
 from ibro_lightning.studies.progress import Progress, elapsed
 from ibro_lightning.studies.runner import StudyRunner
-from ibro_lightning.studies.spec import Study, study_parser
+from ibro_lightning.studies.spec import Study, build_study, parsed, study_parser
 from ibro_lightning.studies.store import ResultsStore
 
 
 def main(argv: Sequence[str]) -> None:
     """Run ``study``."""
-    study, options = _parsed(argv)
-    execution: Execution = options.execution
-    output = Path(options.output or f"runs/studies/{study.name}")
-    results = Path(options.results or output / "results")
+    options = parsed(study_arguments(), resolve_configs(argv))
+    study, execution = build_study(options), Execution(**options["execution"])
+    output = Path(options["output"] or f"runs/studies/{study.name}")
+    results = Path(options["results"] or output / "results")
     check_trials(study)
     store = ResultsStore(study, results)
-    if options.dry_run:
+    if options["dry_run"]:
         print("\n".join(dry_run(study, execution, output, store)))
         return
     progress = Progress(study, output, store, execution.limit(len(study.seeds) * len(study.all_arms())))
     jobs = Jobs(execution, output.absolute() / "jobs")
-    StudyRunner(study, jobs, output, store, progress, retry_failed=options.retry_failed).run()
+    StudyRunner(study, jobs, output, store, progress, retry_failed=options["retry_failed"]).run()
     print(f"\nresults   {results}\nreport    python -m ibro_lightning report {results}")
 
 
@@ -50,16 +47,6 @@ def study_arguments() -> ArgumentParser:
     parser.add_argument("--retry_failed", action="store_true", help="start failed trials again")
     parser.add_argument("--dry_run", action="store_true", help="only print trials, time, disk and what can be found")
     return parser
-
-
-def _parsed(argv: Sequence[str]) -> tuple[Study, Any]:
-    parser = study_arguments()
-    try:
-        options = parser.instantiate(parser.parse_args(resolve_configs(argv)))
-    except ArgumentError as error:
-        raise ConfigError("study", "", " ".join(str(error).split())) from error
-    names = [field.name for field in fields(Study)]
-    return Study(**{name: options[name] for name in names}), options
 
 
 def check_trials(study: Study) -> None:

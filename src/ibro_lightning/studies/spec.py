@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -66,11 +66,13 @@ class Arm:
     Args:
         settings: ``{setting: value}`` as on the command line, e.g. ``{model.regularizer: null}``.
         recipe: another recipe than the study's.
+        grid: ``{setting: values}``: the arm is run with every combination, each as an arm ``NAME,setting=value``.
         label: its name in the report; the arm's own if left out.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     recipe: str | None = None
+    grid: dict[str, list[Any]] = field(default_factory=dict)
     label: str | None = None
 
 
@@ -119,7 +121,6 @@ class Study:
         arms: ``{name: arm}``.
         seeds: one trial per arm and seed. All arms share a seed's prompts, random numbers and base policy.
         settings: of all arms, before their own.
-        grid: ``{setting: values}``: every arm is run with every combination, as ``ARM,setting=value``.
         base_policy: trained once per seed; None: the recipe names the policy.
         temperatures: at which the final policies are evaluated, besides the recipe's own.
         curves: beginnings of the names of the curves to keep; what else was logged stays in the trials' folders.
@@ -132,7 +133,6 @@ class Study:
     arms: dict[str, Arm]
     seeds: list[int]
     settings: dict[str, Any] = field(default_factory=dict)
-    grid: dict[str, list[Any]] = field(default_factory=dict)
     base_policy: BasePolicy | None = None
     temperatures: list[float] = field(default_factory=list)
     curves: list[str] = field(
@@ -164,15 +164,8 @@ class Study:
                 raise ConfigError("plan.comparisons", pair, remedy)
 
     def all_arms(self) -> dict[str, Arm]:
-        """The arms with the grid spread out."""
-        points = [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
-        return {
-            ",".join([name, *(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in point.items())]): Arm(
-                {**arm.settings, **point}, arm.recipe, arm.label
-            )
-            for name, arm in self.arms.items()
-            for point in points
-        }
+        """The arms with their grids spread out."""
+        return dict(arm for name, given in self.arms.items() for arm in _spread(name, given))
 
     def trials(self) -> Iterator[Trial]:
         """All trials, seed after seed, so that a study that is cut short has whole pairs."""
@@ -188,6 +181,13 @@ class Study:
             return None
         settings = {**self.base_policy.settings, "seed_everything": seed}
         return Trial(None, seed, arguments(self.base_policy.recipe, settings))
+
+
+def _spread(name: str, arm: Arm) -> Iterator[tuple[str, Arm]]:
+    for values in product(*arm.grid.values()):
+        point = dict(zip(arm.grid, values, strict=True))
+        given = "".join(f",{key.rsplit('.', 1)[-1]}={value}" for key, value in point.items())
+        yield name + given, Arm({**arm.settings, **point}, arm.recipe, label=arm.label and arm.label + given.replace(",", ", "))
 
 
 def arguments(recipe: str, settings: dict[str, Any]) -> tuple[str, ...]:
@@ -206,11 +206,23 @@ def study_parser() -> ArgumentParser:
 
 def read_study(path: Path) -> Study:
     """The study in a file. Raises :class:`ConfigError` for what is wrong in it."""
+    return build_study(parsed(study_parser(), ["--config", str(path)]))
+
+
+def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    """What a parser makes of arguments; raises :class:`ConfigError` for what it refuses."""
     try:
-        parser = study_parser()
-        return parser.instantiate(parser.parse_args(["--config", str(path)]))
+        return parser.parse_args(arguments).as_dict()
     except ArgumentError as error:
-        raise ConfigError("study", str(path), " ".join(str(error).split())) from error
+        raise ConfigError("study", " ".join(arguments), " ".join(str(error).split())) from error
+
+
+def build_study(content: Mapping[str, Any]) -> Study:
+    """A study of the fields in ``content``. Not by the parser: it would build the classes that settings name, too."""
+    own = {name: content[name] for name in Study.__dataclass_fields__}
+    arms = {name: Arm(**arm) for name, arm in own["arms"].items()}
+    base = own["base_policy"] and BasePolicy(**own["base_policy"])
+    return Study(**{**own, "plan": Plan(**own["plan"]), "arms": arms, "base_policy": base})
 
 
 def as_yaml(study: Study) -> str:
