@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from helpers import study_program
+from helpers import slurm, study_program
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.studies import job, runner
@@ -213,6 +213,38 @@ def test_a_stopped_study_waits_for_its_trials_and_continues(tmp_path: Path, monk
     runs(Jobs(Execution(at_once=1), tmp_path / "jobs"), tmp_path, study)
     assert started(tmp_path) == ["low/seed_1", "low/seed_1", "high/seed_1"]
     assert {row["attempts"] for row in rows(tmp_path, "trials")} == {1}
+
+
+def test_a_study_on_slurm_finds_its_queued_jobs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command may end while its jobs wait or run; the same command takes them up instead of sending them again."""
+    cluster = slurm.install(tmp_path / "cluster")
+    monkeypatch.setenv("PATH", f"{cluster}{os.pathsep}{os.environ['PATH']}")
+    study = replace(STUDY, seeds=[1], base_policy=None, temperatures=[])
+    execution = Execution("slurm", threads=3, gpus=2, slurm={"partition": "gpu", "timeout_min": 720, "mem_gb": 64})
+    first = Jobs(execution, tmp_path / "jobs")
+    for trial in study.trials():
+        first.submit(TrialJob(study, trial, tmp_path, program=PROGRAM))
+    runs(Jobs(execution, tmp_path / "jobs"), tmp_path, study)
+    assert sorted(started(tmp_path)) == ["high/seed_1", "low/seed_1"]
+    assert {row["state"] for row in rows(tmp_path, "trials")} == {"finished"}
+    script = (cluster / "jobs/1000/script.sh").read_text()
+    for flag in ("partition=gpu", "time=720", "mem=64GB", "cpus-per-task=3", "gpus-per-node=2", "job-name=low-seed_1"):
+        assert f"#SBATCH --{flag}\n" in script
+
+
+def test_what_slurm_queues_again_is_the_same_trial(tmp_path: Path) -> None:
+    given = TrialJob(STUDY, next(STUDY.trials()), tmp_path, program=PROGRAM)
+    assert given.checkpoint().function == given
+
+
+def test_slurm_needs_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match="executor: 'slurm' - there is no sbatch here"):
+        Execution("slurm")
+    with pytest.raises(ConfigError, match="these are for SLURM"):
+        Execution(slurm={"partition": "gpu"})
+    with pytest.raises(ConfigError, match="at_once"):
+        Execution(gpus=1)
 
 
 def started(folder: Path) -> list[str]:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from subprocess import STDOUT, Popen, TimeoutExpired
 from typing import Any, Literal
@@ -66,6 +66,7 @@ class TrialJob:
     output: Path
     threads: int = 1
     program: tuple[str, ...] = PROGRAM
+    _child: Popen[bytes] | None = field(default=None, init=False, compare=False)
 
     @property
     def folder(self) -> Path:
@@ -100,7 +101,7 @@ class TrialJob:
     def checkpoint(self) -> DelayedSubmission:
         """What SLURM queues again after its time limit or a preemption: this job, which resumes."""
         self._end_child()
-        return DelayedSubmission(self)
+        return DelayedSubmission(replace(self))  # without the child
 
     def base_policy(self) -> list[str]:
         """The setting that gives a trial its seed's base policy."""
@@ -128,18 +129,18 @@ class TrialJob:
             log.write(f"$ python -m ibro_lightning {shlex.join(command)}\n")
             log.flush()
             self._child = Popen([*self.program, *command], stdout=log, stderr=STDOUT, env=environment)
-            code = self._wait()
+            code = self._wait(self._child)
         if code in STOPPED or (code and self._asked_to_stop()):
             raise TrialStopped(self.trial.name)
         if code:
             raise TrialFailed(last_line(log_file(self.folder)) or f"exit code {code}")
 
-    def _wait(self) -> int:
+    def _wait(self, child: Popen[bytes]) -> int:
         """The child's exit code. It is asked to stop when the study is, and never left behind: Ctrl-C in a terminal
         reaches this process, too, while the child writes its checkpoint."""
         while True:
             with suppress(KeyboardInterrupt, TimeoutExpired):
-                return self._child.wait(POLL_S)
+                return child.wait(POLL_S)
             if self._asked_to_stop():
                 self._end_child()
 
@@ -147,7 +148,7 @@ class TrialJob:
         return (self.output / STOP).exists()
 
     def _end_child(self) -> None:
-        if self._child.poll() is None:
+        if self._child is not None and self._child.poll() is None:
             self._child.terminate()
             with suppress(KeyboardInterrupt):
                 self._child.wait()

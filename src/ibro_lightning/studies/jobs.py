@@ -102,8 +102,9 @@ class Jobs:
             self.executor.update_parameters(timeout_min=FOREVER_MIN, visible_gpus=gpus, gpus_per_node=len(gpus))
         else:
             own = {key if key in SHARED else f"slurm_{key}": value for key, value in execution.slurm.items()}
-            needs = {"cpus_per_task": execution.threads, "gpus_per_node": execution.gpus}
-            self.executor.update_parameters(name=name.replace("/", "-"), **needs, **own)
+            needs: dict[str, Any] = {"name": name.replace("/", "-"), "cpus_per_task": execution.threads}
+            needs |= {"gpus_per_node": execution.gpus} if execution.gpus else {}
+            self.executor.update_parameters(**{**needs, **own})
 
     @property
     def _ids(self) -> Path:

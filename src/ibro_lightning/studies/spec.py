@@ -187,7 +187,10 @@ def _spread(name: str, arm: Arm) -> Iterator[tuple[str, Arm]]:
     for values in product(*arm.grid.values()):
         point = dict(zip(arm.grid, values, strict=True))
         given = "".join(f",{key.rsplit('.', 1)[-1]}={value}" for key, value in point.items())
-        yield name + given, Arm({**arm.settings, **point}, arm.recipe, label=arm.label and arm.label + given.replace(",", ", "))
+        yield (
+            name + given,
+            Arm({**arm.settings, **point}, arm.recipe, label=arm.label and arm.label + given.replace(",", ", ")),
+        )
 
 
 def arguments(recipe: str, settings: dict[str, Any]) -> tuple[str, ...]:
