@@ -457,7 +457,9 @@ VALID = [[1, 1, 1], [1, 1, 0]]
 )
 def test_ib_parts_by_hand(settings: dict[str, Any], raw: list, centred: list, uniform: list) -> None:
     """Five valid tokens; the sixth, with A = 9 and H = 7, is masked and does not count in Ā."""
-    for part, expected in (("raw", raw), ("centred", centred), ("uniform", uniform)):
+    reversed_part = [a - b for a, b in zip(centred, uniform, strict=True)]
+    parts = (("raw", raw), ("centred", centred), ("uniform", uniform), ("reversed", reversed_part))
+    for part, expected in parts:
         for sign, kind in ((1, InformationBottleneck), (-1, OppositeInformationBottleneck)):
             regularizer = kind(part=part, **settings)
             step = regularizer.prepare(step_of(A, old_entropy=H, mask=VALID), alone())
@@ -490,6 +492,7 @@ def test_the_centred_objective_is_the_covariance_and_the_uniform_one_the_product
         ("centred", np.cov(a[mask], h[mask], bias=True)[0, 1]),
         ("uniform", a[mask].mean() * h[mask].mean()),
         ("raw", (a * h)[mask].mean()),
+        ("reversed", np.cov(a[mask], h[mask], bias=True)[0, 1] - a[mask].mean() * h[mask].mean()),
     ):
         regularizer = InformationBottleneck(part=part)  # type: ignore[arg-type]
         objective = regularizer.objective(stats_of(regularizer.prepare(step, alone())))

@@ -597,7 +597,7 @@ def test_the_two_parts_of_the_ib_term_add_up_whatever_the_mean_is() -> None:
     torch.testing.assert_close(term("centred") + term("uniform"), term("raw"), **closely)
 
 
-@pytest.mark.parametrize("part", ["raw", "centred", "uniform"])
+@pytest.mark.parametrize("part", ["raw", "centred", "uniform", "reversed"])
 def test_the_ib_term_moves_entropy_and_no_advantage(part: Any) -> None:
     entropy, advantages = doubles(2, 3, grad=True), doubles(2, 3, seed=1, grad=True)
     mask = prefix_mask([3, 1], 3)
@@ -605,5 +605,6 @@ def test_the_ib_term_moves_entropy_and_no_advantage(part: Any) -> None:
     assert advantages.grad is None
     assert entropy.grad is not None
     mean = advantages.detach()[mask].mean()
-    weight = {"raw": advantages.detach(), "centred": advantages.detach() - mean, "uniform": mean.expand(2, 3)}[part]
+    a = advantages.detach()
+    weight = {"raw": a, "centred": a - mean, "uniform": mean.expand(2, 3), "reversed": a - 2 * mean}[part]
     torch.testing.assert_close(entropy.grad, torch.where(mask, weight, 0.0) / 4, **closely)

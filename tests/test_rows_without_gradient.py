@@ -48,6 +48,7 @@ REGULARIZERS: list[EntropyRegularizer] = [
 OTHERS: list[EntropyRegularizer] = [
     InformationBottleneck(0.5, part="centred"),
     InformationBottleneck(0.5, part="uniform"),
+    InformationBottleneck(0.5, part="reversed"),
     OppositeInformationBottleneck(0.5, part="centred"),
     EntropyBonus(0.5),
     KLCov(fraction=0.5),

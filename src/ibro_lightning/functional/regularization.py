@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ibro_lightning.functional.aggregate import masked_mean
 
-Part = Literal["raw", "centred", "uniform"]
+Part = Literal["raw", "centred", "uniform", "reversed"]
+
+
+def part_of(weight: Tensor, mean: Tensor | float, part: Part) -> Tensor:
+    """What multiplies the entropy: A, and Ā of the whole optimizer step, give A, A − Ā, Ā, or A − 2Ā."""
+    if part == "uniform":
+        return mean * torch.ones_like(weight)
+    return weight - {"raw": 0.0, "centred": 1.0, "reversed": 2.0}[part] * mean
 
 
 def information_bottleneck_objective(
@@ -32,7 +40,8 @@ def information_bottleneck_objective(
         entropy: ``[B, T]`` of the current policy, in nats, with gradients.
         advantages: ``[B, T]``; gradients do not pass through them.
         mask: ``[B, T]`` valid tokens; the result is meaningless elsewhere.
-        part: ``raw`` is A·H; ``centred`` is (A − Ā)·H, the covariance alone; ``uniform`` is Ā·H.
+        part: ``raw`` is A·H; ``centred`` is (A − Ā)·H, the covariance alone; ``uniform`` is Ā·H; ``reversed`` is
+            (A − 2Ā)·H, the covariance with the uniform part's sign reversed.
         mean_advantage: Ā over the whole optimizer step, if it has several micro-batches or ranks; None takes the mean
             over ``mask``.
     """
@@ -40,4 +49,4 @@ def information_bottleneck_objective(
     if part == "raw":
         return advantages * entropy
     mean = masked_mean(advantages, mask) if mean_advantage is None else mean_advantage
-    return (advantages - mean if part == "centred" else mean) * entropy
+    return part_of(advantages, mean, part) * entropy

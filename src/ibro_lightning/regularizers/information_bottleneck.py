@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience, TokenStats
 from ibro_lightning.errors import ConfigError, is_number
-from ibro_lightning.functional.regularization import Part
+from ibro_lightning.functional.regularization import Part, part_of
 from ibro_lightning.regularizers.base import EntropyRegularizer, StepContext
 from ibro_lightning.regularizers.coefficients import Coefficient
 
@@ -30,8 +30,9 @@ class InformationBottleneck(EntropyRegularizer):
 
     Args:
         coef: α of ``L = L_PG − α·J_IB``; 0.005 in the paper.
-        part: ``raw`` is A·H; ``centred`` is (A − Ā)·H, the covariance alone; ``uniform`` is Ā·H. Ā is the mean over the
-            tokens of the optimizer step, each counted as in the loss.
+        part: ``raw`` is A·H; ``centred`` is (A − Ā)·H, the covariance alone; ``uniform`` is Ā·H; ``reversed`` is
+            (A − 2Ā)·H, the covariance with the uniform part's sign reversed. Ā is the mean over the tokens of the
+            optimizer step, each counted as in the loss.
         transform: applied to the advantage first. ``none``; ``sign`` (only its direction); ``clip`` to ±``clip``.
         clip: bound for ``transform: clip``.
     """
@@ -47,7 +48,7 @@ class InformationBottleneck(EntropyRegularizer):
     ) -> None:
         super().__init__(coef)
         if part not in get_args(Part):
-            raise ConfigError("part", part, "write raw, centred or uniform")
+            raise ConfigError("part", part, "write raw, centred, uniform or reversed")
         if transform not in get_args(AdvantageTransform):
             raise ConfigError("transform", transform, "write none, sign or clip")
         if not (is_number(clip) and 0 < clip < float("inf")):
@@ -69,8 +70,7 @@ class InformationBottleneck(EntropyRegularizer):
         assert stats.entropy is not None
         weight = self.weight(stats.advantages.detach())  # [B, T] A
         if self.part != "raw":
-            mean = stats.extra["ib_mean_weight"]  # [B, T] Ā
-            weight = weight - mean if self.part == "centred" else mean
+            weight = part_of(weight, stats.extra["ib_mean_weight"], self.part)
         return weight * stats.entropy
 
     def weight(self, advantages: Tensor) -> Tensor:
