@@ -273,3 +273,19 @@ class TestWeightFile:
     def test_it_has_no_name_that_could_be_left_behind(self) -> None:
         with shared_weights.nameless_file() as file:
             assert "memfd" in os.readlink(f"/proc/self/fd/{file.fileno()}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None,), "engine: None - write an engine, such as HFEngine()"),
+        (("x",), "engine: 'x' - write an engine"),
+        ((HFEngine,), "engine: .*HFEngine.* - write an engine"),
+        ((EngineProcess(HFEngine()),), "engine: 'EngineProcess' - it is a process already"),
+        ((HFEngine(), 0), "num_threads: 0 - write 1 or more"),
+        ((HFEngine(), 1.5), "num_threads: 1.5 - write a whole number"),
+    ],
+)
+def test_what_is_no_engine_of_its_own_is_refused(arguments: tuple, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineProcess(*arguments)

@@ -690,6 +690,8 @@ def test_only_advantages_relative_to_a_group_need_groups() -> None:
         ({"aggregation": "mean"}, "aggregation: 'mean'"),
         ({"aggregation": "seq-mean-token-sum-norm"}, "aggregation_max_tokens: None"),
         ({"aggregation": "seq-mean-token-sum-norm", "aggregation_max_tokens": 0}, "aggregation_max_tokens: 0"),
+        ({"overlong_filter": "no"}, "overlong_filter: 'no'"),
+        ({"lr_scheduler": 3}, "lr_scheduler: 3"),
     ],
 )
 def test_options_that_do_not_exist_or_lack_a_number_are_refused_by_name(settings: Any, named: str) -> None:

@@ -170,7 +170,7 @@ class TestFailures:
 
     def lost(self, engine: VLLMServerEngine, why: str) -> None:
         match = (
-            rf"^the vLLM server at http://127.* was lost while generating: {why}.*; the last checkpoint is intact, and"
+            rf"^the vLLM server at http://127.* was lost while generating: {why}.*; once it is back, --ckpt_path last"
         )
         with pytest.raises(RolloutError, match=match):
             engine.generate([[1]], PARAMS, [[0, 1]])

@@ -40,7 +40,7 @@ class Produced:
     own: Mapping[int, Group]
     """By number over all ranks; empty on a rank without a share."""
     dropped: tuple[Group, ...]
-    """Groups that this rank sampled and that nobody trains on."""
+    """Groups that this rank sampled and that are not trained on."""
     total_groups: int
     skip_update: bool
     metrics: Mapping[str, float]

@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 
 from ibro_lightning.engines import process_child, shared_weights
 from ibro_lightning.engines.base import RolloutEngine, Rows
-from ibro_lightning.errors import ConfigError, RolloutError, check_at_least
+from ibro_lightning.errors import ConfigError, RolloutError, check_count
 from ibro_lightning.guards.signals import ended
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Dtype, Generation, SamplingParams
@@ -42,7 +42,11 @@ class EngineProcess(RolloutEngine):
     """
 
     def __init__(self, engine: RolloutEngine, num_threads: int = 1) -> None:
-        check_at_least("num_threads", num_threads, 1)
+        if isinstance(engine, type) or not hasattr(engine, "generate"):
+            raise ConfigError("engine", engine, "write an engine, such as HFEngine()")
+        if isinstance(engine, EngineProcess):
+            raise ConfigError("engine", "EngineProcess", "it is a process already: write the engine in it")
+        check_count("num_threads", num_threads)
         self.engine, self.num_threads = engine, num_threads
         self.dtype: Dtype = engine.dtype
         self.max_model_len = engine.max_model_len
@@ -157,7 +161,7 @@ class EngineProcess(RolloutEngine):
         name, doing = type(self.engine).__name__, what.replace("_", " ")
         return (
             f"the process of {name} ended with {how} (during: {doing}): is memory short? "
-            "The last checkpoint is intact, and --ckpt_path last continues from it"
+            "What is on disk is intact: --ckpt_path last continues from the last checkpoint, if there is one"
         )
 
     def _clear_up(self, process: subprocess.Popen[bytes]) -> None:

@@ -246,7 +246,7 @@ class VLLMEngine(RolloutEngine):
             raise
         except Exception as error:
             if is_dead(self._engine, patience_s=5):
-                remedy = "the last checkpoint is intact, and --ckpt_path continues from it"
+                remedy = "--ckpt_path last continues from the last checkpoint, if there is one"
                 raise RolloutError(f"the vLLM engine died while {doing}: see its messages above; {remedy}") from error
             raise RolloutError(f"vLLM failed while {doing}: {one_line(error)}") from error
 

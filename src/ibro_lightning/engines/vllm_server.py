@@ -38,7 +38,7 @@ from ibro_lightning.engines.vllm_limits import check_prompts, check_temperature
 from ibro_lightning.engines.vllm_server_settings import check_same_model, checked_settings, checked_url, is_loopback
 from ibro_lightning.engines.weight_folder import private_folder, write_weights
 from ibro_lightning.engines.weight_names import checked_weights, weight_shapes
-from ibro_lightning.errors import ConfigError, RolloutError, check_at_least
+from ibro_lightning.errors import ConfigError, RolloutError, check_at_least, check_count
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.types import Dtype, Generation, SamplingParams
@@ -81,7 +81,9 @@ class VLLMServerEngine(RolloutEngine):
         if weights_dir is None and not is_loopback(host):
             remedy = f"{host} may be another machine: write a folder that the server sees under the same path"
             raise ConfigError("weights_dir", None, remedy)
-        check_at_least("max_num_seqs", max_num_seqs, 1)
+        if weights_dir is not None and not isinstance(weights_dir, str | Path):
+            raise ConfigError("weights_dir", weights_dir, "write the path of a folder")
+        check_count("max_num_seqs", max_num_seqs)
         check_at_least("timeout_s", timeout_s, 0.1)
         if deadline_s is not None:
             check_at_least("deadline_s", deadline_s, 0.001, ", or null to wait")
@@ -196,7 +198,7 @@ class VLLMServerEngine(RolloutEngine):
         try:
             yield
         except ServerLost as error:
-            resume = "the last checkpoint is intact, and --ckpt_path continues from it once the server is back"
+            resume = "once it is back, --ckpt_path last continues from the last checkpoint, if there is one"
             raise RolloutError(f"the vLLM server at {self.url} was lost while {doing}: {error}; {resume}") from error
         except ServerRefused as error:
             raise RolloutError(f"the vLLM server failed while {doing}: {one_line(error)}{remedy}") from error

@@ -34,14 +34,18 @@ class ServerSettings(NamedTuple):
 
 def checked_url(url: str) -> tuple[str, str]:
     """The URL without a slash at its end, and its host; raises :class:`ConfigError`."""
-    parts = urlsplit(url) if isinstance(url, str) else None
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except (AttributeError, TypeError, ValueError):  # no text, half an IPv6 address, or a port that is none
+        whole = False
+    if not whole or "?" in url or "#" in url:
         raise ConfigError("url", url, "write the server's address, such as http://127.0.0.1:8000")
     if parts.username is not None or parts.password is not None:
         raise ConfigError("url", url.replace(parts.netloc, "…"), f"write no password here; for a key, set {API_KEY}")
     if parts.path.rstrip("/").endswith("/v1"):
         raise ConfigError("url", url, "write it without /v1")
-    return url.rstrip("/"), parts.hostname
+    return url.rstrip("/"), parts.hostname or ""
 
 
 def is_loopback(host: str) -> bool:

@@ -184,6 +184,9 @@ def reinforce_plus_plus_advantages(
 ) -> Tensor:
     """Reward-to-go whitened over the valid tokens of the whole batch: REINFORCE++ (arXiv 2501.03262).
 
+    DAPO's ``advantage: reinforce++`` runs the same two functions on tokens without padding, some rows at a time; a test
+    holds that it gives what this does.
+
     For the variant with a baseline, take rewards less their group's mean (:func:`dr_grpo_advantages`). In a batch that
     is all wrong (or all right), rewards differ only by their shaping: whiten with a ``least_variance`` of
     ``(outcome_span / 2)²`` then, for the reason given in :func:`group_advantages`.

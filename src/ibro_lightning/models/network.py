@@ -43,7 +43,7 @@ class ResponseNetwork(DeterministicNetwork):
         return bool(self._shares_prompts)
 
     def settle_sharing(self) -> None:
-        """Try to share prompts, if that is wanted and has not been tried; say so in one line if it cannot be."""
+        """Try to share prompts, if that is asked for and has not been tried; say so in one line if it cannot be."""
         if self._shares_prompts is not None:
             return
         if is_shadow(self.model):  # without values, nothing can be compared

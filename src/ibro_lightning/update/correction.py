@@ -109,10 +109,10 @@ def rows_without_logp(sampler_logp: Tensor, tokens: Tensor, lengths: Tensor) -> 
     """``[B]`` bool each: responses without a finite log-prob; and responses whose log-probs count as 0 on all tokens,
     or on all but one of several, as in a buffer that was not filled in. Both False for a response without tokens."""
     finite = tokens & sampler_logp.isfinite()  # [N]
-    count, known = row_sums(tokens, lengths), row_sums(finite, lengths)  # [B]
+    count, with_logp = row_sums(tokens, lengths), row_sums(finite, lengths)  # [B]
     certain = row_sums(finite & (sampler_logp > _CERTAIN), lengths)
     return (
-        (count > 0) & (known == 0),
+        (count > 0) & (with_logp == 0),
         (certain > 0) & (certain >= count - (count > 2).to(count.dtype)),
     )
 

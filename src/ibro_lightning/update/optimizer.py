@@ -164,6 +164,8 @@ def qualified_name(kind: type) -> str:
 
 def check_schedule(factory: Any, setting: str) -> None:
     """Refuse a schedule that cannot move with every optimizer step, before anything is built."""
+    if factory is not None and not callable(factory):
+        raise ConfigError(setting, factory, "write what makes a schedule of an optimizer, such as a scheduler's class")
     kind = class_of(factory)
     if kind is not None and issubclass(kind, ReduceLROnPlateau):
         raise ConfigError(setting, kind.__name__, NO_PLATEAU)

@@ -12,7 +12,7 @@ from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import Experience, OldScores
 from ibro_lightning.batches.ragged import Places, per_token, put_tokens, row_sums
 from ibro_lightning.batches.sequences import FlatSequences
-from ibro_lightning.errors import ConfigError
+from ibro_lightning.errors import ConfigError, check_instance
 from ibro_lightning.models import Critic
 from ibro_lightning.ranks import rank_zero_warn
 from ibro_lightning.regularizers import StepContext
@@ -52,6 +52,7 @@ class Scorer:
         overlong_filter: bool = False,
         old_logp: OldLogp = "policy",
     ) -> None:
+        check_instance("overlong_filter", overlong_filter, bool)
         if old_logp not in get_args(OldLogp):
             raise ConfigError("old_logp", old_logp, "write policy or sampler")
         if old_logp == "sampler" and loss.sampler_correction is None:
@@ -81,8 +82,9 @@ class Scorer:
         sequences, lengths = rollout.sequences, rollout.sequences.response_lengths
         logp, entropy = (None, None) if first_step is not None else self.score(sequences, rollout.temperature)  # [N]
         extra = {}
-        rewards, some = self._zeros(sequences), lengths > 0  # [N], [B]; an engine's deadline may leave a response empty
-        rewards[lengths.cumsum(0)[some] - 1] = rollout.rewards[some].to(rewards.dtype)
+        has_tokens = lengths > 0  # [B]; an engine's deadline may leave a response empty
+        rewards = self._zeros(sequences)  # [N]
+        rewards[lengths.cumsum(0)[has_tokens] - 1] = rollout.rewards[has_tokens].to(rewards.dtype)
         if (kl := self.loss.kl) is not None:
             assert logp is not None, "a penalty to a reference needs scores first"
             reference = kl.on(sequences.device)
@@ -101,7 +103,7 @@ class Scorer:
             iteration=rollout.iteration,
             prompts=rollout.prompts,
             token_rewards=rewards,
-            rewards=torch.where(some, row_sums(rewards, lengths), rollout.rewards.to(rewards.dtype)),
+            rewards=torch.where(has_tokens, row_sums(rewards, lengths), rollout.rewards.to(rewards.dtype)),
             sampler_logp=rollout.sampler_logp,
             outcomes=rollout.outcomes,
             outcome_span=rollout.outcome_span,
@@ -166,21 +168,21 @@ class Scorer:
         if len(first_step) >= rollout.num_groups:
             return None
         sequences, sampler_logp = rollout.sequences, rollout.sampler_logp
-        known = OldScores.unknown(sequences, self._dtype)  # [N]
+        scores = OldScores.unknown(sequences, self._dtype)  # [N]
         others = torch.isin(rollout.groups, first_step.to(rollout.groups.device), invert=True)  # [B]
         rows, lengths = others.nonzero().squeeze(-1), sequences.response_lengths
         if self.old_logp == "sampler":
             # A token without a finite one takes no part in the loss; 0 keeps its nan out of the gradient.
-            finite = torch.where(sampler_logp.isfinite(), sampler_logp, 0.0).to(known.logp)  # [N]
-            return replace(known, logp=torch.where(per_token(others, lengths), finite, known.logp))
+            finite = torch.where(sampler_logp.isfinite(), sampler_logp, 0.0).to(scores.logp)  # [N]
+            return replace(scores, logp=torch.where(per_token(others, lengths), finite, scores.logp))
         # All ranks take part in the forward passes of a sharded policy; one without other rows scores one in vain.
         part = sequences.select(rows if len(rows) else rows.new_zeros(1))
-        scores = self.score(part, rollout.temperature)  # [n] each
+        computed = self.score(part, rollout.temperature)  # [n] each
         if len(rows):
-            for own, values in zip(scores, (known.logp, known.entropy), strict=True):
+            for own, values in zip(computed, (scores.logp, scores.entropy), strict=True):
                 put_tokens(own, values, lengths, rows)
-            known.scored[rows] = True
-        return known
+            scores.scored[rows] = True
+        return scores
 
     def _check_sampler_logp(self, rollout: Rollout, experience: Experience) -> None:
         """Raise :class:`ConfigError` if there is nothing to correct by; warn once of responses left out."""

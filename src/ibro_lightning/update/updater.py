@@ -88,8 +88,8 @@ class Steps:
             return
         assert step.old_logp is not None, "pass the step that update() returns"
         assert step.old_entropy is not None
-        known = whole.other_rows or OldScores.unknown(whole.sequences, step.old_logp.dtype)
-        logp, entropy, scored = known.logp.clone(), known.entropy.clone(), known.scored.clone()
+        scores = whole.other_rows or OldScores.unknown(whole.sequences, step.old_logp.dtype)
+        logp, entropy, scored = scores.logp.clone(), scores.entropy.clone(), scores.scored.clone()
         if len(self._rows):  # otherwise the step has a row that does not count
             put_tokens(step.old_logp, logp, whole.lengths, self._rows)
             put_tokens(step.old_entropy, entropy, whole.lengths, self._rows)

@@ -19,11 +19,11 @@ def whiten(values: Tensor, experience: Experience, ranks: Ranks) -> Tensor:
     mask = experience.mask
     mean = ranks.mean(values, mask)
     variance = ranks.mean((values - mean).square_(), mask)
-    whiten_some = partial(
+    whiten_rows = partial(
         masked_whiten, mean=mean, variance=variance, least_variance=_least_variance(experience, ranks)
     )
     # Some rows at a time, since it computes in float64.
-    return row_wise(lambda _, __, some, counts: whiten_some(some, counts), experience.lengths, values, mask)[0]
+    return row_wise(lambda _, __, rows, counts: whiten_rows(rows, counts), experience.lengths, values, mask)[0]
 
 
 def _least_variance(experience: Experience, ranks: Ranks) -> Tensor:
