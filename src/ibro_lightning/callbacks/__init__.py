@@ -1,9 +1,11 @@
 """Reports, logs and files of a run. Callbacks read the returned metrics and the rollout; modules do not know them."""
 
+from ibro_lightning.callbacks.alarms import Alarms
 from ibro_lightning.callbacks.checkpoint import IterationCheckpoint
 from ibro_lightning.callbacks.evaluation_report import EvaluationReport
 from ibro_lightning.callbacks.export_model import ExportModel
 from ibro_lightning.callbacks.heartbeat import Heartbeat
+from ibro_lightning.callbacks.information_plane import InformationPlane
 from ibro_lightning.callbacks.interruptions import Interruptions
 from ibro_lightning.callbacks.metrics_log import MetricsLog
 from ibro_lightning.callbacks.progress import IterationProgress
@@ -14,9 +16,11 @@ from ibro_lightning.callbacks.summary import RunSummary
 from ibro_lightning.runs.folder import run_folder
 
 __all__ = [
+    "Alarms",
     "EvaluationReport",
     "ExportModel",
     "Heartbeat",
+    "InformationPlane",
     "Interruptions",
     "IterationCheckpoint",
     "IterationProgress",

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ibro_lightning.batches import Rollout
+from ibro_lightning.callbacks.needs import MetricsWatcher
 from ibro_lightning.errors import check_count
 from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.runs.folder import evaluation_counts
@@ -63,6 +64,9 @@ class MetricsLog(pl.Callback):
                 ranks = Ranks.of(trainer.strategy)
                 metrics = {**rollout_metrics(batch, ranks), **metrics}
                 metrics |= throughput(batch, metrics, ranks)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, MetricsWatcher):
+                    metrics |= callback.on_metrics(iteration, metrics)
             self._latest, self._iteration = metrics, iteration
         return self._latest
 

@@ -1,7 +1,8 @@
-"""What callbacks require of a module or a batch, and the warning if it is missing."""
+"""What callbacks require of a module or a batch, and the warning if it is missing; and what they may be asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
@@ -9,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ibro_lightning.batches import Rollout, Sequences
+from ibro_lightning.batches.experience import Experience
 from ibro_lightning.evaluation.metrics import Evaluation
 
 
@@ -32,6 +34,34 @@ class ExportedModule(Protocol):
     def source_folders(self) -> tuple[Path, ...]: ...
     def export(self, folder: Path | str, *, keep_earlier: bool = True) -> Path: ...
     def export_names(self, folder: Path) -> tuple[Path, ...]: ...
+
+
+@runtime_checkable
+class ExperienceWatcher(Protocol):
+    """A callback that looks at a rollout after its advantages are computed and before its update."""
+
+    def on_experience(
+        self, trainer: pl.Trainer, pl_module: Any, rollout: Rollout, experience: Experience
+    ) -> Mapping[str, float]:
+        """Further curves of the iteration. Called on all ranks; must leave the module and its random numbers alone."""
+
+
+@runtime_checkable
+class MetricsWatcher(Protocol):
+    """A callback that draws conclusions from an iteration's metrics, before they are logged."""
+
+    def on_metrics(self, iteration: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """Further curves of the iteration. Called once, on all ranks, with equal metrics."""
+
+
+def watched(module: Any, rollout: Rollout, experience: Experience) -> dict[str, float]:
+    """The curves of all callbacks of a module's Trainer that look at its rollouts; none without a Trainer."""
+    callbacks = [] if module._trainer is None else module.trainer.callbacks
+    curves: dict[str, float] = {}
+    for callback in callbacks:
+        if isinstance(callback, ExperienceWatcher):
+            curves |= callback.on_experience(module.trainer, module, rollout, experience)
+    return curves
 
 
 def warn_unless(callback: pl.Callback, module: pl.LightningModule, needed: type[Any], members: str) -> None:

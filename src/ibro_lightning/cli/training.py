@@ -87,6 +87,8 @@ class IbroCLI(LightningCLI):
             "run_lock": RunLock,
             "heartbeat": ours.Heartbeat,
             "metrics_log": ours.MetricsLog,
+            "alarms": ours.Alarms,
+            "information_plane": ours.InformationPlane,
             "progress": ours.IterationProgress,
             "rollout_log": ours.RolloutLog,
             "samples": ours.SamplesTable,
@@ -97,6 +99,8 @@ class IbroCLI(LightningCLI):
         }
         for name, kind in kinds.items():
             parser.add_lightning_class_args(kind, name)
+        # A plain Trainer's callback measures; from the command line it is there in any case, and off.
+        parser.set_defaults({"information_plane.every_n_iterations": 0})
 
     def _parse_ckpt_path(self) -> None:
         """Replaces LightningCLI's, which reads the whole checkpoint for hyperparameters that ours do not hold."""

@@ -27,6 +27,13 @@ from ibro_lightning.functional.aggregate import (
     token_mean,
 )
 from ibro_lightning.functional.fused_head import linear_logprob_entropy
+from ibro_lightning.functional.information import (
+    PlanePoint,
+    ending_rates,
+    information_plane,
+    masked_correlation,
+    quarter,
+)
 from ibro_lightning.functional.kl import KLEstimator, approximate_kl, kl_divergence
 from ibro_lightning.functional.logprobs import logprob_and_entropy
 from ibro_lightning.functional.mismatch import (
@@ -49,6 +56,7 @@ __all__ = [
     "MismatchLevel",
     "MismatchMode",
     "MismatchWeights",
+    "PlanePoint",
     "ValueLoss",
     "aggregate",
     "aggregation_weights",
@@ -59,17 +67,20 @@ __all__ = [
     "clipped_surrogate",
     "clipped_value_loss",
     "dr_grpo_advantages",
+    "ending_rates",
     "explained_variance",
     "gae",
     "group_advantages",
     "gspo_surrogate",
     "information_bottleneck_objective",
+    "information_plane",
     "informative_groups",
     "kl_divergence",
     "length_adaptive_lambda",
     "linear_logprob_entropy",
     "logprob_and_entropy",
     "majority_at_k",
+    "masked_correlation",
     "masked_covariance",
     "masked_max",
     "masked_mean",
@@ -78,6 +89,7 @@ __all__ = [
     "mismatch_weights",
     "overlong_penalty",
     "pass_at_k",
+    "quarter",
     "reinforce_plus_plus_advantages",
     "reward_to_go",
     "rloo_advantages",

@@ -23,6 +23,7 @@ from torch import Tensor
 from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import Experience
 from ibro_lightning.batches.ragged import row_wise
+from ibro_lightning.callbacks.needs import watched
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.functional import (
     AggregationMode,
@@ -140,6 +141,7 @@ class DAPOModule(PolicyModule):
         with timer("prepare"), torch.no_grad():
             experience = self.prepare(rollout)  # score → advantages [N]
             observe(self.regularizer.coefficient, experience.old_entropy, experience, self.ranks)
+        further = watched(self, rollout, experience)
         with timer("update"):
             steps = updater.steps(experience, loss, context)
             for step in steps:  # whole groups [n]
@@ -152,7 +154,7 @@ class DAPOModule(PolicyModule):
         curves = {**update_metrics(experience, measured, self.ranks), **self.experience_metrics(scored, rollout)}
         if self.kl is not None:  # for the next iteration: the logged coefficient is the one used in this
             observe(self.kl.coefficient, scored.extra["reference_kl"], scored, self.ranks)
-        return {**curves, **shift, **timer.metrics()}
+        return {**curves, **further, **shift, **timer.metrics()}
 
     def prepare(self, rollout: Rollout) -> Experience:
         """Compute what stays fixed during the update, without gradients."""

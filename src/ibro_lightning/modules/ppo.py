@@ -21,6 +21,7 @@ from torch import Tensor
 from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import Experience
 from ibro_lightning.batches.ragged import row_wise
+from ibro_lightning.callbacks.needs import watched
 from ibro_lightning.errors import ConfigError, check_at_least, check_count, is_number
 from ibro_lightning.functional import (
     GAE,
@@ -194,6 +195,7 @@ class PPOModule(PolicyModule):
             experience = self.prepare(rollout)  # score → values → advantages [N]
             if trains_policy:
                 observe(self.regularizer.coefficient, experience.old_entropy, experience, self.ranks)
+        further = watched(self, rollout, experience)
         with timer("update"):
             steps = updater.steps(experience, loss, context)
             for step in steps:  # whole groups [n]
@@ -207,7 +209,7 @@ class PPOModule(PolicyModule):
         curves = {**update_metrics(experience, measured, self.ranks), **self.experience_metrics(scored, rollout)}
         if self.kl is not None and trains_policy:  # for the next iteration: this one has used the logged coefficient
             observe(self.kl.coefficient, scored.extra["reference_kl"], scored, self.ranks)
-        return {**curves, **shift, **timer.metrics()}
+        return {**curves, **further, **shift, **timer.metrics()}
 
     def prepare(self, rollout: Rollout) -> Experience:
         """Compute what stays fixed during the update, without gradients."""
