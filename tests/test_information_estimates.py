@@ -136,8 +136,8 @@ EOS = 99
 
 
 def table_score(table: Tensor) -> Any:
-    """The scorer of a policy that answers prompt ``[q]`` by a first token as ``table [q, r]`` says, a second one that is
-    0 or 1 with half a chance each, and EOS."""
+    """The scorer of a policy that answers by a first token as ``table [q, r]`` says, a second one that is 0 or 1 with
+    half a chance each, and EOS."""
 
     def score(sequences: FlatSequences, temperature: float, with_entropy: bool = True) -> tuple[Tensor, Tensor]:
         assert temperature == 0.7
@@ -183,8 +183,8 @@ class TestProbe:
             probe = Probe([[q] for q in range(6)], responses)
             found.append(information_plane(probe.cross_logp(table_score(table), 0.7, torch.device("cpu"))))
         known = binary_entropy(0.25) + 0.25 * math.log(5)
-        assert_mean(torch.stack([p.mutual_information for p in found]), math.log(6) - known, 0.03)
-        assert_mean(torch.stack([p.conditional_entropy for p in found]), known + math.log(2), 0.03)
+        assert_mean(torch.stack([p.mutual_information for p in found]), math.log(6) - known, 0.04)
+        assert_mean(torch.stack([p.conditional_entropy for p in found]), known + math.log(2), 0.04)
         assert all(p.marginal_entropy.item() == pytest.approx(math.log(12), abs=1e-6) for p in found)
 
     def test_ranks_add_up_to_the_matrix_of_one_process(self) -> None:
