@@ -1,11 +1,13 @@
 """What the curves ``information/…`` cost: CPU seconds of the callback over those of the iterations around it.
 
     python benchmarks/information_plane.py --policy runs/sft_quickstart/model
-    python benchmarks/information_plane.py --policy runs/sft_quickstart/model --prompts 16 32
+    python benchmarks/information_plane.py --policy runs/sft_quickstart/model --prompts 16 24
+    python benchmarks/information_plane.py --policy runs/sft_quickstart/model --data.dynamic_sampling null
 
 One run of the quick start, in which every second iteration is measured, with each size in turn. The share is the CPU
 seconds of a measurement over ``period`` times those of the iterations before and after it, without measurements: what
 a run with that period spends on it. The processes in which rewards run are not counted, which makes the share larger.
+Further arguments go to the command line.
 """
 
 from __future__ import annotations
@@ -98,14 +100,14 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=40, help="of the run; the first two do not count")
     parser.add_argument("--prompts", type=int, nargs="+", default=[InformationPlane().prompts], help="M, in turn")
     parser.add_argument("--period", type=int, default=InformationPlane().every_n_iterations)
-    options = parser.parse_args()
+    options, others = parser.parse_known_args()
     clock = Clock(options.prompts)
     clock.install()
     with tempfile.TemporaryDirectory() as folder:
         run = ["--config", str(RECIPE), "--model.policy", options.policy, "--data.eval_sets", "null"]
         epochs = ["--trainer.max_epochs", str(options.iterations), "--trainer.default_root_dir", folder]
         plane = ["--information_plane.every_n_iterations", "2", "--information_plane.template", TEMPLATE]
-        command_line(["fit", *run, *epochs, *plane])
+        command_line(["fit", *run, *epochs, *plane, *others])
     report(clock, options.period)
 
 

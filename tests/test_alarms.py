@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from helpers.runs import curve, refusal
 from ibro_lightning.callbacks.alarms import Alarms
@@ -167,6 +169,12 @@ def test_wrong_settings_are_refused(case: str) -> None:
     with pytest.raises(ConfigError) as refused:
         Alarms(**settings)
     assert line in str(refused.value)
+
+
+def test_without_metrics_it_says_that_it_does_nothing(tmp_path: Path) -> None:
+    trainer = pl.Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=[Alarms()], max_epochs=0)
+    with pytest.warns(UserWarning, match="Alarms does nothing: it needs the metrics of a MetricsLog"):
+        trainer.fit(BoringModel())
 
 
 def test_the_command_line_names_the_setting(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
 
 from helpers.forked import fork_engines
@@ -128,6 +130,13 @@ def test_wrong_settings_are_refused(case: str) -> None:
     with pytest.raises(ConfigError) as refused:
         InformationPlane(**settings)
     assert line in str(refused.value).replace("'", "")
+
+
+def test_a_module_without_rollouts_gets_a_warning(tmp_path: Path) -> None:
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
+    trainer = pl.Trainer(accelerator="cpu", callbacks=[InformationPlane()], max_epochs=0, **off)
+    with pytest.warns(UserWarning, match="InformationPlane does nothing: it needs a module with scorer, updater"):
+        trainer.fit(BoringModel())
 
 
 def test_a_template_that_the_tokenizer_cannot_write_is_named(

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ibro_lightning.callbacks.metrics_log import MetricsLog
 from ibro_lightning.errors import ConfigError, check_at_least, check_count, is_number
+from ibro_lightning.runs.folder import callbacks_of
 
 ENTROPY, LENGTH = "policy/entropy", "rollout/length"
 LOW, HIGH = 0.1, 0.5
@@ -104,6 +107,10 @@ class Alarms(pl.Callback):
         self.raised: dict[str, bool] = {}
         self.first: dict[str, list[float]] = {}
         self.latest: dict[str, deque[float]] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == TrainerFn.FITTING and next(iter(callbacks_of(trainer, MetricsLog)), None) is None:
+            rank_zero_warn("Alarms does nothing: it needs the metrics of a MetricsLog, and the Trainer has none")
 
     def state_dict(self) -> dict[str, Any]:
         latest = {curve: list(values) for curve, values in self.latest.items()}

@@ -9,9 +9,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import Experience
+from ibro_lightning.callbacks.needs import RolloutModule, warn_unless
 from ibro_lightning.errors import ConfigError, check_count
 from ibro_lightning.functional import information_plane
 from ibro_lightning.ranks import Ranks
@@ -62,6 +64,10 @@ class InformationPlane(pl.Callback):
         self.hindsight = None if template is None else HindsightTemplate(template)
         self.start: float | None = None
         """H(r) when it was first measured, in nats."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == TrainerFn.FITTING and self.every_n_iterations:
+            warn_unless(self, pl_module, RolloutModule, "scorer, updater and policy_loss")
 
     def state_dict(self) -> dict[str, Any]:
         return {"start": self.start}

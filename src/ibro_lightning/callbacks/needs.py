@@ -37,6 +37,15 @@ class ExportedModule(Protocol):
 
 
 @runtime_checkable
+class RolloutModule(Protocol):
+    """A module that learns from rollouts, and shows each to the callbacks before its update (:func:`watched`)."""
+
+    scorer: Any
+    updater: Any
+    policy_loss: Any
+
+
+@runtime_checkable
 class ExperienceWatcher(Protocol):
     """A callback that looks at a rollout after its advantages are computed and before its update."""
 
