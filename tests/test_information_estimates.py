@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from helpers.rollouts import make_rollout
 from ibro_lightning.batches import FlatSequences, Rollout
 from ibro_lightning.batches.ragged import row_sums
-from ibro_lightning.functional import ending_rates, information_plane, masked_correlation, quarter
+from ibro_lightning.functional import information_plane
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult
 from ibro_lightning.update.probe import Probe, surprise
@@ -245,60 +244,6 @@ class TestProbe:
         assert surprise(fine, FakeRanks(0, 2, [None, (False, [])])) is None
         nats, _ = surprise(fine, FakeRanks(0, 2, [None, (True, [(2.0, 1.0)])]))
         assert nats.tolist() == [0.5, 0.5, 2.0]
-
-
-class TestPositions:
-    def test_quarters(self) -> None:
-        assert quarter(torch.arange(8), torch.tensor(8)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-        assert quarter(torch.arange(6), torch.tensor(6)).tolist() == [0, 0, 1, 2, 2, 3]
-        assert quarter(torch.arange(2), torch.tensor(2)).tolist() == [0, 2]
-
-    def test_endings_by_quarter_of_the_limit_count_as_the_tokens_are_counted_one_by_one(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        limits = torch.randint(1, 40, (500,), generator=generator)
-        lengths = (torch.rand(500, generator=generator) * limits).long() + 1
-        ended = torch.rand(500, generator=generator) < 0.7
-        endings, tokens = [0] * 4, [0] * 4
-        for length, limit, end in zip(lengths.tolist(), limits.tolist(), ended.tolist(), strict=True):
-            for position in range(length):
-                place = 4 * position // limit
-                tokens[place] += 1
-                endings[place] += end and position == length - 1
-        found = ending_rates(lengths, ended, limits)
-        assert [part.tolist() for part in found] == [endings, tokens]
-
-    def test_the_rate_of_endings_is_the_chance_of_eos(self) -> None:
-        """Responses that end with 0.1 at each token, of at most 16: four standard errors of a rate, at most 0.01."""
-        chance, limit = 0.1, 16
-        generator = torch.Generator().manual_seed(0)
-        ends = torch.rand(20000, limit, generator=generator) < chance
-        ended = ends.any(dim=1)
-        lengths = torch.where(ended, ends.int().argmax(dim=1) + 1, limit)
-        endings, tokens = ending_rates(lengths, ended, torch.full_like(lengths, limit))
-        for count, total in zip(endings.tolist(), tokens.tolist(), strict=True):
-            error = math.sqrt(chance * (1 - chance) / total)
-            assert 4 * error < 0.01
-            assert abs(count / total - chance) < 4 * error
-
-
-class TestCorrelation:
-    def test_as_numpy_has_it(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        x, noise = torch.randn(2, 200, generator=generator).unbind()
-        mask = torch.rand(200, generator=generator) < 0.6
-        y = torch.where(mask, 3.0 - 2.0 * x + noise, torch.nan)
-        known = np.corrcoef(x[mask].double(), y[mask].double())[0, 1]
-        assert masked_correlation(x, y, mask).item() == pytest.approx(known, rel=1e-12)
-
-    def test_what_does_not_vary_has_none(self) -> None:
-        x, mask = torch.tensor([0.1, 0.1, 0.1, 7.0]), torch.tensor([True, True, True, False])
-        assert masked_correlation(x, torch.tensor([1.0, 2.0, 3.0, 4.0]), mask).isnan()
-        assert masked_correlation(x, x, torch.zeros(4, dtype=torch.bool)).isnan()
-
-    def test_it_is_one_of_a_line(self) -> None:
-        x = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
-        mask = torch.ones(3, dtype=torch.bool)
-        assert masked_correlation(x, -3 * x + 1, mask).item() == pytest.approx(-1.0, abs=1e-15)
 
 
 def test_helper_rollouts_have_what_the_probe_reads() -> None:

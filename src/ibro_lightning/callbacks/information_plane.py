@@ -75,6 +75,10 @@ class InformationPlane(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.start = state_dict["start"]
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx < 0:  # another run than that of an earlier fit
+            self.start = None
+
     def on_experience(
         self, trainer: pl.Trainer, pl_module: Any, rollout: Rollout, experience: Experience
     ) -> dict[str, float]:
