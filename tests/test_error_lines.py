@@ -325,5 +325,7 @@ def test_the_list_of_commands_names_all_and_needs_no_torch() -> None:
     script = "import sys; from ibro_lightning.cli.commands import answer; "
     script += "print(answer(sys.argv[1:])); print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True, check=True).stdout
-    assert all(f"\n  {name} " in shown for name in ("fit", "validate", "test", "predict", "compare", "export"))
+    assert all(
+        f"\n  {name} " in shown for name in ("fit", "validate", "test", "predict", "compare", "report", "export")
+    )
     assert shown.endswith("False\n")

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger
 
 from helpers.crash import Moment, fit, kill, logs, write_recipe
+from helpers.studies import small_study
 from helpers.user_code import USER_CODE
 from ibro_lightning.callbacks.rollout_log import set_predictions_aside
 from ibro_lightning.cli.export import check_free
@@ -46,6 +47,7 @@ from ibro_lightning.runs.model_folders import begin, finish, own_files
 from ibro_lightning.runs.moving import holds_training, make_room, move, put_back, recover, reopen
 from ibro_lightning.runs.resume import forget_beginning, remove_partial, wind_back
 from ibro_lightning.runs.settings import set_settings_aside
+from ibro_lightning.studies.report.command import write_report
 
 ABOUT = {"iteration": 1, "evaluated": True, "loggers": []}
 
@@ -722,7 +724,13 @@ def test_the_list_in_the_documentation_is_the_catalogue() -> None:
 
 
 DOCUMENTATION = Path(__file__).parents[1] / "docs" / "files.md"
-NAMES_OF = {"<run>": "run", "<out>": "policy", "<json>": "x.json", "<command>": "(?:validate|test|predict)"}
+NAMES_OF = {
+    "<run>": "run",
+    "<out>": "policy",
+    "<json>": "x.json",
+    "<report>": "report",
+    "<command>": "(?:validate|test|predict)",
+}
 
 
 def documented() -> dict[str, re.Pattern[str]]:
@@ -750,9 +758,13 @@ def undocumented(paths: Collection[str], known: Mapping[str, re.Pattern[str]] | 
 
 
 def test_every_name_that_a_command_writes_is_in_the_documentation_and_no_other(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Path],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Those of whole commands, of the rarer moves, and of locks."""
+    study = small_study(tmp_path_factory.mktemp("study"))
     made = {name for names in MADE.values() for name in names if not name.startswith("out")}
     made |= {name.removeprefix("out/") for names in MADE.values() for name in names if name.startswith("out/")}
     run, number = tmp_path / "run", "iteration_000001.ckpt"
@@ -768,6 +780,8 @@ def test_every_name_that_a_command_writes_is_in_the_documentation_and_no_other(
         evaluation = str(runs["ppo"] / "run" / "evaluations" / "iteration_000000.json")
         for _ in range(2):
             compare([evaluation, evaluation, "--json", str(tmp_path / "x.json")])
+        write(tmp_path, "report/report.md")
+        write_report([study], tmp_path / "report", overwrite=True)
         (run / "metrics.csv").write_text("step,x\n1,2\n3,4\n")
         open_csv(CSVLogger(tmp_path, name="run", version=""))
         cut_rows(run / "metrics.csv", 1)

@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": "generate and judge responses to the questions of data.eval_sets",
     "study": "run a recipe in several arms with many seeds, as a study file plans it",
     "compare": "compare two evaluations of the same questions",
+    "report": "report on a study, or on runs: tables, tests, curves",
     "export": "write a checkpoint's policy as a Hugging Face folder",
 }
 USAGE = f"""usage: ibro-lightning COMMAND [--config RECIPE] [--SETTING VALUE ...]

@@ -1,6 +1,6 @@
 """Entry point of the command line: runs the command, and handles output and exit.
 
-A command imports what it needs and no more: ``compare``, and the help of ``compare`` and ``export``, need no torch.
+A command imports what it needs and no more: ``compare`` and ``report``, and the help of ``export``, need no torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(args: Sequence[str] | None = None) -> None:
             print(text)
         else:
             command(argv)(argv)
-        if text is not None or argv[0] in ("compare", "export"):  # their result is what they print
+        if text is not None or argv[0] in ("compare", "report", "export"):  # their result is what they print
             printing.check_delivered()
 
 
