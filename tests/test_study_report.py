@@ -11,6 +11,8 @@ from html import unescape
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -121,6 +123,17 @@ def test_a_report_of_a_study_with_a_failing_arm_that_is_still_running(tmp_path: 
     assert "looking early is not in the plan" in text
     assert "| DAPO + naive | 8 | failed | 2 | WeightSyncError: after a sync" in text
     assert "Seeds 7 and 8 have no result in one of the two." in text
+
+
+def test_what_ran_the_trials_and_where_they_started(tmp_path: Path) -> None:
+    path = small_study(tmp_path) / "trials.parquet"
+    rows = pq.read_table(path).to_pylist()
+    for row, policy in zip(rows, ("a", "b", "a", "c"), strict=True):
+        row |= {"base_policy": policy, "code": "0123456789ab" + "+changes" * (policy == "c")}
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    text = write_report([tmp_path]).with_suffix(".md").read_text()
+    assert "Seed 2: not all arms started from the same base policy" in text
+    assert "Code: commit 0123456789ab (3 trials) and 0123456789ab+changes (1 trial)." in text
 
 
 def test_a_report_before_any_trial_has_finished(tmp_path: Path) -> None:

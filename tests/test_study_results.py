@@ -20,7 +20,7 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.studies.analysis import at_entropy, changed_questions, comparisons, matched_entropy, other_outcomes
 from ibro_lightning.studies.curves import Point, read_curves
 from ibro_lightning.studies.history import history_of
-from ibro_lightning.studies.plan import study_of
+from ibro_lightning.studies.plan import read_study, study_of
 from ibro_lightning.studies.results import read_results
 from ibro_lightning.studies.run_folders import read_runs
 
@@ -100,6 +100,17 @@ def test_a_metric_that_no_trial_has(tmp_path: Path) -> None:
 def test_what_is_no_study_file(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         study_of({**study_file([1]), **change}, "study.yaml")
+
+
+def test_arms_of_a_grid_are_those_that_were_run() -> None:
+    grid = {"grid": {"model.regularizer.coef": [0.1, 0.2]}, "label": "IB"}
+    study = study_of(study_file([1], {"none": {}, "ib": grid}, comparisons=[["none", "ib,coef=0.2"]]), "study.yaml")
+    assert study.labels == {"none": "none", "ib,coef=0.1": "IB, coef=0.1", "ib,coef=0.2": "IB, coef=0.2"}
+
+
+def test_the_shipped_studies_can_be_reported_on() -> None:
+    for path in sorted(Path(__file__).parents[1].glob("configs/studies/*.yaml")):
+        assert read_study(path).plan.comparisons
 
 
 def test_accuracy_is_interpolated_to_an_entropy_and_not_beyond() -> None:

@@ -44,6 +44,10 @@ def command(argv: Sequence[str]) -> Callable[[Sequence[str]], None]:
             from ibro_lightning.cli.study import main as study
 
             return lambda argv: study(argv[1:])
+        if argv[0] == "report":
+            from ibro_lightning.studies.report.command import main as report
+
+            return lambda argv: report(argv[1:])
         if argv[0] == "export":
             return _export
         from ibro_lightning.cli.run import main as run

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.studies.spec import Arm, spread
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def read_study(path: Path) -> Study:
 def study_of(content: Any, where: str) -> Study:
     """The study that a file's content describes; ``where`` it is, for errors."""
     try:
-        arms = {str(name): dict(arm or {}) for name, arm in dict(content["arms"]).items()}
+        arms = _arms(dict(content["arms"]))
         plan = _plan(dict(content["plan"]))
         if unknown := sorted({arm for pair in plan.comparisons for arm in pair} - {*arms}):
             raise ValueError(f"its comparisons name {', '.join(unknown)}, which is no arm of it")
@@ -85,13 +86,22 @@ def study_of(content: Any, where: str) -> Study:
         return Study(
             name=str(content["name"]),
             plan=plan,
-            labels={name: str(arm.get("label") or name) for name, arm in arms.items()},
+            labels={name: arm.label or name for name, arm in arms.items()},
             seeds=tuple(int(seed) for seed in content["seeds"]),
             content=dict(content),
         )
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, LookupError) else str(error)
         raise ConfigError("report", where, f"this is no study file: {reason}") from error
+
+
+def _arms(content: dict[str, Any]) -> dict[str, Arm]:
+    """Arms as they were run, grids spread out."""
+    known = Arm.__dataclass_fields__
+    given = {
+        str(name): {key: value for key, value in (arm or {}).items() if key in known} for name, arm in content.items()
+    }
+    return dict(point for name, arm in given.items() for point in spread(name, Arm(**arm)))
 
 
 def _plan(content: dict[str, Any]) -> Plan:

@@ -40,6 +40,10 @@ class Trial:
     attempts: int = 1
     error: str = ""
     """Why it failed, one line."""
+    base_policy: str = ""
+    """Digest of the weights that it started from; empty where there is no base policy."""
+    code: str = ""
+    """Commit of the code that ran it, with ``+changes`` if files differed from it."""
 
 
 @dataclass(frozen=True)
@@ -196,11 +200,8 @@ def read_results(folder: Path) -> Results:
     """
     study = read_study(folder / STUDY)
     points = _points(folder / RESULTS)
-    rows = _table(folder / TRIALS, ("arm", "seed", "state", "attempts", "error"))
-    trials = tuple(
-        Trial(arm, int(seed), state, int(attempts), error or "")
-        for arm, seed, state, attempts, error in zip(*rows.values(), strict=True)
-    )
+    rows = _table(folder / TRIALS, ("arm", "seed", "state", "attempts", "error"), ("base_policy", "code"))
+    trials = tuple(Trial(**dict(zip(rows, row, strict=True))) for row in zip(*rows.values(), strict=True))
     known = {(trial.arm, trial.seed) for trial in trials}
     for arm, seed in sorted({*zip(points.arm.tolist(), points.seed.tolist(), strict=True)}):
         if (points.arm_names[arm], seed) not in known:
@@ -220,34 +221,35 @@ def _points(path: Path) -> Points:
     return points
 
 
-def _read(path: Path, columns: Sequence[str]) -> pa.Table:
+def _read(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> pa.Table:
     if not path.is_file():
         raise ConfigError("report", str(path), "this file is missing: run `study` again, which writes it")
     try:
-        missing = [name for name in columns if name not in pq.read_schema(path).names]
+        there = pq.read_schema(path).names
+        missing = [name for name in columns if name not in there]
         if missing:
             raise ValueError(f"it has no column {', '.join(missing)}")
-        return pq.read_table(path, columns=list(columns))
+        return pq.read_table(path, columns=[*columns, *(name for name in optional if name in there)])
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ConfigError("report", str(path), f"this file cannot be read: {error}") from error
 
 
-def _table(path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
-    table = _read(path, columns)
-    return {name: table[name].to_pylist() for name in columns}
+def _table(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> dict[str, list[Any]]:
+    """``{column: values}``, an ``optional`` column where there is one."""
+    table = _read(path, columns, optional)
+    return {name: table[name].to_pylist() for name in table.column_names}
 
 
 def _questions(path: Path) -> tuple[Question, ...]:
-    """At the temperature nearest to 1 only; none if there is no such file."""
+    """None if there is no such file. Where questions were asked at several temperatures, those nearest to 1."""
     if not path.is_file():
         return ()
     names = ("arm", "seed", "set", "question", "text", "answer", "avg", "response", "right")
-    table = _table(path, (*names, "temperature"))
-    temperatures = table.pop("temperature")
+    table = _table(path, names, ("temperature",))
+    temperatures = table.pop("temperature", [1.0] * len(table["arm"]))
     usual = min(temperatures, key=lambda t: abs(t - 1.0), default=1.0)
-    return tuple(
-        Question(*row) for *row, temperature in zip(*table.values(), temperatures, strict=True) if temperature == usual
-    )
+    rows = zip(zip(*table.values(), strict=True), temperatures, strict=True)
+    return tuple(Question(*row) for row, temperature in rows if temperature == usual)
 
 
 def _versions(path: Path) -> dict[str, Any]:

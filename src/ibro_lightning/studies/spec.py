@@ -165,7 +165,7 @@ class Study:
 
     def all_arms(self) -> dict[str, Arm]:
         """The arms with their grids spread out."""
-        return dict(arm for name, given in self.arms.items() for arm in _spread(name, given))
+        return dict(arm for name, given in self.arms.items() for arm in spread(name, given))
 
     def trials(self) -> Iterator[Trial]:
         """All trials, seed after seed, so that a study that is cut short has whole pairs."""
@@ -183,7 +183,8 @@ class Study:
         return Trial(None, seed, arguments(self.base_policy.recipe, settings))
 
 
-def _spread(name: str, arm: Arm) -> Iterator[tuple[str, Arm]]:
+def spread(name: str, arm: Arm) -> Iterator[tuple[str, Arm]]:
+    """An arm's grid as arms, ``(name, arm)`` each; itself without a grid."""
     for values in product(*arm.grid.values()):
         point = dict(zip(arm.grid, values, strict=True))
         given = "".join(f",{key.rsplit('.', 1)[-1]}={value}" for key, value in point.items())

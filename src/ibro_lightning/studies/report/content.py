@@ -47,6 +47,7 @@ def _lead(results: Results, compared: Sequence[Comparison]) -> list[Block]:
         blocks.append(Notice("These runs follow no plan: all that is below is exploratory."))
     if results.finished and (unequal := sentences.of_unequal_ends(results, metric)):
         blocks.append(Notice(unequal[0]))
+    blocks += [Notice(text) for text in sentences.of_base_policies(results)]
     unit = unit_of(metric)
     shown = [" ".join(sentences.of_comparison(one, study, unit, len(compared))) for one in compared]
     shown += [sentences.of_matched(matched, study, unit_of("avg@1")) for matched in analysis.matched_entropy(results)]
@@ -146,7 +147,7 @@ def _failures(results: Results) -> list[Section]:
 
 
 def _repeat(results: Results, history: History) -> Section:
-    blocks: list[Block] = [Text([f"Seeds: {listed(results.seeds)}."])]
+    blocks: list[Block] = [Text([f"Seeds: {listed(results.seeds)}.", *sentences.of_code(results)])]
     if results.planned:
         file = history.path or f"studies/{results.study.name}.yaml"
         commands = (

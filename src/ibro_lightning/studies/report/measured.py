@@ -44,7 +44,9 @@ def matched(results: Results) -> list[Section]:
         "token) that the reference has at temperature 1. outside: seeds without such a temperature; nothing is "
         "extrapolated. No p-values: no test of this was planned."
     )
-    tables = [Table(columns, rows, note, words=2)] if rows else []
+    unmatched = "Nothing is compared at equal entropy: the results have no entropy at temperature 1."
+    needed = bool(study.plan.comparisons) and not rows
+    tables: list[Block] = [Table(columns, rows, note, words=2)] if rows else [Text([unmatched])] * needed
     images = Figures([figures.against_entropy(results, part) for part in parts])
     return [Section("Accuracy at matched entropy", [*tables, images], exploratory=True)]
 

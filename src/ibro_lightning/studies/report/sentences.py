@@ -121,3 +121,29 @@ def of_unequal_ends(results: Results, metric: str) -> list[str]:
         return []
     each = listed([f"{results.study.label(arm)} after {end}" for arm, end in ends.items()])
     return [f"The arms were not trained for equally long: {each} iterations. Differences include that."]
+
+
+def of_base_policies(results: Results) -> list[str]:
+    """A warning where trials of one seed did not start from the same weights."""
+    by_seed: dict[int, set[str]] = {}
+    for trial in results.trials:
+        if trial.base_policy:
+            by_seed.setdefault(trial.seed, set()).add(trial.base_policy)
+    apart = sorted(seed for seed, policies in by_seed.items() if len(policies) > 1)
+    if not apart:
+        return []
+    seeds = f"{'Seeds' if len(apart) > 1 else 'Seed'} {listed(apart)}"
+    return [f"{seeds}: not all arms started from the same base policy, so that pairing takes less away."]
+
+
+def of_code(results: Results) -> list[str]:
+    """Which code ran the trials."""
+    codes: dict[str, int] = {}
+    for trial in results.trials:
+        if trial.code:
+            codes[trial.code] = codes.get(trial.code, 0) + 1
+    if not codes:
+        return []
+    each = listed([f"{code} ({plural(count, 'trial')})" for code, count in codes.items()])
+    changed = " +changes: with changes that are not in the commit." * any("+" in code for code in codes)
+    return [f"Code: commit {each}.{changed}"]
