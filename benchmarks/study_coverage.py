@@ -17,7 +17,7 @@ Two arms share seeds with a correlation of 0, 0.5 or 0.9 (a Gaussian copula). It
   the sign-flip test.
 
 The functions are those that the report calls, but with 16 seeds signs are drawn 2,000 times in place of 20,000. The
-numbers are reproducible: every row has a seed of its own. It takes about ten minutes.
+numbers are reproducible: every row has a seed of its own. It takes half an hour of CPU time.
 """
 
 from __future__ import annotations
