@@ -9,7 +9,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_PY = $(VLLM_VENV)/bin/python
 VLLM_READY = $(VLLM_VENV)/.ready
 
-.PHONY: quickstart quickstart-ppo quickstart-vllm test test-vllm lint clean
+.PHONY: quickstart quickstart-ppo quickstart-vllm test tests test-vllm lint style types clean
 
 # DAPO with IB regularisation on the embedded engine, on a CPU. ARGS go to the training command,
 # e.g. make quickstart ARGS="--seed_everything 2".
@@ -37,13 +37,20 @@ test-vllm: $(VLLM_READY)
 	$(VLLM_PY) -m pytest -n 2 --dist loadfile tests/vllm
 
 # worksteal: a worker runs files one after the other, so that what a file prepares is prepared once. Three on two cores,
-# because some tests wait for processes of their own.
-test: $(READY) lint
+# because some tests wait for processes of their own. mypy, whose first run takes twenty seconds on one core, runs beside.
+test: $(READY) style
+	$(MAKE) --jobs 2 types tests
+
+tests: $(READY)
 	$(PY) -m pytest -n 3 --dist worksteal -m "not slow and not alone"
 
-lint: $(READY)
+lint: style types
+
+style: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+types: $(READY)
 	$(PY) -m mypy
 
 # torch first and by its pin: asked for through another package, a looser range would pull in another build.

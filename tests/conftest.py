@@ -1,6 +1,7 @@
 """Shared fixtures: one thread (two contended OpenMP pools are far slower than one), and a tiny policy on disk.
 
-xdist's controller imports this file and runs no test: transformers is imported where it is used."""
+xdist's controller, for which the workers wait, imports this file and runs no test: what takes long to import is
+imported where it is used."""
 
 from __future__ import annotations
 
@@ -13,8 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from hypothesis import settings
 
 from helpers.user_code import USER_CODE
 
@@ -30,15 +29,19 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PLACES))
 # A process that is killed loses nothing of what it has given the kernel, so waiting for the disk would show nothing.
 # That files are synced, and in which order, is seen from the calls, in test_damaged_checkpoints.py.
 os.fsync = lambda descriptor: None
-torch.set_num_threads(1)
-settings.register_profile("untimed", deadline=None)  # an example takes as long as a busy machine lets it
-settings.load_profile("untimed")
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
     """Imported modules and collected tests stay for the whole session: the garbage collector need not visit them."""
     gc.disable()
+    if not session.config.pluginmanager.has_plugin("dsession"):  # the controller's, which collects nothing
+        import torch
+        from hypothesis import settings
+
+        torch.set_num_threads(1)
+        settings.register_profile("untimed", deadline=None)  # an example takes as long as a busy machine lets it
+        settings.load_profile("untimed")
     try:
         return (yield)
     finally:

@@ -214,6 +214,8 @@ def sides(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) ->
             return (subprocess.run if fresh else forked.run)(command, **settings)
 
         monkeypatch.setattr(against_trl, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+        # Two threads that wait for each other in a loop take the CPU from each other on a busy machine.
+        monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
         recipe = work.read_recipe(made.recipes["ours"])
         data = recipe["data"]["init_args"]
         data["source"]["init_args"]["task"] = {"class_path": "NumberPath", "init_args": {"size": 12}}

@@ -59,7 +59,7 @@ def small_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
         vocab_size=4096,
         hidden_size=128,
         intermediate_size=344,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -259,7 +259,7 @@ def test_the_engines_cache(small_llama: str) -> None:
     sampling = SamplingParams(max_tokens=96)
     where = {"prompt": 32, "group_size": 4, "responses": 32}
     found = engine_memory(HFEngine(max_batch_size=16), config, 1000, sampling, Layout(), **where)
-    assert found.cache == 16 * (32 + 96) * 4 * (2 * 2 * 32) * 4  # rows, tokens, layers, keys and values, bytes
+    assert found.cache == 16 * (32 + 96) * 2 * (2 * 2 * 32) * 4  # rows, tokens, layers, keys and values, bytes
     assert (found.weights, found.stays) == (4000, True)
     assert found.work > 16 * 4096 * 8, "cumulative sums in float64"
     gpu = Layout(device="cuda", memory=80 * GIB)

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ class IbroCLI(LightningCLI):
             self.resumed = check_continues(checkpoint, folder, type(self.model).__name__)
             check_limits(read_about(checkpoint), self.trainer.max_epochs, self.trainer.max_steps, checkpoint)
             options = self._get(self.config_init, "resume")
-            check_settings(checkpoint, self._settings(), options)
+            check_settings(checkpoint, self._settings, options)
             if isinstance(self.datamodule, RolloutDataModule):
                 self.datamodule.allow_other_prompts = options.allow_changes
             if isinstance(self.model, PolicyModule):
@@ -197,7 +197,7 @@ class IbroCLI(LightningCLI):
             rank_zero_info(f"there is no checkpoint in {folder} yet: starting from the beginning")
             if continues := forget_beginning(folder):
                 reopen(folder)
-        kept = keep_settings(folder, self._settings()) if continues else None
+        kept = keep_settings(folder, self._settings) if continues else None
         needed = self.model.source_folders if isinstance(self.model, PolicyModule) else ()
         room = None if continues else make_room(folder, needed, RunLock.of(self.trainer).wait_s)
         try:
@@ -213,6 +213,7 @@ class IbroCLI(LightningCLI):
                     put_back(room)
             raise
 
+    @cached_property
     def _settings(self) -> RunSettings:
         """The run's settings as ``config.yaml`` will hold them."""
         parser = self._parser(self.subcommand)
