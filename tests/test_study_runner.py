@@ -39,7 +39,7 @@ STUDY = Study(
     arms={"low": Arm({"model.quality": 0.25}), "high": Arm({"model.quality": 0.75})},
     seeds=[1, 2],
     base_policy=BasePolicy("sft_quickstart.yaml"),
-    temperatures=[0.5, 1.0],
+    temperatures=[0.5, 1.5],
 )
 
 
@@ -183,7 +183,8 @@ def test_a_study_of_real_jobs(tmp_path: Path) -> None:
         assert found[trial, "val/paths/avg@2", 0] == found[trial, "val/paths/avg@2", 2] == quality
         assert found[trial, "rollout/length", 10] == 3.5  # the mean of iterations 1 to 10, of which there are two
         assert found[trial, "at_temperature/0.5/paths/avg@2", 2] == quality
-        assert found[trial, "at_temperature/1/paths/entropy", 2] == 0.5
+        for temperature in ("0.5", "1", "1.5"):  # 1 is that of the recipe's own last evaluation
+            assert found[trial, f"at_temperature/{temperature}/paths/entropy", 2] == 0.5
     assert not any(metric.startswith("time/") for _, metric, _ in found)
     assert {row["question"]: row["avg"] for row in rows(tmp_path, "questions") if row["arm"] == "high"} == {
         "a": 0.75,

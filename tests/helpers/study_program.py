@@ -47,7 +47,8 @@ def main() -> None:
         for name, value in metrics.items():
             writer.add_event(Event(step=iteration, summary=scalar_pb(name, value), wall_time=0.0))
     writer.close()
-    evaluate(known.folder / "evaluations/iteration_000002", "paths", known)
+    result = {"paths": evaluate(known.folder / "evaluations/iteration_000002", "paths", known)}
+    (known.folder / "evaluations/iteration_000002.json").write_text(json.dumps(result))
 
 
 def behave(folder: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from ibro_lightning.guards.disk import write_json, written_atomically
 from ibro_lightning.studies.curves import read_curves
@@ -45,7 +46,7 @@ def gather(study: Study, trial: Trial, folder: Path, spent: Mapping[str, float])
     curves = read_curves(folder)
     last = max((iteration for _, iteration, _ in curves), default=0)
     kept = list(thinned(curves, study.curves, study.every))
-    kept += [(metric, last, value) for metric, value in at_temperatures(study, folder)]
+    kept += [(metric, last, value) for metric, value in at_temperatures(study, folder, last)]
     timings = [
         (metric, last, float(np.mean([value for name, _, value in curves if name == metric])))
         for metric in sorted({name for name, _, _ in curves if name.startswith(TIMINGS)})
@@ -91,22 +92,33 @@ def temperature_folder(folder: Path) -> Path:
     return folder.with_name(folder.name + ".temperatures")
 
 
-def at_temperatures(study: Study, folder: Path) -> Iterable[tuple[str, float]]:
-    """Accuracy and entropy of the trained policy at each temperature.
+def at_temperatures(study: Study, folder: Path, last: int) -> Iterable[tuple[str, float]]:
+    """Accuracy and entropy of the trained policy at the study's temperatures and at that of its last evaluation.
 
     The entropy, in nats per token, is the mean of −log π over the tokens of its samples: without bias for the
     distribution that they come from, which is that of the temperature.
     """
-    evaluation = temperature_folder(folder) / "evaluations" / "validate.json"
-    if not study.temperatures or not evaluation.exists():
-        return
-    for name, result in json.loads(evaluation.read_text()).items():
-        plain, number = name.rsplit("-t", 1)
-        at = f"at_temperature/{study.temperatures[int(number)]:g}/{plain}"
+    own = folder / "evaluations" / f"iteration_{last:06d}.json"
+    sets = yaml.safe_load((folder / "config.yaml").read_text())["data"]["init_args"]["eval_sets"]
+    yield from _accuracies(own, lambda name: (name, sets[name]["sampling"]["temperature"]))
+    if study.temperatures:
+        evaluation = temperature_folder(folder) / "evaluations" / "validate.json"
+        yield from _accuracies(evaluation, lambda name: _name_and_temperature(name, study.temperatures))
+
+
+def _accuracies(evaluation: Path, place: Callable[[str], tuple[str, float]]) -> Iterable[tuple[str, float]]:
+    for name, result in json.loads(evaluation.read_text()).items() if evaluation.exists() else ():
+        plain, temperature = place(name)
+        at = f"at_temperature/{temperature:g}/{plain}"
         yield f"{at}/avg@{result['samples']}", result["avg_at_k"]["mean"]
         table = read_samples(evaluation.with_suffix("") / name, ["mean_logp", "response_tokens"])
         logp, tokens = (column.to_numpy() for column in table.columns)
         yield f"{at}/entropy", float(-(logp * tokens).sum() / tokens.sum())
+
+
+def _name_and_temperature(name: str, temperatures: Sequence[float]) -> tuple[str, float]:
+    plain, number = name.rsplit("-t", 1)
+    return plain, temperatures[int(number)]
 
 
 def questions_table(trial: Trial, folder: Path, iteration: int) -> pa.Table:
