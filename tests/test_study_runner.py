@@ -172,6 +172,19 @@ def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
     assert ResultsStore(more, tmp_path / "results").count("finished").total() == 4
 
 
+def test_a_folder_with_other_files_under_these_names_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "results.parquet").write_text("mine")
+    with pytest.raises(ConfigError, match=r"results: .* - results.parquet there is no study's: write another folder"):
+        ResultsStore(STUDY, folder)
+    assert [path.read_text() for path in folder.iterdir()] == ["mine"]
+    (folder / "results.parquet").unlink()
+    ResultsStore(STUDY, folder)
+    with pytest.raises(ConfigError, match=r"study.yaml there is of the study tiny: write another folder"):
+        ResultsStore(replace(STUDY, name="another"), folder)
+
+
 def test_a_study_of_real_jobs(tmp_path: Path) -> None:
     (tmp_path / "behaviour.json").write_text(json.dumps({"low/seed_2": "fail once", "high/seed_1": "fail"}))
     runs(Jobs(Execution(at_once=2), tmp_path / "jobs"), tmp_path)

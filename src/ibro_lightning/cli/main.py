@@ -13,6 +13,7 @@ from ibro_lightning.cli.commands import answer, export_parser
 from ibro_lightning.cli.recipes import resolve_configs
 from ibro_lightning.guards import interruption, printing, signals
 from ibro_lightning.guards.endings import ended
+from ibro_lightning.studies.extras import extra_packages
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -41,7 +42,8 @@ def command(argv: Sequence[str]) -> Callable[[Sequence[str]], None]:
 
             return lambda argv: compare(argv[1:])
         if argv[0] == "study":
-            from ibro_lightning.cli.study import main as study
+            with extra_packages():
+                from ibro_lightning.cli.study import main as study
 
             return lambda argv: study(argv[1:])
         if argv[0] == "report":

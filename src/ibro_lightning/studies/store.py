@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import yaml
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.disk import write_json, written_atomically
@@ -35,10 +36,15 @@ class ResultsStore:
 
     Args:
         folder: created if it is not there.
+
+    Raises:
+        ConfigError: the folder has results of another study, of trials whose settings have changed since, or files that
+            no study wrote under the names of ours.
     """
 
     def __init__(self, study: Study, folder: Path) -> None:
         self.study, self.folder = study, folder
+        self._check_ours()
         self.tables = {name: read_table(folder / f"{name}.parquet", schema) for name, schema in TABLES.items()}
         self._check_unchanged()
         self.code = code_version()
@@ -95,6 +101,19 @@ class ResultsStore:
             # In one piece, so that the same rows are the same bytes.
             write_table(self.folder / f"{name}.parquet", table.combine_chunks().take(np.argsort(order, kind="stable")))
         write_json(self.folder / "versions.json", versions())
+
+    def _check_ours(self) -> None:
+        names = ["study.yaml", "versions.json", *(f"{name}.parquet" for name in TABLES)]
+        if not (there := [name for name in names if (self.folder / name).exists()]):
+            return
+        try:
+            name = yaml.safe_load((self.folder / "study.yaml").read_text())["name"]
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            name = None
+        if name != self.study.name:
+            whose = "is no study's" if name is None else f"is of the study {name}"
+            remedy = f"{there[0]} there {whose}: write another folder"
+            raise ConfigError("results", str(self.folder), remedy)
 
     def _check_unchanged(self) -> None:
         digests = {row["trial"]: row["digest"] for row in self.tables["trials"].to_pylist()}
