@@ -125,6 +125,21 @@ def test_a_report_of_a_study_with_a_failing_arm_that_is_still_running(tmp_path: 
     assert "Seeds 7 and 8 have no result in one of the two." in text
 
 
+def test_alarms_of_the_runs_are_listed_by_arm(tmp_path: Path) -> None:
+    rows = final_rows({"none": [0.8, 0.7], "ib": [0.9, 0.75]})
+    alarm = "alarm/entropy_collapse"
+    rows += [("none", seed, iteration, alarm, 0.0) for seed in (1, 2) for iteration in (10, 20)]
+    rows += [("ib", 1, 10, alarm, 0.0), ("ib", 1, 20, alarm, 0.4), ("ib", 2, 10, alarm, 0.0), ("ib", 2, 20, alarm, 0.0)]
+    arms = {name: ARMS[name] for name in ("none", "ib")}
+    folder = write_results(tmp_path / "study", rows, study_file([1, 2], arms, comparisons=[["none", "ib"]]))
+    write_report([folder], tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("## Alarms")[1].splitlines()]
+    assert ["arm", "entropy collapse"] in table
+    assert ["DAPO", "–"] in table
+    assert ["DAPO + IB", "1 of 2, from 20"] in table
+
+
 def test_what_ran_the_trials_and_where_they_started(tmp_path: Path) -> None:
     path = small_study(tmp_path) / "trials.parquet"
     rows = pq.read_table(path).to_pylist()

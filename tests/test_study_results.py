@@ -20,7 +20,7 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.studies.analysis import at_entropy, changed_questions, comparisons, matched_entropy, other_outcomes
 from ibro_lightning.studies.curves import Point, read_curves
 from ibro_lightning.studies.history import history_of
-from ibro_lightning.studies.plan import read_study, study_of
+from ibro_lightning.studies.plan import read_reported, study_of
 from ibro_lightning.studies.results import read_results
 from ibro_lightning.studies.run_folders import read_runs
 
@@ -110,7 +110,7 @@ def test_arms_of_a_grid_are_those_that_were_run() -> None:
 
 def test_the_shipped_studies_can_be_reported_on() -> None:
     for path in sorted(Path(__file__).parents[1].glob("configs/studies/*.yaml")):
-        assert read_study(path).plan.comparisons
+        assert read_reported(path).plan.comparisons
 
 
 def test_accuracy_is_interpolated_to_an_entropy_and_not_beyond() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ibro_lightning.studies.plan import Study
+from ibro_lightning.studies.plan import ReportedStudy
 from ibro_lightning.studies.results import RESULTS, STUDY
 
 WARNING = "WARNING: "
@@ -67,7 +67,7 @@ class History:
         return said
 
 
-def history_of(folder: Path, study: Study) -> History:
+def history_of(folder: Path, study: ReportedStudy) -> History:
     """The history of the study behind a results folder.
 
     The study file is the committed one of that name in a folder ``studies`` (``configs/studies/NAME.yaml``), or else

@@ -15,7 +15,7 @@ from ibro_lightning.studies.spec import Arm, spread
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReportedPlan:
     """What was settled before the results; empty for runs without a study.
 
     This reads more leniently than the runner's own classes, as reports are made again long after their study."""
@@ -47,11 +47,11 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Study:
+class ReportedStudy:
     """A study file: the plan, and what was run for it."""
 
     name: str
-    plan: Plan
+    plan: ReportedPlan
     labels: Mapping[str, str]
     """``{arm: how to call it}``, in the order of the file."""
     seeds: tuple[int, ...]
@@ -62,7 +62,7 @@ class Study:
         return self.labels.get(arm, arm)
 
 
-def read_study(path: Path) -> Study:
+def read_reported(path: Path) -> ReportedStudy:
     """Read a study file; raises :class:`ConfigError` where it is missing, or is not one."""
     try:
         content = yaml.safe_load(path.read_text())
@@ -74,7 +74,7 @@ def read_study(path: Path) -> Study:
     return study_of(content, str(path))
 
 
-def study_of(content: Any, where: str) -> Study:
+def study_of(content: Any, where: str) -> ReportedStudy:
     """The study that a file's content describes; ``where`` it is, for errors."""
     try:
         arms = _arms(dict(content["arms"]))
@@ -83,7 +83,7 @@ def study_of(content: Any, where: str) -> Study:
             raise ValueError(f"its comparisons name {', '.join(unknown)}, which is no arm of it")
         if plan.test != "sign_flip":
             raise ValueError(f"its test is {plan.test}, and the report has sign_flip alone")
-        return Study(
+        return ReportedStudy(
             name=str(content["name"]),
             plan=plan,
             labels={name: arm.label or name for name, arm in arms.items()},
@@ -104,11 +104,11 @@ def _arms(content: dict[str, Any]) -> dict[str, Arm]:
     return dict(point for name, arm in given.items() for point in spread(name, Arm(**arm)))
 
 
-def _plan(content: dict[str, Any]) -> Plan:
+def _plan(content: dict[str, Any]) -> ReportedPlan:
     def number(key: str) -> float | None:
         return None if content.get(key) is None else float(content[key])
 
-    return Plan(
+    return ReportedPlan(
         metric=str(content["metric"]),
         comparisons=tuple((str(first), str(second)) for first, second in content["comparisons"]),
         test=str(content.get("test", "sign_flip")),

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.studies.plan import Study, read_study
+from ibro_lightning.studies.plan import ReportedStudy, read_reported
 
 Column = np.ndarray[Any, Any]
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
@@ -116,7 +116,7 @@ class Results:
     """All that the report knows of a study."""
 
     folder: Path
-    study: Study
+    study: ReportedStudy
     points: Points
     trials: tuple[Trial, ...]
     questions: tuple[Question, ...] = ()
@@ -198,7 +198,7 @@ def read_results(folder: Path) -> Results:
     Raises:
         ConfigError: a file is missing, cannot be read or lacks a column; or a trial has a point twice.
     """
-    study = read_study(folder / STUDY)
+    study = read_reported(folder / STUDY)
     points = _points(folder / RESULTS)
     rows = _table(folder / TRIALS, ("arm", "seed", "state", "attempts", "error"), ("base_policy", "code"))
     trials = tuple(Trial(**dict(zip(rows, row, strict=True))) for row in zip(*rows.values(), strict=True))

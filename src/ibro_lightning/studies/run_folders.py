@@ -14,7 +14,7 @@ import yaml
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.studies.curves import read_curves
-from ibro_lightning.studies.plan import Plan, Study
+from ibro_lightning.studies.plan import ReportedPlan, ReportedStudy
 from ibro_lightning.studies.results import FINISHED, Points, Question, Results, Trial
 
 SEED = "seed_everything"
@@ -60,9 +60,9 @@ def read_runs(folders: Sequence[Path], metric: str = "") -> Results:
         questions += list(_questions(folder, arm, seed))
     names = ("arm", "seed", "iteration", "metric", "value")
     columns = Points.of(pa.table(dict(zip(names, map(pa.array, zip(*points, strict=True)), strict=True))))
-    plan = Plan(metric=metric or _outcome(columns.metric_names), comparisons=_all_with_first(trials))
+    plan = ReportedPlan(metric=metric or _outcome(columns.metric_names), comparisons=_all_with_first(trials))
     labels = {trial.arm: trial.arm for trial in trials}
-    study = Study("runs", plan, labels, tuple(sorted({trial.seed for trial in trials})), {})
+    study = ReportedStudy("runs", plan, labels, tuple(sorted({trial.seed for trial in trials})), {})
     results = Results(folders[0], study, columns, tuple(trials), tuple(questions), planned=False)
     results.curves(plan.metric)  # refuses a metric that no run has
     return results

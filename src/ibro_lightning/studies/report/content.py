@@ -25,7 +25,8 @@ def report_of(results: Results, history: History) -> Report:
     compared = analysis.comparisons(results) if any_finished else []
     sections = [_plan(results, history)] if results.planned else []
     if any_finished:
-        sections += [_final(results, compared, metric), *measured.curves(results), *measured.matched(results)]
+        sections += [_final(results, compared, metric), *measured.curves(results), *measured.alarms(results)]
+        sections += [*measured.matched(results)]
         sections += [*measured.sets(results), *measured.others(results), *measured.questions(results, compared)]
     sections += [*_failures(results), _repeat(results, history)]
     return Report(title, sections, [*_lead(results, compared), Text([_reading(study.plan.level)])])

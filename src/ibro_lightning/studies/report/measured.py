@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from ibro_lightning.studies import analysis
 from ibro_lightning.studies.analysis import Comparison
 from ibro_lightning.studies.report import figures
 from ibro_lightning.studies.report.blocks import Block, Code, Figures, Section, Table, Text
 from ibro_lightning.studies.report.wording import number, title_of, unit_of
 from ibro_lightning.studies.results import Results
+
+ALARM, NEVER = "alarm/", "–"
 
 
 def curves(results: Results) -> list[Section]:
@@ -18,6 +22,28 @@ def curves(results: Results) -> list[Section]:
     kept = [figure for figure in drawn if figure is not None]
     note = "Means over finished seeds, with t intervals at some iterations: pointwise, not for the curve as a whole."
     return [Section("Learning curves", [Text([note]), Figures(kept)])] if kept else []
+
+
+def alarms(results: Results) -> list[Section]:
+    """Which failures the runs themselves have recognised, and since when; no section if there were none."""
+    names = [name for name in results.metrics if name.startswith(ALARM)]
+    rows = [
+        [results.study.label(arm), *(_raised(results, row, name) for name in names)]
+        for row, arm in enumerate(results.arms)
+    ]
+    if not any(cell != NEVER for row in rows for cell in row[1:]):
+        return []
+    columns = ("arm", *(name.removeprefix(ALARM).replace("_", " ") for name in names))
+    note = "Trials in which an alarm was raised, and the first iteration of it; what raises one is in docs/curves.md."
+    return [Section("Alarms", [Table(columns, rows, note)], exploratory=True)]
+
+
+def _raised(results: Results, row: int, name: str) -> str:
+    iterations, values = results.curves(name)
+    values = values[row]  # [seeds, I]
+    raised = np.nan_to_num(values) > 0
+    trials, begins = int(np.isfinite(values).any(axis=1).sum()), iterations[raised.any(axis=0)]
+    return f"{int(raised.any(axis=1).sum())} of {trials}, from {begins[0]}" if len(begins) else NEVER
 
 
 def matched(results: Results) -> list[Section]:

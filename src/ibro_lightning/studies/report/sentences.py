@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 from ibro_lightning.studies.analysis import Comparison, Matched
-from ibro_lightning.studies.plan import Study
+from ibro_lightning.studies.plan import ReportedStudy
 from ibro_lightning.studies.power import pairs_needed, smallest_p_value
 from ibro_lightning.studies.report.wording import Unit, listed, number, p_value, plural
 from ibro_lightning.studies.results import FAILED, FINISHED, Results
 
 
-def of_comparison(comparison: Comparison, study: Study, unit: Unit, comparisons: int) -> list[str]:
+def of_comparison(comparison: Comparison, study: ReportedStudy, unit: Unit, comparisons: int) -> list[str]:
     """What one comparison shows: the difference and its interval, whether it is significant, what it says about the
     difference that matters, and what the study could have found."""
     paired, level = comparison.paired, study.plan.level
@@ -38,7 +38,7 @@ def of_comparison(comparison: Comparison, study: Study, unit: Unit, comparisons:
     return [*said, *_verdict(comparison, study, unit, comparisons)]
 
 
-def _verdict(comparison: Comparison, study: Study, unit: Unit, comparisons: int) -> list[str]:
+def _verdict(comparison: Comparison, study: ReportedStudy, unit: Unit, comparisons: int) -> list[str]:
     paired, level = comparison.paired, study.plan.level
     count = paired.difference.count
     size = unit.size(paired.detectable)
@@ -62,7 +62,7 @@ def _verdict(comparison: Comparison, study: Study, unit: Unit, comparisons: int)
     return [*said, *_relevance(comparison, study, unit), found]
 
 
-def _relevance(comparison: Comparison, study: Study, unit: Unit) -> list[str]:
+def _relevance(comparison: Comparison, study: ReportedStudy, unit: Unit) -> list[str]:
     """How the interval lies to the difference that matters."""
     matters, interval = study.plan.difference_that_matters, comparison.paired.difference
     if matters is None or math.isnan(interval.low):
@@ -80,7 +80,7 @@ def _relevance(comparison: Comparison, study: Study, unit: Unit) -> list[str]:
     return [f"That it is {' or '.join(sides)} or more, which matters by the plan, remains possible."]
 
 
-def of_matched(matched: Matched, study: Study, unit: Unit) -> str:
+def of_matched(matched: Matched, study: ReportedStudy, unit: Unit) -> str:
     """What one comparison at equal entropy shows."""
     reference, other = study.label(matched.reference), study.label(matched.other)
     interval = matched.difference.difference
