@@ -161,8 +161,8 @@ COMMAND_LINE = {
     "--model.advantage nope": "model.advantage: 'nope' - write one of grpo, dr_grpo, rloo, reinforce++",
     "--checkpoint.mode best": "checkpoint.mode: 'best' - write max or min",
     "--model.policy_options.dtype f3": "model.policy_options.dtype: 'f3' - write one of float32, bfloat16, float16",
-    "--model.regularizer.part nope": "model.regularizer.part: 'nope' - write one of raw, centred, uniform",
-    "--model.regularizer.init_args.part nope": "model.regularizer.part: 'nope' - write one of raw, centred, uniform",
+    "--model.regularizer.part nope": "model.regularizer.part: 'nope' - write one of raw, centred, uniform, reversed",
+    "--model.regularizer.init_args.part nope": "model.regularizer.part: 'nope' - write one of raw, centred, uniform, reversed",
     "--model.regularizer.coef x": f"model.regularizer.coef: 'x' - write a number, or {COEFFICIENTS}",
     "--model.regularizer.coef None": f"model.regularizer.coef: null - write a number, or {COEFFICIENTS}, or leave it "
     "out for its default",
@@ -301,8 +301,8 @@ def test_what_a_dry_run_finds_out_has_its_place_too(
         (["fit", "--model.help=DAPOModul"], "model: 'DAPOModul' - there is no LightningModule of that name: did you "
          "mean DAPOModule? Or write one of DAPOModule, PPOModule, PolicyModule, SFTModule, or module.Class of your "
          "own, or null"),
-        (["tune"], "command: 'tune' - there is no such command: write one of fit, validate, test, predict, compare, "
-         "export"),
+        (["tune"], "command: 'tune' - there is no such command: write one of fit, validate, test, predict, study, "
+         "compare, report, export"),
         (["fit", "--config", "tiny.yaml", "--ckpt_path"], "ckpt_path: missing - write text, or a path, or null"),
         (["fit", "--config", "tiny.yaml", "--trainer.logger", "CSVLogger"], "trainer.logger.save_dir: missing - write "
          "text, or a path"),
@@ -325,7 +325,6 @@ def test_the_list_of_commands_names_all_and_needs_no_torch() -> None:
     script = "import sys; from ibro_lightning.cli.commands import answer; "
     script += "print(answer(sys.argv[1:])); print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True, check=True).stdout
-    assert all(
-        f"\n  {name} " in shown for name in ("fit", "validate", "test", "predict", "compare", "report", "export")
-    )
+    named = ("fit", "validate", "test", "predict", "study", "compare", "report", "export")
+    assert all(f"\n  {name} " in shown for name in named)
     assert shown.endswith("False\n")

@@ -434,6 +434,6 @@ def test_the_death_of_the_engines_process_is_one_line_and_the_run_goes_on_from_i
     (workspace / "dying.py").write_text(DIES)
     line = refusal([*OVERLAP, "--data.engine", "dying.Dies"], capsys)
     assert line.startswith("error: the process of Dies ended with signal SIGKILL (during: generate)")
-    assert line.endswith("--ckpt_path last continues from it")
+    assert line.endswith("--ckpt_path last continues from the last checkpoint, if there is one")
     main([*OVERLAP, "--ckpt_path", "last"])
     assert max(curve("rollout/staleness")) == 4

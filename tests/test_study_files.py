@@ -172,7 +172,7 @@ def test_the_table_has_an_estimate_once_a_trial_is_finished(study: Study, tmp_pa
 
 
 def test_settings_that_the_recipe_refuses_are_refused_before_the_first_trial(study: Study) -> None:
-    command.check_trials(study)
+    assert [command.refusal_of(trial.arguments) for trial in list(study.trials())[:2]] == ["", ""]
     wrong = Arm({"model.regularizer.coeff": 0.1})
     with pytest.raises(ConfigError, match=r"arms: 'wrong' - model.regularizer.coeff"):
         command.check_trials(replace(study, arms={**study.arms, "wrong": wrong}))

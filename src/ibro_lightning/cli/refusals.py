@@ -39,6 +39,8 @@ MISSING = "missing - "
 """In place of the value of a required setting that is not given."""
 NOT_OFFERED = ("PolicyLossMethod", "CorrectPathEntropySuppression", "GoldTrial")
 """A base class, a former name, and what the pool builds itself: no message names them among those to choose from."""
+DEMOS = "lightning.pytorch.demos"
+"""Lightning's examples, known once somebody imports them."""
 MANY = 16
 """Above this number, classes are not listed."""
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -192,7 +194,8 @@ def _names(bases: list[type]) -> list[str]:
         for kind in _below(base):
             in_module = kind.__module__ == base.__module__ and not _is_exported(base) and kind.__name__[0] != "_"
             public = in_module or (_is_exported(kind) and kind.__module__.partition(".")[0] in distributions)
-            if public and not inspect.isabstract(kind) and kind.__name__ not in NOT_OFFERED:
+            offered = kind.__name__ not in NOT_OFFERED and not kind.__module__.startswith(DEMOS)
+            if public and offered and not inspect.isabstract(kind):
                 found.add(kind.__name__)
     return sorted(found)
 
