@@ -31,6 +31,7 @@ from ibro_lightning.types import SamplingParams
 REGULARIZERS = "one of ClipCov, EntropyBonus, EntropyShapedAdvantage, IBRO, "
 REGULARIZERS += "InformationBottleneck, KLCov, NoRegularizer, OppositeInformationBottleneck, "
 REGULARIZERS += "TopEntropyTokens, or module.Class of your own"
+PARTS = "write one of raw, centred, uniform, reversed"
 COEFFICIENTS = "one of AdaptiveKL, Constant, Cosine, EntropyBand, Linear, TargetEntropy, or module.Class of your own"
 
 
@@ -161,8 +162,8 @@ COMMAND_LINE = {
     "--model.advantage nope": "model.advantage: 'nope' - write one of grpo, dr_grpo, rloo, reinforce++",
     "--checkpoint.mode best": "checkpoint.mode: 'best' - write max or min",
     "--model.policy_options.dtype f3": "model.policy_options.dtype: 'f3' - write one of float32, bfloat16, float16",
-    "--model.regularizer.part nope": "model.regularizer.part: 'nope' - write one of raw, centred, uniform, reversed",
-    "--model.regularizer.init_args.part nope": "model.regularizer.part: 'nope' - write one of raw, centred, uniform, reversed",
+    "--model.regularizer.part nope": f"model.regularizer.part: 'nope' - {PARTS}",
+    "--model.regularizer.init_args.part nope": f"model.regularizer.part: 'nope' - {PARTS}",
     "--model.regularizer.coef x": f"model.regularizer.coef: 'x' - write a number, or {COEFFICIENTS}",
     "--model.regularizer.coef None": f"model.regularizer.coef: null - write a number, or {COEFFICIENTS}, or leave it "
     "out for its default",
