@@ -13,10 +13,10 @@ import yaml
 
 from ibro_lightning.cli.main import main
 from ibro_lightning.cli.parser import OneLineParser
-from ibro_lightning.cli.recipes import find_config, recipe_folder, recipe_names
 from ibro_lightning.cli.training import IbroCLI
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.modules import DAPOModule, PPOModule
+from ibro_lightning.runs.recipes import find_config, recipe_folder, recipe_names
 from ibro_lightning.update import ReferenceKL, SamplerCorrection
 
 RECIPES = recipe_names()

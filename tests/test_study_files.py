@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import yaml
 
 from ibro_lightning.cli import study as command
 from ibro_lightning.cli.main import main
-from ibro_lightning.cli.recipes import recipe_folder
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.runs.recipes import recipe_folder
 from ibro_lightning.studies.gather import thinned
 from ibro_lightning.studies.job import at_temperatures
 from ibro_lightning.studies.jobs import Execution
 from ibro_lightning.studies.progress import Progress
+from ibro_lightning.studies.runner import StudyRunner
 from ibro_lightning.studies.spec import Arm, Study, Trial, as_yaml, read_study
 from ibro_lightning.studies.store import ResultsStore
 
@@ -80,8 +82,22 @@ def test_settings_of_an_arm_come_after_those_of_all(tmp_path: Path) -> None:
 
 def test_a_trials_digest_is_that_of_its_settings(study: Study) -> None:
     first = next(study.trials())
-    assert first.digest == Trial("another", 1, first.arguments).digest
+    assert first.digest == Trial("another", 1, first.arguments, first.context).digest
     assert len({trial.digest for trial in study.trials()}) == 6
+    assert study.base_policy is not None
+    other_base = replace(study.base_policy, settings={"trainer.max_epochs": 2})
+    for changes in ({"temperatures": [0.5]}, {"every": 3}, {"curves": ["val/"]}, {"base_policy": other_base}):
+        assert next(replace(study, **changes).trials()).digest != first.digest, changes
+
+
+def test_a_trials_digest_is_that_of_its_recipes_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = {**CONTENT, "recipe": "mine.yaml"}
+    digests = []
+    for text in ("a: 1", "a: 2"):
+        Path("mine.yaml").write_text(text)
+        digests.append(next(written(tmp_path, **content).trials()).digest)
+    assert digests[0] != digests[1]
 
 
 def test_a_study_is_read_back_as_it_was_written(study: Study, tmp_path: Path) -> None:
@@ -95,9 +111,14 @@ def test_a_study_is_read_back_as_it_was_written(study: Study, tmp_path: Path) ->
         ({"seeds": [1, 1]}, "seeds: [1, 1] - write different whole numbers, one at least"),
         ({"seeds": []}, "seeds: [] - write different whole numbers, one at least"),
         ({"arms": {}}, "arms: {} - write one arm at least"),
-        ({"arms": {"base": {}}}, "arms: 'base' - write another name"),
+        ({"arms": {"base": {}}}, "arms: 'base' - write letters, digits, _, +, - and . only"),
+        ({"arms": {"..": {}}}, "arms: '..' - write letters, digits, _, +, - and . only"),
+        ({"arms": {"a": {"grid": {"x": []}}}}, "arms.a.grid: {'x': []} - write numbers or names to try, one at least"),
+        ({"arms": {"a": {"grid": {"x": ["a/b"]}}}}, "write an arm for each"),
+        ({"seeds": [-1]}, "seeds: -1 - write 0 or more"),
+        ({"temperatures": [1, 1]}, "temperatures: [1.0, 1.0] - write each of them once"),
         ({"name": "../x"}, "name: '../x' - write letters, digits, - and _"),
-        ({"temperatures": [0]}, "temperatures: 0.0 - write numbers above 0"),
+        ({"temperatures": [0]}, "temperatures: [0.0] - write numbers above 0"),
         ({"every": 0}, "every: 0 - write 1 or more"),
         ({"plan": {"answer": " "}}, "plan.answer: '' - write it before the first trial runs"),
         ({"plan": {"level": 5}}, "plan.level: 5.0 - write a number between 0 and 1"),
@@ -131,7 +152,7 @@ def test_training_curves_are_averaged_in_blocks_and_evaluations_are_not() -> Non
     ]
     assert list(thinned(curves, ["val/", "policy/"], 5)) == [
         *(("val/a", 0, 1.0), ("val/a", 7, 2.0)),
-        *(("policy/entropy", 5, 3.0), ("policy/entropy", 10, 6.5)),
+        *(("policy/entropy", 5, 3.0), ("policy/entropy", 7, 6.5)),
     ]
 
 
@@ -190,3 +211,27 @@ def test_without_a_study_the_command_says_what_is_missing(capsys: pytest.Capture
         main(["study", "--seeds", "[1]"])
     assert stop.value.code == 2
     assert "name" in capsys.readouterr().err
+
+
+def test_failed_trials_end_the_command_with_code_2(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(runner: StudyRunner) -> None:
+        assert runner.file.endswith("tiny.yaml") or not runner.file
+        for trial in runner.waiting[:2]:
+            runner.store.add_failure(trial, 2, "exit code 2")
+
+    monkeypatch.setattr(command, "check_trials", lambda study: None)
+    monkeypatch.setattr(StudyRunner, "run", run)
+    with pytest.raises(SystemExit) as stop:
+        main(["study", "--config", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == ("error: 2 trials have failed, such as none/seed_1: exit code 2; --retry_failed starts them again")
+
+
+def test_a_study_file_is_named_by_its_place_in_its_repository(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "plans").mkdir()
+    assert command.in_repository([tmp_path / "plans/idea.yaml"]) == "plans/idea.yaml"
+    assert command.in_repository(None) == ""

@@ -137,7 +137,7 @@ def test_alarms_of_the_runs_are_listed_by_arm(tmp_path: Path) -> None:
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("## Alarms")[1].splitlines()]
     assert ["arm", "entropy collapse"] in table
     assert ["DAPO", "–"] in table
-    assert ["DAPO + IB", "1 of 2, from 20"] in table
+    assert ["DAPO + IB", "1 of 2, by 20"] in table
 
 
 def test_what_ran_the_trials_and_where_they_started(tmp_path: Path) -> None:

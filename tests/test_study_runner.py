@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
 from helpers import slurm, study_program
+from helpers.processes import HANGS_S
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.studies import job, runner
@@ -80,7 +84,8 @@ def leave_results(given: TrialJob) -> None:
     for name in ("results", "timings"):
         write_table(out / f"{name}.parquet", curves_table(given.trial, [("val/paths/avg@2", 2, quality)]))
     write_table(out / "questions.parquet", QUESTIONS.empty_table())
-    (out / "trial.json").write_text(json.dumps({"digest": given.trial.digest, "policy": f"p{given.trial.seed}"}))
+    about = {"digest": given.trial.digest, "policy": f"p{given.trial.seed}", "config": "model: {}\n"}
+    (out / "trial.json").write_text(json.dumps(about))
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +161,7 @@ def test_results_are_enough_to_go_on_elsewhere(tmp_path: Path) -> None:
 def test_the_tables_do_not_depend_on_the_order_in_which_trials_end(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     runs(Told(), one)
-    runs(Told(low__seed_1="stopped stopped finished", base__seed_2="failed finished"), other)
+    runs(Told(base__seed_1="stopped finished", base__seed_2="failed finished"), other)
     assert (one / "results/results.parquet").read_bytes() == (other / "results/results.parquet").read_bytes()
     assert (one / "results/trials.parquet").read_bytes() == (other / "results/trials.parquet").read_bytes()
 
@@ -180,7 +185,8 @@ def test_a_folder_with_other_files_under_these_names_is_left_alone(tmp_path: Pat
         ResultsStore(STUDY, folder)
     assert [path.read_text() for path in folder.iterdir()] == ["mine"]
     (folder / "results.parquet").unlink()
-    ResultsStore(STUDY, folder)
+    with ResultsStore(STUDY, folder).opened():
+        pass
     with pytest.raises(ConfigError, match=r"study.yaml there is of the study tiny: write another folder"):
         ResultsStore(replace(STUDY, name="another"), folder)
 
@@ -189,12 +195,15 @@ def test_a_study_of_real_jobs(tmp_path: Path) -> None:
     (tmp_path / "behaviour.json").write_text(json.dumps({"low/seed_2": "fail once", "high/seed_1": "fail"}))
     runs(Jobs(Execution(at_once=2), tmp_path / "jobs"), tmp_path)
     states = {row["trial"]: (row["state"], row["error"]) for row in rows(tmp_path, "trials")}
-    assert states.pop("high/seed_1") == ("failed", "error: model.quality: -1 - write 0 or more")
+    assert states.pop("high/seed_1") == (
+        "failed",
+        "exit code 1; its last line: error: model.quality: -1 - write 0 or more",
+    )
     assert set(states.values()) == {("finished", "")}
     found = {(row["trial"], row["metric"], row["iteration"]): row["value"] for row in rows(tmp_path)}
     for trial, quality in (("low/seed_1", 0.25), ("low/seed_2", 0.25), ("high/seed_2", 0.75)):
         assert found[trial, "val/paths/avg@2", 0] == found[trial, "val/paths/avg@2", 2] == quality
-        assert found[trial, "rollout/length", 10] == 3.5  # the mean of iterations 1 to 10, of which there are two
+        assert found[trial, "rollout/length", 2] == 3.5  # the mean of iterations 1 to 10, of which there are two
         assert found[trial, "at_temperature/0.5/paths/avg@2", 2] == quality
         for temperature in ("0.5", "1", "1.5"):  # 1 is that of the recipe's own last evaluation
             assert found[trial, f"at_temperature/{temperature}/paths/entropy", 2] == 0.5
@@ -244,6 +253,51 @@ def test_a_study_on_slurm_finds_its_queued_jobs_again(tmp_path: Path, monkeypatc
     script = (cluster / "jobs/1000/script.sh").read_text()
     for flag in ("partition=gpu", "time=720", "mem=64GB", "cpus-per-task=3", "gpus-per-node=2", "job-name=low-seed_1"):
         assert f"#SBATCH --{flag}\n" in script
+
+
+def test_results_of_other_settings_in_a_trials_folder_are_not_taken(tmp_path: Path) -> None:
+    """A checkpoint of other settings would go on as if it were this trial's."""
+    study = replace(STUDY, seeds=[1], base_policy=None, temperatures=[])
+    trial = next(study.trials())
+    assert TrialJob(study, trial, tmp_path, program=PROGRAM)().state == "finished"
+    changed = next(replace(study, settings={"model.quality": 0.5}, every=3).trials())
+    outcome = TrialJob(study, changed, tmp_path, program=PROGRAM)()
+    assert outcome.state == "failed"
+    assert outcome.error.endswith("has a trial of other settings: give the study another --output")
+
+
+def test_a_run_ends_with_its_job(tmp_path: Path) -> None:
+    """Or the next attempt would meet it in its folder."""
+    study = replace(STUDY, seeds=[1], base_policy=None, temperatures=[])
+    (tmp_path / "behaviour.json").write_text(json.dumps({"low/seed_1": "wait"}))
+    jobs = Jobs(Execution(at_once=1), tmp_path / "jobs")
+    jobs.submit(TrialJob(study, next(study.trials()), tmp_path, program=PROGRAM))
+    waits = tmp_path / "trials/low/seed_1/is_waiting"
+    until(waits.exists)
+    (controller,) = [child for child in psutil.Process().children() if "submitit" in " ".join(child.cmdline())]
+    (task,) = controller.children()
+    (run,) = task.children()
+    task.kill()
+    until(lambda: not run.is_running() or run.status() == psutil.STATUS_ZOMBIE)
+    until(lambda: jobs.running["low/seed_1"].done())
+    ((_, outcome),) = jobs.finished().items()
+    assert outcome.state == "failed"
+    assert "its job left no result: was it killed?" in outcome.error
+
+
+def until(happens: Callable[[], object]) -> None:
+    end = time.monotonic() + HANGS_S
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_two_commands_do_not_write_the_same_results(tmp_path: Path) -> None:
+    store = ResultsStore(STUDY, tmp_path / "results")
+    assert not (tmp_path / "results/study.yaml").exists(), "nothing is written before the study runs"
+    with store.opened(), pytest.raises(ConfigError, match="another study command writes there"):
+        runs(Told(), tmp_path)
+    runs(Told(), tmp_path)
 
 
 def test_what_slurm_queues_again_is_the_same_trial(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ibro_lightning.cli.commands import answer, export_parser
-from ibro_lightning.cli.recipes import resolve_configs
 from ibro_lightning.guards import interruption, printing, signals
 from ibro_lightning.guards.endings import ended
+from ibro_lightning.runs.recipes import resolve_configs
 from ibro_lightning.studies.extras import extra_packages
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from ibro_lightning.cli.recipes import resolve_configs
 from ibro_lightning.errors import ConfigError, UserError
+from ibro_lightning.runs.recipes import resolve_configs
 from ibro_lightning.studies.jobs import Execution, Jobs
 from ibro_lightning.studies.power import minimum_detectable_difference, pairs_needed
 from ibro_lightning.studies.progress import Progress, elapsed
@@ -34,8 +36,32 @@ def main(argv: Sequence[str]) -> None:
         return
     progress = Progress(study, output, store, execution.limit(len(study.seeds) * len(study.all_arms())))
     jobs = Jobs(execution, output.absolute() / "jobs")
-    StudyRunner(study, jobs, output, store, progress, retry_failed=options["retry_failed"]).run()
+    file = in_repository(options["config"])
+    StudyRunner(study, jobs, output, store, progress, retry_failed=options["retry_failed"], file=file).run()
     print(f"\nresults   {results}\nreport    python -m ibro_lightning report {results}")
+    if failed := store.failures():
+        raise TrialsFailed(failed)
+
+
+class TrialsFailed(UserError):
+    """Some trials have failed for good; the others are finished."""
+
+    def __init__(self, failed: Mapping[str, str]) -> None:
+        name, error = next(iter(failed.items()))
+        super().__init__(f"{len(failed)} trials have failed, such as {name}: {error}; --retry_failed starts them again")
+
+
+def in_repository(configs: Sequence[Any] | None) -> str:
+    """The study file's place in its repository; empty without one."""
+    if not configs:
+        return ""
+    path = Path(str(configs[-1])).resolve()
+    command = ["git", "-C", str(path.parent), "rev-parse", "--show-prefix"]
+    try:
+        prefix = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return prefix + path.name
 
 
 def study_arguments() -> ArgumentParser:
@@ -55,9 +81,10 @@ def check_trials(study: Study) -> None:
     One seed is enough. Another process does it, since it needs torch and this one may wait for days.
     """
     seed = study.seeds[0]
-    trials = {
-        trial.name: trial.arguments for trial in [study.base(seed), *study.trials()] if trial and trial.seed == seed
-    }
+    base = [f"--{study.base_policy.key}", "its base policy"] if study.base_policy else []
+    trials = {trial.name: [*trial.arguments, *base] for trial in study.trials() if trial.seed == seed}
+    if first := study.base(seed):
+        trials["base_policy"] = [*first.arguments]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         for name, refusal in zip(trials, pool.map(refusal_of, trials.values()), strict=True):
             if refusal:
@@ -69,12 +96,15 @@ def refusal_of(arguments: Sequence[str]) -> str:
     from ibro_lightning.cli.run import main as run
 
     printed = io.StringIO()
-    with redirect_stdout(io.StringIO()), redirect_stderr(printed), suppress(SystemExit):
+    with redirect_stdout(io.StringIO()), redirect_stderr(printed):
         try:
             run(["fit", *arguments, "--print_config"])
         except UserError as error:
             return str(error)
-    return printed.getvalue().strip().removeprefix("error: ")
+        except SystemExit as end:
+            if end.code not in (None, 0):
+                return printed.getvalue().strip().splitlines()[-1].removeprefix("error: ")
+    return ""
 
 
 def dry_run(study: Study, execution: Execution, output: Path, store: ResultsStore) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,9 @@ def gather(study: Study, trial: Trial, folder: Path, spent: Mapping[str, float])
     """
     curves = read_curves(folder)
     last = max((iteration for _, iteration, _ in curves), default=0)
+    evaluated = max((iteration for metric, iteration, _ in curves if metric.startswith("val/")), default=0)
     kept = list(thinned(curves, study.curves, study.every))
-    kept += [(metric, last, value) for metric, value in at_temperatures(study, folder, last)]
+    kept += [(metric, evaluated, value) for metric, value in at_temperatures(study, folder, evaluated)]
     timings = [
         (metric, last, float(np.mean([value for name, _, value in curves if name == metric])))
         for metric in sorted({name for name, _, _ in curves if name.startswith(TIMINGS)})
@@ -55,8 +56,9 @@ def gather(study: Study, trial: Trial, folder: Path, spent: Mapping[str, float])
     write_table(out / "results.parquet", curves_table(trial, sorted(set(kept))))
     timings += [(name, last, value) for name, value in spent.items()]
     write_table(out / "timings.parquet", curves_table(trial, timings))
-    write_table(out / "questions.parquet", questions_table(trial, folder, last))
-    write_json(out / "trial.json", {"digest": trial.digest, "policy": _digest(folder / "model")})
+    write_table(out / "questions.parquet", questions_table(trial, folder, evaluated))
+    config = (folder / "config.yaml").read_text()
+    write_json(out / "trial.json", {"digest": trial.digest, "policy": _digest(folder / "model"), "config": config})
 
 
 def stored_folder(folder: Path) -> Path:
@@ -73,12 +75,14 @@ def is_stored(folder: Path, trial: Trial) -> bool:
 
 def thinned(curves: Iterable[Row], kept: Sequence[str], every: int) -> Iterable[Row]:
     """Evaluations as they are, and the means of training curves over blocks of iterations, at the end of each block."""
+    curves = list(curves)
+    last = max((iteration for _, iteration, _ in curves), default=0)
     blocks: dict[tuple[str, int], list[float]] = {}
     for metric, iteration, value in curves:
         if metric.startswith(("val/", "test/")) and metric.startswith(tuple(kept)):
             yield metric, iteration, value
         elif metric.startswith(tuple(kept)):
-            blocks.setdefault((metric, -(-iteration // every) * every), []).append(value)
+            blocks.setdefault((metric, min(-(-iteration // every) * every, last)), []).append(value)
     for (metric, iteration), values in blocks.items():
         yield metric, iteration, float(np.mean(values))
 
@@ -93,32 +97,34 @@ def temperature_folder(folder: Path) -> Path:
 
 
 def at_temperatures(study: Study, folder: Path, last: int) -> Iterable[tuple[str, float]]:
-    """Accuracy and entropy of the trained policy at the study's temperatures and at that of its last evaluation.
+    """Accuracy and entropy of the trained policy at the study's temperatures and, unless it is one of them, at that of
+    its last evaluation.
 
     The entropy, in nats per token, is the mean of −log π over the tokens of its samples: without bias for the
     distribution that they come from, which is that of the temperature.
     """
     own = folder / "evaluations" / f"iteration_{last:06d}.json"
     sets = yaml.safe_load((folder / "config.yaml").read_text())["data"]["init_args"]["eval_sets"]
-    yield from _accuracies(own, lambda name: (name, sets[name]["sampling"]["temperature"]))
+    places = {name: (name, given["sampling"]["temperature"]) for name, given in sets.items()}
+    yield from _accuracies(own, {name: p for name, p in places.items() if p[1] not in study.temperatures})
     if study.temperatures:
         evaluation = temperature_folder(folder) / "evaluations" / "validate.json"
-        yield from _accuracies(evaluation, lambda name: _name_and_temperature(name, study.temperatures))
+        numbered = list(enumerate(study.temperatures))
+        yield from _accuracies(
+            evaluation, {set_at_temperature(name, n): (name, t) for name in sets for n, t in numbered}
+        )
 
 
-def _accuracies(evaluation: Path, place: Callable[[str], tuple[str, float]]) -> Iterable[tuple[str, float]]:
-    for name, result in json.loads(evaluation.read_text()).items() if evaluation.exists() else ():
-        plain, temperature = place(name)
+def _accuracies(evaluation: Path, places: Mapping[str, tuple[str, float]]) -> Iterable[tuple[str, float]]:
+    """Of the sets of an evaluation; ``places`` are their plain names and temperatures."""
+    results = json.loads(evaluation.read_text()) if evaluation.exists() else {}
+    for name in results.keys() & places.keys():
+        result, (plain, temperature) = results[name], places[name]
         at = f"at_temperature/{temperature:g}/{plain}"
         yield f"{at}/avg@{result['samples']}", result["avg_at_k"]["mean"]
         table = read_samples(evaluation.with_suffix("") / name, ["mean_logp", "response_tokens"])
         logp, tokens = (column.to_numpy() for column in table.columns)
         yield f"{at}/entropy", float(-(logp * tokens).sum() / tokens.sum())
-
-
-def _name_and_temperature(name: str, temperatures: Sequence[float]) -> tuple[str, float]:
-    plain, number = name.rsplit("-t", 1)
-    return plain, temperatures[int(number)]
 
 
 def questions_table(trial: Trial, folder: Path, iteration: int) -> pa.Table:
@@ -171,5 +177,6 @@ def _digest(model: Path) -> str:
     """Of a policy's weights: trials of one seed are paired only as far as they start from the same ones."""
     digest = hashlib.sha256()
     for path in sorted(model.glob("*.safetensors")):
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 
 from ibro_lightning.studies.plan import ReportedStudy
-from ibro_lightning.studies.results import RESULTS, STUDY
+from ibro_lightning.studies.results import RESULTS, STUDY, VERSIONS
 
 WARNING = "WARNING: "
 """Begins sentences that a reader must not miss."""
@@ -77,7 +78,7 @@ def history_of(folder: Path, study: ReportedStudy) -> History:
     if not root:
         return History()
     repository = Path(root.strip())
-    path = _study_file(repository, folder, study.name)
+    path = _named_file(repository, folder) or _study_file(repository, folder, study.name)
     commits = _commits(repository, path) if path else []
     if path is None or not commits:
         return History()
@@ -91,6 +92,15 @@ def history_of(folder: Path, study: ReportedStudy) -> History:
             changed.append((newer, parts))
     differs = _changed(_content(repository, commits[0]), study.content, lenient=True)
     return History(path, introduced, first, tuple(reversed(changed)), differs)
+
+
+def _named_file(repository: Path, folder: Path) -> str | None:
+    """The study file that `study` was given, if it is committed there."""
+    try:
+        named = json.loads((folder / VERSIONS).read_text()).get("study_file", "")
+    except (OSError, ValueError):
+        return None
+    return named if named and _git(repository, "ls-files", "--error-unmatch", named) is not None else None
 
 
 def _study_file(repository: Path, folder: Path, name: str) -> str | None:

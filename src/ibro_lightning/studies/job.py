@@ -10,11 +10,13 @@ import json
 import os
 import resource
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from subprocess import STDOUT, Popen, TimeoutExpired
 from typing import Any, Literal
@@ -23,6 +25,8 @@ import yaml
 from filelock import FileLock
 from submitit.helpers import DelayedSubmission
 
+from ibro_lightning.guards.disk import write_json
+from ibro_lightning.guards.signals import end_with, ended
 from ibro_lightning.studies.gather import gather, is_stored, set_at_temperature, temperature_folder
 from ibro_lightning.studies.spec import Study, Trial
 
@@ -78,6 +82,7 @@ class TrialJob:
         try:
             with FileLock(f"{self.folder}.lock"):
                 if not is_stored(self.folder, self.trial):
+                    self._check_folder()
                     self.work()
         except TrialStopped:
             return Outcome("stopped")
@@ -87,16 +92,41 @@ class TrialJob:
 
     def work(self) -> None:
         """Whatever of the trial is left to do."""
-        started, spent = time.monotonic(), _children_cpu_s()
-        self.run(["fit", *self.trial.arguments, *self.base_policy(), *_place(self.folder), "--ckpt_path", "last"])
-        if self.trial.arm is not None and self.study.temperatures:
-            self.evaluate()
-        used = {
-            "trial/wall_s": time.monotonic() - started,
-            "trial/cpu_s": _children_cpu_s() - spent,
-            "trial/disk_mb": sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()) / 1e6,
-        }
-        gather(self.study, self.trial, self.folder, used)
+        with self._timed():
+            self.run(["fit", *self.trial.arguments, *self.base_policy(), *_place(self.folder), "--ckpt_path", "last"])
+            if self.trial.arm is not None and self.study.temperatures:
+                self.evaluate()
+        disk = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()) / 1e6
+        gather(self.study, self.trial, self.folder, {**self._begun["spent"], "trial/disk_mb": disk})
+
+    def _check_folder(self) -> None:
+        """Refuse a folder in which a trial of other settings has begun: its checkpoint would count as this one's."""
+        if not self._begun_file.exists():
+            write_json(
+                self._begun_file, {"digest": self.trial.digest, "spent": {"trial/wall_s": 0.0, "trial/cpu_s": 0.0}}
+            )
+        elif self._begun["digest"] != self.trial.digest:
+            raise TrialFailed(f"{self.folder} has a trial of other settings: give the study another --output")
+
+    @property
+    def _begun_file(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".begun.json")
+
+    @property
+    def _begun(self) -> dict[str, Any]:
+        return json.loads(self._begun_file.read_text())
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Add the time of what runs within to that of earlier attempts."""
+        started, used = time.monotonic(), _children_cpu_s()
+        try:
+            yield
+        finally:
+            begun = self._begun
+            begun["spent"]["trial/wall_s"] += time.monotonic() - started
+            begun["spent"]["trial/cpu_s"] += _children_cpu_s() - used
+            write_json(self._begun_file, begun)
 
     def checkpoint(self) -> DelayedSubmission:
         """What SLURM queues again after its time limit or a preemption: this job, which resumes."""
@@ -124,16 +154,23 @@ class TrialJob:
             TrialStopped: it was asked to stop.
             TrialFailed: it ended with another error.
         """
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        # Not SLURM's: Lightning would take the one task of the job for the number of its processes.
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SUBMITIT_"))
+        }
+        environment |= {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
         with log_file(self.folder).open("a") as log:
             log.write(f"$ python -m ibro_lightning {shlex.join(command)}\n")
             log.flush()
-            self._child = Popen([*self.program, *command], stdout=log, stderr=STDOUT, env=environment)
+            prepare = partial(_ends_with, os.getpid())
+            self._child = Popen(
+                [*self.program, *command], stdout=log, stderr=STDOUT, env=environment, preexec_fn=prepare
+            )
             code = self._wait(self._child)
         if code in STOPPED or (code and self._asked_to_stop()):
             raise TrialStopped(self.trial.name)
         if code:
-            raise TrialFailed(last_line(log_file(self.folder)) or f"exit code {code}")
+            raise TrialFailed(f"{ended(code)}; its last line: {last_line(log_file(self.folder))}")
 
     def _wait(self, child: Popen[bytes]) -> int:
         """The child's exit code. It is asked to stop when the study is, and never left behind: Ctrl-C in a terminal
@@ -175,6 +212,13 @@ def at_temperatures(sets: Mapping[str, Mapping[str, Any]], temperatures: Sequenc
         for name, settings in sets.items()
         for number, temperature in enumerate(temperatures)
     }
+
+
+def _ends_with(job: int) -> None:
+    """In a trial's process before it starts: it ends with its job, and leaves to that SLURM's signal that its time is
+    up, which it would not survive."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    end_with(job, signal.SIGTERM)
 
 
 def _place(folder: Path) -> list[str]:

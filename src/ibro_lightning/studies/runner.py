@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.studies.gather import is_stored
 from ibro_lightning.studies.job import PROGRAM, STOP, Outcome, TrialJob
 from ibro_lightning.studies.jobs import Jobs
 from ibro_lightning.studies.progress import Progress
@@ -32,6 +33,7 @@ class StudyRunner:
         progress: is told what happens, and shows it.
         retry_failed: start trials again that have failed for good before.
         program: what runs a command of a trial.
+        file: the study file, for the report.
     """
 
     def __init__(
@@ -44,9 +46,10 @@ class StudyRunner:
         *,
         retry_failed: bool = False,
         program: tuple[str, ...] = PROGRAM,
+        file: str = "",
     ) -> None:
         self.study, self.jobs, self.output, self.program = study, jobs, output.absolute(), program
-        self.store, self.progress = store, progress
+        self.store, self.progress, self.file = store, progress, file
         done = ("finished",) if retry_failed else ("finished", "failed")
         self.waiting = [trial for trial in study.trials() if store.state_of(trial) not in done]
         self.limit = jobs.execution.limit(len(self.waiting))
@@ -68,7 +71,7 @@ class StudyRunner:
             lock = FileLock(self.output / ".study.lock").acquire(timeout=0)
         except Timeout as error:
             raise ConfigError("output", str(self.output), "another command runs this study there") from error
-        with lock:
+        with lock, self.store.opened(self.file):
             (self.output / STOP).unlink(missing_ok=True)
             try:
                 while self.waiting or self.trials:
@@ -100,10 +103,14 @@ class StudyRunner:
         return None
 
     def _take(self, trial: Trial, outcome: Outcome) -> None:
+        if outcome.state == "stopped":  # not by this command, which would not be here
+            outcome = Outcome("failed", "somebody stopped it")
+        if outcome.state == "finished" and not is_stored(self._folder(trial), trial):
+            outcome = Outcome("failed", "its job has left no results of these settings")
         self.failures[trial.name] += outcome.state == "failed"
         attempts = self.failures[trial.name] + (outcome.state == "finished")
         self.progress.tell(trial, outcome, attempts)
-        if outcome.state == "stopped" or (outcome.state == "failed" and attempts < ATTEMPTS):
+        if outcome.state == "failed" and attempts < ATTEMPTS:
             if trial.arm is not None:
                 self.waiting.insert(0, trial)
         elif trial.arm is None:

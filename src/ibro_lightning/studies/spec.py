@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from ibro_lightning.errors import ConfigError, check_at_least, check_count
+from ibro_lightning.runs.recipes import find_config
 
 TESTS = ("sign_flip",)
 
@@ -99,6 +101,8 @@ class Trial:
     seed: int
     arguments: tuple[str, ...]
     """Of ``fit``, but for those that name folders."""
+    context: str = ""
+    """What else decides what its results are: the text of the recipes, the base policy, how they are gathered."""
 
     @property
     def name(self) -> str:
@@ -106,8 +110,8 @@ class Trial:
 
     @property
     def digest(self) -> str:
-        """Of everything that decides the trial's outcome in one version of the code."""
-        return hashlib.sha256("\0".join(self.arguments).encode()).hexdigest()[:16]
+        """Of everything that decides the trial's results in one version of the code."""
+        return hashlib.sha256("\0".join([*self.arguments, self.context]).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -151,12 +155,15 @@ class Study:
             raise ConfigError("arms", {}, "write one arm at least")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError("seeds", self.seeds, "write different whole numbers, one at least")
-        if wrong := [name for name in self.arms if "/" in name or name == "base"]:
-            raise ConfigError("arms", wrong[0], "write another name: folders have it, and base is the base policies'")
+        for seed in self.seeds:
+            check_count("seeds", seed, 0)
+        for name, arm in self.arms.items():
+            _check_arm(name, arm)
         check_count("every", self.every, 1)
-        for temperature in self.temperatures:
-            if not temperature > 0:
-                raise ConfigError("temperatures", temperature, "write numbers above 0")
+        if not all(temperature > 0 for temperature in self.temperatures):
+            raise ConfigError("temperatures", self.temperatures, "write numbers above 0")
+        if len(set(self.temperatures)) < len(self.temperatures):
+            raise ConfigError("temperatures", self.temperatures, "write each of them once")
         known = set(self.all_arms())
         for pair in self.plan.comparisons:
             if len(pair) != 2 or len(set(pair) & known) != 2:
@@ -173,14 +180,35 @@ class Study:
         for seed in self.seeds:
             for name, arm in arms.items():
                 settings = {**self.settings, **arm.settings, "seed_everything": seed}
-                yield Trial(name, seed, arguments(arm.recipe or self.recipe, settings))
+                recipe = arm.recipe or self.recipe
+                yield Trial(name, seed, arguments(recipe, settings), self._context(seed, recipe))
+
+    def _context(self, seed: int, recipe: str) -> str:
+        base, gathered = self.base(seed), (self.temperatures, self.curves, self.every)
+        return "\0".join([find_config(recipe).read_text(), base.digest if base else "", json.dumps(gathered)])
 
     def base(self, seed: int) -> Trial | None:
         """The trial that trains a seed's base policy."""
         if self.base_policy is None:
             return None
         settings = {**self.base_policy.settings, "seed_everything": seed}
-        return Trial(None, seed, arguments(self.base_policy.recipe, settings))
+        recipe = self.base_policy.recipe
+        return Trial(None, seed, arguments(recipe, settings), find_config(recipe).read_text())
+
+
+def _check_arm(name: str, arm: Arm) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name) or name == "base":
+        remedy = "write letters, digits, _, +, - and . only: folders have this name; base is the base policies'"
+        raise ConfigError("arms", name, remedy)
+    for setting, values in arm.grid.items():
+        if not values or not all(isinstance(value, bool | int | float | str) for value in values):
+            raise ConfigError(f"arms.{name}.grid", {setting: values}, "write numbers or names to try, one at least")
+        if any("/" in str(value) for value in values):
+            raise ConfigError(
+                f"arms.{name}.grid",
+                {setting: values},
+                "folders have these values in their names: write an arm for each",
+            )
 
 
 def spread(name: str, arm: Arm) -> Iterator[tuple[str, Arm]]:

@@ -191,13 +191,14 @@ def probability_of_improvement(reference: Values, other: Values) -> float:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values corrected by Holm's method (``statsmodels.stats.multitest.multipletests``): if each is compared with
-    the level, the chance of any false discovery among them is at most the level. NaNs stay NaN and are not counted."""
+    the level, the chance of any false discovery among them is at most the level. NaNs, comparisons without results so
+    far, stay NaN and count: the correction is for all that are planned."""
     with extra_packages():
         from statsmodels.stats.multitest import multipletests
     corrected = np.array(p_values, dtype=np.float64)
     given = np.isfinite(corrected)
     if given.any():
-        corrected[given] = multipletests(corrected[given], method="holm")[1]
+        corrected[given] = multipletests(np.where(given, corrected, 1.0), method="holm")[1][given]
     return [float(p) for p in corrected]
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
+from filelock import FileLock, Timeout
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.disk import write_json, written_atomically
@@ -48,13 +52,39 @@ class ResultsStore:
         self.tables = {name: read_table(folder / f"{name}.parquet", schema) for name, schema in TABLES.items()}
         self._check_unchanged()
         self.code = code_version()
-        with written_atomically(folder / "study.yaml") as partial:
-            partial.write_text(as_yaml(study))
+
+    @contextmanager
+    def opened(self, file: str = "") -> Iterator[None]:
+        """Context in which this process alone may add results.
+
+        Args:
+            file: the study file, for the report.
+
+        Raises:
+            ConfigError: another process does.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder.with_name(f".{self.folder.name}.lock")
+        try:
+            lock = FileLock(path).acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError("results", str(self.folder), "another study command writes there") from error
+        with lock:
+            with written_atomically(self.folder / "study.yaml") as partial:
+                partial.write_text(as_yaml(self.study))
+            write_json(self.folder / "versions.json", {**versions(), **({"study_file": file} if file else {})})
+            yield
+        path.unlink(missing_ok=True)
 
     def count(self, state: str) -> Counter[str]:
         """``{arm: trials in that state}``."""
         rows = self.tables["trials"].select(["arm", "state"]).to_pylist()
         return Counter(row["arm"] for row in rows if row["state"] == state)
+
+    def failures(self) -> dict[str, str]:
+        """``{trial: error}`` of those that have failed for good."""
+        rows = self.tables["trials"].to_pylist()
+        return {row["trial"]: row["error"] for row in rows if row["state"] == "failed"}
 
     def mean_of(self, timing: str) -> float | None:
         """The mean over the finished trials of a timing such as ``trial/wall_s``; None if there is none."""
@@ -73,6 +103,8 @@ class ResultsStore:
             base: that of its base policy.
         """
         stored = stored_folder(folder)
+        about = json.loads((stored / "trial.json").read_text())
+        self._write_config(trial, about["config"])
         for name, schema in TABLES.items():
             if name != "trials":
                 self._replace(name, trial, read_table(stored / f"{name}.parquet", schema))
@@ -82,6 +114,13 @@ class ResultsStore:
     def add_failure(self, trial: Trial, attempts: int, error: str) -> None:
         """Record that a trial has failed for good."""
         self._add_state(trial, "failed", attempts, error, "")
+
+    def _write_config(self, trial: Trial, config: str) -> None:
+        """Every setting of the first trial of an arm, without the places of this machine."""
+        path = self.folder / "configs" / f"{trial.arm}.yaml"
+        if not path.exists():
+            with written_atomically(path) as partial:
+                partial.write_text(re.sub(r"(?m)^(\s*(?:default_root_dir|policy|save_dir): )/.*$", r"\1…", config))
 
     def _add_state(self, trial: Trial, state: str, attempts: int, error: str, policy: str) -> None:
         row = {"trial": trial.name, "arm": trial.arm, "seed": trial.seed, "state": state, "attempts": attempts}
@@ -100,7 +139,6 @@ class ResultsStore:
             order = [ranks.get(trial, len(ranks)) for trial in table["trial"].to_pylist()]
             # In one piece, so that the same rows are the same bytes.
             write_table(self.folder / f"{name}.parquet", table.combine_chunks().take(np.argsort(order, kind="stable")))
-        write_json(self.folder / "versions.json", versions())
 
     def _check_ours(self) -> None:
         names = ["study.yaml", "versions.json", *(f"{name}.parquet" for name in TABLES)]
@@ -139,15 +177,17 @@ def versions() -> dict[str, str]:
 
 
 def code_version() -> str:
-    """The commit of this code, with ``+changes`` if files differ from it; the version if it is not a checkout."""
+    """The commit of this code, with ``+changes`` if files of the package differ from it; the version if it is not a
+    checkout of it."""
 
     def git(*arguments: str) -> str:
-        folder = Path(__file__).parent
+        folder = Path(__file__).parents[1]
         return subprocess.run(
             ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", "version.py")  # or the package is installed in somebody's repository
         return git("rev-parse", "--short=12", "HEAD") + "+changes" * bool(git("status", "--porcelain", "--", "."))
     except (OSError, subprocess.CalledProcessError):
         return __version__

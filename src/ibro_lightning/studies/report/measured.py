@@ -34,7 +34,10 @@ def alarms(results: Results) -> list[Section]:
     if not any(cell != NEVER for row in rows for cell in row[1:]):
         return []
     columns = ("arm", *(name.removeprefix(ALARM).replace("_", " ") for name in names))
-    note = "Trials in which an alarm was raised, and the first iteration of it; what raises one is in docs/curves.md."
+    note = (
+        "Trials in which an alarm was raised, and by which iteration: the end of the first block of iterations, over "
+        "which a study averages curves. What raises an alarm is in docs/curves.md."
+    )
     return [Section("Alarms", [Table(columns, rows, note)], exploratory=True)]
 
 
@@ -43,7 +46,7 @@ def _raised(results: Results, row: int, name: str) -> str:
     values = values[row]  # [seeds, I]
     raised = np.nan_to_num(values) > 0
     trials, begins = int(np.isfinite(values).any(axis=1).sum()), iterations[raised.any(axis=0)]
-    return f"{int(raised.any(axis=1).sum())} of {trials}, from {begins[0]}" if len(begins) else NEVER
+    return f"{int(raised.any(axis=1).sum())} of {trials}, by {begins[0]}" if len(begins) else NEVER
 
 
 def matched(results: Results) -> list[Section]:
