@@ -106,8 +106,8 @@ def test_the_effect_size_tends_to_mean_by_sd_and_needs_a_spread() -> None:
 
 
 def test_holm_s_correction_by_hand() -> None:
-    """0.01 · 4, 0.02 · 3, and 0.03 · 2, which may not be below the one before. The fourth comparison has no data so far:
-    it was planned, so it counts."""
+    """0.01 · 4, 0.02 · 3, and 0.03 · 2, which may not be below the one before. The fourth comparison has no data so
+    far: it was planned, so it counts."""
     assert holm([0.02, 0.03, NAN, 0.01]) == pytest.approx([0.06, 0.06, NAN, 0.04], nan_ok=True)
     assert holm([0.03125, NAN]) == pytest.approx([0.0625, NAN], nan_ok=True)
     assert holm([]) == []
