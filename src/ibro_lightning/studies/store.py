@@ -70,11 +70,13 @@ class ResultsStore:
         except Timeout as error:
             raise ConfigError("results", str(self.folder), "another study command writes there") from error
         with lock:
-            with written_atomically(self.folder / "study.yaml") as partial:
-                partial.write_text(as_yaml(self.study))
-            write_json(self.folder / "versions.json", {**versions(), **({"study_file": file} if file else {})})
-            yield
-        path.unlink(missing_ok=True)
+            try:
+                with written_atomically(self.folder / "study.yaml") as partial:
+                    partial.write_text(as_yaml(self.study))
+                write_json(self.folder / "versions.json", {**versions(), **({"study_file": file} if file else {})})
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     def count(self, state: str) -> Counter[str]:
         """``{arm: trials in that state}``."""
