@@ -221,16 +221,20 @@ class TestFailures:
             return hanging(body)
 
         def interrupt() -> None:
+            """Again if need be: Python drops an exception that a signal raises within a finaliser."""
             arrived.wait(HANGS_S)
-            while sys._current_frames()[main].f_code.co_name != "wait":  # for the answers, at the end of a few calls
-                time.sleep(0.001)
-            os.kill(os.getpid(), signal.SIGINT)
+            while not ended.is_set():
+                # It waits for the answers at the end of a few calls.
+                if sys._current_frames()[main].f_code.co_name == "wait":
+                    os.kill(os.getpid(), signal.SIGINT)
+                ended.wait(1.0)
 
         fake.answers["/v1/completions"] = answer
-        thread = threading.Thread(target=interrupt)
+        ended, thread = threading.Event(), threading.Thread(target=interrupt)
         thread.start()
         with pytest.raises(KeyboardInterrupt):
             ready.generate([[1]], PARAMS, [[0, 1]])
+        ended.set()
         thread.join()
         until = time.monotonic() + HANGS_S
         while asyncio.all_tasks(client._loop):
