@@ -78,13 +78,16 @@ class Told:
         return Outcome(state, "model.quality: -1 - write 0 or more" if state == "failed" else "")
 
 
+CONFIG = "# fit --config /home/somebody/x.yaml\nmodel:\n  policy: /home/somebody/model\n  parts:\n  - /data/x\ndata: {limit: 3}\n"
+
+
 def leave_results(given: TrialJob) -> None:
     out = stored_folder(given.folder)
     quality = float(given.trial.seed)
     for name in ("results", "timings"):
         write_table(out / f"{name}.parquet", curves_table(given.trial, [("val/paths/avg@2", 2, quality)]))
     write_table(out / "questions.parquet", QUESTIONS.empty_table())
-    about = {"digest": given.trial.digest, "policy": f"p{given.trial.seed}", "config": "model: {}\n"}
+    about = {"digest": given.trial.digest, "policy": f"p{given.trial.seed}", "config": CONFIG}
     (out / "trial.json").write_text(json.dumps(about))
 
 
@@ -117,6 +120,8 @@ def test_trials_run_seed_after_seed_each_behind_its_base_policy(tmp_path: Path) 
     assert jobs.most == 2
     assert [row["trial"] for row in rows(tmp_path)] == ["low/seed_1", "high/seed_1", "low/seed_2", "high/seed_2"]
     assert [row["base_policy"] for row in rows(tmp_path, "trials")] == ["p1", "p1", "p2", "p2"]
+    settings = (tmp_path / "results/configs/low.yaml").read_text()
+    assert settings == "model:\n  policy: …\n  parts:\n  - …\ndata: {limit: 3}\n", "no place of this machine"
 
 
 def test_a_failed_trial_is_tried_once_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,7 +122,8 @@ class ResultsStore:
         path = self.folder / "configs" / f"{trial.arm}.yaml"
         if not path.exists():
             with written_atomically(path) as partial:
-                partial.write_text(re.sub(r"(?m)^(\s*(?:default_root_dir|policy|save_dir): )/.*$", r"\1…", config))
+                settings = re.sub(r"(?m)^#.*\n", "", config)  # versions, and the command with its paths
+                partial.write_text(re.sub(r"(?m)((?:: |- )['\"]?)/.*$", r"\1…", settings))
 
     def _add_state(self, trial: Trial, state: str, attempts: int, error: str, policy: str) -> None:
         row = {"trial": trial.name, "arm": trial.arm, "seed": trial.seed, "state": state, "attempts": attempts}
