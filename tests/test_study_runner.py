@@ -78,7 +78,13 @@ class Told:
         return Outcome(state, "model.quality: -1 - write 0 or more" if state == "failed" else "")
 
 
-CONFIG = "# fit --config /home/somebody/x.yaml\nmodel:\n  policy: /home/somebody/model\n  parts:\n  - /data/x\ndata: {limit: 3}\n"
+CONFIG = """# fit --config /home/somebody/x.yaml
+model:
+  policy: /home/somebody/model
+  parts:
+  - /data/x
+data: {limit: 3}
+"""
 
 
 def leave_results(given: TrialJob) -> None:
