@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ibro_lightning.batches.ragged import Places, per_token, row_sums, tokens_of
-from ibro_lightning.batches.sequences import FlatSequences, Sequences, one_line
+from ibro_lightning.batches.sequences import FlatSequences, Sequences, repr_of_shapes
 from ibro_lightning.types import Prompt
 
 
@@ -25,7 +25,7 @@ class OldScores:
     scored: Tensor
     """``[B]`` bool: rows whose log-probs and entropies are the policy's own."""
 
-    __repr__ = one_line
+    __repr__ = repr_of_shapes
 
     @classmethod
     def unknown(cls, sequences: FlatSequences, dtype: torch.dtype) -> Self:
@@ -97,7 +97,7 @@ class Experience:
     def __len__(self) -> int:
         return len(self.sequences)
 
-    __repr__ = one_line
+    __repr__ = repr_of_shapes
 
     @property
     def lengths(self) -> Tensor:
@@ -204,7 +204,7 @@ class MicroBatch:
     def __len__(self) -> int:
         return len(self.sequences)
 
-    __repr__ = one_line
+    __repr__ = repr_of_shapes
 
 
 @dataclass(frozen=True, repr=False)
@@ -226,4 +226,4 @@ class TokenStats:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     sampler_logp: Tensor | None = None
 
-    __repr__ = one_line
+    __repr__ = repr_of_shapes

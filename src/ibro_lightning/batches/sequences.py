@@ -16,7 +16,7 @@ from ibro_lightning.batches.ragged import tokens_of
 T = TypeVar("T")
 
 
-def one_line(instance: Any) -> str:
+def repr_of_shapes(instance: Any) -> str:
     """A ``repr`` for a dataclass of tensors: shapes instead of values, counts instead of rows, nothing for None."""
     values = {field.name: getattr(instance, field.name) for field in fields(instance)}
     shown = ", ".join(f"{name}={_briefly(value)}" for name, value in values.items() if value is not None)
@@ -45,7 +45,7 @@ class FlatSequences:
     prompt_lengths: Tensor
     response_lengths: Tensor
 
-    __repr__ = one_line
+    __repr__ = repr_of_shapes
 
     @classmethod
     def collate(cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Self:
@@ -119,7 +119,7 @@ class Sequences:
     prompt_lengths: Tensor
     response_lengths: Tensor
 
-    __repr__ = one_line
+    __repr__ = repr_of_shapes
 
     @classmethod
     def collate(

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ibro_lightning.batches import Rollout
-from ibro_lightning.batches.sequences import one_line
+from ibro_lightning.batches.sequences import repr_of_shapes
 from ibro_lightning.datamodules.collector import Collector
 from ibro_lightning.datamodules.lost_verdicts import LostVerdicts
 from ibro_lightning.engines.base import RolloutEngine
@@ -52,7 +52,7 @@ class EvalSet:
         if self.limit is not None:
             check_count("limit", self.limit)
 
-    __repr__ = one_line
+    __repr__ = repr_of_shapes
 
 
 def check_sampling(engine: RolloutEngine, sampling: SamplingParams, *, setting: str) -> None:

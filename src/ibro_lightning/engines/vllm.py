@@ -29,7 +29,7 @@ from ibro_lightning.engines.vllm_build import (
     build,
     deaths_noticed,
     is_dead,
-    one_line,
+    shortened,
     release,
     torch_rng_kept,
 )
@@ -248,7 +248,7 @@ class VLLMEngine(RolloutEngine):
             if is_dead(self._engine, patience_s=5):
                 remedy = "--ckpt_path last continues from the last checkpoint, if there is one"
                 raise RolloutError(f"the vLLM engine died while {doing}: see its messages above; {remedy}") from error
-            raise RolloutError(f"vLLM failed while {doing}: {one_line(error)}") from error
+            raise RolloutError(f"vLLM failed while {doing}: {shortened(error)}") from error
 
 
 class _Response:

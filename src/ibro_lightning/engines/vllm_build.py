@@ -208,7 +208,7 @@ def torch_rng_kept() -> Iterator[None]:
         yield
 
 
-def one_line(error: BaseException, limit: int = 400) -> str:
+def shortened(error: BaseException, limit: int = 400) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -265,7 +265,7 @@ def _rank_arguments(settings: VLLMSettings) -> dict[str, Any]:
 def _as_config_error(error: Exception, settings: VLLMSettings) -> ConfigError:
     """vLLM's error as a ConfigError of the setting that it concerns."""
     # pydantic appends the whole input and a link.
-    text = re.split(r"\[type=|For further information", one_line(error))[0].strip()
+    text = re.split(r"\[type=|For further information", shortened(error))[0].strip()
     if setting := next((name for name in settings.engine_args if name in text), None):
         return ConfigError("engine_args", f"{setting}: {settings.engine_args[setting]}", text)
     lowered = text.lower()

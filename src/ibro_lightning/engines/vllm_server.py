@@ -31,7 +31,7 @@ from pathlib import Path
 from torch import Tensor, distributed
 
 from ibro_lightning.engines.base import RolloutEngine, Rows
-from ibro_lightning.engines.vllm_build import one_line
+from ibro_lightning.engines.vllm_build import shortened
 from ibro_lightning.engines.vllm_completions import completion_request, generation_of
 from ibro_lightning.engines.vllm_http import Request, ServerClient, ServerLost, ServerRefused
 from ibro_lightning.engines.vllm_limits import check_prompts, check_temperature
@@ -201,4 +201,4 @@ class VLLMServerEngine(RolloutEngine):
             resume = "once it is back, --ckpt_path last continues from the last checkpoint, if there is one"
             raise RolloutError(f"the vLLM server at {self.url} was lost while {doing}: {error}; {resume}") from error
         except ServerRefused as error:
-            raise RolloutError(f"the vLLM server failed while {doing}: {one_line(error)}{remedy}") from error
+            raise RolloutError(f"the vLLM server failed while {doing}: {shortened(error)}{remedy}") from error

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from packaging.version import Version
 from transformers import AutoConfig
 
-from ibro_lightning.engines.vllm_build import MIN_VERSION, UNTESTED_VERSION, one_line
+from ibro_lightning.engines.vllm_build import MIN_VERSION, UNTESTED_VERSION, shortened
 from ibro_lightning.engines.vllm_completions import completion_request
 from ibro_lightning.engines.vllm_http import API_KEY, Request, ServerClient, ServerLost, ServerRefused
 from ibro_lightning.engines.weight_names import weight_shapes
@@ -111,7 +111,7 @@ class _Inquiry:
             if error.status == 404 and path.startswith("/server_info"):
                 why = "weights are handed over in its development mode"
                 raise self._restart_with("VLLM_SERVER_DEV_MODE=1 in its environment", why) from error
-            remedy = f"it answers {path} with {error.status} ({one_line(error)}): is it a vLLM server? {START}"
+            remedy = f"it answers {path} with {error.status} ({shortened(error)}): is it a vLLM server? {START}"
             raise self._refused(remedy) from error
 
     def _has_token(self, token: int) -> bool:
@@ -121,7 +121,7 @@ class _Inquiry:
             self.client.ask([probe])
         except ServerRefused as error:
             if "logit_bias" not in str(error):
-                raise self._refused(f"this vLLM server does not generate: {one_line(error)}") from error
+                raise self._refused(f"this vLLM server does not generate: {shortened(error)}") from error
             return False
         return True
 
