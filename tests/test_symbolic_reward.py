@@ -8,12 +8,11 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import math_verify
 import pytest
 from sympy import Pow, Symbol, factorial, sympify
 
 from ibro_lightning.errors import ConfigError, RewardError
-from ibro_lightning.rewards.mathematics import expressions
+from ibro_lightning.rewards.mathematics import expressions, extraction
 from ibro_lightning.rewards.mathematics.expressions import is_heavy
 from ibro_lightning.rewards.mathematics.symbolic import MathVerifyReward, math_verify_score
 from ibro_lightning.types import Completion, Prompt
@@ -103,8 +102,19 @@ def test_options_change_what_is_equal() -> None:
     assert math_verify_score("$0.333$", "$1/3$", precision=3) == 1.0
     assert math_verify_score("$f(y)$", "$f(x)$") == 0.0
     assert math_verify_score("$f(y)$", "$f(x)$", strict=False) == 1.0
-    assert math_verify_score("$-2 < x < 7$", "$(-2,7)$") == 0.0
-    assert math_verify_score("$-2 < x < 7$", "$(-2,7)$", allow_set_relation_comp=True) == 1.0
+    assert math_verify_score("$-2 < x < 7$", "$(-2,7)$") == 1.0
+    assert math_verify_score("$-2 < x < 7$", "$(-2,7)$", allow_set_relation_comp=False) == 0.0
+    assert math_verify_score("$(-2,7)$", "$-2 < x < 7$", allow_set_relation_comp=False) == 1.0
+    assert math_verify_score("$5$ m", "$5$ cm") == 0.0
+    assert math_verify_score(r"$5\text{ m}$", r"$5\text{ cm}$", units="ignored") == 1.0
+    assert math_verify_score("$5$", r"$5\text{ cm}$") == 1.0
+    assert math_verify_score("$5$", r"$5\text{ cm}$", units="required") == 0.0
+    assert math_verify_score("$2, 1$", "$1, 2$") == 1.0
+    assert math_verify_score("$2, 1$", "$1, 2$", order=True) == 0.0
+    assert math_verify_score(r"$5 \cdot 6$", "$30$") == 1.0
+    assert math_verify_score(r"$5 \cdot 6$", "$30$", simplified=True) == 0.0
+    assert math_verify_score("$30$", r"$5 \cdot 6$", simplified=True) == 1.0
+    assert math_verify_score("$7(3)$", "$10$", equality="library") == 1.0
     assert math_verify_score("The answer is 5", "5", match_types=["latex"]) == 0.0
     assert math_verify_score("The answer is 5", "5", match_types=["expr"]) == 1.0
     assert math_verify_score("The answer is C.", "C", match_types=["string"]) == 1.0
@@ -120,6 +130,8 @@ def test_options_change_what_is_equal() -> None:
         ({"precision": -1}, "^precision: -1 - write 0 or more"),
         ({"numeric_precision": 0}, "^numeric_precision: 0 - write 1 or more"),
         ({"last_chars": 0}, "^last_chars: 0 - write 1 or more"),
+        ({"units": "si"}, "^units: 'si' - write one of agree, required, ignored"),
+        ({"equality": "mine"}, "^equality: 'mine' - write one of rules, library"),
     ],
 )
 def test_wrong_options_name_what_is_allowed(options: dict[str, object], message: str) -> None:
@@ -156,6 +168,7 @@ def test_it_works_in_a_thread_and_logs_nothing(
     monkeypatch.setattr("math_verify.parser.TIMEOUT_WARNING_SHOWN", False)
     monkeypatch.setattr("math_verify.grader.TIMEOUT_WARNING_SHOWN", False)
     expressions._library.cache_clear()
+    extraction._library.cache_clear()
     with caplog.at_level(logging.INFO), ThreadPoolExecutor(1) as executor:
         assert executor.submit(math_verify_score, r"\boxed{1/2}", "0.5").result() == 1.0
     assert caplog.records == []
@@ -163,30 +176,36 @@ def test_it_works_in_a_thread_and_logs_nothing(
     assert [record.message for record in caplog.records] == ["not silenced for others"]
 
 
+INTEGRAL = r"\int_0^1 x\,dx"
+"""What only the library reads."""
+
+
 @pytest.mark.parametrize("error", [RecursionError, TypeError, OverflowError, ValueError, AssertionError])
-@pytest.mark.parametrize("function", ["parse", "verify"])
+@pytest.mark.parametrize("function", ["parser.extract_match", "verify"])
 def test_whatever_the_library_raises_means_wrong(
     function: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert judged("Answer: 84/2", "42") == (1.0, "42")  # from here on, the gold is known
+    response = r"Answer: $\int_0^1 {x}\; dx$"
+    assert judged(response, INTEGRAL)[0] == 1.0  # from here on, the gold is known
 
     def fail(*args: object, **kwargs: object) -> object:
         raise error("hostile")
 
-    monkeypatch.setattr(math_verify, function, fail)
-    assert judged("Answer: 84/2", "42")[0] == -1.0
+    monkeypatch.setattr(f"math_verify.{function}", fail)
+    assert judged(r"Answer: $\int_0^1 x^1\; dx$", INTEGRAL)[0] == -1.0
 
 
-@pytest.mark.parametrize("function", ["parse", "verify"])
+@pytest.mark.parametrize("function", ["parser.extract_match", "verify"])
 def test_running_out_of_memory_is_not_a_verdict(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert judged("Answer: 42", "42") == (1.0, "42")
+    response = r"Answer: $\int_0^1 x^1\; dx$"
+    assert judged(response, INTEGRAL)[0] == 1.0
 
     def fail(*args: object, **kwargs: object) -> object:
         raise MemoryError
 
-    monkeypatch.setattr(math_verify, function, fail)
+    monkeypatch.setattr(f"math_verify.{function}", fail)
     with pytest.raises(MemoryError):
-        judged("Answer: 42", "42")
+        judged(response, INTEGRAL)
 
 
 @pytest.mark.parametrize(

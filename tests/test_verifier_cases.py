@@ -85,7 +85,14 @@ def changed(gold: str, others: list[str]) -> list[str]:
     return sorted(wrong - {gold})
 
 
+MISTAKEN = {r"$1 - \frac{1}{\mathrm{e}}$"}
+"""Golds of peers' cases that accept another number there; the library's own equality reproduces it."""
+
+
 def agrees(family: str, gold: str, response: str, options: dict[str, Any], expected: bool) -> bool:
+    if gold in MISTAKEN:
+        assert math_verify_score(response, gold, **options) == 0.0
+        options = {**options, "equality": "library"}
     score = math_verify_score if family == "math-verify" else dapo_score
     return score(response, gold, **options) == float(expected)
 

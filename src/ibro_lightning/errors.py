@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 from pickle import UnpicklingError
 from typing import SupportsFloat
@@ -121,6 +121,12 @@ def check_instance(field: str, value: object, kind: type, advice: str = "", *, o
     """Raise a :class:`ConfigError` unless ``value`` is an object of a class, or None where that is ``optional``."""
     if not (isinstance(value, kind) or (optional and value is None)):
         raise ConfigError(field, value, f"write an instance of {kind.__name__}{', or None' * optional}{advice}")
+
+
+def check_one_of(field: str, value: object, choices: Sequence[str]) -> None:
+    """Raise a :class:`ConfigError` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ConfigError(field, value, f"write one of {', '.join(choices)}")
 
 
 class RewardError(UserError, RuntimeError):

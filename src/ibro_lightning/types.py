@@ -264,6 +264,8 @@ class RewardResult:
     """The verifier was stopped at its deadline or memory limit: the reward is a configured value."""
     outcome_span: float | None = field(default=None, compare=False)  # a property of the reward, not of the response
     """How much more an accuracy of 1 earns than 0; None counts as 1. For groups of equal accuracy (docs/rewards.md)."""
+    why: str | None = None
+    """In a word how the verdict was reached, as "exact" or "another unit"; None if the verifier does not say."""
 
 
 @dataclass(frozen=True)

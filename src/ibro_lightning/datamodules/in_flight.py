@@ -115,7 +115,7 @@ def _packed(groups: Sequence[Group]) -> dict[str, Any]:
         "logp": joined([completion.logp for completion in completions], np.float32),  # [≤ N] float32
         "completions": [(c.finish_reason, c.text, c.max_tokens, c.seed) for c in completions],
         "results": [
-            (_plain(r.reward), _plain_parts(r), r.answer, r.timed_out, _plain(r.outcome_span)) for r in results
+            (_plain(r.reward), _plain_parts(r), r.answer, r.timed_out, _plain(r.outcome_span), r.why) for r in results
         ],
     }
 

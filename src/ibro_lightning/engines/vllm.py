@@ -29,8 +29,8 @@ from ibro_lightning.engines.vllm_build import (
     build,
     deaths_noticed,
     is_dead,
-    shortened,
     release,
+    shortened,
     torch_rng_kept,
 )
 from ibro_lightning.engines.vllm_limits import check_prompts, check_temperature

@@ -91,10 +91,12 @@ class Reward(ABC):
 
 @dataclass(frozen=True)
 class Verdict:
-    """``accuracy`` in [0, 1] of one response, and the answer that the verifier read (see :class:`RewardResult`)."""
+    """``accuracy`` in [0, 1] of one response, the answer that the verifier read, and in a word how it was decided (see
+    :class:`RewardResult`)."""
 
     accuracy: float
     answer: str | None = None
+    why: str | None = None
 
 
 def check_reward_object(field: str, value: object) -> None:
@@ -135,11 +137,11 @@ class VerifiableReward(Reward):
             verdict = Verdict(verdict)
         accuracy, span = float(verdict.accuracy), self.correct - self.incorrect
         reward = self.incorrect + span * accuracy
-        return RewardResult(reward, {"accuracy": accuracy}, verdict.answer, timed_out, span)
+        return RewardResult(reward, {"accuracy": accuracy}, verdict.answer, timed_out, span, verdict.why)
 
     def stopped(self, score: float) -> RewardResult:
         """``score`` is an accuracy here."""
-        return self._result(Verdict(score, ""), timed_out=True)
+        return self._result(Verdict(score, "", "stopped"), timed_out=True)
 
 
 def score(reward: Reward, prompt: Prompt, completions: Sequence[Completion]) -> list[RewardResult]:

@@ -89,7 +89,8 @@ class RewardSum(CombinedReward):
         spans = [abs(weight) * (1.0 if span is None else span) for weight, span in judging]
         answer = next((result.answer for result in results if result.answer is not None), None)
         timed_out = any(result.timed_out for result in results)
-        return RewardResult(total, parts, answer, timed_out, spans[0] if spans else None)
+        why = next((result.why for result in results if result.why is not None), None)
+        return RewardResult(total, parts, answer, timed_out, spans[0] if spans else None, why)
 
 
 class RewardByPart(CombinedReward):

@@ -20,7 +20,12 @@ from ibro_lightning.types import Completion, Group, Prompt, RewardResult
 
 _PART = "reward_"
 # For columns that may be empty in one file and not in the next; engines return float32 log-probs.
-_TYPES = {"answer_read": pa.string(), "token_ids": pa.list_(pa.int32()), "logp": pa.list_(pa.float32())}
+_TYPES = {
+    "answer_read": pa.string(),
+    "why": pa.string(),
+    "token_ids": pa.list_(pa.int32()),
+    "logp": pa.list_(pa.float32()),
+}
 
 
 def write_parquet(path: Path, rollout: Rollout, *, tokens: bool = False, run: str = "") -> Path:
@@ -67,6 +72,7 @@ def _row(prompt: Prompt, completion: Completion, result: RewardResult) -> dict[s
         "reward": float(result.reward),
         **{f"{_PART}{name}": float(value) for name, value in result.parts.items()},
         "answer_read": result.answer,
+        "why": result.why,
         "timed_out": result.timed_out,
         "mean_logp": sum(logps) / max(1, len(logps)),  # in nats, over the tokens that have one; 0 if none has
     }
@@ -102,4 +108,5 @@ def _read_row(row: dict[str, Any]) -> tuple[Completion, RewardResult]:
     # Null: in a mixture, a part that only other responses' rewards have.
     given = {name: value for name, value in row.items() if name.startswith(_PART) and value is not None}
     parts = {name.removeprefix(_PART): value for name, value in given.items()}
-    return completion, RewardResult(row["reward"], parts, row["answer_read"], row["timed_out"])
+    why = row.get("why")  # not in files written before 0.3
+    return completion, RewardResult(row["reward"], parts, row["answer_read"], row["timed_out"], why=why)

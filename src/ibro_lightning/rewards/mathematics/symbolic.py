@@ -1,21 +1,28 @@
-"""The symbolic verifier: answers compared as mathematics, by the math-verify library."""
+"""The symbolic verifier: answers read and compared as a mathematician does; math-verify reads what is rarely one."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ibro_lightning.errors import ConfigError, RewardError, check_count
+from ibro_lightning.errors import ConfigError, RewardError, check_count, check_one_of
 from ibro_lightning.rewards.base import PlainResponses, Verdict, VerifiableReward
+from ibro_lightning.rewards.mathematics import expressions
 from ibro_lightning.rewards.mathematics.answer_text import answer_line, bare, is_quantity, without_special_tokens
-from ibro_lightning.rewards.mathematics.expressions import equal, parse, spelled
+from ibro_lightning.rewards.mathematics.answers.equality import compare, spelled
+from ibro_lightning.rewards.mathematics.answers.node import Ambiguous, Node, Unread
+from ibro_lightning.rewards.mathematics.answers.parser import read
+from ibro_lightning.rewards.mathematics.answers.rules import UNITS, Judgement, Rules
+from ibro_lightning.rewards.mathematics.extraction import Extract, extracts
 from ibro_lightning.rewards.mathematics.gold_text import gold_texts
 from ibro_lightning.rewards.mathematics.perturbed import perturbed
 from ibro_lightning.types import Completion, Prompt
 
 _KINDS = ("latex", "expr", "string")
+_EQUALITIES = ("rules", "library")
 _MAX_NESTING = 50
 _BRACKET = re.compile(r"[(\[{}\])]")
 _BOXED = re.compile(r"\\(?:boxed|fbox)")
@@ -23,25 +30,28 @@ _DELIMITED = re.compile(r"(?<!\\)(?:\$|\\\(|\\\[)|\\boxed|\\fbox")
 _COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _FUNCTION = "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|exp|sqrt|mod|gcd|lcm|max|min|and|det|inf"
 _WORD = re.compile(rf"\b(?!(?:{_FUNCTION})\b)(?:[A-Za-z]{{3,}}|is|of|to|by|be|as|on|it|if|an|no|at)\b")
-_STYLE = re.compile(r"\\(?:text|mathrm|mbox|operatorname)")
+_INDEXED = re.compile(r"[A-Za-z}]\s*_")
 _APPROXIMATELY = re.compile(r".+?(?=\\approx|≈)", re.DOTALL)
-# What the library misreads: 1 234 as a sum, 1e5 as 5e, 0x1F as 0, a date as a difference.
-_MISREAD = re.compile(
-    r"(?P<spaced>[0-9](?:\s|~|\\ )+[0-9][0-9/]*)"
-    r"|(?P<exponent>(?<![\w}.])[0-9.]+[eE][-+]?[0-9]+(?!\w))"
-    r"|(?P<prefixed>\b0[xXbBoO][0-9a-fA-F]+\b)"
-    r"|(?P<grouped>\b[0-9]{1,3}(?:_[0-9]{3})+\b)"
-    r"|(?P<date>\b(?:[0-9]{4}([-/.])[0-9]{1,2}\6[0-9]{1,2}|[0-9]{1,2}([-/.])[0-9]{1,2}\7[0-9]{4})\b)"
-    r"|(?P<time>[0-9](?:\s*\\(?:text|mathrm|mbox)\s*\{\s*[aApP]\.?\s?[mM]|\s?[aApP]\.\s?[mM]\.|\s+[aApP][mM]\b))"
-)
-_REMEDIES = {
-    "spaced": r"1234, 1\frac{1}{2} or 1, 2",
-    "exponent": r"100000 or 10^{5}",
-    "prefixed": "the number in decimals",
-    "grouped": "1234",
-    **dict.fromkeys(("date", "time"), "another reward, such as DapoMathReward"),
-}
+# A date reads as a difference.
+_DATE = re.compile(r"\b(?:[0-9]{4}([-/.])[0-9]{1,2}\1[0-9]{1,2}|[0-9]{1,2}([-/.])[0-9]{1,2}\2[0-9]{4})\b")
 _SENTENCE = re.compile(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}")
+_LETTERS = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An answer, as it stands in a text and as it is read: by our rules, else by the library, else as text."""
+
+    text: str
+    node: Node | None
+    extract: Extract | None = None
+    library: Any = None
+
+    def spelled(self) -> str:
+        """One string for equal numbers, the text without its white space for anything else."""
+        if self.node is not None:
+            return spelled(self.node) or " ".join(self.text.split())[:200]
+        return expressions.spelled((self.library, self.text)) if self.library is not None else self.text[:200]
 
 
 def math_verify_score(response: str, gold: Any, **options: Any) -> float:
@@ -63,22 +73,30 @@ def math_verify_score(response: str, gold: Any, **options: Any) -> float:
 
 
 class MathVerifyReward(VerifiableReward):
-    r"""Right if the response's answer is mathematically the same as ``prompt.answer``, by the math-verify library.
+    r"""Right if the response's answer is mathematically the same as ``prompt.answer``: the rules are in
+    ``docs/verifiers.md``.
 
     The answer is the value of the last "Answer:" line if it is alone there and no box follows it. Otherwise it is what
-    the library takes: the last ``\boxed{}`` (adjacent ones form a set), then "the final answer is ...", then the text
-    after the word "answer", then the last formula, then the last number.
+    the patterns of the math-verify library find: the last ``\boxed{}`` (adjacent ones form a list), then "the final
+    answer is ...", then the text after the word "answer", then the last formula, then the last number. What our reader
+    does not know, such as an integral, the library reads; it counts as the same only if its letters agree, too.
 
-    More lenient than it may look: of ``Answer: $34$ or maybe $35$`` the first formula counts, and words after a number
-    are ignored, a unit as well as the "million" of ``34 million``.
+    More lenient than it may look: of ``Answer: $34$ or maybe $35$`` the first formula counts.
 
     Args:
         match_types: what to look for: "latex", "expr" (plain numbers and arithmetic), "string" (a letter A to D).
         strict: names of variables matter, and a tuple is no set.
-        precision: decimals to which floats are rounded for the comparison.
-        numeric_precision: significant digits in the evaluation of expressions, where it is needed.
-        allow_set_relation_comp: an inequality may equal the interval it describes, whichever of the two is the gold;
+        precision: a decimal with at least so many digits after the point stands for every number that rounds to it, one
+            with fewer for itself alone.
+        numeric_precision: significant digits in the library's evaluation of expressions that it alone reads.
+        allow_set_relation_comp: an inequality equals the interval it describes, whichever of the two is the gold;
             otherwise only if the gold is the inequality.
+        units: "agree": a unit may be left out, and must agree where both have one; "required": it may not be left out;
+            "ignored": units are not compared.
+        order: the entries of a list without brackets must come in the gold's order.
+        simplified: the answer must have no more operations than the gold: ``2/4`` passes for ``1/2``, ``5 \cdot 6`` not
+            for ``30``.
+        equality: "rules": those of ``docs/verifiers.md``; "library": math-verify's own, as other frameworks use it.
         last_chars: characters at the response's end that are read, from the beginning of a line where there is one. A
             response that continues for longer after its answer is wrong.
     """
@@ -91,7 +109,11 @@ class MathVerifyReward(VerifiableReward):
         strict: bool = True,
         precision: int = 6,
         numeric_precision: int = 15,
-        allow_set_relation_comp: bool = False,
+        allow_set_relation_comp: bool = True,
+        units: str = "agree",
+        order: bool = False,
+        simplified: bool = False,
+        equality: str = "rules",
         last_chars: int = 5000,
         correct: float = 1.0,
         incorrect: float = -1.0,
@@ -102,13 +124,17 @@ class MathVerifyReward(VerifiableReward):
         check_count("precision", precision, 0)
         check_count("numeric_precision", numeric_precision, 1)
         check_count("last_chars", last_chars, 1)
-        self.match_types, self.last_chars = tuple(match_types), last_chars
+        check_one_of("units", units, UNITS)
+        check_one_of("equality", equality, _EQUALITIES)
+        self.match_types, self.last_chars, self.equality = tuple(match_types), last_chars, equality
         self.options = {"strict": strict, "float_rounding": precision, "numeric_precision": numeric_precision}
         self.options["allow_set_relation_comp"] = allow_set_relation_comp
+        self.rules = Rules(precision, units, order, simplified, strict, allow_set_relation_comp)
 
     def preload(self) -> None:
-        one, half = (parse(f"\\boxed{{{text}}}", ("latex", "expr"))[0] for text in ("1", "\\frac{1}{2}"))
-        equal(one, half, self.options)
+        self.judged("\\boxed{1}", ["\\frac{1}{2}"])
+        integral = expressions.parse("$\\int_0^1 x dx$", ("latex",))
+        expressions.equal(integral[0], integral[0], self.options)
 
     def verify(self, prompt: Prompt, completion: Completion) -> Verdict:
         try:
@@ -118,11 +144,47 @@ class MathVerifyReward(VerifiableReward):
 
     def judged(self, response: str, golds: Sequence[str]) -> Verdict:
         """The verdict on a text. Raises ValueError for a gold that cannot be read."""
+        text = _answer_text(response, self.match_types, self.last_chars)
+        if self.equality == "library":
+            return self._judged_by_the_library(text, golds)
         right = [_gold(gold, self.match_types) for gold in golds]
-        found = parse(_answer_text(response, self.match_types, self.last_chars), self.match_types)
-        if any(equal(item, answer, self.options) for parsed, _ in right for item in parsed for answer in found):
-            return Verdict(1.0, right[0][1])
-        return Verdict(0.0, spelled(found))
+        if (found := self._found(text)) is None:
+            return Verdict(0.0, "", "no answer")
+        judgements = [self._judgement(gold, found) for gold in right]
+        if same := next((judgement for judgement in judgements if judgement.same), None):
+            return Verdict(1.0, right[0].spelled(), same.why)
+        return Verdict(0.0, found.spelled(), judgements[0].why)
+
+    def _found(self, text: str) -> Reading | None:
+        return _reading(text, self.match_types)
+
+    def _judgement(self, gold: Reading, answer: Reading) -> Judgement:
+        if gold.node is not None and answer.node is not None:
+            answered = answer.node
+            if gold.node.op == "quantity" and answered.op != "quantity":
+                answered = _with_unit(answer.text) or answered
+            return compare(gold.node, answered, self.rules)
+        if _squeezed(gold.text) == _squeezed(answer.text) != "":
+            return Judgement(True, "text")
+        return self._by_the_library(gold, answer)
+
+    def _by_the_library(self, gold: Reading, answer: Reading) -> Judgement:
+        """For what our reader does not know; the library drops letters and their case, so that they must agree."""
+        both = [_of_library(reading) for reading in (gold, answer)]
+        if both[0] is None or both[1] is None:
+            return Judgement(False, "not read")
+        if set(_LETTERS.findall(gold.text)) != set(_LETTERS.findall(answer.text)):
+            return Judgement(False, "other letters")
+        same = expressions.equal(both[0], both[1], self.options)
+        return Judgement(same, "library" if same else "another value")
+
+    def _judged_by_the_library(self, text: str, golds: Sequence[str]) -> Verdict:
+        right = [_library_gold(gold, self.match_types) for gold in golds]
+        found = expressions.parse(text, self.match_types)
+        pairs = ((item, answer) for parsed, _ in right for item in parsed for answer in found)
+        if any(expressions.equal(item, answer, self.options) for item, answer in pairs):
+            return Verdict(1.0, right[0][1], "library")
+        return Verdict(0.0, expressions.spelled(found), "another value" if found else "no answer")
 
     def _golds(self, prompt: Prompt) -> list[str]:
         try:
@@ -134,19 +196,20 @@ class MathVerifyReward(VerifiableReward):
     def plain_responses(self, prompt: Prompt) -> PlainResponses:
         golds = self._golds(prompt)
         for gold in golds:
-            if misread := _MISREAD.search(gold):
-                raise ValueError(f"the library misreads {misread[0]!r}: write {_REMEDIES[str(misread.lastgroup)]}")
+            if date := _DATE.search(gold):
+                remedy = "write another reward, such as DapoMathReward"
+                raise ValueError(f"the date {date[0]!r} reads as a number: {remedy}")
         others = self._others(golds[0]) if len(golds) == 1 else []
         right, wrong = (tuple(self._plain(text) for text in texts) for texts in (golds, others))
         return PlainResponses(right, wrong)
 
     def _others(self, gold: str) -> list[str]:
-        """The gold perturbed where it matters: not after an "≈", not in the base of a number. Letters only where a
-        number is not enough (each costs the parsing of an expression), and not those of units."""
+        """The gold perturbed where it matters: not after an "≈", nor in the index of a symbol. Letters are those of
+        names and units, which some settings leave out."""
         counts = _APPROXIMATELY.match(gold)
         value, rest = (gold[: counts.end()], gold[counts.end() :]) if counts else (gold, "")
-        letters = "=" in value and not is_quantity(value) and not _STYLE.search(value)
-        others = perturbed(value, subscripts=False, letters=letters, decimals=self.options["float_rounding"])
+        letters = self.rules.names and (self.rules.units != "ignored" or not is_quantity(value))
+        others = perturbed(value, subscripts=not _INDEXED.search(value), letters=letters)
         return [other + rest for other in others]
 
     def _plain(self, answer: str) -> str:
@@ -183,11 +246,73 @@ def _depth(text: str) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _gold(gold: str, match_types: tuple[str, ...]) -> tuple[tuple[Any, ...], str]:
-    """The gold as the library's expressions and as one string; cached, since all responses to a prompt share it."""
-    text = gold
+def _gold(gold: str, match_types: tuple[str, ...]) -> Reading:
+    """The gold as it is read; cached, since all responses to a prompt share it."""
+    text = _delimited(gold, match_types)
+    if (found := _reading(text, match_types)) is None:
+        raise ValueError(_unreadable(gold))
+    if found.node is not None and found.node.op == "mul" and (quantity := _with_unit(gold)):
+        return Reading(found.text, quantity, found.extract)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _library_gold(gold: str, match_types: tuple[str, ...]) -> tuple[tuple[Any, ...], str]:
+    """The gold as the library's expressions and as one string."""
+    if not (found := expressions.parse(_delimited(gold, match_types), match_types)):
+        raise ValueError(_unreadable(gold))
+    return found, expressions.spelled(found)
+
+
+def _delimited(gold: str, match_types: tuple[str, ...]) -> str:
     if "latex" in match_types and not _DELIMITED.search(gold) and not _SENTENCE.search(_COMMAND.sub(" ", gold)):
-        text = f"${' '.join(gold.split())}$"
-    if not (found := parse(text, match_types)):
-        raise ValueError(f"the gold answer {gold[:200]!r} cannot be read as mathematics: correct it, or drop the row")
-    return found, spelled(found)
+        return f"${' '.join(gold.split())}$"
+    return gold
+
+
+def _unreadable(gold: str) -> str:
+    return f"the gold answer {gold[:200]!r} cannot be read as mathematics: correct it, or drop the row"
+
+
+def _reading(text: str, match_types: tuple[str, ...]) -> Reading | None:
+    """The first of a text's likely answers that can be read; else the first of them, as text; None without any."""
+    first: Reading | None = None
+    for extract in extracts(text, match_types):
+        if extract.kind == "string":
+            return Reading(extract.text, Node("text", (extract.text.lower(),)), extract)
+        try:
+            return Reading(extract.text, read(extract.text), extract)
+        except Ambiguous:
+            pass
+        except Unread:
+            if (found := _quietly(extract)) is not None:
+                return Reading(extract.text, None, extract, found)
+        if first is None and extract.text.strip():
+            first = Reading(extract.text, None)
+    return first
+
+
+def _of_library(reading: Reading) -> Any:
+    return reading.library if reading.library is not None or reading.extract is None else _quietly(reading.extract)
+
+
+def _quietly(extract: Extract) -> Any:
+    try:
+        return extract.library()
+    except MemoryError:
+        raise
+    except Exception:  # hostile text makes the library, its parser and sympy raise almost anything
+        return None
+
+
+def _with_unit(text: str) -> Node | None:
+    """A number with one letter behind it, as in ``5 m``, whose letter is a unit: as the gold's is."""
+    try:
+        found = read(text.strip().strip("$"), unit_letters=True)
+    except Unread:
+        return None
+    return found if found.op == "quantity" else None
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"\\(?:left|right|text|mathrm|mbox)(?![A-Za-z])|\\[,;:! ]|[\s${}]", "", text)

@@ -1,0 +1,166 @@
+r"""What verifiers wrongly accept and wrongly refuse, kind by kind, on the same pairs of a gold and an answer.
+
+    python benchmarks/verifiers.py ../shared/data/*.jsonl                  # ours, math-verify, the DAPO rule
+    python benchmarks/verifiers.py GOLDS... --only ours --per_kind 0       # ours alone, on every pair
+    python benchmarks/verifiers.py GOLDS... --trl                          # and TRL's accuracy reward
+    python benchmarks/verifiers.py GOLDS... --sample 300                   # prints pairs for reading by eye
+
+The pairs are other writings of each gold (right) and near-misses (wrong), true by construction
+(``benchmarks/verifier_pairs``). Where both sides are closed numbers, sympy evaluates them to 60 digits, independently
+of every verifier, and a pair whose label it contradicts ends the run. ``--trl`` needs trl installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from verifier_pairs import Pair, pairs_of
+
+Verifier = Callable[[str, str], bool]
+"""Whether a response is right, from the response and the gold."""
+
+
+def distinct_golds(files: Iterable[Path]) -> list[str]:
+    """The different texts of the field ``answer``, in the order of the files."""
+    golds: dict[str, None] = {}
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            answer = json.loads(line).get("answer")
+            if isinstance(answer, str | int | float):
+                golds.setdefault(str(answer))
+    return list(golds)
+
+
+def pairs(golds: Iterable[str], per_kind: int, seed: int = 0) -> list[Pair]:
+    """All pairs of the golds, or at most ``per_kind`` of each kind, drawn at random."""
+    by_kind: dict[tuple[bool, str], list[Pair]] = defaultdict(list)
+    for gold in golds:
+        for pair in pairs_of(gold):
+            by_kind[pair.same, pair.kind].append(pair)
+    generator = random.Random(seed)
+    for kind, found in by_kind.items():
+        if per_kind and len(found) > per_kind:
+            by_kind[kind] = generator.sample(found, per_kind)
+    return [pair for found in by_kind.values() for pair in found]
+
+
+def check_labels(found: Iterable[Pair]) -> int:
+    """Evaluate both sides of pairs of closed numbers to 60 digits; how many were checked. Raises for a wrong label."""
+    import sympy
+
+    checked = 0
+    for pair in found:
+        if not pair.closed or pair.gold.value is None:
+            continue
+        value = sympy.sympify(pair.closed, evaluate=True)
+        gold = sympy.Rational(pair.gold.value.numerator, pair.gold.value.denominator)
+        difference = abs(sympy.N(value - gold, 60, chop=False))
+        same = bool(difference < sympy.Float(10) ** -50 * (1 + abs(gold)))
+        if same != pair.same:
+            raise AssertionError(f"{pair}: its label is wrong, {value} and {gold}")
+        checked += 1
+    return checked
+
+
+def ours() -> Verifier:
+    from ibro_lightning.rewards import math_verify_score
+
+    return lambda response, gold: math_verify_score(response, gold) == 1.0
+
+
+def library() -> Verifier:
+    from math_verify import parse, verify
+
+    def judge(response: str, gold: str) -> bool:
+        right = parse(f"${gold}$", parsing_timeout=None)
+        return bool(verify(right, parse(response, parsing_timeout=None), timeout_seconds=None))
+
+    return judge
+
+
+def dapo(strict: bool) -> Verifier:
+    from ibro_lightning.rewards import dapo_score
+
+    return lambda response, gold: dapo_score(f"Answer: {response}", gold, strict=strict) == 1.0
+
+
+def trl() -> Verifier:
+    from trl.rewards import accuracy_reward
+
+    def judge(response: str, gold: str) -> bool:
+        [score] = accuracy_reward([[{"role": "assistant", "content": response}]], [f"${gold}$"])
+        return score == 1.0
+
+    return judge
+
+
+def measured(judge: Verifier, found: list[Pair]) -> tuple[dict[tuple[bool, str], int], float, list[Pair]]:
+    """Wrong verdicts by kind, the median time of a verdict in milliseconds, and the pairs that were judged wrong."""
+    wrong: Counter[tuple[bool, str]] = Counter()
+    times, mistaken = [], []
+    for pair in found:
+        started = time.perf_counter()
+        try:
+            same = judge(rf"\boxed{{{pair.answer}}}", pair.gold.text)
+        except Exception:  # a verifier that raises has not accepted
+            same = False
+        times.append(time.perf_counter() - started)
+        if same != pair.same:
+            wrong[pair.same, pair.kind] += 1
+            mistaken.append(pair)
+    return dict(wrong), 1000 * statistics.median(times), mistaken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("golds", nargs="+", type=Path, help="files of JSON lines with a field answer")
+    parser.add_argument("--per_kind", type=int, default=100, help="pairs of a kind, drawn at random; 0: all")
+    parser.add_argument("--only", choices=["ours", "math-verify", "dapo strict", "dapo lenient"], help="one verifier")
+    parser.add_argument("--trl", action="store_true", help="TRL's accuracy reward, too")
+    parser.add_argument("--sample", type=int, default=0, help="print so many pairs instead")
+    parser.add_argument("--wrong", action="store_true", help="print the pairs that ours judges wrong")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    found = pairs(distinct_golds(path for path in options.golds if "verifier_cases" not in path.name), options.per_kind)
+    if options.sample:
+        for pair in random.Random(1).sample(found, min(options.sample, len(found))):
+            print(f"{pair.gold.text}  {'≡' if pair.same else '≢'}  {pair.answer}    ({pair.kind})")
+        return
+    print(f"{len(found)} pairs, {check_labels(found)} of them with two closed numbers whose labels sympy confirms")
+    judges = {
+        "ours": ours,
+        "math-verify": library,
+        "dapo strict": lambda: dapo(True),
+        "dapo lenient": lambda: dapo(False),
+    }
+    if options.trl:
+        judges["trl"] = trl
+    if options.only:
+        judges = {options.only: judges[options.only]}
+    counts = Counter((pair.same, pair.kind) for pair in found)
+    results = {name: measured(make(), found) for name, make in judges.items()}
+    for same, title in ((False, "wrongly accepted"), (True, "wrongly refused")):
+        print(f"\n{title:34} {'pairs':>6} " + " ".join(f"{name:>13}" for name in judges))
+        kinds = [(key, count) for key, count in counts.items() if key[0] is same]
+        for key, count in sorted(kinds, key=lambda entry: entry[0][1]):
+            shares = [100 * wrong.get(key, 0) / count for wrong, _, _ in results.values()]
+            print(f"{key[1]:34} {count:6} " + " ".join(f"{share:11.1f} %" for share in shares))
+        total = sum(count for _, count in kinds)
+        shares = [100 * sum(wrong.get(key, 0) for key, _ in kinds) / total for wrong, _, _ in results.values()]
+        print(f"{'all':34} {total:6} " + " ".join(f"{share:11.2f} %" for share in shares))
+    print(f"\n{'milliseconds per verdict, median':41} " + " ".join(f"{time:13.2f}" for _, time, _ in results.values()))
+    if options.wrong and "ours" in results:
+        for pair in results["ours"][2]:
+            print(f"{pair.gold.text}  {'≡' if pair.same else '≢'}  {pair.answer}    ({pair.kind})")
+
+
+if __name__ == "__main__":
+    main()

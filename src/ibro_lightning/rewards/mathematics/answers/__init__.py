@@ -1,0 +1,1 @@
+"""Answers as a mathematician reads and compares them: notation, numbers, sets, relations, units."""

@@ -1,0 +1,368 @@
+"""Whether an answer is the gold, kind by kind, and how that was decided. The rules in words: ``docs/verifiers.md``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from ibro_lightning.rewards.mathematics.answers.names import (
+    named,
+    named_value,
+    of_equations,
+    other_names,
+    renamed,
+    without_signs,
+)
+from ibro_lightning.rewards.mathematics.answers.node import Decimal, Node, is_term, mapped, size
+from ibro_lightning.rewards.mathematics.answers.rules import Judgement, Rules, no, weakest, yes
+from ibro_lightning.rewards.mathematics.answers.same_terms import same_relations, same_terms
+from ibro_lightning.rewards.mathematics.answers.subsets import is_subset, same_subset, symbols_of_subset
+from ibro_lightning.rewards.mathematics.answers.values import Uncertain, exact
+
+_MAX_ITEMS = 100
+
+
+def compare(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    """Whether two answers are the same by ``rules``."""
+    if not rules.names:
+        gold, answer = renamed(gold), renamed(answer)
+    if rules.simplified and size(answer) > size(gold):
+        return no("not simplified")
+    try:
+        return _same(gold, answer, rules)
+    except (Uncertain, RecursionError):
+        return no("no value")
+
+
+def _same(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    if gold == answer:
+        return yes("exact")
+    signs = [without_signs(node) for node in (gold, answer)]
+    if signs != [gold, answer]:
+        return _same(signs[0], signs[1], rules)
+    values = [of_equations(node) for node in (gold, answer)]
+    if values != [gold, answer] and not other_names(gold, answer):
+        found = _same(values[0], values[1], rules)
+        systems = [
+            value.op == "tuple" and node.op == "list" for value, node in zip(values, (gold, answer), strict=True)
+        ]
+        if found.same or systems[0] != systems[1]:
+            return found
+    if "relation" in (gold.op, answer.op) or {gold.op, answer.op} & {"any", "all"}:
+        return _relations(gold, answer, rules)
+    if is_subset(gold) or is_subset(answer):
+        return _subsets(gold, answer, rules)
+    for op, compared in _BY_KIND.items():
+        if op in (gold.op, answer.op):
+            return compared(gold, answer, rules)
+    return same_terms(gold, answer, rules)
+
+
+def _relations(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    if is_subset(gold) or is_subset(answer):
+        if not rules.relations_as_sets and _is_relation(answer) and not _is_relation(gold):
+            return no("a relation for a set")
+        return _subsets(gold, answer, rules)
+    if gold.op == answer.op == "relation":
+        if len(gold.args) == len(answer.args) == 3 and all(map(is_term, (*gold.args[::2], *answer.args[::2]))):
+            return same_relations(gold, answer)
+        if gold.args[1::2] == answer.args[1::2]:
+            judged = [_same(left, right, rules) for left, right in zip(gold.args[::2], answer.args[::2], strict=True)]
+            return weakest(judged, "relation")
+    return no("another form")
+
+
+def _subsets(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    if _alike(gold, answer, rules):
+        return yes("set")
+    gold, answer = (mapped(node, named_value) for node in (gold, answer))
+    for node in (gold, answer):
+        if node.op == "list" or not (is_subset(node) or node.op in ("tuple", "closed", "set")):
+            return no("another form")
+    both = [symbols_of_subset(node) for node in (gold, answer)]
+    if max(map(len, both)) > 1:
+        return no("several symbols")
+    if both[0] and both[1] and both[0] != both[1]:
+        return no("another symbol")
+    same = same_subset(gold, answer)
+    return Judgement(same, "set" if same else "another set")
+
+
+def _alike(gold: Node, answer: Node, rules: Rules) -> bool:
+    """Whether two sets are written in the same way, with the same ends."""
+    if gold.op != answer.op or len(gold.args) != len(answer.args) or gold.op not in ("interval", "closed", "union"):
+        return False
+    return all(
+        left == right if isinstance(left, str) else _same(left, right, rules).same
+        for left, right in zip(gold.args, answer.args, strict=True)
+    )
+
+
+def _texts(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    words = [_spoken(node) for node in (gold, answer)]
+    return yes("text") if words[0] == words[1] != "" else no("other words")
+
+
+_SAME_WORDS = {
+    "does not exist": "dne", "undefined": "undefined", "no solutions": "no solution", "none": "no solution",
+    "no real solution": "no solution", "no real solutions": "no solution",
+}  # fmt: skip
+
+
+def _spoken(node: Node) -> str:
+    if node.op == "text":
+        words = re.sub(r"[^0-9a-z+*/=<>-]+", " ", str(node.args[0])).strip()
+        words = re.sub(r"^(?:the|a|an) ", "", words)
+        return _SAME_WORDS.get(words, words)
+    if node.op == "set" and not node.args:
+        return "no solution"
+    return ""
+
+
+def _ordered(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    if len(gold.args) != len(answer.args):
+        return no("another number of entries")
+    return weakest([_same(left, right, rules) for left, right in zip(gold.args, answer.args, strict=True)], gold.op)
+
+
+def _unordered(gold: Sequence[Node], answer: Sequence[Node], rules: Rules, why: str) -> Judgement:
+    if len(gold) != len(answer):
+        return no("another number of elements")
+    if len(gold) > _MAX_ITEMS:
+        return no("too many elements")
+    left = list(answer)
+    for item in gold:
+        place = next((place for place, other in enumerate(left) if _same(item, other, rules).same), None)
+        if place is None:
+            return no("another element")
+        del left[place]
+    return yes(why)
+
+
+def _distinct(items: Sequence[Node], rules: Rules) -> list[Node]:
+    kept: list[Node] = []
+    for item in items[:_MAX_ITEMS]:
+        if not any(_same(item, other, rules).same for other in kept):
+            kept.append(item)
+    return kept
+
+
+def _sets(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    if "text" in (gold.op, answer.op):
+        return _texts(gold, answer, rules)
+    kinds = {gold.op, answer.op}
+    if kinds == {"set"}:
+        return _unordered(_distinct(gold.args, rules), _distinct(answer.args, rules), rules, "set")
+    if kinds == {"set", "list"}:
+        return _unordered(gold.args, answer.args, rules, "set")
+    if kinds & {"tuple", "closed"}:
+        return no("a set has no order")
+    only = [node.args[0] if node.op == "set" and len(node.args) == 1 else node for node in (gold, answer)]
+    if only != [gold, answer]:
+        return _same(only[0], only[1], rules)
+    return no("another number of elements")
+
+
+def _lists(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    kinds = (gold.op, answer.op)
+    if kinds == ("list", "list"):
+        if rules.order:
+            return _ordered(gold, answer, rules)
+        pairs = [named(node) for node in (gold, answer)]
+        if all(pairs) and (found := _systems(pairs[0], pairs[1], rules)) is not None:
+            return found
+        return _unordered(gold.args, answer.args, rules, "list")
+    if set(kinds) == {"list", "tuple"}:
+        return _ordered(gold, answer, rules)
+    return no("another number of elements")
+
+
+def _systems(gold: list[tuple[str, Node]], answer: list[tuple[str, Node]], rules: Rules) -> Judgement | None:
+    """``x = 1, y = 2`` in any order, by name; None if these are the values of one name."""
+    names = [[name for name, _ in pairs] for pairs in (gold, answer)]
+    if any(len(set(found)) < len(found) for found in names) or sorted(names[0]) != sorted(names[1]):
+        return None
+    others = dict(answer)
+    return weakest([_same(value, others[name], rules) for name, value in gold], "list")
+
+
+def _tuples(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    vectors = [_vector(node) for node in (gold, answer)]
+    if gold.op == answer.op or "matrix" in (gold.op, answer.op):
+        if vectors[0] is None or vectors[1] is None:
+            return no("another form")
+        return _ordered(Node("tuple", vectors[0]), Node("tuple", vectors[1]), rules)
+    return no("another form")
+
+
+def _vector(node: Node) -> tuple[Node, ...] | None:
+    if node.op != "matrix":
+        return node.args if node.op in ("tuple", "closed") else None
+    if len(node.args) == 1:
+        row: tuple[Node, ...] = node.args[0]
+        return row
+    return tuple(row[0] for row in node.args) if all(len(row) == 1 for row in node.args) else None
+
+
+def _matrices(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    tables = [_table(node) for node in (gold, answer)]
+    if tables[0] is not None and tables[1] is not None:
+        if [len(row) for row in tables[0]] != [len(row) for row in tables[1]]:
+            return no("another shape")
+        pairs = zip(tables[0], tables[1], strict=True)
+        return weakest(
+            [_same(a, b, rules) for left, right in pairs for a, b in zip(left, right, strict=True)], "matrix"
+        )
+    return _tuples(gold, answer, rules)
+
+
+def _table(node: Node) -> tuple[tuple[Node, ...], ...] | None:
+    """The entries of a matrix, or of a sum, difference or multiple of matrices."""
+    if node.op == "matrix":
+        return node.args
+    if node.op == "add":
+        tables = [_table(part) for part in node.args]
+        if (
+            any(table is None for table in tables)
+            or len({(len(table), len(table[0])) for table in tables if table}) != 1
+        ):
+            return None
+        known = [table for table in tables if table is not None]
+        return tuple(
+            tuple(Node("add", entries) for entries in zip(*rows, strict=True)) for rows in zip(*known, strict=True)
+        )
+    if node.op == "neg":
+        table = _table(node.args[0])
+        return None if table is None else tuple(tuple(Node("neg", (entry,)) for entry in row) for row in table)
+    if node.op == "mul":
+        matrices = [part for part in node.args if _table(part) is not None]
+        factors = tuple(part for part in node.args if _table(part) is None)
+        if len(matrices) != 1 or not all(is_term(factor) for factor in factors):
+            return None
+        table = _table(matrices[0])
+        return None if table is None else tuple(tuple(Node("mul", (*factors, entry)) for entry in row) for row in table)
+    return None
+
+
+def _cases(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    if gold.op != answer.op:
+        return no("another form")
+    rows = [[Node("tuple", row) for row in node.args] for node in (gold, answer)]
+    return _unordered(rows[0], rows[1], rules, "cases")
+
+
+def _ratios(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    if gold.op != answer.op:
+        terms, other = (gold.args, answer) if gold.op == "ratio" else (answer.args, gold)
+        if len(terms) != 2 or not is_term(other):
+            return no("another form")
+        return same_terms(Node("div", tuple(terms)), other, rules)
+    if len(gold.args) != len(answer.args):
+        return no("another number of entries")
+    if _may_be_time(gold):
+        return weakest([_same(a, b, rules) for a, b in zip(gold.args, answer.args, strict=True)], "ratio")
+    first, other = gold.args[0], answer.args[0]
+    pairs = zip(gold.args[1:], answer.args[1:], strict=True)
+    products = [(Node("mul", (first, b)), Node("mul", (other, a))) for a, b in pairs]
+    return weakest([same_terms(left, right, rules) for left, right in products], "ratio")
+
+
+def _may_be_time(node: Node) -> bool:
+    """``3:30``, which 6:60 is not."""
+    values = [exact(part) for part in node.args]
+    return (
+        len(values) == 2 and values[1] is not None and values[0] is not None and 10 <= values[1] < 60 and values[0] < 24
+    )
+
+
+def _times(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    return no("another time")
+
+
+def _based(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    """A numeral's base is part of the answer; ten is that of numbers without one."""
+    plain = [_in_base_ten(node) for node in (gold, answer)]
+    return _same(plain[0], plain[1], rules) if plain != [gold, answer] else no("another numeral")
+
+
+def _in_base_ten(node: Node) -> Node:
+    if node.op == "based" and node.args[2] == 10:
+        whole, behind, _ = node.args
+        return Node("number", (Decimal(Fraction(int(whole + behind), 10 ** len(behind))),))
+    return node
+
+
+def _quantities(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    first, second = _measured(gold), _measured(answer)
+    if first is None or second is None:
+        return no("another form")
+    (value, unit), (other, other_unit) = first, second
+    if unit is not None and other_unit is not None:
+        if rules.units == "ignored":
+            return same_terms(_plain(gold), _plain(answer), rules)
+        if unit != other_unit:
+            return no("another unit")
+        return same_terms(value, other, rules)
+    if unit is not None and rules.units == "required":
+        return no("no unit")
+    if (len(gold.args) > 1 and gold.op == "quantity") or (len(answer.args) > 1 and answer.op == "quantity"):
+        return no("no unit")
+    return same_terms(_plain(gold), _plain(answer), rules)
+
+
+def _plain(node: Node) -> Node:
+    value: Node = node.args[0][0] if node.op == "quantity" else node
+    return value
+
+
+def _measured(node: Node) -> tuple[Node, Any] | None:
+    """The value in base units with their dimension, None for no unit; or None for what is no number."""
+    if node.op == "quantity":
+        dimensions = {dimension for _, _, dimension in node.args}
+        if len(dimensions) != 1:
+            return None
+        values = tuple(_times_size(value, unit) for value, unit, _ in node.args)
+        return (values[0] if len(values) == 1 else Node("add", values)), dimensions.pop()
+    if node.op == "degree":
+        return node.args[0], (("degree", 1),)
+    return (node, None) if is_term(node) else None
+
+
+def _times_size(value: Node, unit: Fraction) -> Node:
+    return value if unit == 1 else Node("mul", (value, Node("number", (Decimal(unit),))))
+
+
+def spelled(node: Node) -> str:
+    """One spelling of a number however it was written, ``x = 1/2`` too; "" for anything else."""
+    node = of_equations(node)
+    if node.op == "quantity" and len(node.args) == 1:
+        node = node.args[0][0]
+    if node.op == "degree":
+        node = node.args[0]
+    value = exact(node) if is_term(node) and node.op != "percent" else None
+    return (
+        ""
+        if value is None or value.numerator.bit_length() > 600 or value.denominator.bit_length() > 600
+        else str(value)
+    )
+
+
+_BY_KIND = {
+    "time": _times,
+    "set": _sets,
+    "text": _texts,
+    "based": _based,
+    "list": _lists,
+    "matrix": _matrices,
+    "cases": _cases,
+    "tuple": _tuples,
+    "closed": _tuples,
+    "ratio": _ratios,
+    "quantity": _quantities,
+}
+
+
+def _is_relation(node: Node) -> bool:
+    return (node.op == "relation" and node.args[1] != "in") or (node.op in ("any", "all"))

@@ -1,0 +1,135 @@
+"""How an answer is held once it has been read: a tree of nodes, from lists and intervals down to digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+STRUCTURES = frozenset(
+    [
+        "list",
+        "set",
+        "tuple",
+        "open",
+        "closed",
+        "interval",
+        "union",
+        "intersection",
+        "difference",
+        "relation",
+        "member",
+        "matrix",
+        "ratio",
+        "based",
+        "quantity",
+        "text",
+        "time",
+        "cases",
+        "any",
+        "all",
+    ]
+)
+"""Operators of what is no single expression."""
+
+
+class Unread(ValueError):
+    """A text is not in the language of answers."""
+
+
+class Ambiguous(Unread):
+    """A text has two readings, as two numbers beside each other do: nobody should choose one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decimal:
+    """A number as it was written: its value, and the digits that it shows.
+
+    ``places``: digits after the point; ``significant``: digits from the first that is not 0. Both None for a number
+    that is exact (an integer, or ``0.\\overline{3}``).
+    """
+
+    value: Fraction
+    places: int | None = None
+    significant: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An operator and what it is applied to: other nodes, names, or a :class:`Decimal`.
+
+    ==============  ============================================================================================
+    ``op``          ``args``
+    ==============  ============================================================================================
+    number          a :class:`Decimal`
+    symbol          its name, as written: case matters
+    constant        ``pi``, ``e``, ``i`` or ``inf``
+    add, mul        two or more terms
+    div, pow        two terms
+    neg, plusminus  one term (``plusminus``: both signs)
+    call            the function's name and its arguments
+    list            statements separated by commas, semicolons or "and", "or"
+    set             elements in braces
+    tuple           entries in round or angle brackets; of two also an open interval
+    closed          two entries in square brackets: an interval, or a vector
+    interval        left bracket, start, end, right bracket, of one open and one closed end
+    union, …        two sets
+    relation        a term, an operator, a term, and further pairs in a chain
+    matrix          rows of nodes
+    ratio           terms separated by colons
+    based           digits and base of a numeral
+    quantity        a number and its unit, or several such as "2 hours 30 minutes"
+    text            words
+    ==============  ============================================================================================
+    """
+
+    op: str
+    args: tuple[Any, ...] = ()
+
+    def nodes(self) -> tuple[Node, ...]:
+        """The arguments that are nodes, those in rows of a matrix too."""
+        found: list[Node] = []
+        for arg in self.args:
+            if isinstance(arg, Node):
+                found.append(arg)
+            elif isinstance(arg, tuple):
+                found += [item for item in arg if isinstance(item, Node)]
+        return tuple(found)
+
+
+def integer(value: int) -> Node:
+    return Node("number", (Decimal(Fraction(value)),))
+
+
+def is_term(node: Node) -> bool:
+    """Whether a node is one expression, with or without symbols, and no structure but the matrix of a determinant."""
+    if node.op == "call" and node.args[0] == "det" and node.args[1].op == "matrix":
+        return all(is_term(entry) for entry in node.args[1].nodes())
+    return node.op not in STRUCTURES and all(is_term(part) for part in node.nodes())
+
+
+def symbols(node: Node) -> frozenset[str]:
+    """Names of all symbols and of functions that are not known."""
+    if node.op == "symbol":
+        return frozenset(node.args[:1])
+    return frozenset().union(*(symbols(part) for part in node.nodes()))
+
+
+def size(node: Node) -> int:
+    """The number of operations."""
+    parts = node.nodes()
+    return sum(map(size, parts)) + (1 if parts else 0)
+
+
+def mapped(node: Node, change: Callable[[Node], Node]) -> Node:
+    """``node`` with ``change`` applied to each part, leaves first."""
+    args: list[Any] = []
+    for arg in node.args:
+        if isinstance(arg, Node):
+            args.append(mapped(arg, change))
+        elif isinstance(arg, tuple):
+            args.append(tuple(mapped(item, change) if isinstance(item, Node) else item for item in arg))
+        else:
+            args.append(arg)
+    return change(Node(node.op, tuple(args)))

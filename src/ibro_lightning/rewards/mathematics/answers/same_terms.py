@@ -1,0 +1,166 @@
+"""Whether two terms are the same: numbers by their values, terms with symbols by their values at twelve points."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from ibro_lightning.rewards.mathematics.answers.decimals import half_unit, shown
+from ibro_lightning.rewards.mathematics.answers.node import Node, is_term, symbols
+from ibro_lightning.rewards.mathematics.answers.rules import Judgement, Rules, no, yes
+from ibro_lightning.rewards.mathematics.answers.values import (
+    DIGITS,
+    Evaluation,
+    Uncertain,
+    agree,
+    context,
+    digits,
+    exact,
+    is_rational,
+    points,
+)
+
+_MAX_DIGITS = 2000
+_ENOUGH = 3
+"""At so many points two terms must have been compared before they count as the same."""
+
+
+def same_terms(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    if not (is_term(gold) and is_term(answer)):
+        return no("another form")
+    for op in ("degree", "percent"):  # the sign may be left out, as a unit
+        if (gold.op == op) != (answer.op == op):
+            bare = [node.args[0] if node.op == op else node for node in (gold, answer)]
+            if rules.units != "required" and (found := _values(bare[0], bare[1], rules)).same:
+                return found
+    return _values(gold, answer, rules)
+
+
+def _values(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    names = symbols(gold) | symbols(answer)
+    if names:
+        return _identity(gold, answer, names)
+    infinite = [_infinite(node) for node in (gold, answer)]
+    if any(infinite):
+        return yes("exact") if infinite[0] == infinite[1] else no("another value")
+    values = exact(gold), exact(answer)
+    if values[0] is not None and values[0] == values[1]:
+        return yes("exact")
+    if _rounds(gold, answer, rules) or _rounds(answer, gold, rules):
+        return yes("rounded")
+    if None not in values:
+        return no("another value")
+    return _numeric(gold, answer)
+
+
+def _infinite(node: Node) -> int:
+    if node.op == "constant" and node.args[0] == "inf":
+        return 1
+    return -_infinite(node.args[0]) if node.op == "neg" else 0
+
+
+def _rounds(decimal: Node, other: Node, rules: Rules) -> bool:
+    """Whether ``decimal`` shows enough digits to stand for what rounds to it, and ``other`` does."""
+    written = shown(decimal)
+    if written is None or written.places is None or written.significant is None:
+        return False
+    if min(written.places, written.significant) < rules.decimals:
+        return False
+    half = half_unit(written)
+    value = exact(other)
+    if value is not None:
+        return abs(value - written.value) <= half
+    mp = context()
+    computed = Evaluation()(other)
+    distance = abs(computed - mp.mpf(written.value.numerator) / written.value.denominator)
+    return bool(distance <= mp.mpf(half.numerator) / half.denominator)
+
+
+def _numeric(gold: Node, answer: Node) -> Judgement:
+    if is_rational(gold) and is_rational(answer):
+        return no("too large")
+    real = not (_has_i(gold) or _has_i(answer))
+    for log in _bases(gold, answer):
+        size = _compared_size(gold, answer, real, log)
+        if size > _MAX_DIGITS:
+            return no("too large")
+        with digits(DIGITS + 2 * size):
+            evaluation = Evaluation(real=real, log=log)
+            if agree(evaluation(gold), evaluation(answer), evaluation.scale):
+                return yes("numeric")
+    return no("another value")
+
+
+def _compared_size(gold: Node, answer: Node, real: bool, log: str) -> int:
+    """The digits before the point of the largest number that is added, all of which may cancel."""
+    evaluation = Evaluation(real=real, log=log)
+    largest = max(abs(evaluation(gold)), abs(evaluation(answer)))
+    largest = max(largest, evaluation.scale)
+    return 0 if largest <= 1 else int(context().log(largest, 10)) + 1
+
+
+def _bases(*nodes: Node) -> tuple[str, ...]:
+    """The bases that ``\\log`` may have: e or 10, one for both sides."""
+    return ("e", "10") if any(_calls(node, "log") for node in nodes) else ("e",)
+
+
+def _calls(node: Node, name: str) -> bool:
+    return (node.op == "call" and node.args[0] == name) or any(_calls(part, name) for part in node.nodes())
+
+
+def _has_i(node: Node) -> bool:
+    return node == Node("constant", ("i",)) or any(_has_i(part) for part in node.nodes())
+
+
+def _identity(gold: Node, answer: Node, names: frozenset[str]) -> Judgement:
+    for log in _bases(gold, answer):
+        compared = 0
+        for first, second, scale in _compared(gold, answer, names, log):
+            if not agree(first, second, scale):
+                compared = 0
+                break
+            compared += 1
+        if compared >= _ENOUGH:
+            return yes("identity")
+    return no("another expression")
+
+
+def _compared(gold: Node, answer: Node, names: frozenset[str], log: str = "e") -> Any:
+    """The values of both at all points where both have one: a real one, unless i is in them."""
+    mp, real = context(), not (_has_i(gold) or _has_i(answer))
+    for assignment in points(names):
+        evaluation = Evaluation(assignment, real=real, log=log)
+        try:
+            values = evaluation(gold), evaluation(answer)
+        except Uncertain:
+            continue
+        if real and any(mp.im(value) != 0 for value in values):
+            continue
+        yield *values, evaluation.scale
+
+
+def same_relations(gold: Node, answer: Node) -> Judgement:
+    """Relations of two sides: equal if their differences are proportional, by a factor of the right sign."""
+    operator, other = gold.args[1], answer.args[1]
+    turned = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
+    if operator != other and turned.get(operator) != other:
+        return no("another relation")
+    left, right = (Node("add", (node.args[0], Node("neg", (node.args[2],)))) for node in (gold, answer))
+    names = symbols(left) | symbols(right)
+    if not names:
+        return no("no symbols")
+    quotients = []
+    for evaluated in _compared(left, right, names):
+        first, second, scale = evaluated
+        zero = [agree(value, 0, scale) for value in (first, second)]
+        if zero[0] != zero[1]:
+            return no("another relation")
+        if not zero[0]:
+            quotients.append(first / second)
+    if len(quotients) < _ENOUGH or not all(agree(a, b, 0) for a, b in pairwise(quotients)):
+        return no("another relation")
+    if operator in turned and (
+        context().im(quotients[0]) != 0 or (context().re(quotients[0]) > 0) != (operator == other)
+    ):
+        return no("another relation")
+    return yes("identity")

@@ -1,0 +1,180 @@
+"""Sets of real numbers, however they are written: intervals, unions, inequalities, conditions on one symbol.
+
+Two descriptions are the same set if they agree on every number at which one of them could change: each number in either
+of them, its negative, both sides of it, and the middle between two such numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+from ibro_lightning.rewards.mathematics.answers.node import Node, is_term, symbols
+from ibro_lightning.rewards.mathematics.answers.values import Evaluation, Uncertain, agree, context
+
+Predicate = Callable[[Any], bool]
+_INEQUALITIES = {"<", ">", "<=", ">=", "!="}
+_MAX_CRITICAL = 60
+
+
+def is_subset(node: Node) -> bool:
+    """Whether a node describes a set of real numbers, and no single value, point or equation."""
+    if node.op in ("interval", "union", "intersection", "difference", "any", "all"):
+        return True
+    if node.op == "relation":
+        if node.args[1] == "in":
+            return is_subset(node.args[2]) or node.args[2].op in ("tuple", "closed", "set") or _is_field(node.args[2])
+        return all(operator in _INEQUALITIES for operator in node.args[1::2]) and len(symbols(node)) == 1
+    return _is_field(node)
+
+
+def same_subset(first: Node, second: Node) -> bool:
+    """Whether both describe the same numbers. Raises :class:`Uncertain` for what describes none."""
+    critical = list(_distinct([*_numbers(first), *_numbers(second)]))
+    if len(critical) > _MAX_CRITICAL:
+        raise Uncertain("too many numbers")
+    tests = _tests(sorted({*critical, *(-number for number in critical)}))
+    contains_first, contains_second = predicate(first), predicate(second)
+    return all(contains_first(number) == contains_second(number) for number in tests)
+
+
+def symbols_of_subset(node: Node) -> frozenset[str]:
+    if _is_field(node):
+        return frozenset()
+    if node.op == "relation" and node.args[1] == "in":
+        return symbols(node.args[0]) | symbols_of_subset(node.args[2])
+    if node.op in ("union", "intersection", "difference", "any", "all"):
+        return frozenset().union(*(symbols_of_subset(part) for part in node.nodes()))
+    return symbols(node)
+
+
+def _is_field(node: Node) -> bool:
+    return (node.op == "symbol" and node.args[0] == "mathbb R") or (node.op == "text" and node.args[0] in _ALL)
+
+
+_ALL = frozenset({"all real numbers", "all reals", "real numbers", "all real"})
+
+
+def _tests(critical: list[Any]) -> Iterator[Any]:
+    mp = context()
+    tiny = mp.mpf(10) ** -9
+    for number in critical:
+        yield number
+        step = tiny * (1 + abs(number))
+        yield number - step
+        yield number + step
+    for left, right in pairwise(critical):
+        yield (left + right) / 2
+    edge = abs(critical[-1]) if critical else mp.mpf(1)
+    for factor in (mp.mpf("1.37"), mp.mpf("9.1"), mp.mpf(10) ** 6 + mp.mpf("0.3")):
+        yield factor * (edge + 1)
+        yield -factor * (edge + 1)
+
+
+def _numbers(node: Node) -> Iterator[Any]:
+    if is_term(node) and not symbols(node):
+        try:
+            value = Evaluation()(node)
+        except Uncertain:
+            return
+        if context().im(value) == 0:
+            yield context().re(value)
+        return
+    for part in node.nodes():
+        yield from _numbers(part)
+
+
+def _distinct(numbers: list[Any]) -> Iterator[Any]:
+    found: list[Any] = []
+    for number in numbers:
+        if not any(agree(number, other, 0) for other in found):
+            found.append(number)
+            yield number
+
+
+def predicate(node: Node) -> Predicate:
+    """Membership in the set that ``node`` describes."""
+    op, args = node.op, node.args
+    if _is_field(node):
+        return lambda number: True
+    if op == "union" or op == "any":
+        parts = [predicate(part) for part in args]
+        return lambda number: any(part(number) for part in parts)
+    if op == "intersection" or op == "all":
+        parts = [predicate(part) for part in args]
+        return lambda number: all(part(number) for part in parts)
+    if op == "difference":
+        inside, outside = predicate(args[0]), predicate(args[1])
+        return lambda number: inside(number) and not outside(number)
+    if op in ("set", "list"):
+        values = [_value(part) for part in args]
+        return lambda number: any(agree(number, value, 0) for value in values)
+    if op in ("interval", "tuple", "closed"):
+        return _between(node)
+    if op == "relation":
+        if args[1] == "in":
+            if args[0].op == "symbol":
+                return predicate(args[2])
+            raise Uncertain("membership of a term")
+        return _condition(node)
+    raise Uncertain(op)
+
+
+def _between(node: Node) -> Predicate:
+    if node.op == "interval":
+        opening, start, end, closing = node.args
+    else:
+        if len(node.args) != 2:
+            raise Uncertain("more than two ends")
+        start, end = node.args
+        opening, closing = ("(", ")") if node.op == "tuple" else ("[", "]")
+    low, high = _value(start), _value(end)
+
+    def contains(number: Any) -> bool:
+        at_low, at_high = (bool(context().isfinite(end)) and agree(number, end, 0) for end in (low, high))
+        if at_low or at_high:
+            return (not at_low or opening == "[") and (not at_high or closing == "]")
+        return bool(low < number < high)
+
+    return contains
+
+
+def _condition(node: Node) -> Predicate:
+    name = next(iter(symbols(node)), "")
+    if any(operator not in _INEQUALITIES | {"="} for operator in node.args[1::2]):
+        raise Uncertain("a relation of another kind")
+
+    def contains(number: Any) -> bool:
+        evaluation = Evaluation({name: number})
+        values = [_value(part, evaluation) for part in node.args[::2]]
+        return all(
+            _holds(left, operator, right, evaluation.scale)
+            for left, operator, right in zip(values, node.args[1::2], values[1:], strict=False)
+        )
+
+    return contains
+
+
+def _value(node: Node, evaluation: Evaluation | None = None) -> Any:
+    mp = context()
+    if node.op == "constant" and node.args[0] == "inf":
+        return mp.inf
+    if node.op == "neg" and node.args[0].op == "constant" and node.args[0].args[0] == "inf":
+        return -mp.inf
+    value = (evaluation or Evaluation())(node)
+    if mp.im(value) != 0:
+        raise Uncertain("complex numbers have no order")
+    return mp.re(value)
+
+
+def _holds(left: Any, operator: str, right: Any, scale: Any) -> bool:
+    mp = context()
+    equal = left == right if mp.isinf(left) or mp.isinf(right) else agree(left, right, scale)
+    if operator == "=":
+        return bool(equal)
+    if operator == "!=":
+        return not equal
+    if equal:
+        return operator in ("<=", ">=")
+    return bool(left < right) if operator in ("<", "<=") else bool(left > right)

@@ -1,0 +1,380 @@
+"""The value of a term: exactly, as a fraction, where it is one; otherwise to 60 digits.
+
+Nothing here expands or simplifies: work is bounded by the length of the term, whatever numbers are in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from fractions import Fraction
+from functools import reduce
+from typing import Any
+
+from ibro_lightning.rewards.mathematics.answers.node import Node
+
+DIGITS = 70
+_SPARE = 25
+"""Of the digits that are computed, so many may be lost to rounding."""
+_MAX_BITS = 50_000  # about 15,000 digits
+_MAX_EXPONENT = 10**7
+
+
+class Uncertain(ArithmeticError):
+    """A value cannot be computed: too large, undefined, or of what has no value."""
+
+
+def exact(node: Node) -> Fraction | None:
+    """The value of a rational term; None for any other term, and for numbers of more than 50,000 bits."""
+    try:
+        return _exact(node)
+    except (Uncertain, ZeroDivisionError):
+        return None
+
+
+def _exact(node: Node) -> Fraction:
+    op, args = node.op, node.args
+    if op == "number":
+        value: Fraction = args[0].value
+        return value
+    if op == "neg":
+        return -_exact(args[0])
+    if op == "percent":
+        return _exact(args[0]) / 100
+    if op in ("add", "mul"):
+        values = [_exact(part) for part in args]
+        return _bounded(reduce(lambda a, b: _bounded(a + b if op == "add" else a * b), values))
+    if op == "div":
+        return _bounded(_exact(args[0]) / _exact(args[1]))
+    if op == "pow":
+        return _power(_exact(args[0]), _exact(args[1]))
+    if op == "call":
+        return _exact_call(args[0], args[1:])
+    raise Uncertain(op)
+
+
+def _bounded(value: Fraction) -> Fraction:
+    if value.numerator.bit_length() + value.denominator.bit_length() > _MAX_BITS:
+        raise Uncertain("too large")
+    return value
+
+
+def _power(base: Fraction, exponent: Fraction) -> Fraction:
+    if exponent.denominator != 1:
+        return _rational_root(base, exponent)
+    if base in (0, 1, -1):
+        return Fraction(base ** int(exponent)) if base else _zero_power(exponent)
+    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if abs(exponent) * bits > _MAX_BITS:
+        raise Uncertain("too large")
+    return base ** int(exponent)
+
+
+def _zero_power(exponent: Fraction) -> Fraction:
+    if exponent < 0:
+        raise ZeroDivisionError
+    return Fraction(int(exponent == 0))
+
+
+def _rational_root(base: Fraction, exponent: Fraction) -> Fraction:
+    degree = exponent.denominator
+    if degree > 64 or base < 0:
+        raise Uncertain("a root")
+    roots = [_integer_root(part, degree) for part in (base.numerator, base.denominator)]
+    return _power(Fraction(roots[0], roots[1]), Fraction(exponent.numerator))
+
+
+def _integer_root(value: int, degree: int) -> int:
+    """The root of a whole number, if it is a whole number."""
+    if value.bit_length() > 4000:
+        raise Uncertain("too large")
+    low, high = 0, 1 << (value.bit_length() // degree + 1)
+    while low < high:
+        middle = (low + high) // 2
+        if middle**degree < value:
+            low = middle + 1
+        else:
+            high = middle
+    if low**degree != value:
+        raise Uncertain("irrational")
+    return low
+
+
+def _exact_call(name: str, args: tuple[Node, ...]) -> Fraction:
+    values = [_exact(part) for part in args]
+    if name == "root":
+        if values[0] == 0 or values[0].denominator != 1:
+            raise Uncertain("a root")
+        if values[1] < 0 and values[0] % 2 == 1:
+            return -_power(-values[1], 1 / values[0])
+        return _power(values[1], 1 / values[0])
+    if name == "abs":
+        return abs(values[0])
+    if name == "floor":
+        return Fraction(math.floor(values[0]))
+    if name == "ceil":
+        return Fraction(math.ceil(values[0]))
+    if name in ("max", "min"):
+        return max(values) if name == "max" else min(values)
+    if name in ("gcd", "lcm", "factorial", "factorial2", "binom", "mod") and all(
+        value.denominator == 1 for value in values
+    ):
+        return Fraction(_whole(name, [int(value) for value in values]))
+    raise Uncertain(name)
+
+
+def _whole(name: str, values: list[int]) -> int:
+    if name == "gcd":
+        return math.gcd(*values)
+    if name == "lcm":
+        return math.lcm(*values)
+    if name == "binom":
+        n, k = values
+        if not 0 <= k <= n or n > 5000:
+            raise Uncertain("binom")
+        return math.comb(n, k)
+    n = values[0]
+    if not 0 <= n <= 3000:
+        raise Uncertain("factorial")
+    return math.factorial(n) if name == "factorial" else math.prod(range(n, 0, -2))
+
+
+_LOCAL = threading.local()
+
+
+def context() -> Any:
+    """This thread's arithmetic of mpmath: its global one has one precision for all threads."""
+    if not hasattr(_LOCAL, "context"):
+        from mpmath.ctx_mp import MPContext  # type: ignore[import-untyped]
+
+        _LOCAL.context = MPContext()
+        _LOCAL.context.dps = DIGITS
+    return _LOCAL.context
+
+
+class Evaluation:
+    """Evaluates terms at one assignment of their symbols.
+
+    ``scale``: the largest number that was added or subtracted so far, against which a difference is 0.
+    """
+
+    def __init__(self, assignment: Mapping[str, Any] | None = None, *, real: bool = True, log: str = "e") -> None:
+        self.assignment = assignment or {}
+        self.real = real
+        self.log = log
+        self.scale: Any = 0
+        self.mp = context()
+
+    def __call__(self, node: Node) -> Any:
+        try:
+            value = self._value(node)
+        except (ZeroDivisionError, ValueError, OverflowError, TypeError, RecursionError) as error:
+            raise Uncertain(str(error)) from error
+        if not self.mp.isfinite(value):
+            raise Uncertain("not finite")
+        return value
+
+    def _value(self, node: Node) -> Any:
+        mp, op, args = self.mp, node.op, node.args
+        if op == "number":
+            value = args[0].value
+            if max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_BITS:
+                raise Uncertain("too large")
+            return mp.mpf(value.numerator) / value.denominator
+        if op == "symbol":
+            if args[0] not in self.assignment:
+                raise Uncertain(f"no value for {args[0]}")
+            return self.assignment[args[0]]
+        if op == "constant":
+            return {"pi": lambda: +mp.pi, "e": lambda: +mp.e, "i": lambda: mp.mpc(0, 1)}.get(args[0], _no_value)()
+        if op == "neg":
+            return -self._value(args[0])
+        if op == "percent":
+            return self._value(args[0]) / 100
+        if op == "degree":
+            return self._value(args[0]) * mp.pi / 180
+        if op == "add":
+            values = [self._value(part) for part in args]
+            self.scale = max([self.scale, *map(abs, values)])
+            return mp.fsum(values)
+        if op == "mul":
+            return mp.fprod([self._value(part) for part in args])
+        if op == "div":
+            return self._value(args[0]) / self._value(args[1])
+        if op == "pow":
+            return self._power(node)
+        if op == "call":
+            return self._call(args[0], args[1:])
+        raise Uncertain(op)
+
+    def _power(self, node: Node) -> Any:
+        base, exponent = self._value(node.args[0]), self._value(node.args[1])
+        if base == 0:
+            if self.mp.re(exponent) < 0:
+                raise Uncertain("1/0")
+            return self.mp.mpf(int(exponent == 0))
+        if abs(exponent) * abs(self.mp.log(abs(base))) > _MAX_EXPONENT:
+            raise Uncertain("too large")
+        if self.real and self.mp.im(base) == 0 and self.mp.re(base) < 0:
+            power = exact(node.args[1])
+            if power is not None and power.denominator % 2 == 1:  # an odd root of a negative number is real
+                size = self.mp.power(-base, exponent)
+                return size if power.numerator % 2 == 0 else -size
+        return self.mp.power(base, exponent)
+
+    def _call(self, name: str, nodes: tuple[Node, ...]) -> Any:
+        mp = self.mp
+        if name == "det":
+            return self._determinant(nodes[0])
+        args = [self._value(node) for node in nodes]
+        if name == "root":
+            degree, radicand = args
+            if degree == 0 or abs(degree) > 10**6:
+                raise Uncertain("a root")
+            if mp.im(radicand) == 0 and radicand < 0 and degree == int(degree) and int(degree) % 2 == 1:
+                return -mp.power(-radicand, 1 / degree)
+            return mp.sqrt(radicand) if degree == 2 else mp.power(radicand, 1 / degree)
+        if name == "log":
+            return mp.log(args[0]) if self.log == "e" else mp.log(args[0]) / mp.log(10)
+        if name in ("factorial", "factorial2", "binom", "Gamma") and any(abs(arg) > 10**6 for arg in args):
+            raise Uncertain("too large")
+        if name in ("exp", "sinh", "cosh") and abs(args[0]) > _MAX_EXPONENT:
+            raise Uncertain("too large")
+        if name in ("floor", "ceil", "max", "min", "gcd", "lcm", "sgn", "mod") and any(mp.im(arg) != 0 for arg in args):
+            raise Uncertain("of complex numbers")
+        if name in ("gcd", "lcm"):
+            if any(arg != int(arg) for arg in args):
+                raise Uncertain("of whole numbers alone")
+            return mp.mpf((math.gcd if name == "gcd" else math.lcm)(*(int(arg) for arg in args)))
+        if name in ("max", "min"):
+            return max(args) if name == "max" else min(args)
+        if known := _functions(mp).get(name):
+            return known(*args)
+        return self._unknown(name, args)
+
+    def _unknown(self, name: str, args: list[Any]) -> Any:
+        """Of a function that is only named: a smooth one that belongs to its name."""
+        first, *others = (self.mp.mpf(part) / 2**61 for part in _hashed(name, 2 + len(args)))
+        value = 1 + first
+        for arg, factor in zip(args, others[1:], strict=True):
+            value += self.mp.sin(others[0] + (1 + factor) * arg) * (2 + factor) + arg * arg * factor
+        return value
+
+    def _determinant(self, node: Node) -> Any:
+        if node.op != "matrix":
+            return self._unknown("det", [self._value(node)])
+        rows = [[self._value(entry) for entry in row] for row in node.args]
+        if len(rows) != len(rows[0]) or len(rows) > 8:
+            raise Uncertain("a determinant")
+        return self.mp.det(self.mp.matrix(rows))
+
+
+def _no_value() -> Any:
+    raise Uncertain("infinite")
+
+
+def _functions(mp: Any) -> dict[str, Callable[..., Any]]:
+    if not hasattr(_LOCAL, "functions"):
+        _LOCAL.functions = {
+            **{
+                name: getattr(mp, name)
+                for name in [
+                    "sin",
+                    "cos",
+                    "tan",
+                    "cot",
+                    "sec",
+                    "csc",
+                    "sinh",
+                    "cosh",
+                    "tanh",
+                    "coth",
+                    "exp",
+                    "floor",
+                    "ceil",
+                ]
+            },
+            "arcsin": mp.asin,
+            "arccos": mp.acos,
+            "arctan": mp.atan,
+            "arccot": mp.acot,
+            "ln": mp.log,
+            "abs": abs,
+            "factorial": mp.factorial,
+            "factorial2": mp.fac2,
+            "binom": mp.binomial,
+            "Gamma": mp.gamma,
+            "sgn": mp.sign,
+            "log10": lambda x: mp.log(x) / mp.log(10),
+            "log_b": lambda x, base: mp.log(x) / mp.log(base),
+            "Re": mp.re,
+            "Im": mp.im,
+            "arg": mp.arg,
+        }
+    functions: dict[str, Callable[..., Any]] = _LOCAL.functions
+    return functions
+
+
+def _hashed(name: str, count: int) -> list[int]:
+    digest = hashlib.sha512(name.encode()).digest()
+    while len(digest) < 8 * count:
+        digest += hashlib.sha512(digest).digest()
+    return [int.from_bytes(digest[8 * place : 8 * place + 8], "big") >> 3 for place in range(count)]
+
+
+def agree(first: Any, second: Any, scale: Any) -> bool:
+    """Whether two computed values are the same: to 45 digits, or to 25 fewer than are computed; or both no more than
+    rounding errors of ``scale``."""
+    mp = context()
+    largest, tolerance = max(abs(first), abs(second)), mp.mpf(10) ** (_SPARE - mp.dps)
+    if largest <= scale * tolerance:
+        return True
+    return bool(abs(first - second) <= largest * tolerance)
+
+
+@contextmanager
+def digits(count: int) -> Iterator[None]:
+    """Compute with so many digits."""
+    mp = context()
+    before, mp.dps = mp.dps, count
+    try:
+        yield
+    finally:
+        mp.dps = before
+
+
+def is_rational(node: Node) -> bool:
+    """Whether a term is made of numbers, the four operations, whole powers and factorials alone: if :func:`exact` does
+    not know its value, it is too large."""
+    if node.op in ("number", "add", "mul", "div", "neg", "percent"):
+        return all(is_rational(part) for part in node.nodes())
+    if node.op == "pow":
+        return all(is_rational(part) for part in node.nodes()) and not _is_root(node.args[1])
+    return (
+        node.op == "call" and node.args[0] in ("factorial", "binom") and all(is_rational(part) for part in node.nodes())
+    )
+
+
+def _is_root(exponent: Node) -> bool:
+    value = exact(exponent)
+    return value is not None and value.denominator != 1
+
+
+def points(names: frozenset[str]) -> list[dict[str, Any]]:
+    """Assignments at which terms are compared: four of positive numbers, five of both signs, three of whole numbers."""
+    mp = context()
+    assignments: list[dict[str, Any]] = [{} for _ in range(12)]
+    for name in names:
+        parts = _hashed(name, 12)
+        for place, assignment in enumerate(assignments):
+            share = mp.mpf(parts[place]) / 2**61
+            if place < 4:
+                assignment[name] = share * 3 + mp.mpf(1) / 7
+            elif place < 9:
+                assignment[name] = (share - mp.mpf(1) / 2) * 7
+            else:
+                assignment[name] = mp.mpf(1 + parts[place] % 7 + (place - 9))
+    return assignments

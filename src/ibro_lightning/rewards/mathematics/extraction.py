@@ -1,0 +1,111 @@
+r"""Where in a text the answer is: by the patterns of the library math-verify, from the most to the least explicit.
+
+These are the last box, then "the final answer is …", then what follows the word "answer", then the last formula, then
+the last number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from types import ModuleType
+from typing import Any
+
+from ibro_lightning.rewards.mathematics.answers.units import is_unit
+
+_UNIT = re.compile(r"[ ~]{0,2}([A-Za-z]{1,12})(?![A-Za-z(=^_])")
+
+
+@dataclass(frozen=True)
+class Extract:
+    """An answer as it stands in a text.
+
+    Args:
+        text: without delimiters and box.
+        kind: "latex", "expr" (a number or arithmetic without LaTeX), or "string" (a letter).
+        library: reads it with the library's own parser, at most once: an expression of sympy, or None.
+    """
+
+    text: str
+    kind: str
+    match: re.Match[str]
+    target: Any
+
+    def library(self) -> Any:
+        return _library().parser.extract_match(self.match, self.target)[0]
+
+
+def extracts(text: str, match_types: tuple[str, ...]) -> Iterator[Extract]:
+    """The places in a text at which the answer may be, the likeliest first."""
+    patterns = [
+        (priority, pattern, target, kind)
+        for (found, target), kind in zip(_patterns(match_types), match_types, strict=True)
+        for pattern, priority in found
+    ]
+    for _, group in groupby(sorted(patterns, key=lambda entry: entry[0]), key=lambda entry: entry[0]):
+        matches = [(match, target, kind) for _, pattern, target, kind in group for match in pattern.finditer(text)]
+        for match, target, kind in sorted(matches, key=lambda entry: (entry[0].end(), -entry[0].start()), reverse=True):
+            yield Extract(_text(match, kind), kind, match, target)
+
+
+def _text(match: re.Match[str], kind: str) -> str:
+    groups = match.groupdict()
+    if kind == "string":
+        return match["string_keys"]
+    if kind == "expr":
+        return _number(groups) + _unit_behind(match)
+    parts = []
+    for name, value in groups.items():
+        if value and "_latex" in name:
+            percent = groups.get(f"{name.split('_')[0]}_percent")
+            parts.append(_content(value, "last" if name.endswith("latexBoxed") else "all") + (r"\%" if percent else ""))
+    return ", ".join(parts) + (_unit_behind(match) if len(parts) == 1 else "")
+
+
+def _unit_behind(match: re.Match[str]) -> str:
+    """The unit in ``$5$ cm``, which is text behind the formula: only words that are nothing but units."""
+    word = _UNIT.match(match.string, match.end())
+    return rf"\text{{ {word[1]}}}" if word and is_unit(word[1]) else ""
+
+
+def _number(groups: dict[str, Any]) -> str:
+    """A number outside formulas, where a comma may be its decimal point."""
+    whole = next((value for name, value in groups.items() if name.startswith("integer") and value), "")
+    decimals = next((value for name, value in groups.items() if name.startswith("decimal") and value), "")
+    if not (whole or decimals):
+        return groups.get("expr") or ""
+    return re.sub(r"[ ,]", "", whole) + decimals.replace(",", ".") + (r"\%" if groups.get("percent") else "")
+
+
+def _content(latex: str, mode: str) -> str:
+    if r"\boxed" not in latex and r"\fbox" not in latex:
+        return latex
+    from latex2sympy2_extended.math_normalization import extract_boxed_content
+
+    return str(extract_boxed_content(latex, mode))
+
+
+@lru_cache(maxsize=16)
+def _patterns(match_types: tuple[str, ...]) -> list[tuple[list[tuple[re.Pattern[str], int]], Any]]:
+    library = _library()
+    configs = {
+        "latex": lambda: library.LatexExtractionConfig(boxed_match_priority=0),  # a box takes precedence
+        "expr": library.ExprExtractionConfig,
+        "string": library.StringExtractionConfig,
+    }
+    found: list[tuple[list[tuple[re.Pattern[str], int]], Any]] = library.parser.get_extraction_regexes(
+        [configs[kind]() for kind in match_types]
+    )
+    return found
+
+
+@lru_cache(maxsize=1)
+def _library() -> ModuleType:
+    """math-verify, without its warning that it has no time limit: the pool has one."""
+    import math_verify
+
+    math_verify.parser.TIMEOUT_WARNING_SHOWN = math_verify.grader.TIMEOUT_WARNING_SHOWN = True
+    return math_verify
