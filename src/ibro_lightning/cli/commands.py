@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "compare two evaluations of the same questions",
     "report": "report on a study, or on runs: tables, tests, curves",
     "export": "write a checkpoint's policy as a Hugging Face folder",
+    "verify": "try the verifier: GOLD RESPONSE",
 }
 USAGE = f"""usage: ibro-lightning COMMAND [--config RECIPE] [--SETTING VALUE ...]
 

@@ -30,7 +30,7 @@ def main(args: Sequence[str] | None = None) -> None:
             print(text)
         else:
             command(argv)(argv)
-        if text is not None or argv[0] in ("compare", "report", "export"):  # their result is what they print
+        if text is not None or argv[0] in ("compare", "report", "export", "verify"):  # their result is what they print
             printing.check_delivered()
 
 
@@ -52,9 +52,18 @@ def command(argv: Sequence[str]) -> Callable[[Sequence[str]], None]:
             return lambda argv: report(argv[1:])
         if argv[0] == "export":
             return _export
+        if argv[0] == "verify":
+            return _verify
         from ibro_lightning.cli.run import main as run
 
         return run
+
+
+def _verify(argv: Sequence[str]) -> None:
+    from ibro_lightning.cli.verify import main as verify
+
+    if not verify(argv[1:]):
+        raise SystemExit(1)
 
 
 def _export(argv: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from ibro_lightning.rewards.mathematics.perturbed import perturbed
 from ibro_lightning.types import Completion, Prompt
 
 _KINDS = ("latex", "expr", "string")
-_EQUALITIES = ("rules", "library")
+EQUALITIES = ("rules", "library")
 _MAX_NESTING = 50
 _BRACKET = re.compile(r"[(\[{}\])]")
 _BOXED = re.compile(r"\\(?:boxed|fbox)")
@@ -125,7 +125,7 @@ class MathVerifyReward(VerifiableReward):
         check_count("numeric_precision", numeric_precision, 1)
         check_count("last_chars", last_chars, 1)
         check_one_of("units", units, UNITS)
-        check_one_of("equality", equality, _EQUALITIES)
+        check_one_of("equality", equality, EQUALITIES)
         self.match_types, self.last_chars, self.equality = tuple(match_types), last_chars, equality
         self.options = {"strict": strict, "float_rounding": precision, "numeric_precision": numeric_precision}
         self.options["allow_set_relation_comp"] = allow_set_relation_comp
@@ -148,15 +148,17 @@ class MathVerifyReward(VerifiableReward):
         if self.equality == "library":
             return self._judged_by_the_library(text, golds)
         right = [_gold(gold, self.match_types) for gold in golds]
-        if (found := self._found(text)) is None:
+        if (found := _reading(text, self.match_types)) is None:
             return Verdict(0.0, "", "no answer")
         judgements = [self._judgement(gold, found) for gold in right]
         if same := next((judgement for judgement in judgements if judgement.same), None):
             return Verdict(1.0, right[0].spelled(), same.why)
         return Verdict(0.0, found.spelled(), judgements[0].why)
 
-    def _found(self, text: str) -> Reading | None:
-        return _reading(text, self.match_types)
+    def readings(self, response: str, gold: str) -> tuple[Reading, Reading | None]:
+        """How a gold and a response's answer are read; None for a response without one."""
+        text = _answer_text(response, self.match_types, self.last_chars)
+        return _gold(gold, self.match_types), _reading(text, self.match_types)
 
     def _judgement(self, gold: Reading, answer: Reading) -> Judgement:
         if gold.node is not None and answer.node is not None:

@@ -302,9 +302,8 @@ def _quantities(gold: Node, answer: Node, rules: Rules) -> Judgement:
     if unit is not None and other_unit is not None:
         if rules.units == "ignored":
             return same_terms(_plain(gold), _plain(answer), rules)
-        if unit != other_unit:
-            return no("another unit")
-        return same_terms(value, other, rules)
+        same = same_terms(value, other, rules) if unit == other_unit else no("another unit")
+        return same if same.same or not same_terms(_plain(gold), _plain(answer), rules).same else no("another unit")
     if unit is not None and rules.units == "required":
         return no("no unit")
     if (len(gold.args) > 1 and gold.op == "quantity") or (len(answer.args) > 1 and answer.op == "quantity"):
