@@ -11,7 +11,6 @@ from ibro_lightning.rewards.mathematics.answers.rules import UNITS
 from ibro_lightning.rewards.mathematics.gold_text import gold_texts
 from ibro_lightning.rewards.mathematics.symbolic import EQUALITIES, MathVerifyReward, Reading
 
-
 _WITH_VALUE = ("--precision", "--units", "--equality")
 
 

@@ -18,6 +18,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.tasks.gym_strictness import deserves_full_marks
 
 UNSEEDED = frozenset({"isomorphic_strings", "list_functions", "polynomial_multiplication", "ransom_note"})
 """Datasets (of version 0.1.25) that iterate over sets or use the global random generator, so that their problems differ
@@ -97,12 +98,12 @@ def score_answer(dataset: Any, answer: str, entry: Mapping[str, Any]) -> float:
         dataset = dataset.datasets[name]
     if len(answer) > _MAX_CHARACTERS or not all(harmless(answer) for harmless in _guards(type(dataset).score_answer)):
         return 0.0
-    if name == "game_of_life_halting":
-        return float(answer.casefold() == str(entry["answer"]).casefold())
     with contextlib.redirect_stdout(io.StringIO()):  # some scorers print
         score = float(dataset.score_answer(answer, entry))
     if name == "puzzle24" and sorted(map(int, re.findall(r"\d+", answer))) != sorted(metadata["numbers"]):
         score = min(score, 0.01)
+    if score >= 1 and not deserves_full_marks(name, answer, entry):
+        score = 0.01
     return min(1.0, max(0.0, score))
 
 

@@ -125,8 +125,13 @@ class ReasoningGymReward(VerifiableReward):
 
     Scorers give 0.01 to 0.05 for wrong answers and fractions for nearly right ones; scores from ``threshold`` on count
     as correct. Several scorers pass the answer to ``eval``, directly or through sympy; answers that could call or
-    import anything score 0 without being passed on. Two scorers of version 0.1.25 accept wrong answers and are
-    corrected here: ``game_of_life_halting`` (any text) and ``puzzle24`` (any four numbers that make 24).
+    import anything score 0 without being passed on. Some scorers of version 0.1.25 give full marks to wrong answers,
+    and are corrected here (``gym_strictness``; ``puzzle24`` takes any four numbers that make 24).
+
+    What stays lenient, since the question asks no more: white space, the order of solutions and of prime factors, the
+    case of letters in words, ``power_function`` beyond 3 significant digits, ``advanced_geometry`` beyond its decimals
+    and without brackets, floats of ``codeio`` beyond 15 digits, any name of a constant of integration, and every
+    solution of a puzzle that has several.
 
     Args:
         tag: name of the tag; the last pair counts. None takes the whole response as the answer.

@@ -69,11 +69,11 @@ def _rounds(decimal: Node, other: Node, rules: Rules) -> bool:
     half = half_unit(written)
     value = exact(other)
     if value is not None:
-        return abs(value - written.value) <= half
+        return abs(value - written.value) < half
     mp = context()
     computed = Evaluation()(other)
     distance = abs(computed - mp.mpf(written.value.numerator) / written.value.denominator)
-    return bool(distance <= mp.mpf(half.numerator) / half.denominator)
+    return bool(distance < mp.mpf(half.numerator) / half.denominator)
 
 
 def _numeric(gold: Node, answer: Node) -> Judgement:

@@ -76,14 +76,14 @@ _FILLING = words("the a an of in total each about")
 _NOT_UNITS = words(
     "more less than over under nearly almost plus minus times divided modulo squared cubed factorial sqrt root half "
     "halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths tenth tenths hundredth hundredths "
-    "thousandths infinity choose base binary either maybe else possibly perhaps approximately not or and to is if where "
-    "when for"
+    "thousandths infinity choose base binary either maybe else possibly perhaps approximately not or and to is if "
+    "where when for"
 )
 """Words that change the number before them, or make it uncertain."""
 _BARE = words(
     "cm mm km kg mg ml mph kmh lb lbs oz ft yd hr hrs min sec inch inches feet foot meters meter miles mile hours "
-    "hour minutes minute seconds second days day years year dollars dollar cents cent grams gram liters liter sq square "
-    "cubic cu units unit in"
+    "hour minutes minute seconds second days day years year dollars dollar cents cent grams gram liters liter sq "
+    "square cubic cu units unit in"
 )
 _ALSO_WORDS = words("in second seconds man men ton child person k n v w j l rad foot pound day")
 
