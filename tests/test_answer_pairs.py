@@ -8,16 +8,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import verifiers
 from hypothesis import given
 from hypothesis import strategies as st
-from verifier_pairs import pairs_of
 
+import verifiers
 from ibro_lightning.rewards.mathematics.answers.equality import compare
 from ibro_lightning.rewards.mathematics.answers.node import Node, Unread
 from ibro_lightning.rewards.mathematics.answers.parser import read
 from ibro_lightning.rewards.mathematics.answers.rules import Rules
 from ibro_lightning.rewards.mathematics.symbolic import MathVerifyReward, math_verify_score
+from verifier_pairs import pairs_of
 
 DATA = Path(os.environ.get("IBRO_DATA", Path(__file__).parents[2] / "shared" / "data"))
 LINE = re.compile(r"(?P<gold>.+) (?P<sign>[≡≢]) (?P<answer>.+) ‖ (?P<why>.+)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def refused(name: str, count: int) -> tuple[list[str], list[str]]:
     config = {"seed": 5, "size": count + 1}
     entries, dataset = generate_entries(name, config, count + 1), make_dataset(name, config)
     accepted: dict[str, int] = {}
-    for entry, other in zip(entries, entries[1:], strict=False):
+    for entry, other in pairwise(entries):
         assert scored(dataset, entry["answer"], entry) == 1.0, (name, entry["answer"])
         for kind, text in perturbed(entry["answer"], other["answer"]).items():
             accepted[kind] = accepted.get(kind, 0) + (scored(dataset, text, entry) >= 1)

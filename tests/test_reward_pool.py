@@ -289,7 +289,8 @@ class TestWhatIsStopped:
         reward = Obedient(correct=2.0, incorrect=-2.0)
         with RewardPool([reward], PoolOptions(workers=1, deadline_s=0.1, timeout_score=score)) as pool:
             ((result,),) = judge_all(reward, texts("hang"), pool)
-        assert result == RewardResult(-2.0 + 4.0 * score, {"accuracy": score}, answer="", timed_out=True)
+        expected = RewardResult(-2.0 + 4.0 * score, {"accuracy": score}, answer="", timed_out=True, why="stopped")
+        assert result == expected
 
     def test_is_a_whole_group_where_responses_are_compared(self):
         reward = LongestWins()

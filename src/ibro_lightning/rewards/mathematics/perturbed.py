@@ -11,9 +11,7 @@ _NUMBER_ALONE = re.compile(r"[-+−]?(?:\\?\$)?([0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 _SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|[0-9A-Za-z])")
 
 
-def perturbed(
-    gold: str, *, subscripts: bool = True, letters: bool = True, decimals: int | None = None
-) -> Sequence[str]:
+def perturbed(gold: str, *, subscripts: bool = True, letters: bool = True) -> Sequence[str]:
     r"""Answers of the same form with another value.
 
     A number alone gets another last digit. Otherwise there is one answer each with another first number, another last
@@ -24,17 +22,16 @@ def perturbed(
         gold: text or LaTeX.
         subscripts: whether numbers in subscripts count; these may be bases of numbers.
         letters: whether letters count besides numbers; those of units need not.
-        decimals: how many decimals of a number alone a verifier tells apart; None for all.
 
     >>> perturbed("1/2"), perturbed("3:30"), perturbed(r"\frac{\pi}{4}"), perturbed(r"\text{Evelyn}")
     (('2/2', '1/3'), ('4:30', '3:40'), ('\\frac{\\pi}{5}',), ('\\text{Fvelyn}', '\\text{Evelyo}'))
-    >>> perturbed("y - 2x = 3"), perturbed("120.5"), perturbed(".0000672", decimals=6)
-    (('y - 3x = 3', 'y - 2x = 4', 'z - 2x = 3', 'y + 2x = 3'), ('120.6',), ('.0000682',))
+    >>> perturbed("y - 2x = 3"), perturbed("120.5"), perturbed(".0000672")
+    (('y - 3x = 3', 'y - 2x = 4', 'z - 2x = 3', 'y + 2x = 3'), ('120.6',), ('.0000673',))
     >>> perturbed("204_5", subscripts=False), perturbed(r"\infty")
     (('304_5',), ('7',))
     """
     if alone := _NUMBER_ALONE.fullmatch(gold):
-        return (_raised(gold, _last_place(gold, alone.start(1), decimals)),)
+        return (_raised(gold, alone.end(1) - 1 - (gold[alone.end(1) - 1] == ".")),)
     plain = _blanked(_COMMAND, gold)
     if not subscripts:
         plain = _blanked(_SUBSCRIPT, plain)
@@ -55,15 +52,6 @@ def _leading_place(number: re.Match[str]) -> int:
     """The position of the first digit other than 0, which even a verifier that rounds must see."""
     leading = len(number[0]) - len(number[0].lstrip("0."))
     return number.start() + min(leading, len(number[0]) - 1)
-
-
-def _last_place(text: str, start: int, decimals: int | None) -> int:
-    """The position of the last digit within ``decimals``; if all of these are 0, of the first one that is not."""
-    whole, point, behind = text[start:].partition(".")
-    end = len(text) if decimals is None or not point else start + len(whole) + 1 + min(decimals, len(behind))
-    number = _NUMBER.match(text, start)
-    leading = _leading_place(number) if number else start
-    return max(end - 1 - (text[end - 1] == "."), leading)
 
 
 def _raised(text: str, place: int) -> str:
