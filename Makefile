@@ -9,6 +9,9 @@ VLLM_VENV ?= .venv-vllm
 VLLM_PY = $(VLLM_VENV)/bin/python
 VLLM_READY = $(VLLM_VENV)/.ready
 
+# Hundreds of test processes import the same files: they compile them once, also where the environment says otherwise.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: quickstart quickstart-ppo quickstart-vllm test tests test-vllm lint style types clean
 
 # DAPO with IB regularisation on the embedded engine, on a CPU. ARGS go to the training command,
