@@ -123,7 +123,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("golds", nargs="+", type=Path, help="files of JSON lines with a field answer")
     parser.add_argument("--per_kind", type=int, default=100, help="pairs of a kind, drawn at random; 0: all")
-    parser.add_argument("--only", choices=["ours", "math-verify", "dapo strict", "dapo lenient", "trl"], help="one verifier")
+    names = ["ours", "math-verify", "dapo strict", "dapo lenient", "trl"]
+    parser.add_argument("--only", choices=names, help="one verifier")
     parser.add_argument("--trl", action="store_true", help="TRL's accuracy reward, too")
     parser.add_argument("--sample", type=int, default=0, help="print so many pairs instead")
     parser.add_argument("--wrong", action="store_true", help="print the pairs that ours judges wrong")

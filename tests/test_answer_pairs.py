@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -21,26 +22,58 @@ from verifier_pairs import pairs_of
 
 DATA = Path(os.environ.get("IBRO_DATA", Path(__file__).parents[2] / "shared" / "data"))
 LINE = re.compile(r"(?P<gold>.+) (?P<sign>[≡≢]) (?P<answer>.+) ‖ (?P<why>.+)")
-HAND_WRITTEN = [
-    match
-    for line in (Path(__file__).parent / "data" / "answer_pairs.txt").read_text(encoding="utf-8").splitlines()
-    if not line.startswith("#") and (match := LINE.fullmatch(line))
-]
+FOLDER = Path(__file__).parent / "data"
+
+
+def hand_written(name: str) -> list[re.Match[str]]:
+    lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
+    return [match for line in lines if not line.startswith("#") and (match := LINE.fullmatch(line))]
+
+
+PAIRS, RESPONSES = hand_written("answer_pairs.txt"), hand_written("answer_responses.txt")
 GOLDS = ["27", "-3", "4096", "105263157894736848", r"\frac{3}{8}", r"-\frac{17}{6}", "5/7", "0.25", "120.5", "1,250"]
 GOLDS += ["x^2+5x-6", "(t-7)(t+7)", "12ab^3", "2xy+10x", "(3,-2)", r"\left(\frac{1}{2},4\right)", "[0,5)", "(2,9]"]
 GOLDS += [r"(-\infty,-2)\cup(2,\infty)", "2,-5,7", r"\text{Friday}", r"3\sqrt{13}", r"\frac{9}{4}\pi", "6+9i", "52_8"]
 
 
-def test_the_file_of_pairs_is_read_whole() -> None:
-    lines = (Path(__file__).parent / "data" / "answer_pairs.txt").read_text(encoding="utf-8").splitlines()
-    assert len(HAND_WRITTEN) == sum(bool(line) and not line.startswith("#") for line in lines) >= 400
+@pytest.mark.parametrize(("name", "found", "least"), [("pairs", PAIRS, 1500), ("responses", RESPONSES, 150)])
+def test_the_files_of_pairs_are_read_whole(name: str, found: list[re.Match[str]], least: int) -> None:
+    lines = (FOLDER / f"answer_{name}.txt").read_text(encoding="utf-8").splitlines()
+    assert len(found) == sum(bool(line) and not line.startswith("#") for line in lines) >= least
 
 
-@pytest.mark.parametrize("pair", HAND_WRITTEN, ids=lambda pair: f"{pair['gold']} {pair['answer']}"[:50])
-def test_a_mathematicians_verdict(pair: re.Match[str]) -> None:
-    verdict = MathVerifyReward().judged(rf"\boxed{{{pair['answer']}}}", [pair["gold"]])
-    assert verdict.accuracy == float(pair["sign"] == "≡"), f"{verdict.why}, but {pair['why']}"
-    assert verdict.why
+def wrong(pairs: list[re.Match[str]], form: str) -> list[str]:
+    reward, found = MathVerifyReward(), []
+    for pair in pairs:
+        verdict = reward.judged(form.format(pair["answer"]), [pair["gold"]])
+        assert verdict.why
+        if verdict.accuracy != float(pair["sign"] == "≡"):
+            found.append(f"{pair[0]}: {verdict.why}")
+    return found
+
+
+def test_a_mathematicians_verdicts_on_answers() -> None:
+    assert wrong(PAIRS, r"\boxed{{{}}}") == []
+
+
+def test_a_mathematicians_verdicts_on_responses() -> None:
+    assert wrong(RESPONSES, "{}") == []
+
+
+HARD = [
+    *(r"\max\{\}", r"\log\{\}", r"\floor\{\}", "1e" + "9" * 4500, r"0.\overline{" + "3" * 4600 + "}"),
+    *(r"1.234567\times10^{4500}", r"0.1234567\times10^{-4999}", r"\sin(10^{1000000})", r"\cos(2^{999999})"),
+    *(r"\sin(\Gamma(100000.5))", r"\gcd(10^{4000000},3^{4000000})", r"\tan(x^{1000000})", "9^{9^{9^{9}}}"),
+    r"\{" + ",".join(rf"\sqrt{{{n}}}" for n in range(100, 0, -1)) + r"\}",
+]
+
+
+@pytest.mark.parametrize("answer", HARD, ids=lambda answer: answer[:30])
+def test_no_number_raises_or_is_computed_for_long(answer: str) -> None:
+    started = time.process_time()
+    for gold in ("5", "x", r"\{" + ",".join(rf"\sqrt{{{n}}}" for n in range(1, 101)) + r"\}"):
+        math_verify_score(rf"\boxed{{{answer}}}", gold)
+    assert time.process_time() - started < 5  # some of these took a minute
 
 
 def test_other_writings_of_golds_are_right_and_near_misses_wrong() -> None:

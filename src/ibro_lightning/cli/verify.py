@@ -34,12 +34,14 @@ def main(argv: Sequence[str]) -> bool:
     )
     try:
         golds = gold_texts(options.gold)
-        verdict = reward.judged(options.response, golds)
-        if not verdict.accuracy and verdict.why == "no answer":  # an answer alone, without what marks one
-            verdict = reward.judged(f"Answer: {options.response}", golds)
+        response = options.response
+        verdict = reward.judged(response, golds)
+        if verdict.why == "no answer":  # an answer alone, without what marks one
+            response = f"Answer: {response}"
+            verdict = reward.judged(response, golds)
     except ValueError as error:
         raise ConfigError("gold", options.gold, str(error)) from error
-    gold, found = reward.readings(options.response, golds[0])
+    gold, found = reward.readings(response, golds[0])
     print(f"{'right' if verdict.accuracy else 'wrong'}: {verdict.why}")
     print(f"gold    {_shown(gold)}")
     print(f"answer  {_shown(found)}")

@@ -15,6 +15,8 @@ from types import ModuleType
 from typing import Any
 
 from ibro_lightning.rewards.mathematics.answers.units import is_unit
+from ibro_lightning.rewards.mathematics.boxes import boxed_answer
+from ibro_lightning.rewards.mathematics.sentences import answer_around
 
 _UNIT = re.compile(r"[ ~]{0,2}([A-Za-z]{1,12})(?![A-Za-z(=^_])")
 
@@ -56,12 +58,14 @@ def _text(match: re.Match[str], kind: str) -> str:
     if kind == "string":
         return match["string_keys"]
     if kind == "expr":
-        return _number(groups) + _unit_behind(match)
+        return answer_around(match, _number(groups) + _unit_behind(match))
     parts = []
     for name, value in groups.items():
         if value and "_latex" in name:
             percent = groups.get(f"{name.split('_')[0]}_percent")
-            parts.append(_content(value, "last" if name.endswith("latexBoxed") else "all") + (r"\%" if percent else ""))
+            before = match.string[: match.start(name)]
+            content = boxed_answer(value, before, alone=name.endswith("latexBoxed"))
+            parts.append(content + (r"\%" if percent else ""))
     return ", ".join(parts) + (_unit_behind(match) if len(parts) == 1 else "")
 
 
@@ -78,14 +82,6 @@ def _number(groups: dict[str, Any]) -> str:
     if not (whole or decimals):
         return groups.get("expr") or ""
     return re.sub(r"[ ,]", "", whole) + decimals.replace(",", ".") + (r"\%" if groups.get("percent") else "")
-
-
-def _content(latex: str, mode: str) -> str:
-    if r"\boxed" not in latex and r"\fbox" not in latex:
-        return latex
-    from latex2sympy2_extended.math_normalization import extract_boxed_content
-
-    return str(extract_boxed_content(latex, mode))
 
 
 @lru_cache(maxsize=16)

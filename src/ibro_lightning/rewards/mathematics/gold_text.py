@@ -52,11 +52,11 @@ def boxed(text: str) -> str | None:
     start = None
     for opening in BOX.finditer(text):
         start = opening.end()
-    end = None if start is None else _closing(text, start)
+    end = None if start is None else closing_brace(text, start)
     return text[start:end] if end is not None else None
 
 
-def _closing(text: str, start: int) -> int | None:
+def closing_brace(text: str, start: int) -> int | None:
     """The index of the brace that closes the group begun just before ``start``."""
     depth = 1
     for brace in _BRACE.finditer(text, start):
@@ -205,7 +205,7 @@ def _unwrapped(text: str) -> str:
             # "$a$ and $b$" is not one formula; "\$" is a character.
             if not any(mark in inside.replace(r"\$", "") for mark in {"$", opening, closing}) and inside[-1:] != "\\":
                 return inside
-    if (box := BOX.match(text)) and _closing(text, box.end()) == len(text) - 1:
+    if (box := BOX.match(text)) and closing_brace(text, box.end()) == len(text) - 1:
         return text[box.end() : -1]
     if text.endswith(".") and not (text.endswith(("..", r"\right.", r"\left.")) or _ABBREVIATION.search(text[-20:])):
         return text[:-1]

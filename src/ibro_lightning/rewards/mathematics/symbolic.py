@@ -26,6 +26,8 @@ EQUALITIES = ("rules", "library")
 _MAX_NESTING = 50
 _BRACKET = re.compile(r"[(\[{}\])]")
 _BOXED = re.compile(r"\\(?:boxed|fbox)")
+_BOX_SPELLINGS = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BOXED_DIGIT = re.compile(r"\\(?:boxed|fbox)\s*([0-9A-Za-z])(?![0-9A-Za-z{])")
 _DELIMITED = re.compile(r"(?<!\\)(?:\$|\\\(|\\\[)|\\boxed|\\fbox")
 _COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _FUNCTION = "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|exp|sqrt|mod|gcd|lcm|max|min|and|det|inf"
@@ -34,7 +36,10 @@ _INDEXED = re.compile(r"[A-Za-z}]\s*_")
 _APPROXIMATELY = re.compile(r".+?(?=\\approx|≈)", re.DOTALL)
 # A date reads as a difference.
 _DATE = re.compile(r"\b(?:[0-9]{4}([-/.])[0-9]{1,2}\1[0-9]{1,2}|[0-9]{1,2}([-/.])[0-9]{1,2}\2[0-9]{4})\b")
+_LIBRARYS = re.compile(r"\\(?:int|sum|prod|lim|iint|oint)(?![A-Za-z])")
+_DOTS = re.compile(r"\\[lc]?dots|\.\.\.|…")
 _SENTENCE = re.compile(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}")
+_LETTER_UNIT = re.compile(r"(-?[0-9][0-9.,/]*)\s+(m|s|g|h|l|L|N|J|W|V|A|K)((?:\^\{?[23]\}?)?)")
 _LETTERS = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
 
 
@@ -175,8 +180,8 @@ class MathVerifyReward(VerifiableReward):
         both = [_of_library(reading) for reading in (gold, answer)]
         if both[0] is None or both[1] is None:
             return Judgement(False, "not read")
-        if set(_LETTERS.findall(gold.text)) != set(_LETTERS.findall(answer.text)):
-            return Judgement(False, "other letters")
+        if any(_signs(gold.text)[place] != _signs(answer.text)[place] for place in range(2)):
+            return Judgement(False, "not read")
         same = expressions.equal(both[0], both[1], self.options)
         return Judgement(same, "library" if same else "another value")
 
@@ -223,6 +228,7 @@ class MathVerifyReward(VerifiableReward):
 def _answer_text(response: str, match_types: tuple[str, ...], last_chars: int) -> str:
     """The text for the library: the end of the response, or the "Answer:" line in dollars if it is a formula."""
     text = without_special_tokens(response[-last_chars:])
+    text = _BOX_SPELLINGS.sub(r"\\boxed{", _BOXED_DIGIT.sub(r"\\boxed{\1}", text))
     if len(response) > last_chars and 0 <= (line_end := text.find("\n")) < len(text) - 1:
         text = text[line_end + 1 :]  # a cut within a formula would swap formulas and text in all that follows
     if _depth(text) > _MAX_NESTING:
@@ -251,7 +257,7 @@ def _depth(text: str) -> int:
 def _gold(gold: str, match_types: tuple[str, ...]) -> Reading:
     """The gold as it is read; cached, since all responses to a prompt share it."""
     text = _delimited(gold, match_types)
-    if (found := _reading(text, match_types)) is None:
+    if (found := _reading(text, match_types, explicit=text != gold)) is None:
         raise ValueError(_unreadable(gold))
     if found.node is not None and found.node.op == "mul" and (quantity := _with_unit(gold)):
         return Reading(found.text, quantity, found.extract)
@@ -267,7 +273,7 @@ def _library_gold(gold: str, match_types: tuple[str, ...]) -> tuple[tuple[Any, .
 
 
 def _delimited(gold: str, match_types: tuple[str, ...]) -> str:
-    if "latex" in match_types and not _DELIMITED.search(gold) and not _SENTENCE.search(_COMMAND.sub(" ", gold)):
+    if "latex" in match_types and not _DELIMITED.search(gold) and not _SENTENCE.search(_COMMAND.sub(".", gold)):
         return f"${' '.join(gold.split())}$"
     return gold
 
@@ -276,9 +282,11 @@ def _unreadable(gold: str) -> str:
     return f"the gold answer {gold[:200]!r} cannot be read as mathematics: correct it, or drop the row"
 
 
-def _reading(text: str, match_types: tuple[str, ...]) -> Reading | None:
-    """The first of a text's likely answers that can be read; else the first of them, as text; None without any."""
+def _reading(text: str, match_types: tuple[str, ...], explicit: bool = False) -> Reading | None:
+    """The first of a text's likely answers that can be read; else the first of them, as text; None without any. An
+    answer that is ``explicit``, as one in a box, is the answer, whether it can be read or not."""
     first: Reading | None = None
+    explicit = explicit or _BOXED.search(text) is not None
     for extract in extracts(text, match_types):
         if extract.kind == "string":
             return Reading(extract.text, Node("text", (extract.text.lower(),)), extract)
@@ -291,6 +299,8 @@ def _reading(text: str, match_types: tuple[str, ...]) -> Reading | None:
                 return Reading(extract.text, None, extract, found)
         if first is None and extract.text.strip():
             first = Reading(extract.text, None)
+            if explicit:
+                break
     return first
 
 
@@ -309,12 +319,19 @@ def _quietly(extract: Extract) -> Any:
 
 def _with_unit(text: str) -> Node | None:
     """A number with one letter behind it, as in ``5 m``, whose letter is a unit: as the gold's is."""
-    try:
-        found = read(text.strip().strip("$"), unit_letters=True)
-    except Unread:
-        return None
-    return found if found.op == "quantity" else None
+    match = _LETTER_UNIT.fullmatch(text.strip().strip("$"))
+    return read(rf"{match[1]}\text{{ {match[2]}}}{match[3]}") if match else None
+
+
+def _signs(text: str) -> tuple[list[str], list[str]]:
+    """Letters, commands and numbers of a formula that only the library reads: it drops units and cases, so that two of
+    them are the same only if they consist of the same."""
+    if not _LIBRARYS.search(text) or _DOTS.search(text):
+        return [text], []
+    return sorted(_LETTERS.findall(text)), sorted(re.findall(r"[0-9]+", text))
 
 
 def _squeezed(text: str) -> str:
-    return re.sub(r"\\(?:left|right|text|mathrm|mbox)(?![A-Za-z])|\\[,;:! ]|[\s${}]", "", text)
+    text = re.sub(r"(?<=[0-9])\s+(?=[0-9])", "\x00", text)
+    text = re.sub(r"\\(?:left|right|text|mathrm|mbox)(?![A-Za-z])|\\[,;:! ]|[\s$]", "", text)
+    return re.sub(r"\{(.)\}", r"\1", text)

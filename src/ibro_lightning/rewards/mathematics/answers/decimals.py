@@ -39,5 +39,9 @@ def half_unit(decimal: Decimal) -> Fraction:
 def _magnitude(value: Fraction) -> int:
     """The power of ten of the leading digit."""
     value = abs(value)
-    exponent = len(str(value.numerator)) - len(str(value.denominator))
-    return exponent if value >= Fraction(10) ** exponent else exponent - 1
+    exponent = int((value.numerator.bit_length() - value.denominator.bit_length()) * 0.30103)
+    while value >= Fraction(10) ** (exponent + 1):
+        exponent += 1
+    while value < Fraction(10) ** exponent:
+        exponent -= 1
+    return exponent

@@ -8,18 +8,19 @@ from fractions import Fraction
 from typing import Any
 
 from ibro_lightning.rewards.mathematics.answers.names import (
-    named,
     named_value,
     of_equations,
+    of_one_name,
     other_names,
     renamed,
+    system,
     without_signs,
 )
-from ibro_lightning.rewards.mathematics.answers.node import Decimal, Node, is_term, mapped, size
+from ibro_lightning.rewards.mathematics.answers.node import Decimal, Node, is_term, mapped, size, symbols
 from ibro_lightning.rewards.mathematics.answers.rules import Judgement, Rules, no, weakest, yes
 from ibro_lightning.rewards.mathematics.answers.same_terms import same_relations, same_terms
-from ibro_lightning.rewards.mathematics.answers.subsets import is_subset, same_subset, symbols_of_subset
-from ibro_lightning.rewards.mathematics.answers.values import Uncertain, exact
+from ibro_lightning.rewards.mathematics.answers.subsets import conditions, is_subset, same_subset, symbols_of_subset
+from ibro_lightning.rewards.mathematics.answers.values import Evaluation, Uncertain, context, exact, points
 
 _MAX_ITEMS = 100
 
@@ -30,26 +31,30 @@ def compare(gold: Node, answer: Node, rules: Rules) -> Judgement:
         gold, answer = renamed(gold), renamed(answer)
     if rules.simplified and size(answer) > size(gold):
         return no("not simplified")
+    if (gold.op == "set") != (answer.op == "set"):  # {5} for 5
+        gold, answer = (node.args[0] if node.op == "set" and len(node.args) == 1 else node for node in (gold, answer))
     try:
         return _same(gold, answer, rules)
-    except (Uncertain, RecursionError):
+    except (ArithmeticError, ValueError, IndexError, TypeError, RecursionError):
         return no("no value")
 
 
 def _same(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    gold, answer = _as_angle(gold), _as_angle(answer)
     if gold == answer:
         return yes("exact")
     signs = [without_signs(node) for node in (gold, answer)]
     if signs != [gold, answer]:
         return _same(signs[0], signs[1], rules)
+    pairs = [system(node) for node in (gold, answer)]
+    if all(pairs) and not all(map(of_one_name, pairs)):
+        return _systems(pairs[0], pairs[1], rules)
     values = [of_equations(node) for node in (gold, answer)]
-    if values != [gold, answer] and not other_names(gold, answer):
+    if values != [gold, answer] and (any(pairs) or not other_names(gold, answer)):
         found = _same(values[0], values[1], rules)
-        systems = [
-            value.op == "tuple" and node.op == "list" for value, node in zip(values, (gold, answer), strict=True)
-        ]
-        if found.same or systems[0] != systems[1]:
+        if found.same or any(pairs):
             return found
+    gold, answer = conditions(gold), conditions(answer)
     if "relation" in (gold.op, answer.op) or {gold.op, answer.op} & {"any", "all"}:
         return _relations(gold, answer, rules)
     if is_subset(gold) or is_subset(answer):
@@ -60,12 +65,28 @@ def _same(gold: Node, answer: Node, rules: Rules) -> Judgement:
     return same_terms(gold, answer, rules)
 
 
+def _as_angle(node: Node) -> Node:
+    """Angles in words: radians as such, degrees with their sign."""
+    if node.op == "quantity" and len(node.args) == 1:
+        value, size, dimension = node.args[0]
+        if dimension == ():
+            return Node("call", ("radians", _times_size(value, size)))
+        if dimension == (("degree", 1),):
+            return Node("degree", (value,))
+    return node
+
+
 def _relations(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    if gold.op == answer.op and gold.op in ("any", "all") and len(symbols(gold)) > 1:
+        return _unordered(gold.args, answer.args, rules, "relation")
     if is_subset(gold) or is_subset(answer):
         if not rules.relations_as_sets and _is_relation(answer) and not _is_relation(gold):
             return no("a relation for a set")
         return _subsets(gold, answer, rules)
+    if gold.op == answer.op and gold.op in ("any", "all"):
+        return _unordered(gold.args, answer.args, rules, "relation")
     if gold.op == answer.op == "relation":
+        gold, answer = _ascending(gold), _ascending(answer)
         if len(gold.args) == len(answer.args) == 3 and all(map(is_term, (*gold.args[::2], *answer.args[::2]))):
             return same_relations(gold, answer)
         if gold.args[1::2] == answer.args[1::2]:
@@ -74,9 +95,21 @@ def _relations(gold: Node, answer: Node, rules: Rules) -> Judgement:
     return no("another form")
 
 
+def _ascending(node: Node) -> Node:
+    """``b > x > a`` as ``a < x < b``."""
+    turned = {">": "<", ">=": "<="}
+    if len(node.args) == 3 or not set(node.args[1::2]) <= turned.keys():
+        return node
+    return Node(
+        "relation", tuple(turned.get(part, part) if isinstance(part, str) else part for part in reversed(node.args))
+    )
+
+
 def _subsets(gold: Node, answer: Node, rules: Rules) -> Judgement:
     if _alike(gold, answer, rules):
         return yes("set")
+    if gold.op == answer.op and gold.op in ("union", "intersection") and _symbolic(gold) and _symbolic(answer):
+        return _unordered(gold.args, answer.args, rules, "set")
     gold, answer = (mapped(node, named_value) for node in (gold, answer))
     for node in (gold, answer):
         if node.op == "list" or not (is_subset(node) or node.op in ("tuple", "closed", "set")):
@@ -84,10 +117,15 @@ def _subsets(gold: Node, answer: Node, rules: Rules) -> Judgement:
     both = [symbols_of_subset(node) for node in (gold, answer)]
     if max(map(len, both)) > 1:
         return no("several symbols")
-    if both[0] and both[1] and both[0] != both[1]:
+    if both[0] and both[1] and both[0] != both[1] and {"?"} not in both:
         return no("another symbol")
     same = same_subset(gold, answer)
     return Judgement(same, "set" if same else "another set")
+
+
+def _symbolic(node: Node) -> bool:
+    """A union or intersection of sets that are only named."""
+    return all(part.op == "symbol" for part in node.args)
 
 
 def _alike(gold: Node, answer: Node, rules: Rules) -> bool:
@@ -118,6 +156,9 @@ def _spoken(node: Node) -> str:
         return _SAME_WORDS.get(words, words)
     if node.op == "set" and not node.args:
         return "no solution"
+    letters = node.args if node.op == "mul" else (node,)
+    if all(part.op == "symbol" or (part.op == "constant" and part.args[0] in ("e", "i")) for part in letters):
+        return "".join(part.args[0] for part in letters).lower()
     return ""
 
 
@@ -133,19 +174,38 @@ def _unordered(gold: Sequence[Node], answer: Sequence[Node], rules: Rules, why: 
     if len(gold) > _MAX_ITEMS:
         return no("too many elements")
     left = list(answer)
+    keys = [_key(item) for item in left]
     for item in gold:
-        place = next((place for place, other in enumerate(left) if _same(item, other, rules).same), None)
-        if place is None:
+        likely: list[int] = []
+        key = _key(item)
+        for place, other in enumerate(keys):  # those of about the same value first
+            likely.insert(0 if key and other == key else len(likely), place)
+        found = next((place for place in likely if _same(item, left[place], rules).same), None)
+        if found is None:
             return no("another element")
-        del left[place]
+        del left[found], keys[found]
     return yes(why)
+
+
+def _key(node: Node) -> str:
+    """Twelve digits of a term's value at one point; "" for other nodes."""
+    if not is_term(node):
+        return ""
+    try:
+        evaluation = Evaluation(points(symbols(node))[0])
+        return str(context().nstr(evaluation(node), 12))
+    except Uncertain:
+        return ""
 
 
 def _distinct(items: Sequence[Node], rules: Rules) -> list[Node]:
     kept: list[Node] = []
+    by_key: dict[str, list[Node]] = {}
     for item in items[:_MAX_ITEMS]:
-        if not any(_same(item, other, rules).same for other in kept):
+        key = _key(item)
+        if not any(_same(item, other, rules).same for other in by_key.get(key, ())):
             kept.append(item)
+            by_key.setdefault(key, []).append(item)
     return kept
 
 
@@ -159,9 +219,6 @@ def _sets(gold: Node, answer: Node, rules: Rules) -> Judgement:
         return _unordered(gold.args, answer.args, rules, "set")
     if kinds & {"tuple", "closed"}:
         return no("a set has no order")
-    only = [node.args[0] if node.op == "set" and len(node.args) == 1 else node for node in (gold, answer)]
-    if only != [gold, answer]:
-        return _same(only[0], only[1], rules)
     return no("another number of elements")
 
 
@@ -170,21 +227,17 @@ def _lists(gold: Node, answer: Node, rules: Rules) -> Judgement:
     if kinds == ("list", "list"):
         if rules.order:
             return _ordered(gold, answer, rules)
-        pairs = [named(node) for node in (gold, answer)]
-        if all(pairs) and (found := _systems(pairs[0], pairs[1], rules)) is not None:
-            return found
         return _unordered(gold.args, answer.args, rules, "list")
     if set(kinds) == {"list", "tuple"}:
         return _ordered(gold, answer, rules)
     return no("another number of elements")
 
 
-def _systems(gold: list[tuple[str, Node]], answer: list[tuple[str, Node]], rules: Rules) -> Judgement | None:
-    """``x = 1, y = 2`` in any order, by name; None if these are the values of one name."""
-    names = [[name for name, _ in pairs] for pairs in (gold, answer)]
-    if any(len(set(found)) < len(found) for found in names) or sorted(names[0]) != sorted(names[1]):
-        return None
+def _systems(gold: list[tuple[str, Node]], answer: list[tuple[str, Node]], rules: Rules) -> Judgement:
+    """``x = 1, y = 2`` in any order, by name."""
     others = dict(answer)
+    if {name for name, _ in gold} != others.keys():
+        return no("other names")
     return weakest([_same(value, others[name], rules) for name, value in gold], "list")
 
 
@@ -263,8 +316,12 @@ def _ratios(gold: Node, answer: Node, rules: Rules) -> Judgement:
         return no("another number of entries")
     if _may_be_time(gold):
         return weakest([_same(a, b, rules) for a, b in zip(gold.args, answer.args, strict=True)], "ratio")
-    first, other = gold.args[0], answer.args[0]
-    pairs = zip(gold.args[1:], answer.args[1:], strict=True)
+    zeros = [[exact(part) == 0 for part in node.args] for node in (gold, answer)]
+    if zeros[0] != zeros[1] or all(zeros[1]):
+        return no("another value")
+    place = zeros[0].index(False)
+    first, other = gold.args[place], answer.args[place]
+    pairs = zip(gold.args, answer.args, strict=True)
     products = [(Node("mul", (first, b)), Node("mul", (other, a))) for a, b in pairs]
     return weakest([same_terms(left, right, rules) for left, right in products], "ratio")
 

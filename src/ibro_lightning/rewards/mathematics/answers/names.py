@@ -5,24 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ibro_lightning.rewards.mathematics.answers.node import STRUCTURES, Node, mapped
+from ibro_lightning.rewards.mathematics.answers.node import STRUCTURES, Node, mapped, symbols
+from ibro_lightning.rewards.mathematics.answers.values import exact
 
 
 def without_signs(node: Node) -> Node:
     """``1 ± √5`` as the list of its two values; inside a list or set, among its elements."""
-    if node.op in ("list", "set"):
-        items = [item for part in node.args for item in _elements(without_signs(part), part)]
-        return Node(node.op, tuple(items))
-    if node.op == "relation" and node.args[1] == "=" and len(node.args) == 3 and _has_sign(node):
-        return Node(
-            "list", tuple(Node("relation", (node.args[0], "=", value)) for value in without_signs(node.args[2]).args)
-        )
-    if not _has_sign(node) or node.op in STRUCTURES - {"matrix"}:
+    if not _has_sign(node):
         return node
-    both = []
-    for upper in (True, False):
-        both.append(mapped(node, lambda part, upper=upper: _with_sign(part, upper)))  # type: ignore[misc]
-    return Node("list", tuple(both))
+    if node.op in ("list", "set"):
+        return Node(node.op, tuple(item for part in node.args for item in _elements(without_signs(part), part)))
+    if node.op == "relation" and node.args[1] == "=" and len(node.args) == 3:
+        name, _, value = node.args
+        values = _elements(without_signs(value), value)
+        return Node("list", tuple(Node("relation", (name, "=", one)) for one in values)) if len(values) > 1 else node
+    if node.op in STRUCTURES - {"matrix", "tuple"}:
+        return node
+    upper, lower = _one_sign(node, True), _one_sign(node, False)
+    return upper if exact(upper) is not None and exact(upper) == exact(lower) else Node("list", (upper, lower))
+
+
+def _one_sign(node: Node, upper: bool) -> Node:
+    return mapped(node, lambda part: _with_sign(part, upper))
 
 
 def _elements(changed: Node, before: Node) -> Sequence[Node]:
@@ -43,24 +47,67 @@ def _with_sign(node: Node, upper: bool) -> Node:
 
 def other_names(gold: Node, answer: Node) -> bool:
     """Whether both are values of a symbol each, and these are two."""
+    if gold.op == answer.op == "mul":  # N(0, 1) and U(0, 1)
+        return all(_names_point(node) for node in (gold, answer)) and gold.args[0] != answer.args[0]
     names = [node.args[0] for node in (gold, answer) if node.op == "relation" and node.args[1] in ("=", "in")]
+    if sorted(name.op for name in names) == ["call", "symbol"]:  # y(x) is y
+        names = [Node("symbol", name.args[:1]) for name in names]
     return len(names) == 2 and all(is_name(name) for name in names) and names[0] != names[1]
+
+
+def _names_point(node: Node) -> bool:
+    """``A(1, 2)``."""
+    head, *rest = node.args
+    return len(rest) == 1 and rest[0].op == "tuple" and head.op == "symbol" and bool(head.args[0].isupper())
 
 
 def of_equations(node: Node) -> Node:
     """The value of an equation that only names it, as ``x = 5`` and ``AB = 4``; of a list of such, the list of values,
     in order. Anything else unchanged."""
-    if node.op == "relation" and set(node.args[1::2]) == {"="} and (len(node.args) > 3 or is_name(node.args[0])):
-        return of_equations(node.args[-1]) if node.args[-1].op != "relation" else node
+    if node.op == "relation" and set(node.args[1::2]) == {"="}:
+        return _value(node)
     if node.op == "relation" and node.args[1] == "in" and len(node.args) == 3 and is_name(node.args[0]):
         value: Node = node.args[2]
         return value
+    if node.op == "mul" and _names_point(node):
+        point: Node = node.args[1]
+        return point
     if node.op == "list" and (pairs := named(node)):
         names, values = zip(*pairs, strict=True)
-        # The values of one symbol, or of several with numbers (x_1, x_2), are a list; those of different ones a tuple.
-        one = len({re.sub(r"_\d+$", "", name) for name in names}) == 1
-        return Node("list" if one else "tuple", tuple(values))
+        return Node("list" if len(set(map(_without_index, names))) == 1 else "tuple", tuple(values))
     return node
+
+
+def _value(node: Node) -> Node:
+    """The last member of a chain that begins with a name or has no symbols; ``x = y = 2`` as two equations."""
+    first, *middle, last = node.args[::2]
+    if middle and all(term.op == "symbol" for term in (first, *middle)) and not symbols(last):
+        return of_equations(Node("list", tuple(Node("relation", (term, "=", last)) for term in (first, *middle))))
+    if not symbols(node) or (is_name(first) and not any(map(is_name, middle)) and not (middle and is_name(last))):
+        return of_equations(last)
+    if not middle and is_name(last) and not symbols(first):
+        return first
+    return node
+
+
+def system(node: Node) -> list[tuple[str, Node]]:
+    """The pairs of ``x = 1, y = 2`` and ``(x, y) = (1, 2)``; empty for anything else, also for values of one name."""
+    if node.op == "relation" and len(node.args) == 3 and node.args[1] == "=":
+        names, values = node.args[0], node.args[2]
+        if names.op == values.op == "tuple" and is_name(names) and len(names.args) == len(values.args):
+            return [(_name_of(name), value) for name, value in zip(names.args, values.args, strict=True)]
+        return []
+    pairs = named(node) if node.op == "list" else []
+    return pairs if len({name for name, _ in pairs}) == len(pairs) > 1 else []
+
+
+def of_one_name(pairs: Sequence[tuple[str, Node]]) -> bool:
+    """Whether these are values of one name with indices: x_1, x_2."""
+    return len({_without_index(name) for name, _ in pairs}) == 1
+
+
+def _without_index(name: str) -> str:
+    return re.sub(r"_\d+$", "", name)
 
 
 def named(node: Node) -> list[tuple[str, Node]]:
@@ -76,24 +123,31 @@ def named(node: Node) -> list[tuple[str, Node]]:
     return pairs
 
 
+_MEASURES = frozenset(["abs", "det", "deg", "dim", "max", "min", "arg", "Re", "Im"])
+
+
 def is_name(node: Node) -> bool:
-    """A symbol, ``f(x)``, ``|AB|``, ``AB``, ``P(A)``, ``(x, y)``: what an answer may be named by."""
-    if node.op == "symbol":
+    """What an answer may be named by: a symbol, ``f(x)``, ``|AB|``, ``AB``, ``(x, y)``, ``\\frac{dy}{dx}``,
+    ``\\cos\\theta``, ``m\\angle A``."""
+    if node.op == "symbol" or node in (Node("constant", ("e",)), Node("constant", ("i",))):
         return True
     if node.op == "tuple":
         return all(part.op == "symbol" for part in node.args)
     if node.op == "ratio":
         return all(is_name(part) for part in node.args)
     if node.op == "call":
-        known = node.args[0] in ("abs", "det", "deg", "dim", "max", "min", "arg", "Re", "Im")
-        return (
-            all(is_name(part) for part in node.nodes())
-            if known
-            else len(node.args[0]) == 1 or node.args[0].endswith("^-1")
-        )
+        name, parts = node.args[0], node.nodes()
+        if name in _MEASURES:
+            return all(is_name(part) for part in parts)
+        if re.fullmatch(r"[A-Za-z]'*(?:_\w+)?(?:\^-1)?", name):
+            return True
+        return all(part.op == "symbol" and (len(part.args[0]) > 1 or part.args[0].isupper()) for part in parts)
+    if node.op == "div":
+        return all(part.op == "mul" and part.args[0] == Node("symbol", ("d",)) for part in node.args)
     if node.op == "mul":
         names = [part.args[0] for part in node.args if part.op == "symbol"]
-        return len(names) == len(node.args) and all(name[0].isupper() or not name.isascii() for name in names)
+        upright = all(name[0].isupper() or not name.isascii() for name in names) or names[-1].startswith("angle ")
+        return len(names) == len(node.args) and upright
     return False
 
 

@@ -11,6 +11,7 @@ from ibro_lightning.rewards.mathematics.answers.vocabulary import BASES
 
 _MAX_DIGITS = 4000
 _MAX_EXPONENT = 5000
+_MAX_REPEATED = 500
 _DIGITS = r"[0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?"
 _BASE = r"(?:\{\s*(?:\\text\s*\{)?\s*)?([0-9]+|[a-z]+)[\s}]*"
 _NUMERAL = re.compile(rf"\s*\(?\s*(?:\\(?:text|mathrm)\s*\{{)?({_DIGITS})\}}?\s*\)?\s*_\s*{_BASE}$")
@@ -41,7 +42,7 @@ def number(token: Token) -> Node:
     if text[:2].lower() in ("0x", "0b"):
         return Node("number", (Decimal(Fraction(int(text, 0))),))
     mantissa, _, exponent = text.lower().partition("e")
-    if exponent and abs(int(exponent)) > _MAX_EXPONENT:
+    if len(exponent) > 6 or (exponent and abs(int(exponent)) > _MAX_EXPONENT):
         raise Unread("too large")
     whole, point, behind = mantissa.partition(".")
     if len(mantissa) > _MAX_DIGITS:
@@ -53,10 +54,10 @@ def number(token: Token) -> Node:
 
 
 def _repeating(text: str) -> Node:
-    match = re.fullmatch(r"([0-9]*)\.([0-9]*)\D*([0-9]+)\D*", text)
-    if match is None:
-        # \bar and \dot mark one digit behind those that do not repeat; the pattern of tokens allows nothing else
+    match = re.fullmatch(r"([0-9]*)\.([0-9]*)([^0-9].*)", text)
+    repeated = re.sub(r"[^0-9]", "", match[3]) if match else ""
+    if match is None or not repeated or len(text) > _MAX_REPEATED:
         raise Unread("a decimal that repeats")
-    whole, fixed, repeated = match[1] or "0", match[2], match[3]
+    whole, fixed = match[1] or "0", match[2]
     start = Fraction(int(whole + fixed or "0"), 10 ** len(fixed))
     return Node("number", (Decimal(start + Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(fixed))),))

@@ -14,34 +14,50 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from ibro_lightning.rewards.mathematics.answers import units
-from ibro_lightning.rewards.mathematics.answers.node import Node, Unread, integer, is_term, symbols
+from ibro_lightning.rewards.mathematics.answers.node import Node, Unread, integer, is_term
 from ibro_lightning.rewards.mathematics.answers.numerals import based, numeral
 from ibro_lightning.rewards.mathematics.answers.terms import TermParser, quantity
 from ibro_lightning.rewards.mathematics.answers.tokens import Token, tokens
-from ibro_lightning.rewards.mathematics.answers.vocabulary import OPENING, RELATIONS, SEPARATORS, SETS, words
+from ibro_lightning.rewards.mathematics.answers.vocabulary import (
+    CURRENCIES,
+    LOGIC,
+    OPENING,
+    RELATIONS,
+    SEPARATORS,
+    SETS,
+    words,
+)
 
 _TIME = re.compile(
     r"\s*([0-9]{1,2})(?:\s*:\s*([0-9]{2}))?(?:\s|~|\\[,;: ])*(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*)?"
     r"([aApP])\.?\s?[mM]\b\.?\s*\}?\s*$"
 )
+_CONDITIONS = words("if for when where")
 _IN_TEXT = words("text letter and or . , - ' \" ! ( ) { }")
 
 
-def read(text: str, *, unit_letters: bool = False) -> Node:
-    """The answer in a text without delimiters. Raises :class:`Unread`.
+def read(text: str) -> Node:
+    """The answer in a text without delimiters. Raises :class:`Unread`."""
+    try:
+        return _read(text)
+    except Unread:
+        raise
+    except (ValueError, IndexError, OverflowError, RecursionError) as error:
+        raise Unread(str(error)) from error
 
-    Args:
-        unit_letters: a single letter after a number and a space is a unit, as in ``5 m``, and no symbol.
-    """
-    if time := _TIME.match(text):
+
+def _read(text: str) -> Node:
+    text = re.sub(r"\\[()]|(?<!\\)\\\s*$", " ", text)
+    text = dollars[1] if (dollars := re.fullmatch(r"\s*\$([^$]+)\$\s*", text)) else text
+    if (time := _TIME.match(text)) and 1 <= int(time[1]) <= 12:
         hour, minute = int(time[1]) % 12, int(time[2] or 0)
         return Node("time", (hour + 12 * (time[3] in "pP"), minute))
+    if re.fullmatch(r"\s*[A-Z][A-Za-z]{2,}\s*\.?\s*", text):
+        return Node("text", (text.strip(" .\t\n").lower(),))
     if based_numeral := numeral(text):
         return based_numeral
     found = tokens(text)
-    if unit_letters:
-        found = [_as_unit(token, found[place - 1 : place]) for place, token in enumerate(found)]
-    while found and found[-1].text in (".", ",", ";", "\\\\", "!", "?") and (found[-1].text != "!" or len(found) == 1):
+    while found and found[-1].text in (".", ",", ";", "\\\\", "!") and (found[-1].text != "!" or len(found) == 1):
         found.pop()
     if found and found[0].text == r"\approx":
         del found[0]
@@ -56,16 +72,6 @@ def read(text: str, *, unit_letters: bool = False) -> Node:
     return node
 
 
-def _as_unit(token: Token, before: list[Token]) -> Token:
-    if (
-        token.kind != "letter"
-        or not before
-        or not (before[0].text == "/" or (token.spaced and before[0].kind == "number"))
-    ):
-        return token
-    return Token("text", token.text, token.spaced)
-
-
 def _words(found: list[Token]) -> str:
     """Words alone, as ``\\text{Monday}`` and "no solution"; "" for anything else."""
     kinds = {token.kind for token in found}
@@ -77,6 +83,9 @@ def _words(found: list[Token]) -> str:
 class _Parser(TermParser):
     """From whole answers down to what stands in brackets."""
 
+    logic = False
+    """Whether a logical sign was read, which only conditions may have between them."""
+
     def answer(self) -> Node:
         items, separators = self.items(until=())
         if ";" in separators:  # "p=5, q=2; p=7, q=2": a list of lists
@@ -87,10 +96,15 @@ class _Parser(TermParser):
                 else:
                     groups[-1].append(item)
             if any(len(group) > 1 for group in groups):
-                return Node("list", tuple(_listed(group) for group in groups))
+                return Node("list", tuple(_listed(group, [",", ","]) for group in groups))
         if set(separators) in ({"and"}, {"or"}) and all(_is_inequality(item) for item in items):
             return Node("any" if separators[0] == "or" else "all", tuple(items))
-        return _listed(items)
+        relations = set(separators) == {"or"} and all(item.op == "relation" for item in items)
+        if relations and len({repr(item.args[0]) for item in items}) > 1:  # x = 0 or y = 0
+            return Node("any", tuple(items))
+        if self.logic:
+            raise Unread("a formula of logic")
+        return _listed(items, separators)
 
     def items(self, until: Iterable[str]) -> tuple[list[Node], list[str]]:
         closing = tuple(until)
@@ -101,19 +115,31 @@ class _Parser(TermParser):
             and token.kind != "text"
             and token.text in SEPARATORS
         ):
-            separator = self.take().text
+            separator = self.separator()
             while (token := self.peek()) is not None and token.kind != "text" and token.text in SEPARATORS:
-                separator = self.take().text  # ", and"
+                separator = self.separator()  # ", and"
             if self.peek() is None or self.at(*closing):
                 break
             separators.append(separator)
             found.append(self.statement())
         return found, separators
 
+    def separator(self) -> str:
+        text = self.take().text
+        self.logic = self.logic or text in LOGIC
+        return LOGIC.get(text, text)
+
     def statement(self) -> Node:
-        parts: list[Node | str] = [self.ratio()]
+        token = self.peek()
+        bound = (
+            token is not None and token.kind != "text" and token.text in RELATIONS and token.text not in ("=", r"\in")
+        )
+        parts: list[Node | str] = [Node("symbol", ("?",)) if bound else self.ratio()]  # > 3, without a symbol
         while (token := self.peek()) is not None and token.text in RELATIONS and token.kind != "text":
             parts += [RELATIONS[self.take().text], self.ratio()]
+        if self.at(r"\approx") and len(parts) == 1 and isinstance(parts[0], Node) and parts[0].op in ("symbol", "call"):
+            self.take()  # a name has no other value
+            return Node("relation", (parts[0], "=", self.ratio()))
         if self.at(r"\approx"):  # what is approximately so is no part of the answer
             while self.peek() is not None and not (self.at(*SEPARATORS) or self.at(")", "]", "}")):
                 self.take()
@@ -130,8 +156,10 @@ class _Parser(TermParser):
 
     def set_expression(self) -> Node:
         left = self.sum()
-        while (token := self.peek()) is not None and token.text in SETS:
-            left = Node(SETS[self.take().text], (left, self.sum()))
+        while (token := self.peek()) is not None and (token.text in SETS or self.at_union()):
+            left = Node(SETS.get(self.take().text, "union"), (left, self.sum()))
+        if left.op == "add" and len(left.args) == 2 and left.args[1].op == "neg" and left.args[1].args[0].op == "set":
+            return Node("difference", (left.args[0], left.args[1].args[0]))
         return left
 
     def group(self) -> Node:
@@ -143,6 +171,8 @@ class _Parser(TermParser):
         items, _ = self.items(until=("}",))
         if self.accept(r"\choose"):
             items = [Node("call", ("binom", items[0], self.sum()))]
+        elif self.accept(r"\over"):
+            items = [Node("div", (items[0], self.sum()))]
         self.take("}")
         self.bars = bars
         return items[0] if len(items) == 1 else Node("set", tuple(items))
@@ -195,11 +225,16 @@ class _Parser(TermParser):
         if self.accept("|", ":"):  # {x : x > 2} is the set that the condition describes
             conditions, _ = self.items(until=(r"\}",))
             self.take(r"\}")
-            if first.op == "relation" and first.args[1] == "in" and first.args[2].op == "symbol":
-                first = first.args[0]
+            domain = None
+            if first.op == "relation" and first.args[1] == "in":
+                domain, first = first, first.args[0]
             if first.op != "symbol" or len(conditions) != 1:
                 raise Unread("a set by a condition that is not simple")
-            return conditions[0]
+            if domain is None or domain.args[2] == Node("symbol", ("mathbb R",)):
+                return conditions[0]
+            if domain.args[2].op == "symbol":
+                raise Unread("a set of other numbers than the real ones")
+            return Node("all", (domain, conditions[0]))
         items = [first]
         while self.accept(",", ";", "and"):
             items.append(self.statement())
@@ -234,6 +269,10 @@ class _Parser(TermParser):
         while not self.at(ending):
             if self.accept("\\\\"):
                 rows.append([])
+            elif (word := self.peek()) is not None and word.kind == "text":
+                self.take()
+                if word.text.lower() not in _CONDITIONS:
+                    rows[-1].append(Node("text", (word.text.lower(),)))
             elif not self.accept("&"):
                 items, _ = self.items(until=("&", "\\\\", ending))
                 rows[-1] += items
@@ -243,17 +282,39 @@ class _Parser(TermParser):
             raise Unread("rows of different lengths")
         table = tuple(tuple(row) for row in rows)
         if kind == "cases":
+            if len(table[0]) == 1 and all(row[0].op == "relation" for row in table):
+                return Node("list", tuple(row[0] for row in table))
             return Node("cases", table)
         if kind == "vmatrix":
             return Node("call", ("det", Node("matrix", table)))
         return Node("matrix", table)
 
+    def amount(self, currency: str) -> Node:
+        """``\\$5``, ``\\$5 million``, ``\\$5 per hour``."""
+        value = self.power()
+        word = self.peek()
+        if word is not None and word.kind == "text" and (many := units.multiplier(word.text)):
+            self.take()
+            value = Node("mul", (value, integer(many)))
+        unit = [(currency, 1)]
+        word = self.peek()
+        if word is not None and (word.text in ("per", "an", "a", "/") or word.text.startswith("per ")):
+            for name in self.take().text.split():
+                if name not in ("per", "a", "an", "/"):
+                    unit.append((name, -1))
+            if (word := self.peek()) is not None and word.kind == "text":
+                unit.append((self.take().text, -1))
+        return quantity(value, unit)
+
     def with_unit(self, value: Node) -> Node:
         """``value`` with the words behind it, if it is a number and they are a unit."""
         token = self.peek()
+        if token is not None and token.kind in CURRENCIES and is_term(value):  # 5 €
+            self.take()
+            return quantity(value, [(CURRENCIES[token.text], 1)])
         if token is None or token.kind != "text":
             return value
-        if not is_term(value) or not _is_closed(value):
+        if not is_term(value):
             raise Unread(f"the word {token.text!r}")
         if many := units.multiplier(token.text):
             self.take()
@@ -303,16 +364,13 @@ def _is_inequality(node: Node) -> bool:
     return node.op == "relation" and "=" not in node.args[1::2]
 
 
-def _listed(items: list[Node]) -> Node:
+def _listed(items: list[Node], separators: list[str]) -> Node:
     if len(items) == 1:
         return items[0]
-    if all(item.op == "quantity" for item in items):  # "2 hours and 30 minutes", each smaller than the one before it
+    if set(separators) == {"and"} and all(item.op == "quantity" for item in items):
+        # "2 hours and 30 minutes", each smaller than the one before it
         parts = [part for item in items for part in item.args]
         sizes = [size for _, size, _ in parts]
         if len({dimension for _, _, dimension in parts}) == 1 and all(a > b for a, b in pairwise(sizes)):
             return Node("quantity", tuple(parts))
     return Node("list", tuple(items))
-
-
-def _is_closed(node: Node) -> bool:
-    return not symbols(node)

@@ -1,4 +1,4 @@
-"""Whether two terms are the same: numbers by their values, terms with symbols by their values at twelve points."""
+"""Whether two terms are the same: numbers by their values, terms with symbols by their values at 25 points."""
 
 from __future__ import annotations
 
@@ -29,11 +29,19 @@ def same_terms(gold: Node, answer: Node, rules: Rules) -> Judgement:
     if not (is_term(gold) and is_term(answer)):
         return no("another form")
     for op in ("degree", "percent"):  # the sign may be left out, as a unit
-        if (gold.op == op) != (answer.op == op):
+        if (gold.op == op) != (answer.op == op) and not _must_show(op, gold, answer):
             bare = [node.args[0] if node.op == op else node for node in (gold, answer)]
             if rules.units != "required" and (found := _values(bare[0], bare[1], rules)).same:
                 return found
     return _values(gold, answer, rules)
+
+
+def _must_show(op: str, gold: Node, answer: Node) -> bool:
+    """Whether leaving the sign out, or adding it, makes another value: 0.2 % is not 0.2, nor 90 radians 90 degrees."""
+    if any(node.op == "call" and node.args[0] == "radians" for node in (gold, answer)):
+        return True
+    value = exact(gold)
+    return op == "percent" and answer.op == op and (value is None or value.denominator != 1 or abs(value) <= 1)
 
 
 def _values(gold: Node, answer: Node, rules: Rules) -> Judgement:
@@ -69,11 +77,20 @@ def _rounds(decimal: Node, other: Node, rules: Rules) -> bool:
     half = half_unit(written)
     value = exact(other)
     if value is not None:
+        if _terminates(value.denominator):  # a decimal could say it exactly
+            return False
         return abs(value - written.value) < half
     mp = context()
     computed = Evaluation()(other)
     distance = abs(computed - mp.mpf(written.value.numerator) / written.value.denominator)
     return bool(distance < mp.mpf(half.numerator) / half.denominator)
+
+
+def _terminates(denominator: int) -> bool:
+    for prime in (2, 5):
+        while denominator % prime == 0:
+            denominator //= prime
+    return denominator == 1
 
 
 def _numeric(gold: Node, answer: Node) -> Judgement:

@@ -26,7 +26,7 @@ def is_subset(node: Node) -> bool:
         if node.args[1] == "in":
             return is_subset(node.args[2]) or node.args[2].op in ("tuple", "closed", "set") or _is_field(node.args[2])
         return all(operator in _INEQUALITIES for operator in node.args[1::2]) and len(symbols(node)) == 1
-    return _is_field(node)
+    return _is_field(node) or node == Node("symbol", ("R+",))
 
 
 def same_subset(first: Node, second: Node) -> bool:
@@ -34,19 +34,77 @@ def same_subset(first: Node, second: Node) -> bool:
     critical = list(_distinct([*_numbers(first), *_numbers(second)]))
     if len(critical) > _MAX_CRITICAL:
         raise Uncertain("too many numbers")
+    for root in (*_roots(first), *_roots(second)):
+        if not any(abs(root - number) < context().mpf(10) ** -30 * (1 + abs(number)) for number in critical):
+            critical.append(root)
     tests = _tests(sorted({*critical, *(-number for number in critical)}))
     contains_first, contains_second = predicate(first), predicate(second)
     return all(contains_first(number) == contains_second(number) for number in tests)
 
 
 def symbols_of_subset(node: Node) -> frozenset[str]:
-    if _is_field(node):
+    if _is_field(node) or node == Node("symbol", ("R+",)):
         return frozenset()
     if node.op == "relation" and node.args[1] == "in":
         return symbols(node.args[0]) | symbols_of_subset(node.args[2])
     if node.op in ("union", "intersection", "difference", "any", "all"):
         return frozenset().union(*(symbols_of_subset(part) for part in node.nodes()))
     return symbols(node)
+
+
+def conditions(node: Node) -> Node:
+    """Inequalities of one symbol that commas separate: all of them, or any where no number satisfies all."""
+    items = node.args
+    if node.op != "list" or not all(item.op == "relation" and is_subset(item) for item in items):
+        return node
+    if len(frozenset().union(*map(symbols_of_subset, items))) != 1:
+        return node
+    every = Node("all", items)
+    critical = sorted({*_distinct([number for item in items for number in (*_numbers(item), *_roots(item))])})
+    contains = predicate(every)
+    return every if any(contains(number) for number in _tests(critical)) else Node("any", items)
+
+
+def _roots(node: Node) -> Iterator[Any]:
+    """Where the two sides of an inequality meet, if neither is the symbol alone: by changes of sign on a grid."""
+    if node.op in ("any", "all", "union", "intersection", "difference"):
+        for part in node.nodes():
+            yield from _roots(part)
+        return
+    if node.op != "relation" or node.args[1] == "in" or len(symbols(node)) != 1:
+        return
+    name, terms = next(iter(symbols(node))), node.args[::2]
+    for left, right in pairwise(terms):
+        if {left.op, right.op} & {"symbol"} and not (symbols(left) and symbols(right)):
+            continue
+        yield from _meeting(Node("add", (left, Node("neg", (right,)))), name)
+
+
+def _meeting(difference: Node, name: str) -> Iterator[Any]:
+    mp = context()
+
+    def value(number: Any) -> Any:
+        try:
+            return _value(difference, Evaluation({name: number}))
+        except Uncertain:
+            return None
+
+    grid = [sign * mp.mpf(step) ** 3 / 40 + mp.mpf("0.0137") for sign in (-1, 1) for step in range(26)]
+    grid.sort()
+    values = [value(number) for number in grid]
+    for (low, high), (at_low, at_high) in zip(pairwise(grid), pairwise(values), strict=True):
+        if at_low is None or at_high is None or (at_low < 0) == (at_high < 0):
+            continue
+        for _ in range(200):
+            middle = (low + high) / 2
+            at_middle = value(middle)
+            if at_middle is None:
+                break
+            if (at_middle < 0) == (at_low < 0):
+                low = middle
+            else:
+                high = middle
+        yield (low + high) / 2
 
 
 def _is_field(node: Node) -> bool:
@@ -112,6 +170,11 @@ def predicate(node: Node) -> Predicate:
         return lambda number: any(agree(number, value, 0) for value in values)
     if op in ("interval", "tuple", "closed"):
         return _between(node)
+    if op == "symbol" and args[0] == "R+":
+        return lambda number: bool(number > 0)
+    if is_term(node) and not symbols(node):
+        value = _value(node)
+        return lambda number: agree(number, value, 0)
     if op == "relation":
         if args[1] == "in":
             if args[0].op == "symbol":
@@ -147,7 +210,10 @@ def _condition(node: Node) -> Predicate:
 
     def contains(number: Any) -> bool:
         evaluation = Evaluation({name: number})
-        values = [_value(part, evaluation) for part in node.args[::2]]
+        try:
+            values = [_value(part, evaluation) for part in node.args[::2]]
+        except Uncertain:  # where a side has no value, the condition does not hold
+            return False
         return all(
             _holds(left, operator, right, evaluation.scale)
             for left, operator, right in zip(values, node.args[1::2], values[1:], strict=False)

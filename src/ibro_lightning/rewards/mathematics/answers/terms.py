@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 
 from ibro_lightning.rewards.mathematics.answers.cursor import Cursor
-from ibro_lightning.rewards.mathematics.answers.node import STRUCTURES, Ambiguous, Node, Unread, integer
+from ibro_lightning.rewards.mathematics.answers.node import STRUCTURES, Ambiguous, Node, Unread, integer, symbols
 from ibro_lightning.rewards.mathematics.answers.numerals import based, number
 from ibro_lightning.rewards.mathematics.answers.tokens import Token
-from ibro_lightning.rewards.mathematics.answers.units import measured, multiplier
+from ibro_lightning.rewards.mathematics.answers.units import measured
 from ibro_lightning.rewards.mathematics.answers.vocabulary import (
     ACCENTS,
     APPLIED,
@@ -16,8 +16,10 @@ from ibro_lightning.rewards.mathematics.answers.vocabulary import (
     CURRENCIES,
     FUNCTIONS,
     GREEK,
+    INVERTIBLE,
     MARKS,
     OPENING,
+    SEPARATORS,
 )
 
 
@@ -74,24 +76,36 @@ class TermParser(Cursor):
     def product(self) -> Node:
         left = self.factors()
         while True:
-            if self.accept("*", r"\cdot", r"\times"):
-                left = Node("mul", (left, signed(self.sign(), self.factors())))
+            if self.at("*", r"\cdot", r"\times"):
+                cross = self.take().text == r"\times"
+                right = signed(self.sign(), self.factors())
+                if cross and left.op == right.op == "symbol" and left.args[0].startswith("vec "):
+                    raise Unread("a product of vectors")
+                left = Node("mul", (left, right))
+            elif self.accept(r"\bmod", r"\mod"):
+                left = Node("call", ("mod", left, self.factors()))
             elif self.accept("/", r"\div"):
-                left = Node("div", (left, signed(self.sign(), self.factors())))
+                left = self.divided(left)
             else:
                 return self.with_unit(left)
+
+    def divided(self, left: Node) -> Node:
+        """By what stands behind the slash: all factors, but of two numbers, as in ``4/3\\pi``, the number alone."""
+        divisor = self.peek()
+        if left.op == "number" and _is_integer(divisor):
+            quotient = Node("div", (left, self.power()))
+            rest = []
+            while self.begins_factor():
+                rest.append(self.power())
+            return Node("mul", (quotient, *rest)) if rest else quotient
+        return Node("div", (left, signed(self.sign(), self.factors())))
 
     def factors(self) -> Node:
         """Factors that stand beside each other."""
         currency = self.peek()
         if currency is not None and currency.kind in CURRENCIES:
             self.take()
-            amount = self.power()
-            word = self.peek()
-            if word is not None and word.kind == "text" and (many := multiplier(word.text)):
-                self.take()
-                amount = Node("mul", (amount, integer(many)))
-            return quantity(amount, [(CURRENCIES[currency.text], 1)])
+            return self.amount(CURRENCIES[currency.text])
         first = self.peek()
         result = self.power()
         if _is_integer(first) and self.previous() is first:
@@ -109,7 +123,7 @@ class TermParser(Cursor):
             top, bottom = self.argument(), self.argument()
             bare = all(part.op == "number" and part.args[0].places is None for part in (top, bottom))
             if bare and not self.at("^", "!"):
-                return Node("add", (whole, Node("div", (top, bottom))))
+                return self.with_sign_behind(Node("add", (whole, Node("div", (top, bottom)))))
             self.here = start
             return whole
         top_token, slash, bottom_token = self.peek(), self.peek(1), self.peek(2)
@@ -117,9 +131,19 @@ class TermParser(Cursor):
             if slash is not None and slash.text == "/" and _is_integer(bottom_token):
                 self.here += 3
                 assert bottom_token is not None
-                return Node("add", (whole, Node("div", (number(top_token), number(bottom_token)))))
+                fraction = Node("div", (number(top_token), number(bottom_token)))
+                return self.with_sign_behind(Node("add", (whole, fraction)))
             raise Ambiguous("two numbers beside each other")
         return whole
+
+    def with_sign_behind(self, value: Node) -> Node:
+        if self.accept("%"):
+            return Node("percent", (value,))
+        return Node("degree", (value,)) if self.accept(r"\degree") else value
+
+    @abstractmethod
+    def amount(self, currency: str) -> Node:
+        """The money behind a sign of a currency."""
 
     def begins_factor(self) -> bool:
         token = self.peek()
@@ -129,6 +153,8 @@ class TermParser(Cursor):
             if (before := self.previous()) is not None and before.kind in ("number", "repeating"):
                 raise Ambiguous("two numbers beside each other")
             return True
+        if self.at_union():
+            return False
         if token.kind == "letter" or token.text in ("(", "{"):
             return True
         if token.text == "|":
@@ -141,9 +167,17 @@ class TermParser(Cursor):
             or name in GREEK
             or token.text in CONSTANTS
             or token.text in ACCENTS
+            or token.text in MARKS
             or token.text in (r"\frac", r"\sqrt", r"\binom", r"\lfloor", r"\lceil", r"\langle")
             or name.startswith("begin{")
         )
+
+    def at_union(self) -> bool:
+        """At a U between two sets that is the letter, not the sign."""
+        before, after = self.tokens[self.here - 1] if self.here else None, self.peek(1)
+        if not self.at("U") or before is None or after is None:
+            return False
+        return before.text in (")", "]", r"\}") and after.text in ("(", "[", r"\{")
 
     def power(self) -> Node:
         base = self.atom()
@@ -175,11 +209,12 @@ class TermParser(Cursor):
         if self.at("{"):
             return self.group()
         sign = "-" if self.accept("-") else ""
-        if self.at("("):
-            return signed(sign, self.atom())
-        return signed(sign, self.atom(exponent=True))
+        base = self.atom()
+        if self.accept("^"):  # 2^3^2 is 2^(3^2)
+            base = Node("pow", (base, self.exponent()))
+        return signed(sign, base)
 
-    def atom(self, exponent: bool = False) -> Node:
+    def atom(self) -> Node:
         token = self.peek()
         if token is None:
             raise Unread("it ends too early")
@@ -199,6 +234,9 @@ class TermParser(Cursor):
         if token.kind == "command":
             return self.command()
         if token.kind == "text":
+            if (after := self.peek(1)) is not None and after.text in ("=", r"\approx"):  # \text{Area} = 12
+                self.take()
+                return Node("symbol", (token.text,))
             raise Unread(f"the word {token.text!r}")
         raise Unread(f"unexpected {token.text!r}")
 
@@ -214,7 +252,38 @@ class TermParser(Cursor):
             name += "_" + self.subscript()
         if name[0] in APPLIED and self.at("(", "^"):
             return self.applied(name)
+        if name == "C" and self.at("(") and (chosen := self.combination()) is not None:
+            return chosen
+        if self.at("(", "[") and self.names_equation():
+            return self.application(name)
         return Node("symbol", (name,))
+
+    def combination(self) -> Node | None:
+        """``C(5, 2)``."""
+        start = self.here
+        arguments = self.bracket()
+        if arguments.op == "tuple" and len(arguments.args) == 2:
+            return Node("call", ("binom", *arguments.args))
+        self.here = start
+        return None
+
+    def names_equation(self) -> bool:
+        """Whether the bracket here ends before an equals sign at the statement's beginning: P(x) = …, E[X] = …"""
+        before = self.tokens[self.here - 2] if self.here >= 2 else None
+        if before is not None and before.text not in SEPARATORS:
+            return False
+        depth = 0
+        for place in range(self.here, len(self.tokens)):
+            text = self.tokens[place].text
+            depth += (text in ("(", "[")) - (text in (")", "]"))
+            if depth == 0:
+                return place + 1 < len(self.tokens) and self.tokens[place + 1].text in ("=", r"\approx")
+        return False
+
+    def application(self, name: str) -> Node:
+        arguments = self.bracket()
+        parts = arguments.args if arguments.op in ("tuple", "closed") else (arguments,)
+        return Node("call", (name, *parts))
 
     def applied(self, name: str) -> Node:
         """``f(x)``, ``f^{-1}(x)``: a function with a letter's name; a letter is a symbol where no bracket follows."""
@@ -227,8 +296,12 @@ class TermParser(Cursor):
                 self.here = start
                 return Node("symbol", (name,))
             name += "^-1"
+        place = self.here
         arguments = self.bracket()
         parts = arguments.args if arguments.op == "tuple" else (arguments,)
+        if name[0] != "f" and len(frozenset().union(*map(symbols, parts))) > 1:  # g(m_1 - m_2) is a product
+            self.here = place
+            return Node("symbol", (name,))
         return Node("call", (name, *parts))
 
     def subscript(self) -> str:
@@ -337,7 +410,9 @@ class TermParser(Cursor):
         elif base is not None:
             raise Unread(f"a subscript of {name}")
         name = {"lg": "log10"}.get(name, name)
-        if exponent is not None and exponent == Node("neg", (integer(1),)) and "arc" + name in FUNCTIONS:
+        if not arguments:
+            raise Unread(f"{name} of nothing")
+        if exponent is not None and exponent == Node("neg", (integer(1),)) and name in INVERTIBLE:
             return Node("call", ("arc" + name, *arguments))
         if name == "cbrt":
             return Node("call", ("root", integer(3), *arguments))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ibro_lightning.rewards.mathematics.answers.node import Unread
-from ibro_lightning.rewards.mathematics.answers.units import is_unit_word
+from ibro_lightning.rewards.mathematics.answers.units import is_unit_symbol, is_unit_word
 from ibro_lightning.rewards.mathematics.answers.vocabulary import FUNCTIONS, JOINING, PLAIN, SHORT_WORDS, words
 
 _MAX_TOKENS = 2000
@@ -92,6 +92,20 @@ _UNICODE = {
     "ρ": r"\rho ",
     "τ": r"\tau ",
     "Δ": r"\Delta ",
+    "⅛": r"\frac{1}{8}",
+    "⅜": r"\frac{3}{8}",
+    "⅝": r"\frac{5}{8}",
+    "⅞": r"\frac{7}{8}",
+    "⅕": r"\frac{1}{5}",
+    "⅖": r"\frac{2}{5}",
+    "⅗": r"\frac{3}{5}",
+    "⅘": r"\frac{4}{5}",
+    "⅙": r"\frac{1}{6}",
+    "⅚": r"\frac{5}{6}",
+    "∨": r"\lor ",
+    "∧": r"\land ",
+    "∠": r"\angle ",
+    "¢": r"\text{ cents}",
     **dict.fromkeys("\u00a0\u2009\u202f\u2003\u2002\u3000\u2007", r"\,"),
     **dict.fromkeys("\u200b\u2061\u2062\u2063\ufeff", ""),
 }
@@ -102,11 +116,14 @@ _TABLE = str.maketrans(_UNICODE)
 
 _SIZES = re.compile(
     r"\\(?:m?left|m?right|middle)\s*\.|\\(?:m?left|m?right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits"
-    r"|nolimits|phantom\{[^{}]*\}|hspace\*?\{[^{}]*\}|vspace\*?\{[^{}]*\}|label\{[^{}]*\}|tag\*?\{[^{}]*\}|strut|null)(?![A-Za-z])"
+    r"|nolimits|phantom\{[^{}]*\}|hspace\*?\{[^{}]*\}|vspace\*?\{[^{}]*\}|label\{[^{}]*\}|tag\*?\{[^{}]*\}|strut|null"
+    r"|(?:text)?color\{[^{}]*\}|bf|rm|it|sf)(?![A-Za-z])"
 )
 _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\\(?:nice|s|x)frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\[dt]binom(?![A-Za-z])"), r"\\binom"),
+    (re.compile(r"\\(?:textdollar|dollar)(?![A-Za-z])"), r"\\$"),
     (re.compile(r"\\leq(?:slant|q)?|\\le(?![A-Za-z])"), r"\\le "),  # also \leqx, which LaTeX would not take
     (re.compile(r"\\geq(?:slant|q)?|\\ge(?![A-Za-z])"), r"\\ge "),
     (re.compile(r"\\neq|\\ne(?![A-Za-z])|\\not\s*="), r"\\ne "),
@@ -129,9 +146,16 @@ _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] =
     (re.compile(r"\\(?:varepsilon)(?![A-Za-z])"), r"\\epsilon "),
     (re.compile(r"\\textstyle|\\mathstrut"), ""),
 ]
+_ALIGNED = re.compile(r"\\begin\{(aligned|align\*?|gathered|split)\}(.*?)\\end\{\1\}", re.DOTALL)
+_READINGS = [
+    (re.compile(r"([0-9]*\.[0-9]*?)([0-9])\2{2,}\s*\\ldots"), r"\1\\overline{\2}"),  # 0.333…
+    (re.compile(r"(?<=[0-9])\s*[xX]\s*10(?=\s*\^)"), r"\\times 10"),  # 1.5 x 10^3
+    (re.compile(r"(?:\{\})?[_^]\{?(\w+)\}?\s*C\s*_\s*\{?(\w+)\}?"), r"\\binom{\1}{\2}"),  # {}_5C_2
+    (re.compile(r"(?<![\w}])([0-9]+|[a-z])\s+choose\s+([0-9]+|[a-z])(?!\w)"), r"\\binom{\1}{\2}"),
+]
 _STYLED = re.compile(
     r"\\(text|textbf|textit|textrm|textsf|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname\*?|boldsymbol"
-    r"|bm|mathcal|mathbb|emph|underline)\s*\{([^{}]*)\}"
+    r"|bm|mathcal|mathbb|emph|underline)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _GROUPS = r"[1-9][0-9]{0,2}"
 # Groups of three digits: by a comma alone, by a comma that LaTeX does not space, by a thin or a plain space.
@@ -143,13 +167,14 @@ _THOUSANDS = re.compile(
 )
 _TOKEN = re.compile(
     r"(?P<space>(?:\s|\\[,;:!> ]|\\q?quad|~|\\!|\{\})+)"
-    r"|(?P<repeating>[0-9]*\.[0-9]*"
-    r"(?:\\overline\s*(?:\{\s*[0-9]+\s*\}|[0-9])|\\(?:bar|dot)\s*(?:\{[0-9]+\}|[0-9])|\([0-9]+\)))"
+    r"|(?P<repeating>[0-9]*\.[0-9]*\\overline\s*(?:\{\s*[0-9]+\s*\}|[0-9])"
+    r"|[0-9]*\.[0-9]*\\dot\s*(?:\{[0-9]\}|[0-9])[0-9]*\\dot\s*(?:\{[0-9]\}|[0-9])"
+    r"|[0-9]*\.[0-9]*\\(?:bar|dot)\s*(?:\{[0-9]+\}|[0-9])|[0-9]*\.\([0-9]+\))"
     r"|(?P<number>0[xX][0-9a-fA-F]+(?![0-9A-Za-z])|0[bB][01]+(?![0-9A-Za-z])"
     r"|(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)[eE][-+]?[0-9]+(?![0-9A-Za-z.])|[0-9]+\.(?![0-9])|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
     r"|(?P<styled>\x02[0-9]+\x03)"
     r"|(?P<command>\\(?:begin|end)\s*\{[A-Za-z]+\*?\}|\\[A-Za-z]+|\\[{}|%$#&_\\])"
-    r"|(?P<word>[A-Za-z]{2,}(?:-[A-Za-z]{2,})*)"
+    r"|(?P<word>[A-Za-z]{2,})"
     r"|(?P<letter>[A-Za-z]'*)"
     r"|(?P<sign>[-+*/^_=<>(){}\[\]|,;:.!%$€£¥?&'\"@])"
 )
@@ -207,17 +232,38 @@ def _of_word(word: str, spaced: bool, before: list[Token]) -> list[Token]:
     if word in PLAIN:
         plain = PLAIN[word]
         return [Token("%", "%", spaced) if plain == r"\%" else Token("command", plain, spaced)]
-    if (before and before[-1].text in _TAKES_LETTERS) or (
-        _is_product(word) and not (before and before[-1].text == "_")
-    ):
+    last = before[-1] if before else Token("", "")
+    number = last.kind in ("number", "repeating") or last.text in ("}", ")", "%")
+    if number and is_unit_word(word, spaced):
+        return [Token("text", word, spaced)]
+    if last.text != "_" and (found := _glued(word)):
+        return found
+    tight = bool(before) and not spaced and (len(word) == 2 or (number and len(word) <= 6))
+    product = last.text in _TAKES_LETTERS or _is_product(word) or tight or set(word) <= set("abcdwxyz")
+    if product and last.text != "_":
         return [Token("letter", letter, spaced and place == 0) for place, letter in enumerate(word)]
     return [Token("text", word, spaced)]
 
 
+_GLUED = re.compile(r"(?:[a-zR]?(?:sin|cos|tan|sec|csc|cot|ln|log|pi|exp)[a-zR]?)+")
+_GLUED_PARTS = re.compile(r"sin|cos|tan|sec|csc|cot|ln|log|pi|exp|[a-zR]")
+_GLUED_WORDS = words("cost pint pine pins spin logs tang sing sink pie pig pit pin pip pic tank cosy slog blog clog")
+
+
+def _glued(word: str) -> list[Token]:
+    """``lnx``, ``xlnx`` and ``sinxcosx``: functions and letters without a space between them; [] for other words."""
+    if word in _GLUED_WORDS or not _GLUED.fullmatch(word):
+        return []
+    parts = _GLUED_PARTS.findall(word)
+    if "".join(parts) != word or all(len(part) == 1 for part in parts):
+        return []
+    return [Token("command", f"\\{part}") if len(part) > 1 else Token("letter", part) for part in parts]
+
+
 def _is_product(word: str) -> bool:
-    """``ab``, ``rsin`` and ``xyz`` are products; ``cm``, ``miles`` and ``even`` are words."""
-    if is_unit_word(word) or "-" in word:
-        return False
+    """``ab``, ``mg`` and ``xyz`` are products; ``even``, ``SAS`` and ``Bob`` are words."""
+    if word.isupper():
+        return True
     return len(word) <= 3 and word.lower() not in SHORT_WORDS
 
 
@@ -237,10 +283,25 @@ def _spelled(text: str) -> tuple[str, list[Token]]:
     text = _SIZES.sub(" ", text.translate(_TABLE))
     for pattern, spelling in _SPELLINGS:
         text = pattern.sub(spelling, text)
+    text = _ALIGNED.sub(lambda match: match[2].replace("&", " ").replace(r"\\", ", "), text)
+    for pattern, spelling in _READINGS:
+        text = pattern.sub(spelling, text)
     styled: list[Token] = []
     text = _STYLED.sub(lambda match: _unstyled(match, styled), text)
-    text = _THOUSANDS.sub(lambda match: re.sub(r"[^0-9]", "", match[0]), text)
+    text = _THOUSANDS.sub(_grouped, text)
+    text = re.sub(r"\.[0-9]{3}(?:\\,[0-9]{1,3})+(?![0-9])", lambda match: match[0].replace("\\,", ""), text)
     return re.sub(r"\{\s*,\s*\}", ",", text), styled
+
+
+def _grouped(match: re.Match[str]) -> str:
+    """The number, unless its commas may separate entries: bare ones do inside brackets."""
+    before = match.string[: match.start()]
+    depth = before.count("(") - before.count(")") + before.count("[") - before.count("]")
+    depth += before.count(r"\{") - before.count(r"\}")
+    alone = re.search(r"[-+*/]\s*\($", before) and match.string[match.end() :].lstrip()[:1] == ")"  # -(1,250)
+    if depth > 0 and not alone and re.search(r"[0-9],[0-9]", match[0]):
+        return match[0]
+    return re.sub(r"[^0-9]", "", match[0])
 
 
 def _unstyled(match: re.Match[str], styled: list[Token]) -> str:
@@ -251,21 +312,56 @@ def _unstyled(match: re.Match[str], styled: list[Token]) -> str:
         styled.append(Token("command", rf"\mathbb{content}"))
     elif joining := JOINING.get(content.strip(",. ").lower()):
         styled.append(Token(joining, content))
+    elif PLAIN.get(content) == r"\%":
+        return r" \% "
+    elif _is_unit(command, content, match):
+        return _unit_tokens(content, styled)
+    elif content in PLAIN:
+        return f" {PLAIN[content]} "
     elif content in FUNCTIONS:
         return f" \\{content} "
+    elif quantity := re.fullmatch(r"([0-9][0-9.,]*)\s*([A-Za-z]{2,}[^\\]*)", content):
+        return f" {quantity[1]} " + _unit_tokens(quantity[2], styled)
     elif re.fullmatch(r"\(?[A-Za-z]\)?'*|[-+*/0-9.,:()%\s]*", content):
         if not content.strip(", "):
             return " "
-        # A unit behind a number: \text{ m}; otherwise a letter is a letter, also in "\text{(B)}" and "\mathrm{e}".
-        if content.isalpha() and command.startswith(("text", "mathrm", "mbox", "hbox")) and _follows_number(match):
-            styled.append(Token("text", content))
-        else:
-            return f" {content} "
+        if command in ("mathbf", "boldsymbol", "bm") and content.islower():
+            return rf"\vec{{{content}}}"
+        return f" {content} "
     elif re.search(r"[\\^_=<>{}]", content) or (re.search(r"[0-9]", content) and re.search(r"[-+*/]", content)):
         return f" {content} "
     else:
         styled.append(Token("text", content))
     return f"\x02{len(styled) - 1}\x03"
+
+
+_UNIT_TEXT = re.compile(r"(?:[A-Za-z]+|\^\s*\{?-?[0-9]\}?|/|\\cdot|[\s.*])+")
+
+
+def _is_unit(command: str, content: str, match: re.Match[str]) -> bool:
+    """Behind a number, ``\\text{ m}``, ``\\mathrm{m/s^2}`` and ``\\text{ min}`` are units; ``\\mathrm{e}`` is none."""
+    if not command.startswith(("text", "mathrm", "mbox", "hbox")) or not _follows_number(match):
+        return False
+    names = re.findall(r"[A-Za-z]+", content)
+    if set(names) & (FUNCTIONS - {"min", "sec", "deg"}):
+        return False
+    if not names or not _UNIT_TEXT.fullmatch(content) or content in JOINING:
+        return False
+    upright_letter = len(content) == 1 and command.startswith("mathrm")
+    if upright_letter and match.string[: match.start()][-1:].isdigit():  # 2\mathrm{e} has no space as units have
+        return False
+    return all(is_unit_symbol(name) for name in names)
+
+
+def _unit_tokens(content: str, styled: list[Token]) -> str:
+    """The text of a unit, with marks in place of its words."""
+
+    def mark(word: re.Match[str]) -> str:
+        joining = JOINING.get(word[0])
+        styled.append(Token(joining, word[0]) if joining else Token("text", word[0]))
+        return f" \x02{len(styled) - 1}\x03 "
+
+    return re.sub(r"[A-Za-z]+", mark, content)
 
 
 def _follows_number(match: re.Match[str]) -> bool:

@@ -39,9 +39,6 @@ dollar  1               dollar usd buck
 dollar  1/100           cent
 euro    1               euro
 degree  1               degree deg
-radian  1               radian rad
-liter   1               l liter litre
-liter   1/1000          ml milliliter millilitre
 month   1               month
 month   12              year yr
 gallon  1               gallon gal
@@ -51,13 +48,9 @@ person  1               person people
 man     1               man men
 woman   1               woman women
 child   1               child children
-newton  1               n newton
-joule   1               j joule
-watt    1               w watt
-hertz   1               hz hertz
-volt    1               v volt
-kelvin  1               k kelvin
-pascal  1               pa pascal
+volt    1               V volt
+ampere  1               A ampere amp
+kelvin  1               K kelvin
 """
 _UNITS: dict[str, tuple[Fraction, Dimension]] = {
     name: (Fraction(factor), ((base, 1),))
@@ -68,11 +61,28 @@ _UNITS: dict[str, tuple[Fraction, Dimension]] = {
     "kmh": (Fraction(1000, 3600), (("m", 1), ("s", -1))),
     "kph": (Fraction(1000, 3600), (("m", 1), ("s", -1))),
     "hectare": (Fraction(10000), (("m", 2),)),
-    "cc": (Fraction(1, 10**6), (("m", 3),)),
+    **dict.fromkeys(("cc", "ml", "mL", "milliliter", "millilitre"), (Fraction(1, 10**6), (("m", 3),))),
+    **dict.fromkeys(("l", "L", "liter", "litre"), (Fraction(1, 1000), (("m", 3),))),
+    **dict.fromkeys(("radian", "rad"), (Fraction(1), ())),
 }
+_DERIVED: dict[str, tuple[int, Dimension]] = {  # of gram, metre and second
+    "N": (1000, (("g", 1), ("m", 1), ("s", -2))),
+    "J": (1000, (("g", 1), ("m", 2), ("s", -2))),
+    "W": (1000, (("g", 1), ("m", 2), ("s", -3))),
+    "Pa": (1000, (("g", 1), ("m", -1), ("s", -2))),
+    "Hz": (1, (("s", -1),)),
+}
+_PREFIXES = {"": Fraction(1), "m": Fraction(1, 1000), "k": Fraction(1000), "M": Fraction(10**6), "G": Fraction(10**9)}
+_UNITS |= {
+    prefix + name: (factor * size, dimension)
+    for name, (size, dimension) in _DERIVED.items()
+    for prefix, factor in _PREFIXES.items()
+}
+_NAMED = {"newton": "N", "joule": "J", "watt": "W", "pascal": "Pa", "hertz": "Hz", "kilojoule": "kJ", "kilowatt": "kW"}
+_UNITS |= {name: _UNITS[symbol] for name, symbol in _NAMED.items()}
 _MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-_FILLING = words("the a an of in total each about")
+_FILLING = words("the a an of total each about")
 _NOT_UNITS = words(
     "more less than over under nearly almost plus minus times divided modulo squared cubed factorial sqrt root half "
     "halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths tenth tenths hundredth hundredths "
@@ -85,12 +95,20 @@ _BARE = words(
     "hour minutes minute seconds second days day years year dollars dollar cents cent grams gram liters liter sq "
     "square cubic cu units unit in"
 )
+_TIGHT = words(
+    "cm mm km kg mph kmh kph miles mile hours hour minutes minute seconds days years dollars cents inches feet"
+)
 _ALSO_WORDS = words("in second seconds man men ton child person k n v w j l rad foot pound day")
 
 
-def is_unit_word(word: str) -> bool:
-    """Whether letters without ``\\text`` are a unit's, and no product of symbols."""
-    return word in _BARE
+def is_unit_word(word: str, spaced: bool) -> bool:
+    """Whether letters behind a number, without ``\\text``, are a unit's, and no product of symbols."""
+    return word in _BARE if spaced else word in _TIGHT
+
+
+def is_unit_symbol(word: str) -> bool:
+    """Whether upright letters behind a number are a unit's: words are, single letters if they are known."""
+    return len(word) > 1 or word in _UNITS
 
 
 def is_unit(word: str) -> bool:
@@ -114,7 +132,8 @@ def measured(parts: list[tuple[str, int]]) -> tuple[Fraction, Dimension] | None:
     size, dimension = Fraction(1), Counter[str]()
     pending = 1
     for word, power in parts:
-        name = word.lower().rstrip(".")
+        name = word.rstrip(".")
+        name = name if name in _UNITS or len(name) <= 3 else name.lower()
         if name in _NOT_UNITS or not name:
             return None
         if name in _POWERS:
@@ -128,6 +147,10 @@ def measured(parts: list[tuple[str, int]]) -> tuple[Fraction, Dimension] | None:
         size *= factor**power
         for unit, exponent in base:
             dimension[unit] += exponent * power
+    for scale in ("celsius", "fahrenheit"):
+        if dimension["degree"] == dimension[scale] == 1:
+            del dimension["degree"], dimension[scale]
+            dimension["degree" + scale[0].upper()] = 1
     return size, tuple(sorted((unit, power) for unit, power in dimension.items() if power))
 
 
@@ -135,5 +158,10 @@ def _unit(name: str) -> tuple[Fraction, Dimension]:
     for candidate in (name, name.removesuffix("s"), name.removesuffix("es")):
         if candidate in _UNITS:
             return _UNITS[candidate]
-    singular = name if name.endswith("ss") else name.removesuffix("s")
-    return Fraction(1), ((name[:-3] + "y" if name.endswith("ies") else singular, 1),)
+    if name.endswith("ies"):
+        singular = name[:-3] + "y"
+    elif name.endswith(("xes", "ches", "shes", "sses")):
+        singular = name[:-2]
+    else:
+        singular = name if name.endswith("ss") else name.removesuffix("s")
+    return Fraction(1), ((singular, 1),)

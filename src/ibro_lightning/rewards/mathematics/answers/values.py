@@ -1,4 +1,4 @@
-"""The value of a term: exactly, as a fraction, where it is one; otherwise to 60 digits.
+"""The value of a term: exactly, as a fraction, where it is one; otherwise to 85 digits.
 
 Nothing here expands or simplifies: work is bounded by the length of the term, whatever numbers are in it.
 """
@@ -16,11 +16,12 @@ from typing import Any
 
 from ibro_lightning.rewards.mathematics.answers.node import Node
 
-DIGITS = 70
+DIGITS = 110
 _SPARE = 25
 """Of the digits that are computed, so many may be lost to rounding."""
 _MAX_BITS = 50_000  # about 15,000 digits
 _MAX_EXPONENT = 10**7
+_PERIODIC = frozenset(["sin", "cos", "tan", "cot", "sec", "csc", "cis"])
 
 
 class Uncertain(ArithmeticError):
@@ -131,9 +132,11 @@ def _whole(name: str, values: list[int]) -> int:
         return math.gcd(*values)
     if name == "lcm":
         return math.lcm(*values)
+    if name == "mod":
+        return values[0] % values[1]
     if name == "binom":
         n, k = values
-        if not 0 <= k <= n or n > 5000:
+        if not 0 <= n <= 5000 or k < 0:
             raise Uncertain("binom")
         return math.comb(n, k)
     n = values[0]
@@ -241,6 +244,16 @@ class Evaluation:
             return mp.log(args[0]) if self.log == "e" else mp.log(args[0]) / mp.log(10)
         if name in ("factorial", "factorial2", "binom", "Gamma") and any(abs(arg) > 10**6 for arg in args):
             raise Uncertain("too large")
+        if name in _PERIODIC and any(abs(arg) > 10**9 for arg in args):
+            raise Uncertain("too large")
+        if name in ("gcd", "lcm", "floor", "ceil", "mod") and any(abs(arg) > mp.mpf(10) ** 40 for arg in args):
+            raise Uncertain("too large")
+        if name in ("factorial", "factorial2", "Gamma") and any(abs(arg) > 10**5 for arg in args):
+            raise Uncertain("too large")
+        if name == "cis":
+            return mp.expj(args[0])
+        if name == "radians":
+            return args[0]
         if name in ("exp", "sinh", "cosh") and abs(args[0]) > _MAX_EXPONENT:
             raise Uncertain("too large")
         if name in ("floor", "ceil", "max", "min", "gcd", "lcm", "sgn", "mod") and any(mp.im(arg) != 0 for arg in args):
@@ -297,6 +310,13 @@ def _functions(mp: Any) -> dict[str, Callable[..., Any]]:
                     "ceil",
                 ]
             },
+            "arcsec": mp.asec,
+            "arccsc": mp.acsc,
+            "arcsinh": mp.asinh,
+            "arccosh": mp.acosh,
+            "arctanh": mp.atanh,
+            "arccoth": mp.acoth,
+            "mod": lambda x, y: x - y * mp.floor(x / y),
             "arcsin": mp.asin,
             "arccos": mp.acos,
             "arctan": mp.atan,
@@ -326,7 +346,7 @@ def _hashed(name: str, count: int) -> list[int]:
 
 
 def agree(first: Any, second: Any, scale: Any) -> bool:
-    """Whether two computed values are the same: to 45 digits, or to 25 fewer than are computed; or both no more than
+    """Whether two computed values are the same: to 25 digits fewer than are computed; or both no more than
     rounding errors of ``scale``."""
     mp = context()
     largest, tolerance = max(abs(first), abs(second)), mp.mpf(10) ** (_SPARE - mp.dps)
@@ -364,17 +384,24 @@ def _is_root(exponent: Node) -> bool:
 
 
 def points(names: frozenset[str]) -> list[dict[str, Any]]:
-    """Assignments at which terms are compared: four of positive numbers, five of both signs, three of whole numbers."""
+    """Twenty-five assignments at which terms are compared: positive numbers, numbers of both signs, consecutive whole
+    numbers, numbers between −1 and 1, and large ones."""
     mp = context()
-    assignments: list[dict[str, Any]] = [{} for _ in range(12)]
+    assignments: list[dict[str, Any]] = [{} for _ in range(25)]
     for name in names:
-        parts = _hashed(name, 12)
+        parts = _hashed(name, 25)
         for place, assignment in enumerate(assignments):
             share = mp.mpf(parts[place]) / 2**61
             if place < 4:
                 assignment[name] = share * 3 + mp.mpf(1) / 7
             elif place < 9:
                 assignment[name] = (share - mp.mpf(1) / 2) * 7
+            elif place < 15:  # of all residues of 2, 3 and 6
+                assignment[name] = mp.mpf(1 + parts[9] % 5 + (place - 9))
+            elif place < 19:
+                assignment[name] = (share - mp.mpf(1) / 2) * mp.mpf("1.8")
+            elif place < 22:
+                assignment[name] = share * mp.mpf("0.55") + mp.mpf("0.02")
             else:
-                assignment[name] = mp.mpf(1 + parts[place] % 7 + (place - 9))
+                assignment[name] = 6 + share * 40
     return assignments

@@ -10,11 +10,13 @@ def words(text: str) -> frozenset[str]:
 RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\in": "in", r"\equiv": "=="}
 SETS = {r"\cup": "union", r"\cap": "intersection", r"\setminus": "difference"}
 OPENING = {"(": ")", "[": "]", r"\langle": r"\rangle", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
-SEPARATORS = words(", ; and or")
+SEPARATORS = words(r", ; and or \lor \vee \land \wedge")
 FUNCTIONS = words(
     "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh coth ln log lg exp max min gcd lcm abs floor "
-    "ceil det sgn Re Im arg cbrt deg dim ker Gamma"
+    "ceil det sgn Re Im arg cbrt deg dim ker Gamma cis"
 )
+INVERTIBLE = words("sin cos tan cot sec csc sinh cosh tanh coth")
+"""Functions of which the exponent −1 means the inverse."""
 CONSTANTS = {r"\pi": "pi", r"\infty": "inf"}
 GREEK = words(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
@@ -43,7 +45,8 @@ PLAIN = {
         name: f"\\{name}"
         for name in words("sqrt cbrt sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp")
     },
-    **{name: f"\\{name}" for name in words("pi gcd lcm max min floor ceil abs theta alpha beta gamma phi frac")},
+    **{name: f"\\{name}" for name in words("pi gcd lcm max min floor ceil abs frac cis theta alpha beta gamma phi")},
+    **{name: f"\\{name}" for name in words("lambda mu sigma delta omega epsilon tau rho")},
     **dict.fromkeys(words("infinity Infinity inf oo"), r"\infty"),
     "asin": r"\arcsin",
     "acos": r"\arccos",
@@ -53,6 +56,7 @@ PLAIN = {
     **dict.fromkeys(words("degrees degree deg"), r"\degree"),
 }
 JOINING = {"and": "and", "or": "or", "AND": "and", "OR": "or"}
+LOGIC = {r"\lor": "or", r"\vee": "or", r"\land": "and", r"\wedge": "and"}
 SHORT_WORDS = words(
     "no yes all any odd one two six ten not the for if is of to in on at by as it per sun mon tue wed thu fri sat jan "
     "feb mar apr may jun jul aug sep oct nov dec red am pm dne nan"
