@@ -217,9 +217,10 @@ def test_ten_thousand_of_them() -> None:
     programs = [f"```python\n{program}\n```" for program in PROGRAMS for _ in range(12)]
     assert len(texts) + len(programs) >= 10_000
     became, pool = check_all(MathVerifyReward(), texts, "34")
-    assert became["stopped"] >= len(HANGS) * 6  # those at least; how many more depends on the machine
-    assert became["stopped"] < 500
+    assert became["stopped"] < 500  # how many depends on the machine
     assert pool.counts["crash"] == 0
+    became_there, _ = check_all(MathVerifyReward(equality="library"), list(HANGS) * 2, "34")
+    assert became_there["stopped"] == len(HANGS) * 2  # math-verify's own comparison hangs on those
     # Some fragments happen to say 34, and control characters around it are no reason to miss it.
     assert 0 < became["right"] < 2000
 
