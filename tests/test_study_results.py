@@ -139,6 +139,15 @@ def test_accuracy_at_matched_entropy_is_paired_by_seed(tmp_path: Path) -> None:
     assert (matched.difference.difference.count, matched.outside, matched.entropy) == (1, 1, 0.2)
 
 
+def test_one_temperature_matches_nothing(tmp_path: Path) -> None:
+    arms = {name: ARMS[name] for name in ("none", "ib")}
+    rows = final_rows({"none": [0.8, 0.8], "ib": [0.9, 0.9]})
+    for arm in arms:
+        rows += [(arm, 1, 100, f"at_temperature/1/number_path/{name}", 0.2) for name in ("avg@16", "entropy")]
+    results = read_results(write_results(tmp_path, rows, study_file([1, 2], arms, comparisons=[["none", "ib"]])))
+    assert matched_entropy(results) == []
+
+
 def test_questions_that_changed_most(tmp_path: Path) -> None:
     gained, lost = changed_questions(read_results(invented_study(tmp_path, 2)), "none", "ib", most=2)
     assert [(change.question, round(change.change, 6)) for change in gained] == [("q8", 0.4), ("q7", 0.3)]

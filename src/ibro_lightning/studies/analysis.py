@@ -121,14 +121,15 @@ def comparisons(results: Results, metric: str = "") -> list[Comparison]:
 
 
 def temperature_metrics(results: Results) -> dict[str, dict[float, tuple[str, str]]]:
-    """``{set: {temperature: (name of avg@k, name of entropy)}}`` of the final policies."""
+    """``{set: {temperature: (name of avg@k, name of entropy)}}`` of sets on which the final policies were evaluated
+    at several temperatures."""
     found: dict[str, dict[float, tuple[str, str]]] = {}
     for name in results.metrics:
         if match := re.fullmatch(r"at_temperature/([\d.]+)/(.+)/avg@\d+", name):
             entropy = f"at_temperature/{match[1]}/{match[2]}/entropy"
             if entropy in results.metrics:
                 found.setdefault(match[2], {})[float(match[1])] = (name, entropy)
-    return {part: dict(sorted(of_set.items())) for part, of_set in found.items()}
+    return {part: dict(sorted(of_set.items())) for part, of_set in found.items() if len(of_set) > 1}
 
 
 def temperature_curves(results: Results, part: str) -> tuple[list[float], Matrix, Matrix]:
