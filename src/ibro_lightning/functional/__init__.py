@@ -26,7 +26,15 @@ from ibro_lightning.functional.aggregate import (
     masked_whiten,
     token_mean,
 )
-from ibro_lightning.functional.fused_head import linear_logprob_entropy
+from ibro_lightning.functional.fused_head import linear_head, linear_logprob_entropy
+from ibro_lightning.functional.head_functionals import (
+    Collision,
+    HeadFunctional,
+    KLToHead,
+    Margin,
+    RestrictedEntropy,
+    TokenProbability,
+)
 from ibro_lightning.functional.information import (
     PlanePoint,
     ending_rates,
@@ -52,11 +60,17 @@ __all__ = [
     "GAE",
     "AggregationMode",
     "ClippedSurrogate",
+    "Collision",
+    "HeadFunctional",
     "KLEstimator",
+    "KLToHead",
+    "Margin",
     "MismatchLevel",
     "MismatchMode",
     "MismatchWeights",
     "PlanePoint",
+    "RestrictedEntropy",
+    "TokenProbability",
     "ValueLoss",
     "aggregate",
     "aggregation_weights",
@@ -77,6 +91,7 @@ __all__ = [
     "informative_groups",
     "kl_divergence",
     "length_adaptive_lambda",
+    "linear_head",
     "linear_logprob_entropy",
     "logprob_and_entropy",
     "majority_at_k",

@@ -11,12 +11,15 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ibro_lightning.functional.head_functionals import HeadFunctional
 
 # Bytes of logits in a chunk: measured for a CPU (benchmarks/README.md), estimated for a GPU, which needs more rows.
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -69,6 +72,38 @@ def linear_logprob_entropy(
     Returns:
         ``(logp [N], entropy [N] or None)``, in nats, both with exact first derivatives in hidden, weight and bias.
     """
+    logp, entropy, _ = linear_head(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        chunk_size=chunk_size,
+        with_entropy=with_entropy,
+    )
+    return logp, entropy
+
+
+def linear_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    functionals: Mapping[str, HeadFunctional] = MappingProxyType({}),
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    with_entropy: bool = True,
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """:func:`linear_logprob_entropy`, and further numbers of each row's distribution in the same pass.
+
+    Args:
+        functionals: by name; see :class:`.HeadFunctional`. They see the logits divided by ``temperature``, a chunk at
+            a time, and take a few temporaries of its size.
+
+    Returns:
+        ``(logp [N], entropy [N] or None, {name: value [N]})``, all with exact first derivatives.
+    """
     _check(hidden, weight, targets, bias, temperature, chunk_size)
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
@@ -78,7 +113,11 @@ def linear_logprob_entropy(
     chunk_size = chunk_size or max(1, limit // (len(weight) * _wide(dtype).itemsize))
     # Converted outside the autograd function, so that autograd converts the gradients back.
     hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return _LinearLogprobEntropy.apply(hidden, weight, bias, targets, temperature, chunk_size, with_entropy)
+    asked = tuple(functionals.values())
+    logp, entropy, *values = _LinearHead.apply(
+        hidden, weight, bias, targets, temperature, chunk_size, with_entropy, asked
+    )
+    return logp, entropy, dict(zip(functionals, values, strict=True))
 
 
 def _check(
@@ -101,27 +140,40 @@ def _check(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
 
-class _LinearLogprobEntropy(torch.autograd.Function):
+class _LinearHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.temperature, ctx.chunk_size, with_entropy = options
+    ) -> tuple[Tensor | None, ...]:
+        ctx.temperature, ctx.chunk_size, with_entropy, ctx.functionals = options
         ctx.set_materialize_grads(False)
-        results = []
+        results, asked = [], [list[tuple[Tensor, ...]]() for _ in ctx.functionals]
         with _exact_products(hidden):
             for rows, logits in _logit_chunks(*_factors(hidden, weight), bias, ctx.temperature, ctx.chunk_size):
                 for block in _blocks(logits):
+                    for functional, found in zip(ctx.functionals, asked, strict=True):
+                        found.append(_forward(functional, logits[block], _within(rows, block)))
                     results.append(_run(_statistics, logits[block], targets[rows][block], with_entropy))
         top, log_total, logp, *entropy = (torch.cat(column) for column in zip(*results, strict=True))
-        ctx.save_for_backward(hidden, weight, bias, targets, top, log_total, logp, *entropy)
+        told = [[torch.cat(column) for column in zip(*found, strict=True)] for found in asked]
+        ctx.counts = [len(columns) for columns in told]
+        flat = [column for columns in told for column in columns]
+        ctx.save_for_backward(hidden, weight, bias, *flat, targets, top, log_total, logp, *entropy)
         logp = logp.clone() if bias is None else logp.masked_fill(bias[targets] == -torch.inf, -torch.inf)
-        return logp, entropy[0].clone() if entropy else None
+        return logp, entropy[0].clone() if entropy else None, *(columns[0].clone() for columns in told)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None, *g_values: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *statistics = ctx.saved_tensors
+        told = [[statistics.pop(0) for _ in range(count)] for count in ctx.counts]
+        wanted = [
+            (functional, g / ctx.temperature, columns)
+            for functional, g, columns in zip(ctx.functionals, g_values, told, strict=True)
+            if g is not None
+        ]
         inputs, (h, w) = (hidden, weight, bias), _factors(hidden, weight)
         per_row = [g if g is None else g / ctx.temperature for g in (g_logp, g_entropy)] + statistics
         needs = zip(inputs, ctx.needs_input_grad, strict=False)
@@ -132,9 +184,33 @@ class _LinearLogprobEntropy(torch.autograd.Function):
                 for block in _blocks(logits):
                     z = logits[block]
                     out = z if dz is logits else dz[block]
+                    further = _gradients(wanted, z, _within(rows, block))
                     _run(_logit_gradients, z, out, *(x if x is None else x[rows][block] for x in per_row))
+                    if further is not None:
+                        out += further
                 _accumulate(sums, rows, dz, h, w)
-        return *(s if s is None else s.to(x.dtype) for s, x in zip(sums, inputs, strict=True)), *(None,) * 4
+        return *(s if s is None else s.to(x.dtype) for s, x in zip(sums, inputs, strict=True)), *(None,) * 5
+
+
+def _within(rows: slice, block: slice) -> slice:
+    return slice(rows.start + block.start, rows.start + block.stop)
+
+
+def _forward(functional: HeadFunctional, logits: Tensor, rows: slice) -> tuple[Tensor, ...]:
+    if _allocates_as is not None:
+        return (logits.new_empty(len(logits)),)
+    return functional.forward(logits, rows)
+
+
+def _gradients(wanted: list[tuple[HeadFunctional, Tensor, list[Tensor]]], logits: Tensor, rows: slice) -> Tensor | None:
+    """The sum of the functionals' gradients on the logits, which it leaves as they are; None for none."""
+    total: Tensor | None = None
+    for functional, g, columns in wanted:
+        if _allocates_as is not None:
+            return torch.empty_like(logits)
+        gradient = functional.gradient(logits, rows, g[rows], *(column[rows] for column in columns))
+        total = gradient if total is None else total.add_(gradient)
+    return total
 
 
 def _statistics(logits: Tensor, targets: Tensor, with_entropy: bool, *, overwrite: bool) -> tuple[Tensor, ...]:
