@@ -422,6 +422,58 @@ def test_a_target_sees_the_entropy_of_the_policy_that_sampled(workspace: Path) -
         assert curves(workspace / name)["regularizer/coef"] == [(1, expected)]
 
 
+OWN = """
+from ibro_lightning.functional import HeadFunctional
+from ibro_lightning.regularizers import EntropyRegularizer
+
+
+class TopProbability(HeadFunctional):
+    def value(self, logits, rows):
+        return logits.softmax(dim=1).amax(dim=1)
+
+
+class Modest(EntropyRegularizer):
+    needs_entropy = False
+
+    def __init__(self, coef: float = 0.5):
+        super().__init__(coef)
+
+    def functionals(self, context):
+        return {"top_probability": TopProbability()}
+
+    def objective(self, stats):
+        return -stats.extra["top_probability"]
+"""
+
+
+@pytest.mark.parametrize("fused_head", ["true", "false"])
+def test_a_regulariser_of_ones_own_asks_the_head_for_a_functional_of_ones_own(workspace: Path, fused_head: str) -> None:
+    (workspace / "modest.py").write_text(OWN)
+    recipe = with_settings(workspace, "regularizer: {class_path: modest.Modest}")
+    fit(recipe, "run", 2, "--model.policy_options.fused_head", fused_head)
+    found = curves(workspace / "run")
+    assert [step for step, _ in found["regularizer/top_probability"]] == [1, 2]
+    for (_, objective), (_, told) in zip(
+        found["update/regularizer"], found["regularizer/top_probability"], strict=True
+    ):
+        assert objective == pytest.approx(-told, rel=1e-5)
+        assert 0 < told < 1
+
+
+@pytest.mark.parametrize("module", [dapo, ppo])
+@pytest.mark.parametrize("name", ["AEnt", "RenyiBonus"])
+def test_methods_of_the_head_move_either_module(module: Any, name: str) -> None:
+    from ibro_lightning import regularizers
+
+    weights = {}
+    for kind in (name, "NoRegularizer"):
+        method = getattr(regularizers, kind)
+        trained = module(regularizer=method(0.5) if kind == name else method())
+        train(trained, rollouts(2))
+        weights[kind] = [parameter.detach().clone() for parameter in trained.policy.parameters()]
+    assert any(not torch.equal(a, b) for a, b in zip(*weights.values(), strict=True))
+
+
 def test_every_iteration_logs_the_coefficient_also_of_methods_without_one(workspace: Path) -> None:
     assert NoRegularizer().coef == 0
     fit(with_settings(workspace, "regularizer: {class_path: TopEntropyTokens}"), "run", 2)

@@ -4,7 +4,7 @@ time in plain transformers; and, like every update, indifferent to padding, orde
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -27,6 +27,7 @@ from ibro_lightning.modules import DAPOModule
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.regularizers import (
     IBRO,
+    AEnt,
     ClipCov,
     CorrectPathEntropySuppression,
     EntropyBonus,
@@ -37,6 +38,7 @@ from ibro_lightning.regularizers import (
     KLCov,
     NoRegularizer,
     OppositeInformationBottleneck,
+    RenyiBonus,
     StepContext,
     TopEntropyTokens,
 )
@@ -162,13 +164,25 @@ def tokens_of(text: str) -> list[int]:
 def one_by_one(prompts: Iterable[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """``(logp, entropy) [N]`` with gradients: each unpadded sequence on its own, over the full softmax."""
     columns: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for log_p, response in zip(distributions(prompts), RESPONSES, strict=True):
+        columns[0].append(log_p[range(len(response)), response])
+        columns[1].append(-(log_p.exp() * log_p).sum(dim=-1))
+    return torch.cat(columns[0]), torch.cat(columns[1])
+
+
+def distributions(prompts: Iterable[Sequence[int]]) -> Iterator[Tensor]:
+    """``log p [n, V]`` of each response's tokens."""
     for prompt, response in zip(prompts, RESPONSES, strict=True):
         logits = SOURCE.model(torch.tensor([[*prompt, *response]])).logits[0] / TEMPERATURE
         log_p = logits - logits.exp().sum(dim=-1, keepdim=True).log()
-        before = log_p[len(prompt) - 1 : -1]  # the token at position i is predicted at i − 1
-        columns[0].append(before[range(len(response)), response])
-        columns[1].append(-(before.exp() * before).sum(dim=-1))
-    return torch.cat(columns[0]), torch.cat(columns[1])
+        yield log_p[len(prompt) - 1 : -1]  # the token at position i is predicted at i − 1
+
+
+def likeliest(log_p: Tensor, count: int) -> Tensor:
+    """The entropy of the ``count`` likeliest tokens alone."""
+    kept = log_p.sort(dim=-1, descending=True).values[:, :count]
+    log_q = kept - kept.exp().sum(dim=-1, keepdim=True).log()
+    return -(log_q.exp() * log_q).sum(dim=-1)
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +246,8 @@ METHODS: dict[str, Callable[[], EntropyRegularizer]] = {
     "kl-cov": lambda: KLCov(fraction=0.2, kl_coef=0.7),
     "80/20": TopEntropyTokens,
     "shaped": EntropyShapedAdvantage,
+    "aent": lambda: AEnt(0.5, dropped=0.4),
+    "renyi": lambda: RenyiBonus(0.5),
 }
 MEASURED = {
     **{name: "ib_mean_weight" for name in METHODS if name.startswith(("ib ", "opposite"))},
@@ -284,6 +300,11 @@ def formula(name: str, step: Experience) -> Tensor:
             return mean(plain) + 0.8 * mean(2.5 * with_answer - entropy)
         lam = 2.5 * (with_answer / entropy).detach().clamp(max=1.0) - 1.0
         return mean(plain) + 0.8 * mean(lam * entropy)
+    if name in ("aent", "renyi"):
+        all_of_them = torch.cat(list(distributions(tokens_of(text) for text in TEXTS)))
+        kept = round(0.6 * VOCAB)
+        objective = likeliest(all_of_them, kept) if name == "aent" else -all_of_them.exp().pow(2).sum(dim=-1).log()
+        return mean(plain) - 0.5 * mean(objective)
     objective = {
         "none": lambda: 0.0 * entropy,
         "naive": lambda: entropy,

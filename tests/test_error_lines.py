@@ -28,9 +28,9 @@ from ibro_lightning.regularizers.coefficients import AdaptiveKL, Cosine, Entropy
 from ibro_lightning.strategies import FSDP2Strategy
 from ibro_lightning.types import SamplingParams
 
-REGULARIZERS = "one of ClipCov, EntropyBonus, EntropyShapedAdvantage, IBRO, "
+REGULARIZERS = "one of AEnt, ClipCov, EntropyBonus, EntropyShapedAdvantage, IBRO, "
 REGULARIZERS += "InformationBottleneck, KLCov, NoRegularizer, OppositeInformationBottleneck, "
-REGULARIZERS += "TopEntropyTokens, or module.Class of your own"
+REGULARIZERS += "RenyiBonus, TopEntropyTokens, or module.Class of your own"
 PARTS = "write one of raw, centred, uniform, reversed"
 COEFFICIENTS = "one of AdaptiveKL, Constant, Cosine, EntropyBand, Linear, TargetEntropy, or module.Class of your own"
 
@@ -303,7 +303,7 @@ def test_what_a_dry_run_finds_out_has_its_place_too(
          "mean DAPOModule? Or write one of DAPOModule, PPOModule, PolicyModule, SFTModule, or module.Class of your "
          "own, or null"),
         (["tune"], "command: 'tune' - there is no such command: write one of fit, validate, test, predict, study, "
-         "compare, report, export"),
+         "compare, report, export, verify"),
         (["fit", "--config", "tiny.yaml", "--ckpt_path"], "ckpt_path: missing - write text, or a path, or null"),
         (["fit", "--config", "tiny.yaml", "--trainer.logger", "CSVLogger"], "trainer.logger.save_dir: missing - write "
          "text, or a path"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -11,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from ibro_lightning.functional import linear_logprob_entropy
+from ibro_lightning.functional import HeadFunctional, linear_head
 from ibro_lightning.models.spec import plain_outputs
 from ibro_lightning.models.transformer import backbone_of, run
 
@@ -27,14 +28,21 @@ class LinearHead:
     linear: nn.Linear
     scale: float
 
-    def logprob_entropy(
-        self, hidden: Tensor, targets: Tensor, *, temperature: float, with_entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """``(logp [N], entropy [N] or None)`` of ``hidden [N, D]``."""
-        return linear_logprob_entropy(
+    def tell(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        functionals: Mapping[str, HeadFunctional],
+        *,
+        temperature: float,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """``(logp [N], entropy [N] or None, {name: value [N]})`` of ``hidden [N, D]``."""
+        return linear_head(
             hidden,
             self.linear.weight,
             targets,
+            functionals,
             bias=self.linear.bias,
             temperature=temperature / self.scale,
             with_entropy=with_entropy,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, overload
 
 from torch import Tensor
 
 from ibro_lightning.batches.sequences import Sequences
-from ibro_lightning.functional import logprob_and_entropy
+from ibro_lightning.functional import HeadFunctional, logprob_and_entropy
 from ibro_lightning.models.compiled import compile_in_place
 from ibro_lightning.models.head import LinearHead, find_linear_head
 from ibro_lightning.models.hf_folder import full_weights
@@ -45,32 +45,65 @@ class Policy(ResponseNetwork):
         self._fused_head = fused_head
         self._head: tuple[LinearHead | None] | None = None  # cached; a tuple, so that it is not a submodule
 
+    @overload
     def forward(
-        self, sequences: Sequences, *, temperature: float, with_entropy: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
+        self, sequences: Sequences, *, temperature: float, with_entropy: bool = ..., functionals: None = ...
+    ) -> tuple[Tensor, Tensor | None]: ...
+    @overload
+    def forward(
+        self,
+        sequences: Sequences,
+        *,
+        temperature: float,
+        with_entropy: bool = ...,
+        functionals: Mapping[str, HeadFunctional],
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]: ...
+    def forward(
+        self,
+        sequences: Sequences,
+        *,
+        temperature: float,
+        with_entropy: bool = True,
+        functionals: Mapping[str, HeadFunctional] | None = None,
+    ) -> tuple[Any, ...]:
         """Log-probs and entropies of the response tokens, response-aligned.
 
         Args:
             sequences: ``[B, L]`` tokens, padded on either side.
             temperature: the sampling temperature the responses came from.
+            functionals: further numbers of each token's distribution, in the same pass (:func:`.linear_head`). Their
+                rows are the response tokens, row after row without padding.
 
         Returns:
             ``(logp [B, T], entropy [B, T] or None)`` in nats, 0 on padding; float32, or float64 for float64
-            weights.
+            weights. With ``functionals``, even if there are none, also ``{name: value [B, T]}``.
         """
-        return self.without_draws(lambda: self._score(sequences, temperature, with_entropy))
+        asked = functionals or {}
+        logp, entropy, told = self.without_draws(lambda: self._score(sequences, temperature, with_entropy, asked))
+        return (logp, entropy) if functionals is None else (logp, entropy, told)
 
-    def _score(self, sequences: Sequences, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    def _score(
+        self,
+        sequences: Sequences,
+        temperature: float,
+        with_entropy: bool,
+        functionals: Mapping[str, HeadFunctional],
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         targets = sequences.input_ids[sequences.is_response]
         head = self._linear_head()
         if head is None:
             logits = self.response_states(self.model, sequences, "logits")
             logp, entropy = logprob_and_entropy(logits, targets, temperature=temperature, with_entropy=with_entropy)
+            scaled, rows = logits.to(logp.dtype) / temperature if functionals else logits, slice(0, len(targets))
+            told = {name: functional.value(scaled, rows) for name, functional in functionals.items()}
         else:
             hidden = self.response_states(head.backbone, sequences, "last_hidden_state")
-            logp, entropy = head.logprob_entropy(hidden, targets, temperature=temperature, with_entropy=with_entropy)
+            logp, entropy, told = head.tell(
+                hidden, targets, functionals, temperature=temperature, with_entropy=with_entropy
+            )
         mask = sequences.response_mask
-        return scatter_rows(logp, mask), None if entropy is None else scatter_rows(entropy, mask)
+        scattered = {name: scatter_rows(values, mask) for name, values in told.items()}
+        return scatter_rows(logp, mask), None if entropy is None else scatter_rows(entropy, mask), scattered
 
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Detached weights under their Hugging Face names, adapters merged; tied ones appear under each of their names.

@@ -11,11 +11,13 @@ from ibro_lightning.regularizers.information_bottleneck import (
     OppositeInformationBottleneck,
 )
 from ibro_lightning.regularizers.none import NoRegularizer
+from ibro_lightning.regularizers.of_the_head import AEnt, RenyiBonus
 from ibro_lightning.regularizers.shaped_advantage import EntropyShapedAdvantage
 from ibro_lightning.regularizers.top_entropy import TopEntropyTokens
 
 __all__ = [
     "IBRO",
+    "AEnt",
     "ClipCov",
     "CorrectPathEntropySuppression",
     "EntropyBonus",
@@ -27,6 +29,7 @@ __all__ = [
     "NoRegularizer",
     "OppositeInformationBottleneck",
     "PolicyLossMethod",
+    "RenyiBonus",
     "StepContext",
     "TopEntropyTokens",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience, MicroBatch, TokenStats
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.functional import HeadFunctional
 from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.regularizers.coefficients import Coefficient, as_coefficient
 
@@ -23,7 +24,7 @@ class StepContext:
 
     policy: Callable[..., tuple[Tensor, Tensor | None]]
     """``policy(sequences, temperature=…, with_entropy=True)`` → ``(logp, entropy)`` ``[B, T]`` with gradients, for a
-    padded batch."""
+    padded batch; with ``functionals={…}`` also a dictionary of what they give."""
     score: Callable[..., tuple[Tensor, Tensor]]
     """``score(sequences, temperature)`` → ``(logp, entropy)`` ``[N]`` without gradients, for any number of sequences
     without padding."""
@@ -45,8 +46,9 @@ class EntropyRegularizer(ABC):
             def objective(self, stats):
                 return stats.entropy * (stats.old_entropy > 0.5)
 
-    Three further hooks do nothing unless overridden. In the order in which a step calls them: :meth:`prepare` (once per
-    optimizer step), then for every micro-batch :meth:`statistics`, :meth:`shape_policy_loss`, :meth:`objective`.
+    Four further hooks do nothing unless overridden. In the order in which a step calls them: :meth:`prepare` (once per
+    optimizer step), then for every micro-batch :meth:`functionals`, :meth:`statistics`, :meth:`shape_policy_loss`,
+    :meth:`objective`.
 
     Args:
         coef: α ≥ 0, or a :class:`~ibro_lightning.regularizers.coefficients.Coefficient` that moves it during training.
@@ -66,7 +68,7 @@ class EntropyRegularizer(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        does_not_inherit(cls, "zero_without_advantage", harmless=("prepare", "statistics"))
+        does_not_inherit(cls, "zero_without_advantage", harmless=("prepare", "functionals", "statistics"))
 
     def __init__(self, coef: Coefficient | float) -> None:
         self.coefficient = as_coefficient(coef, "coef", "entropy")
@@ -81,6 +83,11 @@ class EntropyRegularizer(ABC):
         another advantage, and for ``step.with_extra(name=…)``, whose mean is logged as ``regularizer/name``. The step's
         tensors are ``[N]``: its response tokens, row after row without padding (:class:`.Experience`)."""
         return step
+
+    def functionals(self, context: StepContext) -> Mapping[str, HeadFunctional]:
+        """Further numbers of each token's distribution that the policy's head computes in its pass, *with* gradients,
+        ``[B, T]`` each, for ``stats.extra``; only if α > 0. What nobody asks for costs nothing."""
+        return {}
 
     def statistics(self, micro: MicroBatch, context: StepContext) -> Mapping[str, Tensor]:
         """Further tensors of a micro-batch, *with* gradients, ``[B, T]`` each, for ``stats.extra``; only if α > 0."""
