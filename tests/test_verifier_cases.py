@@ -85,8 +85,8 @@ def changed(gold: str, others: list[str]) -> list[str]:
     return sorted(wrong - {gold})
 
 
-MISTAKEN = {r"$1 - \frac{1}{\mathrm{e}}$"}
-"""Golds of peers' cases that accept another number there; the library's own equality reproduces it."""
+MISTAKEN = {r"$1 - \frac{1}{\mathrm{e}}$", "$z = 1 + 1 = 2$"}
+"""Golds of peers' cases that accept another number there, and 3 + 3 = 2; the library's own equality reproduces it."""
 
 
 def agrees(family: str, gold: str, response: str, options: dict[str, Any], expected: bool) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 
 from ibro_lightning.errors import ConfigError
@@ -11,6 +12,7 @@ from ibro_lightning.rewards.mathematics.answers.rules import UNITS
 from ibro_lightning.rewards.mathematics.gold_text import gold_texts
 from ibro_lightning.rewards.mathematics.symbolic import EQUALITIES, MathVerifyReward, Reading
 
+_MARKED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\fbox|(?i:answer)")
 _WITH_VALUE = ("--precision", "--units", "--equality")
 
 
@@ -35,10 +37,9 @@ def main(argv: Sequence[str]) -> bool:
     try:
         golds = gold_texts(options.gold)
         response = options.response
-        verdict = reward.judged(response, golds)
-        if verdict.why == "no answer":  # an answer alone, without what marks one
+        if not _MARKED.search(response):  # an answer alone
             response = f"Answer: {response}"
-            verdict = reward.judged(response, golds)
+        verdict = reward.judged(response, golds)
     except ValueError as error:
         raise ConfigError("gold", options.gold, str(error)) from error
     gold, found = reward.readings(response, golds[0])

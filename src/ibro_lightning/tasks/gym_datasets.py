@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import io
 import json
+import keyword
 import os
 import pickle
 import re
@@ -38,6 +39,7 @@ _FUNCTIONS |= {"exp", "log", "ln", "sqrt", "Abs"}
 # Candidates for calls of functions not listed above, and dots that are not decimal points.
 _CALL = re.compile(r"([A-Za-z0-9)][A-Za-z0-9]*)\s*\(")
 _DOT = re.compile(r"[A-Za-z)]\s*\.|\.\s*[A-Za-z(]")
+_KEYWORDS = frozenset(keyword.kwlist)
 _MAX_CHARACTERS = 20_000
 
 
@@ -142,6 +144,11 @@ def is_formula(text: str) -> bool:
     sympy's ``parse_expr`` passes everything else to ``eval``, including Python's builtins. It also leaves integrals
     unevaluated, so that the question's own ``Integral`` would count as an answer.
     """
-    if not _FORMULA.fullmatch(text) or _DOT.search(text) or "\n" in text.strip():
+    if (
+        set(re.findall(r"[a-z]+", text)) & _KEYWORDS
+        or not _FORMULA.fullmatch(text)
+        or _DOT.search(text)
+        or "\n" in text.strip()
+    ):
         return False
     return all(name in _FUNCTIONS for name in _CALL.findall(text))

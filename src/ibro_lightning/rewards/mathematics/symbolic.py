@@ -131,6 +131,10 @@ class MathVerifyReward(VerifiableReward):
         check_count("last_chars", last_chars, 1)
         check_one_of("units", units, UNITS)
         check_one_of("equality", equality, EQUALITIES)
+        flags = {"strict": strict, "allow_set_relation_comp": allow_set_relation_comp, "order": order}
+        for name, value in {**flags, "simplified": simplified}.items():
+            if not isinstance(value, bool):
+                raise ConfigError(name, value, "write true or false")
         self.match_types, self.last_chars, self.equality = tuple(match_types), last_chars, equality
         self.options = {"strict": strict, "float_rounding": precision, "numeric_precision": numeric_precision}
         self.options["allow_set_relation_comp"] = allow_set_relation_comp

@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from ibro_lightning.rewards.mathematics.answers.names import (
+    named,
     named_value,
     of_equations,
     of_one_name,
@@ -19,8 +20,9 @@ from ibro_lightning.rewards.mathematics.answers.names import (
 from ibro_lightning.rewards.mathematics.answers.node import Decimal, Node, is_term, mapped, size, symbols
 from ibro_lightning.rewards.mathematics.answers.rules import Judgement, Rules, no, weakest, yes
 from ibro_lightning.rewards.mathematics.answers.same_terms import same_relations, same_terms
+from ibro_lightning.rewards.mathematics.answers.sampling import points
 from ibro_lightning.rewards.mathematics.answers.subsets import conditions, is_subset, same_subset, symbols_of_subset
-from ibro_lightning.rewards.mathematics.answers.values import Evaluation, Uncertain, context, exact, points
+from ibro_lightning.rewards.mathematics.answers.values import Evaluation, Uncertain, context, exact
 
 _MAX_ITEMS = 100
 
@@ -29,7 +31,7 @@ def compare(gold: Node, answer: Node, rules: Rules) -> Judgement:
     """Whether two answers are the same by ``rules``."""
     if not rules.names:
         gold, answer = renamed(gold), renamed(answer)
-    if rules.simplified and size(answer) > size(gold):
+    if rules.simplified and size(of_equations(answer)) > size(of_equations(gold)):
         return no("not simplified")
     if (gold.op == "set") != (answer.op == "set"):  # {5} for 5
         gold, answer = (node.args[0] if node.op == "set" and len(node.args) == 1 else node for node in (gold, answer))
@@ -47,6 +49,8 @@ def _same(gold: Node, answer: Node, rules: Rules) -> Judgement:
     if signs != [gold, answer]:
         return _same(signs[0], signs[1], rules)
     pairs = [system(node) for node in (gold, answer)]
+    if pairs[0] and not pairs[1] and answer.op == "list" and named(answer):
+        return no("other names")
     if all(pairs) and not all(map(of_one_name, pairs)):
         return _systems(pairs[0], pairs[1], rules)
     values = [of_equations(node) for node in (gold, answer)]
@@ -54,7 +58,10 @@ def _same(gold: Node, answer: Node, rules: Rules) -> Judgement:
         found = _same(values[0], values[1], rules)
         if found.same or any(pairs):
             return found
-    gold, answer = conditions(gold), conditions(answer)
+    if is_subset(answer) or answer.op == "list":
+        gold = conditions(gold)
+    if is_subset(gold) or gold.op == "list":
+        answer = conditions(answer)
     if "relation" in (gold.op, answer.op) or {gold.op, answer.op} & {"any", "all"}:
         return _relations(gold, answer, rules)
     if is_subset(gold) or is_subset(answer):
@@ -192,7 +199,7 @@ def _key(node: Node) -> str:
     if not is_term(node):
         return ""
     try:
-        evaluation = Evaluation(points(symbols(node))[0])
+        evaluation = Evaluation(points(node)[0])
         return str(context().nstr(evaluation(node), 12))
     except Uncertain:
         return ""
@@ -201,7 +208,9 @@ def _key(node: Node) -> str:
 def _distinct(items: Sequence[Node], rules: Rules) -> list[Node]:
     kept: list[Node] = []
     by_key: dict[str, list[Node]] = {}
-    for item in items[:_MAX_ITEMS]:
+    if len(items) > _MAX_ITEMS:
+        raise Uncertain("too many elements")
+    for item in items:
         key = _key(item)
         if not any(_same(item, other, rules).same for other in by_key.get(key, ())):
             kept.append(item)
@@ -357,10 +366,11 @@ def _quantities(gold: Node, answer: Node, rules: Rules) -> Judgement:
         return no("another form")
     (value, unit), (other, other_unit) = first, second
     if unit is not None and other_unit is not None:
-        if rules.units == "ignored":
-            return same_terms(_plain(gold), _plain(answer), rules)
         same = same_terms(value, other, rules) if unit == other_unit else no("another unit")
-        return same if same.same or not same_terms(_plain(gold), _plain(answer), rules).same else no("another unit")
+        if same.same or len(gold.args) != len(answer.args):
+            return same
+        plain = same_terms(_plain(gold), _plain(answer), rules) if len(gold.args) == 1 else same
+        return plain if rules.units == "ignored" or not plain.same else no("another unit")
     if unit is not None and rules.units == "required":
         return no("no unit")
     if (len(gold.args) > 1 and gold.op == "quantity") or (len(answer.args) > 1 and answer.op == "quantity"):

@@ -83,6 +83,9 @@ def _value(node: Node) -> Node:
     first, *middle, last = node.args[::2]
     if middle and all(term.op == "symbol" for term in (first, *middle)) and not symbols(last):
         return of_equations(Node("list", tuple(Node("relation", (term, "=", last)) for term in (first, *middle))))
+    closed = {exact(term) for term in (first, *middle, last) if not symbols(term)} - {None}
+    if len(closed) > 1:  # 4 = 5
+        return node
     if not symbols(node) or (is_name(first) and not any(map(is_name, middle)) and not (middle and is_name(last))):
         return of_equations(last)
     if not middle and is_name(last) and not symbols(first):
@@ -103,7 +106,7 @@ def system(node: Node) -> list[tuple[str, Node]]:
 
 def of_one_name(pairs: Sequence[tuple[str, Node]]) -> bool:
     """Whether these are values of one name with indices: x_1, x_2."""
-    return len({_without_index(name) for name, _ in pairs}) == 1
+    return len({_without_index(name) for name, _ in pairs}) == 1 and pairs[0][0][:1] in "xyzrt"
 
 
 def _without_index(name: str) -> str:

@@ -39,7 +39,7 @@ class Unread(ValueError):
 
 
 class Ambiguous(Unread):
-    """A text has two readings, as two numbers beside each other do: nobody should choose one."""
+    """A text has two readings, as two numbers beside each other do, or is too long: no other reader should try."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +117,14 @@ def symbols(node: Node) -> frozenset[str]:
 
 
 def size(node: Node) -> int:
-    """The number of operations."""
+    """The number of operations, of which signs, fractions of numbers and mixed numbers are none."""
     parts = node.nodes()
-    return sum(map(size, parts)) + (1 if parts else 0)
+    plain = all(part.op == "number" for part in parts)
+    mixed = node.op == "add" and len(parts) == 2 and parts[0].op == "number" and parts[1].op == "div"
+    counts = (
+        bool(parts) and node.op not in ("neg", "percent", "degree", "quantity") and not (node.op == "div" and plain)
+    )
+    return sum(map(size, parts)) + (counts and not mixed)
 
 
 def mapped(node: Node, change: Callable[[Node], Node]) -> Node:

@@ -8,6 +8,7 @@ from ibro_lightning.rewards.mathematics.answers.units import Dimension
 _INFIX = {"add": " + ", "mul": "·", "div": "/", "pow": "^", "union": " ∪ ", "intersection": " ∩ ", "difference": " ∖ "}
 _BRACKETS = {"tuple": "()", "closed": "[]", "set": "{}"}
 _SIGNS = {"neg": "−{}", "plusminus": "±{}", "minusplus": "∓{}", "percent": "{} %", "degree": "{}°"}
+_LONGEST = 600
 _NAMES = {"pi": "π", "inf": "∞"}
 
 
@@ -20,7 +21,9 @@ def printed(node: Node) -> str:
     """
     op, args = node.op, node.args
     if op == "number":
-        return str(args[0].value)
+        value = args[0].value
+        long = max(value.numerator.bit_length(), value.denominator.bit_length()) > _LONGEST
+        return "a number of many digits" if long else str(value)
     if op in ("symbol", "constant"):
         return _NAMES.get(args[0], str(args[0]))
     if op == "text":

@@ -1,26 +1,25 @@
-"""Whether two terms are the same: numbers by their values, terms with symbols by their values at 25 points."""
+"""Whether two terms are the same: numbers by their values, terms with symbols by their values at many points."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 from ibro_lightning.rewards.mathematics.answers.decimals import half_unit, shown
 from ibro_lightning.rewards.mathematics.answers.node import Node, is_term, symbols
 from ibro_lightning.rewards.mathematics.answers.rules import Judgement, Rules, no, yes
+from ibro_lightning.rewards.mathematics.answers.sampling import points
 from ibro_lightning.rewards.mathematics.answers.values import (
-    DIGITS,
     Evaluation,
     Uncertain,
     agree,
     context,
-    digits,
     exact,
     is_rational,
-    points,
+    same_value,
 )
 
-_MAX_DIGITS = 2000
 _ENOUGH = 3
 """At so many points two terms must have been compared before they count as the same."""
 
@@ -45,9 +44,8 @@ def _must_show(op: str, gold: Node, answer: Node) -> bool:
 
 
 def _values(gold: Node, answer: Node, rules: Rules) -> Judgement:
-    names = symbols(gold) | symbols(answer)
-    if names:
-        return _identity(gold, answer, names)
+    if symbols(gold) or symbols(answer):
+        return _identity(gold, answer)
     infinite = [_infinite(node) for node in (gold, answer)]
     if any(infinite):
         return yes("exact") if infinite[0] == infinite[1] else no("another value")
@@ -97,23 +95,8 @@ def _numeric(gold: Node, answer: Node) -> Judgement:
     if is_rational(gold) and is_rational(answer):
         return no("too large")
     real = not (_has_i(gold) or _has_i(answer))
-    for log in _bases(gold, answer):
-        size = _compared_size(gold, answer, real, log)
-        if size > _MAX_DIGITS:
-            return no("too large")
-        with digits(DIGITS + 2 * size):
-            evaluation = Evaluation(real=real, log=log)
-            if agree(evaluation(gold), evaluation(answer), evaluation.scale):
-                return yes("numeric")
-    return no("another value")
-
-
-def _compared_size(gold: Node, answer: Node, real: bool, log: str) -> int:
-    """The digits before the point of the largest number that is added, all of which may cancel."""
-    evaluation = Evaluation(real=real, log=log)
-    largest = max(abs(evaluation(gold)), abs(evaluation(answer)))
-    largest = max(largest, evaluation.scale)
-    return 0 if largest <= 1 else int(context().log(largest, 10)) + 1
+    same = any(same_value(gold, answer, {}, real=real, log=log) for log in _bases(gold, answer))
+    return yes("numeric") if same else no("another value")
 
 
 def _bases(*nodes: Node) -> tuple[str, ...]:
@@ -129,24 +112,26 @@ def _has_i(node: Node) -> bool:
     return node == Node("constant", ("i",)) or any(_has_i(part) for part in node.nodes())
 
 
-def _identity(gold: Node, answer: Node, names: frozenset[str]) -> Judgement:
+def _identity(gold: Node, answer: Node) -> Judgement:
+    real = not (_has_i(gold) or _has_i(answer))
     for log in _bases(gold, answer):
         compared = 0
-        for first, second, scale in _compared(gold, answer, names, log):
-            if not agree(first, second, scale):
+        for assignment in points(gold, answer):
+            same = same_value(gold, answer, assignment, real=real, log=log)
+            if same is False:
                 compared = 0
                 break
-            compared += 1
+            compared += same is True
         if compared >= _ENOUGH:
             return yes("identity")
     return no("another expression")
 
 
-def _compared(gold: Node, answer: Node, names: frozenset[str], log: str = "e") -> Any:
-    """The values of both at all points where both have one: a real one, unless i is in them."""
+def _compared(gold: Node, answer: Node) -> Iterator[tuple[Any, Any, Any]]:
+    """The values of both at all points where both have one, and their scale: a real one, unless i is in them."""
     mp, real = context(), not (_has_i(gold) or _has_i(answer))
-    for assignment in points(names):
-        evaluation = Evaluation(assignment, real=real, log=log)
+    for assignment in points(gold, answer):
+        evaluation = Evaluation(assignment, real=real)
         try:
             values = evaluation(gold), evaluation(answer)
         except Uncertain:
@@ -163,12 +148,12 @@ def same_relations(gold: Node, answer: Node) -> Judgement:
     if operator != other and turned.get(operator) != other:
         return no("another relation")
     left, right = (Node("add", (node.args[0], Node("neg", (node.args[2],)))) for node in (gold, answer))
-    names = symbols(left) | symbols(right)
-    if not names:
+    if not (symbols(left) or symbols(right)):
         return no("no symbols")
     quotients = []
-    for evaluated in _compared(left, right, names):
-        first, second, scale = evaluated
+    for first, second, scale in _compared(left, right):
+        if max(abs(first), abs(second)) < scale * context().mpf(10) ** -50:
+            continue  # too much has cancelled to compare
         zero = [agree(value, 0, scale) for value in (first, second)]
         if zero[0] != zero[1]:
             return no("another relation")

@@ -16,6 +16,7 @@ from ibro_lightning.rewards.mathematics.answers.values import Evaluation, Uncert
 Predicate = Callable[[Any], bool]
 _INEQUALITIES = {"<", ">", "<=", ">=", "!="}
 _MAX_CRITICAL = 60
+_MAX_CONDITIONS = 10
 
 
 def is_subset(node: Node) -> bool:
@@ -57,7 +58,7 @@ def conditions(node: Node) -> Node:
     items = node.args
     if node.op != "list" or not all(item.op == "relation" and is_subset(item) for item in items):
         return node
-    if len(frozenset().union(*map(symbols_of_subset, items))) != 1:
+    if len(frozenset().union(*map(symbols_of_subset, items))) != 1 or len(items) > _MAX_CONDITIONS:
         return node
     every = Node("all", items)
     critical = sorted({*_distinct([number for item in items for number in (*_numbers(item), *_roots(item))])})
@@ -92,19 +93,46 @@ def _meeting(difference: Node, name: str) -> Iterator[Any]:
     grid = [sign * mp.mpf(step) ** 3 / 40 + mp.mpf("0.0137") for sign in (-1, 1) for step in range(26)]
     grid.sort()
     values = [value(number) for number in grid]
-    for (low, high), (at_low, at_high) in zip(pairwise(grid), pairwise(values), strict=True):
-        if at_low is None or at_high is None or (at_low < 0) == (at_high < 0):
+    for low, high in pairwise(range(len(grid))):
+        if values[low] is not None and values[high] is not None and (values[low] < 0) != (values[high] < 0):
+            yield _crossing(value, grid[low], grid[high])
+    for place in range(1, len(grid) - 1):
+        around = values[place - 1 : place + 2]
+        if None in around or len({number < 0 for number in around}) > 1 or abs(around[1]) > min(map(abs, around)):
             continue
-        for _ in range(200):
-            middle = (low + high) / 2
-            at_middle = value(middle)
-            if at_middle is None:
-                break
-            if (at_middle < 0) == (at_low < 0):
-                low = middle
-            else:
-                high = middle
-        yield (low + high) / 2
+        lowest = _nearest_zero(value, grid[place - 1], grid[place + 1])
+        at_lowest = value(lowest)
+        if at_lowest is None:
+            continue
+        if abs(at_lowest) < mp.mpf(10) ** -30:  # the sides touch
+            yield lowest
+        elif (at_lowest < 0) != (around[0] < 0):  # two roots between two points of the grid
+            yield _crossing(value, grid[place - 1], lowest)
+            yield _crossing(value, lowest, grid[place + 1])
+
+
+def _crossing(value: Callable[[Any], Any], low: Any, high: Any) -> Any:
+    """The number between two at which the sign changes."""
+    negative = value(low) < 0
+    for _ in range(220):
+        middle = (low + high) / 2
+        at_middle = value(middle)
+        if at_middle is None:
+            break
+        low, high = (middle, high) if (at_middle < 0) == negative else (low, middle)
+    return (low + high) / 2
+
+
+def _nearest_zero(value: Callable[[Any], Any], low: Any, high: Any) -> Any:
+    """Where, between two numbers of one sign, the value is nearest to 0, or beyond it."""
+    sign = -1 if value(low) < 0 else 1
+    for _ in range(260):
+        first, second = low + (high - low) / 3, high - (high - low) / 3
+        at_first, at_second = value(first), value(second)
+        if at_first is None or at_second is None:
+            break
+        low, high = (low, second) if sign * at_first < sign * at_second else (first, high)
+    return (low + high) / 2
 
 
 def _is_field(node: Node) -> bool:

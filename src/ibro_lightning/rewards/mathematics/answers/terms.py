@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 
 from ibro_lightning.rewards.mathematics.answers.cursor import Cursor
@@ -117,15 +118,12 @@ class TermParser(Cursor):
 
     def mixed(self, whole: Node) -> Node:
         r"""``1\frac{1}{2}`` and ``1 1/2``."""
-        start = self.here
         if self.at(r"\frac"):
+            if not self.at_bare_fraction():
+                return whole
             self.take()
-            top, bottom = self.argument(), self.argument()
-            bare = all(part.op == "number" and part.args[0].places is None for part in (top, bottom))
-            if bare and not self.at("^", "!"):
-                return self.with_sign_behind(Node("add", (whole, Node("div", (top, bottom)))))
-            self.here = start
-            return whole
+            fraction = Node("div", (self.argument(), self.argument()))
+            return self.with_sign_behind(Node("add", (whole, fraction)))
         top_token, slash, bottom_token = self.peek(), self.peek(1), self.peek(2)
         if _is_integer(top_token) and top_token is not None and top_token.spaced:
             if slash is not None and slash.text == "/" and _is_integer(bottom_token):
@@ -135,6 +133,13 @@ class TermParser(Cursor):
                 return self.with_sign_behind(Node("add", (whole, fraction)))
             raise Ambiguous("two numbers beside each other")
         return whole
+
+    def at_bare_fraction(self) -> bool:
+        r"""At a ``\frac`` of two whole numbers, without an exponent behind."""
+        text = "".join(token.text for token in self.tokens[self.here : self.here + 9])
+        return (
+            re.match(r"\\frac(?:\{[0-9]+\}(?:\{[0-9]+\}|[0-9])|[0-9](?:\{[0-9]+\}|[0-9]))(?![\^!])", text) is not None
+        )
 
     def with_sign_behind(self, value: Node) -> Node:
         if self.accept("%"):
@@ -260,12 +265,12 @@ class TermParser(Cursor):
 
     def combination(self) -> Node | None:
         """``C(5, 2)``."""
-        start = self.here
+        if self.names_equation():
+            return None
         arguments = self.bracket()
         if arguments.op == "tuple" and len(arguments.args) == 2:
             return Node("call", ("binom", *arguments.args))
-        self.here = start
-        return None
+        return Node("mul", (Node("symbol", ("C",)), arguments))
 
     def names_equation(self) -> bool:
         """Whether the bracket here ends before an equals sign at the statement's beginning: P(x) = …, E[X] = …"""
@@ -296,12 +301,10 @@ class TermParser(Cursor):
                 self.here = start
                 return Node("symbol", (name,))
             name += "^-1"
-        place = self.here
         arguments = self.bracket()
         parts = arguments.args if arguments.op == "tuple" else (arguments,)
         if name[0] != "f" and len(frozenset().union(*map(symbols, parts))) > 1:  # g(m_1 - m_2) is a product
-            self.here = place
-            return Node("symbol", (name,))
+            return Node("mul", (Node("symbol", (name,)), arguments))
         return Node("call", (name, *parts))
 
     def subscript(self) -> str:

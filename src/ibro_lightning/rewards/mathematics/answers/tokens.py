@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ibro_lightning.rewards.mathematics.answers.node import Unread
+from ibro_lightning.rewards.mathematics.answers.node import Ambiguous, Unread
 from ibro_lightning.rewards.mathematics.answers.units import is_unit_symbol, is_unit_word
 from ibro_lightning.rewards.mathematics.answers.vocabulary import FUNCTIONS, JOINING, PLAIN, SHORT_WORDS, words
 
@@ -148,9 +148,9 @@ _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] =
 ]
 _ALIGNED = re.compile(r"\\begin\{(aligned|align\*?|gathered|split)\}(.*?)\\end\{\1\}", re.DOTALL)
 _READINGS = [
-    (re.compile(r"([0-9]*\.[0-9]*?)([0-9])\2{2,}\s*\\ldots"), r"\1\\overline{\2}"),  # 0.333…
+    (re.compile(r"(?<![0-9])([0-9]{0,9}\.[0-9]{0,20}?)([0-9])\2{2,20}\s*\\ldots"), r"\1\\overline{\2}"),  # 0.333…
     (re.compile(r"(?<=[0-9])\s*[xX]\s*10(?=\s*\^)"), r"\\times 10"),  # 1.5 x 10^3
-    (re.compile(r"(?:\{\})?[_^]\{?(\w+)\}?\s*C\s*_\s*\{?(\w+)\}?"), r"\\binom{\1}{\2}"),  # {}_5C_2
+    (re.compile(r"(?:\{\})?[_^]\{?([0-9a-z]{1,6})\}?\s?C\s?_\{?([0-9a-z]{1,6})\}?"), r"\\binom{\1}{\2}"),  # {}_5C_2
     (re.compile(r"(?<![\w}])([0-9]+|[a-z])\s+choose\s+([0-9]+|[a-z])(?!\w)"), r"\\binom{\1}{\2}"),
 ]
 _STYLED = re.compile(
@@ -183,7 +183,7 @@ _TOKEN = re.compile(
 def tokens(text: str) -> list[Token]:
     """The tokens of an answer. Raises :class:`Unread` for what no answer has, or too much of it."""
     if len(text) > 20 * _MAX_TOKENS:
-        raise Unread("too long")
+        raise Ambiguous("too long")
     text, styled = _spelled(text)
     found: list[Token] = []
     position, spaced, depth = 0, False, 0
@@ -198,7 +198,7 @@ def tokens(text: str) -> list[Token]:
         found += _tokens_of(kind, match[0], spaced, styled, found)
         depth += (match[0] in ("(", "[", "{", r"\{")) - (match[0] in (")", "]", "}", r"\}"))
         if len(found) > _MAX_TOKENS or depth > _MAX_NESTING:
-            raise Unread("too long or too deeply nested")
+            raise Ambiguous("too long or too deeply nested")
         spaced = False
     return found
 
@@ -245,17 +245,17 @@ def _of_word(word: str, spaced: bool, before: list[Token]) -> list[Token]:
     return [Token("text", word, spaced)]
 
 
-_GLUED = re.compile(r"(?:[a-zR]?(?:sin|cos|tan|sec|csc|cot|ln|log|pi|exp)[a-zR]?)+")
 _GLUED_PARTS = re.compile(r"sin|cos|tan|sec|csc|cot|ln|log|pi|exp|[a-zR]")
 _GLUED_WORDS = words("cost pint pine pins spin logs tang sing sink pie pig pit pin pip pic tank cosy slog blog clog")
 
 
 def _glued(word: str) -> list[Token]:
     """``lnx``, ``xlnx`` and ``sinxcosx``: functions and letters without a space between them; [] for other words."""
-    if word in _GLUED_WORDS or not _GLUED.fullmatch(word):
-        return []
     parts = _GLUED_PARTS.findall(word)
-    if "".join(parts) != word or all(len(part) == 1 for part in parts):
+    kinds = "".join("f" if len(part) > 1 else "x" for part in parts)
+    if word in _GLUED_WORDS or "".join(parts) != word or "f" not in kinds or len(word) > 24:
+        return []
+    if "xxx" in kinds or kinds.startswith("xx") or kinds.endswith("xx"):
         return []
     return [Token("command", f"\\{part}") if len(part) > 1 else Token("letter", part) for part in parts]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from fractions import Fraction
 
-from ibro_lightning.rewards.mathematics.answers.vocabulary import words
+from ibro_lightning.rewards.mathematics.answers.vocabulary import FUNCTIONS, GREEK, words
 
 Dimension = tuple[tuple[str, int], ...]
 """Base units with their powers, sorted: ``(("m", 1), ("s", -1))``. Unknown things such as apples are their own base."""
@@ -84,12 +85,19 @@ _MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 1
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _FILLING = words("the a an of total each about")
 _NOT_UNITS = words(
-    "more less than over under nearly almost plus minus times divided modulo squared cubed factorial sqrt root half "
-    "halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths tenth tenths hundredth hundredths "
-    "thousandths infinity choose base binary either maybe else possibly perhaps approximately not or and to is if "
-    "where when for"
+    "more less than over under nearly almost plus minus times divided modulo squared cubed factorial sqrt root "
+    "infinity choose base binary either maybe else possibly perhaps approximately not or and to is if where "
+    "when for no wrong negative positive below above point doubled tripled halved zero one two three four five "
+    "six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
+    "twenty thirty forty fifty sixty seventy eighty ninety half halves third thirds quarter quarters but "
+    "except without only exactly"
 )
 """Words that change the number before them, or make it uncertain."""
+# Fourths, hundredths, millions, dozens: other numbers than the one before them.
+_OF_NUMBERS = re.compile(
+    r".*(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|teen|tie|hundred|thousand|illion)ths?|.*illions?|dozens?|tens|"
+    r"hundreds?|thousands?"
+)
 _BARE = words(
     "cm mm km kg mg ml mph kmh lb lbs oz ft yd hr hrs min sec inch inches feet foot meters meter miles mile hours "
     "hour minutes minute seconds second days day years year dollars dollar cents cent grams gram liters liter sq "
@@ -134,7 +142,7 @@ def measured(parts: list[tuple[str, int]]) -> tuple[Fraction, Dimension] | None:
     for word, power in parts:
         name = word.rstrip(".")
         name = name if name in _UNITS or len(name) <= 3 else name.lower()
-        if name in _NOT_UNITS or not name:
+        if not _is_possible(name):
             return None
         if name in _POWERS:
             pending = _POWERS[name]
@@ -152,6 +160,15 @@ def measured(parts: list[tuple[str, int]]) -> tuple[Fraction, Dimension] | None:
             del dimension["degree"], dimension[scale]
             dimension["degree" + scale[0].upper()] = 1
     return size, tuple(sorted((unit, power) for unit, power in dimension.items() if power))
+
+
+def _is_possible(name: str) -> bool:
+    """Whether a word behind a number can be what it counts or measures, and does not change it."""
+    if name in _UNITS or name.removesuffix("s") in _UNITS or name in _POWERS or name in _FILLING:
+        return True
+    if not re.fullmatch(r"[^\W\d_]{3,}(?:-[^\W\d_]+)*", name):
+        return False
+    return name not in _NOT_UNITS | FUNCTIONS | GREEK and not _OF_NUMBERS.fullmatch(name)
 
 
 def _unit(name: str) -> tuple[Fraction, Dimension]:

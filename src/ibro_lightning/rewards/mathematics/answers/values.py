@@ -17,6 +17,10 @@ from typing import Any
 from ibro_lightning.rewards.mathematics.answers.node import Node
 
 DIGITS = 110
+_STEPS = (DIGITS, 4 * DIGITS, 1600)
+_LOST = 15
+"""Digits that rounding may cost in a computation without cancellation."""
+_CERTAIN = 80
 _SPARE = 25
 """Of the digits that are computed, so many may be lost to rounding."""
 _MAX_BITS = 50_000  # about 15,000 digits
@@ -242,14 +246,17 @@ class Evaluation:
             return mp.sqrt(radicand) if degree == 2 else mp.power(radicand, 1 / degree)
         if name == "log":
             return mp.log(args[0]) if self.log == "e" else mp.log(args[0]) / mp.log(10)
-        if name in ("factorial", "factorial2", "binom", "Gamma") and any(abs(arg) > 10**6 for arg in args):
+        if name in ("factorial", "factorial2", "binom", "Gamma") and any(abs(arg) > 10**5 for arg in args):
             raise Uncertain("too large")
         if name in _PERIODIC and any(abs(arg) > 10**9 for arg in args):
             raise Uncertain("too large")
         if name in ("gcd", "lcm", "floor", "ceil", "mod") and any(abs(arg) > mp.mpf(10) ** 40 for arg in args):
             raise Uncertain("too large")
-        if name in ("factorial", "factorial2", "Gamma") and any(abs(arg) > 10**5 for arg in args):
-            raise Uncertain("too large")
+        gamma = name in ("factorial", "factorial2", "binom", "Gamma") and any(
+            arg != mp.floor(mp.re(arg)) for arg in args
+        )
+        if gamma and mp.dps > 4 * DIGITS:
+            raise Uncertain("so many digits take too long")
         if name == "cis":
             return mp.expj(args[0])
         if name == "radians":
@@ -270,7 +277,7 @@ class Evaluation:
 
     def _unknown(self, name: str, args: list[Any]) -> Any:
         """Of a function that is only named: a smooth one that belongs to its name."""
-        first, *others = (self.mp.mpf(part) / 2**61 for part in _hashed(name, 2 + len(args)))
+        first, *others = (self.mp.mpf(part) / 2**61 for part in hashed(name, 2 + len(args)))
         value = 1 + first
         for arg, factor in zip(args, others[1:], strict=True):
             value += self.mp.sin(others[0] + (1 + factor) * arg) * (2 + factor) + arg * arg * factor
@@ -338,11 +345,37 @@ def _functions(mp: Any) -> dict[str, Callable[..., Any]]:
     return functions
 
 
-def _hashed(name: str, count: int) -> list[int]:
+def hashed(name: str, count: int) -> list[int]:
+    """Whole numbers below 2^61 that belong to a name."""
     digest = hashlib.sha512(name.encode()).digest()
     while len(digest) < 8 * count:
         digest += hashlib.sha512(digest).digest()
     return [int.from_bytes(digest[8 * place : 8 * place + 8], "big") >> 3 for place in range(count)]
+
+
+def same_value(first: Node, second: Node, assignment: Mapping[str, Any], *, real: bool, log: str = "e") -> bool | None:
+    """Whether two terms have the same value at an assignment; None where one has none, or not a real one if ``real``.
+
+    Computed with more and more digits, until what is left after everything that cancels is certain to 80 digits; two
+    values that are nothing even among 1,600 digits are both 0.
+    """
+    mp = context()
+    for count in _STEPS:
+        with digits(count):
+            evaluations = [Evaluation(assignment, real=real, log=log) for _ in range(2)]
+            try:
+                values = [evaluation(node) for evaluation, node in zip(evaluations, (first, second), strict=True)]
+            except Uncertain:
+                return None
+            if real and assignment and any(mp.im(value) != 0 for value in values):
+                return None
+            largest = max(map(abs, values))
+            error = (largest + evaluations[0].scale + evaluations[1].scale) * mp.mpf(10) ** (_LOST - count)
+            if abs(values[0] - values[1]) > error:
+                return False
+            if error <= largest * mp.mpf(10) ** -_CERTAIN:
+                return True
+    return True if error < mp.mpf(10) ** -(_STEPS[-1] // 2) else None
 
 
 def agree(first: Any, second: Any, scale: Any) -> bool:
@@ -381,27 +414,3 @@ def is_rational(node: Node) -> bool:
 def _is_root(exponent: Node) -> bool:
     value = exact(exponent)
     return value is not None and value.denominator != 1
-
-
-def points(names: frozenset[str]) -> list[dict[str, Any]]:
-    """Twenty-five assignments at which terms are compared: positive numbers, numbers of both signs, consecutive whole
-    numbers, numbers between −1 and 1, and large ones."""
-    mp = context()
-    assignments: list[dict[str, Any]] = [{} for _ in range(25)]
-    for name in names:
-        parts = _hashed(name, 25)
-        for place, assignment in enumerate(assignments):
-            share = mp.mpf(parts[place]) / 2**61
-            if place < 4:
-                assignment[name] = share * 3 + mp.mpf(1) / 7
-            elif place < 9:
-                assignment[name] = (share - mp.mpf(1) / 2) * 7
-            elif place < 15:  # of all residues of 2, 3 and 6
-                assignment[name] = mp.mpf(1 + parts[9] % 5 + (place - 9))
-            elif place < 19:
-                assignment[name] = (share - mp.mpf(1) / 2) * mp.mpf("1.8")
-            elif place < 22:
-                assignment[name] = share * mp.mpf("0.55") + mp.mpf("0.02")
-            else:
-                assignment[name] = 6 + share * 40
-    return assignments
