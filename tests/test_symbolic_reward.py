@@ -12,7 +12,7 @@ import pytest
 from sympy import Pow, Symbol, factorial, sympify
 
 from ibro_lightning.errors import ConfigError, RewardError
-from ibro_lightning.rewards.mathematics import expressions, extraction
+from ibro_lightning.rewards.mathematics import expressions
 from ibro_lightning.rewards.mathematics.expressions import is_heavy
 from ibro_lightning.rewards.mathematics.symbolic import MathVerifyReward, math_verify_score
 from ibro_lightning.types import Completion, Prompt
@@ -167,8 +167,7 @@ def test_it_works_in_a_thread_and_logs_nothing(
     """The library's own time limits are signals, which fail in threads; without them it warns."""
     monkeypatch.setattr("math_verify.parser.TIMEOUT_WARNING_SHOWN", False)
     monkeypatch.setattr("math_verify.grader.TIMEOUT_WARNING_SHOWN", False)
-    expressions._library.cache_clear()
-    extraction._library.cache_clear()
+    expressions.library.cache_clear()
     with caplog.at_level(logging.INFO), ThreadPoolExecutor(1) as executor:
         assert executor.submit(math_verify_score, r"\boxed{1/2}", "0.5").result() == 1.0
     assert caplog.records == []

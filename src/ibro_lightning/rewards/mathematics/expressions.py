@@ -19,7 +19,7 @@ _MAX_EXPANDED = 200
 def parse(text: str, match_types: tuple[str, ...]) -> tuple[Any, ...]:
     """The answer in a text as an expression, if possible, followed by its normalised text; () without an answer."""
     try:
-        return tuple(_library().parse(text, list(_targets(match_types)), parsing_timeout=None, raise_on_error=True))
+        return tuple(library().parse(text, list(targets(match_types)), parsing_timeout=None, raise_on_error=True))
     except MemoryError:
         raise
     except Exception:  # hostile text makes the library, its parser and sympy raise almost anything
@@ -33,7 +33,7 @@ def equal(gold: Any, answer: Any, options: Mapping[str, Any]) -> bool:
     try:
         if is_heavy(gold) or is_heavy(answer):
             return bool(gold == answer)
-        return bool(_library().verify(gold, answer, **options, timeout_seconds=None, raise_on_error=True))
+        return bool(library().verify(gold, answer, **options, timeout_seconds=None, raise_on_error=True))
     except MemoryError:
         raise
     except Exception:  # as above
@@ -70,18 +70,19 @@ def _rational(expression: Any) -> str:
 
 
 @lru_cache(maxsize=16)
-def _targets(match_types: tuple[str, ...]) -> tuple[Any, ...]:
-    library = _library()
+def targets(match_types: tuple[str, ...]) -> tuple[Any, ...]:
+    """What the library looks for; a box takes precedence."""
+    found = library()
     configs = {
-        "latex": lambda: library.LatexExtractionConfig(boxed_match_priority=0),  # a box takes precedence
-        "expr": library.ExprExtractionConfig,
-        "string": library.StringExtractionConfig,
+        "latex": lambda: found.LatexExtractionConfig(boxed_match_priority=0),  # a box takes precedence
+        "expr": found.ExprExtractionConfig,
+        "string": found.StringExtractionConfig,
     }
     return tuple(configs[kind]() for kind in match_types)
 
 
 @lru_cache(maxsize=1)
-def _library() -> ModuleType:
+def library() -> ModuleType:
     """math-verify, without its warning that it has no time limit: the pool has one."""
     import math_verify
 

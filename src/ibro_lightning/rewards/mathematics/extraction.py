@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from types import ModuleType
 from typing import Any
 
 from ibro_lightning.rewards.mathematics.answers.units import is_unit
 from ibro_lightning.rewards.mathematics.boxes import boxed_answer
+from ibro_lightning.rewards.mathematics.expressions import library, targets
 from ibro_lightning.rewards.mathematics.sentences import answer_around
 
 _UNIT = re.compile(r"[ ~]{0,2}([A-Za-z]{1,12})(?![A-Za-z(=^_])")
@@ -37,7 +37,7 @@ class Extract:
     target: Any
 
     def library(self) -> Any:
-        return _library().parser.extract_match(self.match, self.target)[0]
+        return library().parser.extract_match(self.match, self.target)[0]
 
 
 def extracts(text: str, match_types: tuple[str, ...]) -> Iterator[Extract]:
@@ -86,22 +86,7 @@ def _number(groups: dict[str, Any]) -> str:
 
 @lru_cache(maxsize=16)
 def _patterns(match_types: tuple[str, ...]) -> list[tuple[list[tuple[re.Pattern[str], int]], Any]]:
-    library = _library()
-    configs = {
-        "latex": lambda: library.LatexExtractionConfig(boxed_match_priority=0),  # a box takes precedence
-        "expr": library.ExprExtractionConfig,
-        "string": library.StringExtractionConfig,
-    }
-    found: list[tuple[list[tuple[re.Pattern[str], int]], Any]] = library.parser.get_extraction_regexes(
-        [configs[kind]() for kind in match_types]
+    found: list[tuple[list[tuple[re.Pattern[str], int]], Any]] = library().parser.get_extraction_regexes(
+        list(targets(match_types))
     )
     return found
-
-
-@lru_cache(maxsize=1)
-def _library() -> ModuleType:
-    """math-verify, without its warning that it has no time limit: the pool has one."""
-    import math_verify
-
-    math_verify.parser.TIMEOUT_WARNING_SHOWN = math_verify.grader.TIMEOUT_WARNING_SHOWN = True
-    return math_verify

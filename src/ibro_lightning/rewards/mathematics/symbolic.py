@@ -230,7 +230,7 @@ class MathVerifyReward(VerifiableReward):
 
 
 def _answer_text(response: str, match_types: tuple[str, ...], last_chars: int) -> str:
-    """The text for the library: the end of the response, or the "Answer:" line in dollars if it is a formula."""
+    """Where the answer is looked for: the end of the response, or the "Answer:" line in dollars if it is a formula."""
     text = without_special_tokens(response[-last_chars:])
     text = _BOX_SPELLINGS.sub(r"\\boxed{", _BOXED_DIGIT.sub(r"\\boxed{\1}", text))
     if len(response) > last_chars and 0 <= (line_end := text.find("\n")) < len(text) - 1:

@@ -37,5 +37,6 @@ class Cursor:
             return True
         return False
 
-    def previous(self) -> Token | None:
+    def previous(self) -> Token:
+        """The token before this place, which is not the first."""
         return self.tokens[self.here - 1]

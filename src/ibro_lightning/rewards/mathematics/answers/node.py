@@ -67,7 +67,9 @@ class Node:
     constant        ``pi``, ``e``, ``i`` or ``inf``
     add, mul        two or more terms
     div, pow        two terms
-    neg, plusminus  one term (``plusminus``: both signs)
+    neg             one term
+    plusminus, …    one term with both signs; ``minusplus`` with the other one where there is a ± before
+    percent, degree one term with its sign
     call            the function's name and its arguments
     list            statements separated by commas, semicolons or "and", "or"
     set             elements in braces
@@ -76,10 +78,12 @@ class Node:
     interval        left bracket, start, end, right bracket, of one open and one closed end
     union, …        two sets
     relation        a term, an operator, a term, and further pairs in a chain
-    matrix          rows of nodes
+    any, all        relations with "or" or "and" between them
+    matrix, cases   rows of nodes
     ratio           terms separated by colons
     based           digits and base of a numeral
     quantity        a number and its unit, or several such as "2 hours 30 minutes"
+    time            hour, of 24, and minute
     text            words
     ==============  ============================================================================================
     """
@@ -110,7 +114,7 @@ def is_term(node: Node) -> bool:
 
 
 def symbols(node: Node) -> frozenset[str]:
-    """Names of all symbols and of functions that are not known."""
+    """Names of all symbols."""
     if node.op == "symbol":
         return frozenset(node.args[:1])
     return frozenset().union(*(symbols(part) for part in node.nodes()))

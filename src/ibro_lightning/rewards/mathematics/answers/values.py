@@ -155,7 +155,7 @@ _LOCAL = threading.local()
 def context() -> Any:
     """This thread's arithmetic of mpmath: its global one has one precision for all threads."""
     if not hasattr(_LOCAL, "context"):
-        from mpmath.ctx_mp import MPContext  # type: ignore[import-untyped]
+        from mpmath.ctx_mp import MPContext
 
         _LOCAL.context = MPContext()
         _LOCAL.context.dps = DIGITS
