@@ -20,7 +20,7 @@ from helpers.updates import fit as train
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.modules import DAPOModule
-from ibro_lightning.regularizers import EntropyBonus, NoRegularizer
+from ibro_lightning.regularizers import AEnt, EntropyBonus, NoRegularizer
 from ibro_lightning.regularizers.coefficients import (
     AdaptiveKL,
     Coefficient,
@@ -472,6 +472,13 @@ def test_methods_of_the_head_move_either_module(module: Any, name: str) -> None:
         train(trained, rollouts(2))
         weights[kind] = [parameter.detach().clone() for parameter in trained.policy.parameters()]
     assert any(not torch.equal(a, b) for a, b in zip(*weights.values(), strict=True))
+
+
+@pytest.mark.parametrize("dropped", [-0.1, 1, 30, float("nan"), "0.3", None, True])
+def test_the_share_that_aent_drops_is_refused_by_name(dropped: Any) -> None:
+    with pytest.raises(ConfigError) as refused:
+        AEnt(dropped=dropped)
+    assert refused.value.setting == "dropped"
 
 
 def test_every_iteration_logs_the_coefficient_also_of_methods_without_one(workspace: Path) -> None:

@@ -45,6 +45,8 @@ METHODS: dict[str, tuple[str, str, list[str], str]] = {
     "kl-cov": ("KLCov", "fraction: 1.0, kl_coef: 5.0", ["regularizer/kl_cov"], "none"),
     "80/20": ("TopEntropyTokens", "fraction: 0.2", ["regularizer/top_entropy"], "clip-cov"),
     "shaped": ("EntropyShapedAdvantage", "scale: 4.0", ["regularizer/advantage_addition"], "none"),
+    "aent": ("AEnt", "coef: 0.5", ["update/regularizer", "regularizer/restricted_entropy"], "naive"),
+    "rényi": ("RenyiBonus", "coef: 0.5", ["update/regularizer", "regularizer/collision"], "naive"),
 }
 MODULES = ["DAPOModule", "PPOModule"]
 
@@ -136,14 +138,21 @@ def test_two_iterations(run_of: Callable[[str, str], Run], tiny_policy: Path, me
 
 
 @pytest.mark.parametrize(
-    ("method", "module"),
-    [("naive", "DAPOModule"), ("ibro weighted", "DAPOModule"), ("ibro two-term", "DAPOModule"), ("ib", "PPOModule")],
+    ("method", "module", "tolerance"),
+    [
+        ("naive", "DAPOModule", 0.0),
+        # These have rows scored before the update in other company than ``none`` has, which some processors round
+        # otherwise. With their coefficient they move weights by more than 1e-4 (`test_two_iterations`).
+        ("ibro weighted", "DAPOModule", 5e-6),
+        ("ibro two-term", "DAPOModule", 5e-6),
+        ("ib", "PPOModule", 0.0),
+    ],
 )
-def test_a_coefficient_of_zero_is_no_regularisation_bit_for_bit(
-    workspace: Path, run_of: Callable[[str, str], Run], method: str, module: str
+def test_a_coefficient_of_zero_is_no_regularisation(
+    workspace: Path, run_of: Callable[[str, str], Run], method: str, module: str, tolerance: float
 ) -> None:
     weights, curves = fit(workspace, module, method, "--model.regularizer.coef", "0")
-    assert largest_difference(weights, run_of("none", module)[0]) == 0.0
+    assert largest_difference(weights, run_of("none", module)[0]) <= tolerance
     assert "update/regularizer" not in curves
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ibro_lightning.batches.experience import TokenStats
+from ibro_lightning.errors import ConfigError, is_number
 from ibro_lightning.functional import Collision, HeadFunctional, RestrictedEntropy
 from ibro_lightning.regularizers.base import EntropyRegularizer, StepContext
 from ibro_lightning.regularizers.coefficients import Coefficient, EntropyBand
@@ -29,6 +30,10 @@ class AEnt(EntropyRegularizer):
 
     def __init__(self, coef: Coefficient | float | None = None, dropped: float = 0.3) -> None:
         super().__init__(EntropyBand(low=0.1, high=0.3, start=0.005) if coef is None else coef)
+        if not (is_number(dropped) and 0 <= dropped < 1):
+            raise ConfigError(
+                "dropped", dropped, "write a share of the vocabulary: a number from 0 up to, not including, 1"
+            )
         self.dropped = dropped
         self.restricted = RestrictedEntropy(top_fraction=1 - dropped)
 
