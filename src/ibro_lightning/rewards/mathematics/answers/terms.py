@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
 from ibro_lightning.rewards.mathematics.answers.cursor import Cursor
 from ibro_lightning.rewards.mathematics.answers.node import STRUCTURES, Ambiguous, Node, Unread, integer, symbols
@@ -24,7 +24,7 @@ from ibro_lightning.rewards.mathematics.answers.vocabulary import (
 )
 
 
-class TermParser(Cursor):
+class TermParser(Cursor, ABC):
     """Recursive descent; each method reads one level of the grammar."""
 
     bars = 0
