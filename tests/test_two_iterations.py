@@ -46,7 +46,7 @@ METHODS: dict[str, tuple[str, str, list[str], str]] = {
     "80/20": ("TopEntropyTokens", "fraction: 0.2", ["regularizer/top_entropy"], "clip-cov"),
     "shaped": ("EntropyShapedAdvantage", "scale: 4.0", ["regularizer/advantage_addition"], "none"),
     "aent": ("AEnt", "coef: 0.5", ["update/regularizer", "regularizer/restricted_entropy"], "naive"),
-    "rényi": ("RenyiBonus", "coef: 0.5", ["update/regularizer", "regularizer/collision"], "naive"),
+    "renyi": ("RenyiBonus", "coef: 0.5", ["update/regularizer", "regularizer/collision"], "naive"),
 }
 MODULES = ["DAPOModule", "PPOModule"]
 

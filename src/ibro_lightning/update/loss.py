@@ -136,18 +136,18 @@ class PolicyLoss:
         with_entropy = unscored or (active and self.regularizer.needs_entropy)
         asked = self.regularizer.functionals(context) if active else {}
         options: dict[str, Any] = {"functionals": asked} if asked else {}  # a policy of one's own need not know them
-        scores: Any = context.policy(
+        answer: Any = context.policy(
             micro.sequences, temperature=micro.temperature, with_entropy=with_entropy, **options
         )
-        logp, entropy, *told = scores
+        logp, entropy, *of_the_head = answer
         if unscored:
             assert entropy is not None
             micro = replace(micro, old_logp=logp.detach(), old_entropy=entropy.detach())
         assert micro.old_logp is not None
         extra = {**micro.extra, **(self.regularizer.statistics(micro, context) if active else {})}
-        extra |= told[0] if told else {}
-        both = (logp, entropy, micro.old_logp, micro.old_entropy)  # [B, T] each
-        return TokenStats(*both, micro.advantages, micro.mask, extra, micro.sampler_logp)
+        extra |= of_the_head[0] if of_the_head else {}
+        scores = (logp, entropy, micro.old_logp, micro.old_entropy)  # [B, T] each
+        return TokenStats(*scores, micro.advantages, micro.mask, extra, micro.sampler_logp)
 
     @torch.no_grad()
     def prepare(self, step: Experience, context: StepContext) -> Experience:
