@@ -42,8 +42,8 @@ class Draws:
 
 
 class AdmittedDraws(Draws):
-    """Those of the next prompts that a curriculum admits. In each draw it may refuse as many as there are prompts: then
-    the gate opens, and the next ones are taken as they come.
+    """Those of the next prompts that a curriculum admits. Once it has refused twice as many in a row as there are
+    prompts, so that hardly any is admitted at all, the rest of the draw are the next ones as they come.
 
     Args:
         curriculum: decides by what has been seen up to the rollout before.
@@ -62,15 +62,16 @@ class AdmittedDraws(Draws):
 
     def draw(self, count: int) -> list[tuple[int, Prompt]]:
         draws: list[tuple[int, Prompt]] = []
-        refused = 0
+        refused, patience = 0, 2 * len(self._chances)
         while len(draws) < count:
             ((position, prompt),) = self.cursor.draw(1)
-            number, opened = self.cursor.numbers[prompt.id], refused >= len(self._chances)
+            number, forced = self.cursor.numbers[prompt.id], refused >= patience
             self._turns += 1
-            if opened or self._admits(position, number):
+            if forced or self._admits(position, number):
                 draws.append((position, prompt))
                 self._drawn[position] = number
-                self._forced += opened
+                self._forced += forced
+                refused = refused if forced else 0
             else:
                 refused += 1
         return draws
