@@ -13,6 +13,7 @@ ratio is of two times in the same turn, so that what else the machine does falls
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import subprocess
 import time
@@ -153,24 +154,25 @@ def head_of(commit: str) -> ModuleType:
 
 
 def show_functionals(problem: Problem, commit: str, turns: int) -> None:
-    """Time and memory of the plain head of both versions, and of functionals."""
+    """Time and memory of the plain head beside that of ``commit``, in three times as many turns, and of functionals."""
     before = head_of(commit)
-    variants: dict[str, Callable[[], object]] = {
-        "plain": problem.fused,
-        f"plain, {commit}": lambda: problem.fused_by(before),
-    }
-    variants |= {name: lambda told=told: problem.told(told) for name, told in FUNCTIONALS.items()}  # type: ignore[misc]
-    seconds = in_turns(variants, turns)
+    plain: dict[str, Callable[[], object]] = {"plain": problem.fused, "before": lambda: problem.fused_by(before)}
     alike = all(map(torch.equal, problem.fused(), problem.fused_by(before)))
-    print(f"plain head, outputs and gradients: {'bit for bit' if alike else 'NOT'} those of {commit}")
+    bytes_of = {name: peak_bytes(run) - problem.weight.nbytes for name, run in plain.items()}
+    ours, theirs = in_turns(plain, 3 * turns).values()
+    ratio = quartiles([a / b for a, b in zip(ours, theirs, strict=True)])
+    print(f"plain head / that of {commit}: time {ratio}, memory {bytes_of['plain'] / bytes_of['before']:.3f}", end="")
+    print(f", outputs and gradients {'the same bit for bit' if alike else 'NOT the same'}")
+
+    variants: dict[str, Callable[[], object]] = {"plain": problem.fused}
+    variants |= {name: functools.partial(problem.told, told) for name, told in FUNCTIONALS.items()}
+    seconds = in_turns(variants, turns)
     peaks = {name: peak_bytes(run) - problem.weight.nbytes for name, run in variants.items()}
     full = peak_bytes(problem.naive) - problem.weight.nbytes
-    print(f"{'':28}{'CPU s':>7}{'/ plain':>26}{'plain / it':>26}{'peak MiB':>10}{'/ plain':>9}{'full logits / it':>18}")
+    print(f"{'':26}{'CPU s':>7}{'/ plain':>24}{'peak MiB':>10}{'/ full logits':>15}")
     for name, own in seconds.items():
         over = quartiles([a / b for a, b in zip(own, seconds["plain"], strict=True)])
-        under = quartiles([b / a for a, b in zip(own, seconds["plain"], strict=True)])
-        memory = f"{peaks[name] / MIB:10.0f}{peaks[name] / peaks['plain']:9.3f}{full / peaks[name]:18.1f}"
-        print(f"{name:28}{statistics.median(own):7.2f}{over:>26}{under:>26}{memory}")
+        print(f"{name:26}{statistics.median(own):7.2f}{over:>24}{peaks[name] / MIB:10.0f}{peaks[name] / full:15.3f}")
 
 
 def error_sizes(got: list[Tensor], exact: list[Any]) -> dict[str, float]:

@@ -38,7 +38,7 @@ class RolloutDataModule(EvaluationDataModule):
     See :class:`EvaluationDataModule` for the arguments from ``engine`` on.
 
     Args:
-        source: training problems.
+        source: training problems; a :class:`.Curriculum` asks them by how often they have been answered right.
         reward: judges the responses; its total is the training signal, its "accuracy" part is reported and filtered on.
         sampling: training needs a temperature above 0 and the full distribution (no top_p, top_k, min_p).
         prompts_per_rollout: groups in one rollout, i.e. in one Lightning batch.
