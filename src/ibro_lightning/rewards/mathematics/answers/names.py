@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from ibro_lightning.rewards.mathematics.answers.node import STRUCTURES, Node, mapped, symbols
-from ibro_lightning.rewards.mathematics.answers.values import exact
+from ibro_lightning.rewards.mathematics.answers.rationals import exact
 
 
 def without_signs(node: Node) -> Node:

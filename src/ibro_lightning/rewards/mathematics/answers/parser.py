@@ -331,6 +331,8 @@ class _Parser(TermParser):
             elif token.text in ("/", "per") and unit:
                 self.take()
                 power = -1
+                if (below := self.peek()) and below.kind == "letter" and units.is_unit_symbol(below.text):  # km/h
+                    unit.append((self.take().text, power))
             elif token.text == "^" and unit:
                 self.take()
                 exponent = self.exponent()

@@ -8,14 +8,13 @@ from typing import Any
 
 from ibro_lightning.rewards.mathematics.answers.decimals import half_unit, shown
 from ibro_lightning.rewards.mathematics.answers.node import Node, is_term, symbols
+from ibro_lightning.rewards.mathematics.answers.rationals import Uncertain, exact
 from ibro_lightning.rewards.mathematics.answers.rules import Judgement, Rules, no, yes
 from ibro_lightning.rewards.mathematics.answers.sampling import points
 from ibro_lightning.rewards.mathematics.answers.values import (
     Evaluation,
-    Uncertain,
     agree,
     context,
-    exact,
     is_rational,
     same_value,
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ibro_lightning.rewards.mathematics.answers.node import Node, symbols
-from ibro_lightning.rewards.mathematics.answers.values import Evaluation, Uncertain, context, hashed
+from ibro_lightning.rewards.mathematics.answers.rationals import Uncertain
+from ibro_lightning.rewards.mathematics.answers.values import Evaluation, context, hashed
 
 _PLAIN = 25
 _OF_CONSTANTS = 8

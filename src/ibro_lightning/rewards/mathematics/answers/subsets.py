@@ -11,7 +11,8 @@ from itertools import pairwise
 from typing import Any
 
 from ibro_lightning.rewards.mathematics.answers.node import Node, is_term, symbols
-from ibro_lightning.rewards.mathematics.answers.values import Evaluation, Uncertain, agree, context
+from ibro_lightning.rewards.mathematics.answers.rationals import Uncertain
+from ibro_lightning.rewards.mathematics.answers.values import Evaluation, agree, context
 
 Predicate = Callable[[Any], bool]
 _INEQUALITIES = {"<", ">", "<=", ">=", "!="}
