@@ -1,4 +1,4 @@
-"""The Python blocks of README.md and docs/*.md run as they stand.
+"""The Python blocks of README.md and docs/*.md run as they stand, and the examples in docstrings print what they say.
 
 The blocks of a page are one script, run from top to bottom in an empty folder: a block may use what earlier ones of its
 page have made. A block that needs more than a laptop, or is a fragment, has the comment ``<!-- not run: WHY -->`` on
@@ -7,6 +7,8 @@ the line before its fence. Each block takes seconds.
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 import sys
 from dataclasses import dataclass
@@ -78,3 +80,14 @@ def test_a_block_that_is_marked_is_not_run(tmp_path: Path) -> None:
         "```console\n$ ls\n```\n\n```python\nassert one == 1\n```\n"
     )
     assert [(block.line, block.code) for block in blocks_of(page)] == [(2, "one = 1\n"), (14, "assert one == 1\n")]
+
+
+WITH_EXAMPLES = sorted(path for path in (ROOT / "src").rglob("*.py") if ">>> " in path.read_text())
+
+
+@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: path.relative_to(ROOT / "src").as_posix())
+def test_the_examples_of_a_module_print_what_they_say(path: Path) -> None:
+    module = importlib.import_module(".".join(path.relative_to(ROOT / "src").with_suffix("").parts))
+    results = doctest.testmod(module)
+    assert results.attempted
+    assert not results.failed

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ibro_lightning import __version__
 from ibro_lightning.cli.main import main
 from ibro_lightning.runs.contents import MARK
-from ibro_lightning.version import __version__
 
 TRAIN = ["fit", "--config", "tiny.yaml", "--trainer.limit_val_batches", "0"]
 """Without evaluations."""

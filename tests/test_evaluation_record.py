@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from helpers.processes import command as command_line
 from helpers.processes import logs, run_ranks, start_ranks
+from ibro_lightning import __version__
 from ibro_lightning.batches import Rollout
 from ibro_lightning.callbacks.evaluation_report import evaluation_table
 from ibro_lightning.cli.main import main
@@ -40,7 +41,6 @@ from ibro_lightning.runs.parquet import read_groups, write_parquet
 from ibro_lightning.runs.samples_manifest import MANIFEST
 from ibro_lightning.tasks import CountdownReward
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult
-from ibro_lightning.version import __version__
 
 torch.set_num_threads(1)
 

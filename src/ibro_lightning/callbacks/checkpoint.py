@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
+from ibro_lightning import __version__
 from ibro_lightning.errors import ConfigError, check_count
 from ibro_lightning.guards.disk import PARTIAL, disk_errors
 from ibro_lightning.runs.checkpoints.catalog import checkpoint_name, iteration_of, newer_valid
@@ -20,7 +21,6 @@ from ibro_lightning.runs.folder import claim_for, clear_way, is_fast_dev_run, ru
 from ibro_lightning.runs.holding import RunLock
 from ibro_lightning.runs.loggers import logger_states
 from ibro_lightning.seeding import run_seed
-from ibro_lightning.version import __version__
 
 
 class IterationCheckpoint(Checkpoint):

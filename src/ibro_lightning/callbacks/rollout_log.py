@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from ibro_lightning import __version__
 from ibro_lightning.batches import Rollout
 from ibro_lightning.callbacks.needs import is_rollout
 from ibro_lightning.callbacks.say import say
@@ -21,7 +22,6 @@ from ibro_lightning.runs.holding import RunLock
 from ibro_lightning.runs.model_folders import prune, remove
 from ibro_lightning.runs.parquet import write_parquet
 from ibro_lightning.runs.samples_manifest import MANIFEST, read_manifest
-from ibro_lightning.version import __version__
 
 
 class RolloutLog(pl.Callback):

@@ -11,11 +11,11 @@ import transformers
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
+from ibro_lightning import __version__
 from ibro_lightning.guards.disk import written_atomically
 from ibro_lightning.runs.folder import run_folder
 from ibro_lightning.runs.marks import HEADER
 from ibro_lightning.runs.settings import set_settings_aside
-from ibro_lightning.version import __version__
 
 
 class SaveResolvedConfig(SaveConfigCallback):

@@ -10,13 +10,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
+from ibro_lightning import __version__
 from ibro_lightning.callbacks.export_model import ExportModel
 from ibro_lightning.callbacks.needs import EvaluatedModule, warn_unless
 from ibro_lightning.callbacks.say import say
 from ibro_lightning.guards.disk import write_json
 from ibro_lightning.runs.folder import callbacks_of, claim_for, evaluation_counts, is_fast_dev_run, run_folder
 from ibro_lightning.runs.loggers import places
-from ibro_lightning.version import __version__
 
 
 class RunSummary(pl.Callback):

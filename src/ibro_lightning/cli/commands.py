@@ -6,8 +6,8 @@ import argparse
 import difflib
 from collections.abc import Sequence
 
+from ibro_lightning import __version__
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.version import __version__
 
 COMMANDS = {
     "fit": "train a policy; --ckpt_path last resumes a run",

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import lightning.pytorch as pl
 
+from ibro_lightning import __version__
 from ibro_lightning.callbacks.saved_config import SaveResolvedConfig
 from ibro_lightning.cli.parser import OneLineParser, long_names
 from ibro_lightning.cli.trainer import DEFAULTS
 from ibro_lightning.cli.training import IbroCLI
 from ibro_lightning.runs.recipes import resolve_configs
-from ibro_lightning.version import __version__
 
 # Warnings on which a user cannot act.
 NOISE = (

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from ibro_lightning import __version__
 from ibro_lightning.batches import Rollout
 from ibro_lightning.guards.disk import free_name, write_json
 from ibro_lightning.rewards import Reward
@@ -24,7 +25,6 @@ from ibro_lightning.runs.model_folders import remove
 from ibro_lightning.runs.parquet import read_groups, write_parquet
 from ibro_lightning.runs.samples_manifest import MANIFEST, read_manifest
 from ibro_lightning.types import Group, Prompt
-from ibro_lightning.version import __version__
 
 _NAME = "evaluations/validate"
 """Stands for any folder of samples when looking up the files that belong to one."""

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ibro_lightning import __version__
 from ibro_lightning.guards.disk import PARTIAL, disk_errors, written_atomically
 from ibro_lightning.runs.contents import MARK, MODELS, PARTS, entry_of, part_of_folder
 from ibro_lightning.runs.model_folders import is_own_file
-from ibro_lightning.version import __version__
 
 HEADER = "# ibro_lightning"
 """The beginning of a run's ``config.yaml``."""

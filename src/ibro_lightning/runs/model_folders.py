@@ -15,9 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ibro_lightning import __version__
 from ibro_lightning.guards.disk import PARTIAL, free_name, write_json
 from ibro_lightning.ranks import rank_zero_info, rank_zero_warn
-from ibro_lightning.version import __version__
 
 MANIFEST = "ibro_lightning.json"
 OLD = ".old" + PARTIAL

@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from ibro_lightning import __version__
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.disk import write_json
 from ibro_lightning.runs.authorship import leave_to_others
@@ -27,7 +28,6 @@ from ibro_lightning.runs.loggers import logger_states
 from ibro_lightning.runs.marks import read_mark
 from ibro_lightning.runs.model_folders import remove
 from ibro_lightning.seeding import run_seed
-from ibro_lightning.version import __version__
 
 BY_NAME = ("last", "best")
 END = Path("checkpoints", "end.json")

@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 import yaml
 from filelock import FileLock, Timeout
 
+from ibro_lightning import __version__
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.disk import write_json, written_atomically
 from ibro_lightning.studies.gather import CURVES, QUESTIONS, stored_folder, write_table
 from ibro_lightning.studies.spec import Study, Trial, as_yaml
-from ibro_lightning.version import __version__
 
 TRIALS = pa.schema(
     [
@@ -190,7 +190,7 @@ def code_version() -> str:
         ).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "version.py")  # or the package is installed in somebody's repository
+        git("ls-files", "--error-unmatch", "__init__.py")  # or the package is installed in somebody's repository
         return git("rev-parse", "--short=12", "HEAD") + "+changes" * bool(git("status", "--porcelain", "--", "."))
     except (OSError, subprocess.CalledProcessError):
         return __version__

@@ -12,9 +12,10 @@ from ibro_lightning.errors import ConfigError, RewardError, check_count, check_o
 from ibro_lightning.rewards.base import PlainResponses, Verdict, VerifiableReward
 from ibro_lightning.rewards.mathematics import expressions
 from ibro_lightning.rewards.mathematics.answer_text import answer_line, bare, is_quantity, without_special_tokens
-from ibro_lightning.rewards.mathematics.answers.equality import compare, spelled
+from ibro_lightning.rewards.mathematics.answers.equality import compare
 from ibro_lightning.rewards.mathematics.answers.node import Ambiguous, Node, Unread
 from ibro_lightning.rewards.mathematics.answers.parser import read
+from ibro_lightning.rewards.mathematics.answers.quantities import spelled
 from ibro_lightning.rewards.mathematics.answers.rules import UNITS, Judgement, Rules
 from ibro_lightning.rewards.mathematics.extraction import Extract, extracts
 from ibro_lightning.rewards.mathematics.gold_text import gold_texts
@@ -39,7 +40,8 @@ _DATE = re.compile(r"\b(?:[0-9]{4}([-/.])[0-9]{1,2}\1[0-9]{1,2}|[0-9]{1,2}([-/.]
 _LIBRARYS = re.compile(r"\\(?:int|sum|prod|lim|iint|oint)(?![A-Za-z])")
 _DOTS = re.compile(r"\\[lc]?dots|\.\.\.|…")
 _SENTENCE = re.compile(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}")
-_LETTER_UNIT = re.compile(r"(-?[0-9][0-9.,/]*)\s+(m|s|g|h|l|L|N|J|W|V|A|K)((?:\^\{?[23]\}?)?)")
+_ONE_LETTER = r"[msghlLNJWVAK](?:\^\{?[23]\}?)?"
+_LETTER_UNIT = re.compile(rf"(-?[0-9][0-9.,/]*)\s+({_ONE_LETTER}(?:\s*/\s*{_ONE_LETTER})?)")
 _LETTERS = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
 
 
@@ -322,9 +324,9 @@ def _quietly(extract: Extract) -> Any:
 
 
 def _with_unit(text: str) -> Node | None:
-    """A number with one letter behind it, as in ``5 m``, whose letter is a unit: as the gold's is."""
+    """A number with a unit of one letter, or of one per another: ``5 m``, ``5 m/s``, where the gold has a unit."""
     match = _LETTER_UNIT.fullmatch(text.strip().strip("$"))
-    return read(rf"{match[1]}\text{{ {match[2]}}}{match[3]}") if match else None
+    return read(rf"{match[1]}\text{{ {match[2]}}}") if match else None
 
 
 def _signs(text: str) -> tuple[list[str], list[str]]:

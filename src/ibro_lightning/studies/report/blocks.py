@@ -12,8 +12,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ibro_lightning import __version__
 from ibro_lightning.studies.report.figures import Figure
-from ibro_lightning.version import __version__
 
 MARK = "written by ibro_lightning report"
 """In both files: how a later report knows that it may replace them."""

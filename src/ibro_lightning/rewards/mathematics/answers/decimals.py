@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from ibro_lightning.rewards.mathematics.answers.node import Decimal, Node
-from ibro_lightning.rewards.mathematics.answers.values import exact
+from ibro_lightning.rewards.mathematics.answers.rationals import exact
 
 
 def shown(node: Node) -> Decimal | None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
 
 from ibro_lightning.rewards.mathematics.answers.names import (
     named,
@@ -18,19 +16,31 @@ from ibro_lightning.rewards.mathematics.answers.names import (
     without_signs,
 )
 from ibro_lightning.rewards.mathematics.answers.node import Decimal, Node, is_term, mapped, size, symbols
+from ibro_lightning.rewards.mathematics.answers.parameters import (
+    has_constant,
+    is_congruence,
+    same_antiderivatives,
+    same_congruences,
+    with_names_of,
+)
+from ibro_lightning.rewards.mathematics.answers.quantities import as_angle, same_quantities, without_units
+from ibro_lightning.rewards.mathematics.answers.rationals import Uncertain, exact
 from ibro_lightning.rewards.mathematics.answers.rules import Judgement, Rules, no, weakest, yes
 from ibro_lightning.rewards.mathematics.answers.same_terms import same_relations, same_terms
 from ibro_lightning.rewards.mathematics.answers.sampling import points
 from ibro_lightning.rewards.mathematics.answers.subsets import conditions, is_subset, same_subset, symbols_of_subset
-from ibro_lightning.rewards.mathematics.answers.values import Evaluation, Uncertain, context, exact
+from ibro_lightning.rewards.mathematics.answers.texts import same_words
+from ibro_lightning.rewards.mathematics.answers.values import Evaluation, context
 
 _MAX_ITEMS = 100
+_OF_NUMBERS = {"relation", "any", "all", "interval", "union", "intersection", "difference"}
 
 
 def compare(gold: Node, answer: Node, rules: Rules) -> Judgement:
     """Whether two answers are the same by ``rules``."""
     if not rules.names:
         gold, answer = renamed(gold), renamed(answer)
+    answer = with_names_of(gold, answer)
     if rules.simplified and size(of_equations(answer)) > size(of_equations(gold)):
         return no("not simplified")
     if (gold.op == "set") != (answer.op == "set"):  # {5} for 5
@@ -42,7 +52,7 @@ def compare(gold: Node, answer: Node, rules: Rules) -> Judgement:
 
 
 def _same(gold: Node, answer: Node, rules: Rules) -> Judgement:
-    gold, answer = _as_angle(gold), _as_angle(answer)
+    gold, answer = as_angle(gold), as_angle(answer)
     if gold == answer:
         return yes("exact")
     signs = [without_signs(node) for node in (gold, answer)]
@@ -62,6 +72,11 @@ def _same(gold: Node, answer: Node, rules: Rules) -> Judgement:
         gold = conditions(gold)
     if is_subset(gold) or gold.op == "list":
         answer = conditions(answer)
+    if {gold.op, answer.op} & _OF_NUMBERS:
+        plain = without_units(gold, answer, rules)
+        if plain is None:
+            return no("another unit")
+        gold, answer = plain
     if "relation" in (gold.op, answer.op) or {gold.op, answer.op} & {"any", "all"}:
         return _relations(gold, answer, rules)
     if is_subset(gold) or is_subset(answer):
@@ -69,37 +84,52 @@ def _same(gold: Node, answer: Node, rules: Rules) -> Judgement:
     for op, compared in _BY_KIND.items():
         if op in (gold.op, answer.op):
             return compared(gold, answer, rules)
-    return same_terms(gold, answer, rules)
-
-
-def _as_angle(node: Node) -> Node:
-    """Angles in words: radians as such, degrees with their sign."""
-    if node.op == "quantity" and len(node.args) == 1:
-        value, size, dimension = node.args[0]
-        if dimension == ():
-            return Node("call", ("radians", _times_size(value, size)))
-        if dimension == (("degree", 1),):
-            return Node("degree", (value,))
-    return node
+    found = same_terms(gold, answer, rules)
+    return found if found.same or not has_constant(gold) else same_antiderivatives(gold, answer)
 
 
 def _relations(gold: Node, answer: Node, rules: Rules) -> Judgement:
     if gold.op == answer.op and gold.op in ("any", "all") and len(symbols(gold)) > 1:
         return _unordered(gold.args, answer.args, rules, "relation")
+    if is_congruence(gold) and is_congruence(answer):
+        return same_congruences(gold, answer, rules)
+    intervals = _with_ends(gold), _with_ends(answer)
+    if rules.relations_as_sets and all(node.op == "interval" and symbols(node) for node in intervals):
+        return yes("set") if _alike(*intervals, rules) else no("another set")
     if is_subset(gold) or is_subset(answer):
         if not rules.relations_as_sets and _is_relation(answer) and not _is_relation(gold):
             return no("a relation for a set")
+        inequalities = gold.op == answer.op == "relation" and "in" not in (gold.args[1], answer.args[1])
+        if inequalities and (found := _same_sides(_ascending(gold), _ascending(answer), rules)).same:
+            return found
         return _subsets(gold, answer, rules)
     if gold.op == answer.op and gold.op in ("any", "all"):
         return _unordered(gold.args, answer.args, rules, "relation")
     if gold.op == answer.op == "relation":
-        gold, answer = _ascending(gold), _ascending(answer)
-        if len(gold.args) == len(answer.args) == 3 and all(map(is_term, (*gold.args[::2], *answer.args[::2]))):
-            return same_relations(gold, answer)
-        if gold.args[1::2] == answer.args[1::2]:
-            judged = [_same(left, right, rules) for left, right in zip(gold.args[::2], answer.args[::2], strict=True)]
-            return weakest(judged, "relation")
+        return _same_sides(_ascending(gold), _ascending(answer), rules)
     return no("another form")
+
+
+def _same_sides(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    if len(gold.args) == len(answer.args) == 3 and all(map(is_term, (*gold.args[::2], *answer.args[::2]))):
+        return same_relations(gold, answer)
+    if gold.args[1::2] != answer.args[1::2]:
+        return no("another form")
+    sides = zip(gold.args[::2], answer.args[::2], strict=True)
+    return weakest([_same(left, right, rules) for left, right in sides], "relation")
+
+
+def _with_ends(node: Node) -> Node:
+    """``a ≤ x < b``, ``(a, b)`` and ``[a, b]`` as intervals with their brackets; anything else unchanged."""
+    if node.op in ("tuple", "closed") and len(node.args) == 2:
+        opening, closing = ("(", ")") if node.op == "tuple" else ("[", "]")
+        return Node("interval", (opening, *node.args, closing))
+    if node.op == "relation" and len(node.args) == 5:
+        low, first, name, second, high = _ascending(node).args
+        between = {first, second} <= {"<", "<="} and name.op == "symbol"
+        if between and name.args[0] not in symbols(low) | symbols(high):
+            return Node("interval", ("(" if first == "<" else "[", low, high, ")" if second == "<" else "]"))
+    return node
 
 
 def _ascending(node: Node) -> Node:
@@ -143,30 +173,6 @@ def _alike(gold: Node, answer: Node, rules: Rules) -> bool:
         left == right if isinstance(left, str) else _same(left, right, rules).same
         for left, right in zip(gold.args, answer.args, strict=True)
     )
-
-
-def _texts(gold: Node, answer: Node, rules: Rules) -> Judgement:
-    words = [_spoken(node) for node in (gold, answer)]
-    return yes("text") if words[0] == words[1] != "" else no("other words")
-
-
-_SAME_WORDS = {
-    "does not exist": "dne", "undefined": "undefined", "no solutions": "no solution", "none": "no solution",
-    "no real solution": "no solution", "no real solutions": "no solution",
-}  # fmt: skip
-
-
-def _spoken(node: Node) -> str:
-    if node.op == "text":
-        words = re.sub(r"[^0-9a-z+*/=<>-]+", " ", str(node.args[0])).strip()
-        words = re.sub(r"^(?:the|a|an) ", "", words)
-        return _SAME_WORDS.get(words, words)
-    if node.op == "set" and not node.args:
-        return "no solution"
-    letters = node.args if node.op == "mul" else (node,)
-    if all(part.op == "symbol" or (part.op == "constant" and part.args[0] in ("e", "i")) for part in letters):
-        return "".join(part.args[0] for part in letters).lower()
-    return ""
 
 
 def _ordered(gold: Node, answer: Node, rules: Rules) -> Judgement:
@@ -220,7 +226,7 @@ def _distinct(items: Sequence[Node], rules: Rules) -> list[Node]:
 
 def _sets(gold: Node, answer: Node, rules: Rules) -> Judgement:
     if "text" in (gold.op, answer.op):
-        return _texts(gold, answer, rules)
+        return same_words(gold, answer)
     kinds = {gold.op, answer.op}
     if kinds == {"set"}:
         return _unordered(_distinct(gold.args, rules), _distinct(answer.args, rules), rules, "set")
@@ -343,11 +349,6 @@ def _may_be_time(node: Node) -> bool:
     )
 
 
-def _times(gold: Node, answer: Node, rules: Rules) -> Judgement:
-    """Equal ones are found before; a time is nothing else."""
-    return no("another time")
-
-
 def _based(gold: Node, answer: Node, rules: Rules) -> Judgement:
     """A numeral's base is part of the answer; ten is that of numbers without one."""
     plain = [_in_base_ten(node) for node in (gold, answer)]
@@ -361,65 +362,10 @@ def _in_base_ten(node: Node) -> Node:
     return node
 
 
-def _quantities(gold: Node, answer: Node, rules: Rules) -> Judgement:
-    first, second = _measured(gold), _measured(answer)
-    if first is None or second is None:
-        return no("another form")
-    (value, unit), (other, other_unit) = first, second
-    if unit is not None and other_unit is not None:
-        same = same_terms(value, other, rules) if unit == other_unit else no("another unit")
-        if same.same or len(gold.args) != len(answer.args):
-            return same
-        plain = same_terms(_plain(gold), _plain(answer), rules) if len(gold.args) == 1 else same
-        return plain if rules.units == "ignored" or not plain.same else no("another unit")
-    if unit is not None and rules.units == "required":
-        return no("no unit")
-    if (len(gold.args) > 1 and gold.op == "quantity") or (len(answer.args) > 1 and answer.op == "quantity"):
-        return no("no unit")
-    return same_terms(_plain(gold), _plain(answer), rules)
-
-
-def _plain(node: Node) -> Node:
-    value: Node = node.args[0][0] if node.op == "quantity" else node
-    return value
-
-
-def _measured(node: Node) -> tuple[Node, Any] | None:
-    """The value in base units with their dimension, None for no unit; or None for what is no number."""
-    if node.op == "quantity":
-        dimensions = {dimension for _, _, dimension in node.args}
-        if len(dimensions) != 1:
-            return None
-        values = tuple(_times_size(value, unit) for value, unit, _ in node.args)
-        return (values[0] if len(values) == 1 else Node("add", values)), dimensions.pop()
-    if node.op == "degree":
-        return node.args[0], (("degree", 1),)
-    return (node, None) if is_term(node) else None
-
-
-def _times_size(value: Node, unit: Fraction) -> Node:
-    return value if unit == 1 else Node("mul", (value, Node("number", (Decimal(unit),))))
-
-
-def spelled(node: Node) -> str:
-    """One spelling of a number however it was written, ``x = 1/2`` too; "" for anything else."""
-    node = of_equations(node)
-    if node.op == "quantity" and len(node.args) == 1:
-        node = node.args[0][0]
-    if node.op == "degree":
-        node = node.args[0]
-    value = exact(node) if is_term(node) and node.op != "percent" else None
-    return (
-        ""
-        if value is None or value.numerator.bit_length() > 600 or value.denominator.bit_length() > 600
-        else str(value)
-    )
-
-
 _BY_KIND = {
-    "time": _times,
+    "time": lambda gold, answer, rules: no("another time"),  # equal ones are found before; a time is nothing else
     "set": _sets,
-    "text": _texts,
+    "text": lambda gold, answer, rules: same_words(gold, answer),
     "based": _based,
     "list": _lists,
     "matrix": _matrices,
@@ -427,7 +373,7 @@ _BY_KIND = {
     "tuple": _tuples,
     "closed": _tuples,
     "ratio": _ratios,
-    "quantity": _quantities,
+    "quantity": same_quantities,
 }
 
 

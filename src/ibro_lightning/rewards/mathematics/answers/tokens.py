@@ -9,10 +9,10 @@ r"""The tokens of an answer, whether it is LaTeX, plain text or Unicode; spellin
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ibro_lightning.rewards.mathematics.answers.node import Ambiguous, Unread
+from ibro_lightning.rewards.mathematics.answers.spelling import one_spelling, without_digit_groups
 from ibro_lightning.rewards.mathematics.answers.units import is_unit_symbol, is_unit_word
 from ibro_lightning.rewards.mathematics.answers.vocabulary import FUNCTIONS, JOINING, PLAIN, SHORT_WORDS, words
 
@@ -29,141 +29,9 @@ class Token:
     """Whether white space comes before it."""
 
 
-_UNICODE = {
-    **dict(zip("−–—‒﹣－", "------", strict=True)),
-    "×": r"\times ",
-    "·": r"\cdot ",
-    "⋅": r"\cdot ",
-    "∙": r"\cdot ",
-    "∗": "*",
-    "÷": r"\div ",
-    "⁄": "/",
-    "∕": "/",
-    "≤": r"\le ",
-    "≥": r"\ge ",
-    "⩽": r"\le ",
-    "⩾": r"\ge ",
-    "≠": r"\ne ",
-    "≈": r"\approx ",
-    "±": r"\pm ",
-    "∓": r"\mp ",
-    "∞": r"\infty ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "∈": r"\in ",
-    "∅": r"\emptyset ",
-    "∖": r"\setminus ",
-    "√": r"\sqrt ",
-    "∛": r"\cbrt ",
-    "°": r"^\circ ",
-    "º": r"^\circ ",
-    "′": "'",
-    "’": "'",
-    "π": r"\pi ",
-    "⟨": r"\langle ",
-    "⟩": r"\rangle ",
-    "…": r"\ldots ",
-    "→": r"\to ",
-    "½": r"\frac{1}{2}",
-    "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}",
-    "⅓": r"\frac{1}{3}",
-    "⅔": r"\frac{2}{3}",
-    "ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}",
-    "ℕ": r"\mathbb{N}",
-    "ℚ": r"\mathbb{Q}",
-    "ℂ": r"\mathbb{C}",
-    "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ",
-    "⌈": r"\lceil ",
-    "⌉": r"\rceil ",
-    "α": r"\alpha ",
-    "β": r"\beta ",
-    "γ": r"\gamma ",
-    "δ": r"\delta ",
-    "θ": r"\theta ",
-    "λ": r"\lambda ",
-    "μ": r"\mu ",
-    "σ": r"\sigma ",
-    "φ": r"\phi ",
-    "ω": r"\omega ",
-    "ε": r"\epsilon ",
-    "ρ": r"\rho ",
-    "τ": r"\tau ",
-    "Δ": r"\Delta ",
-    "⅛": r"\frac{1}{8}",
-    "⅜": r"\frac{3}{8}",
-    "⅝": r"\frac{5}{8}",
-    "⅞": r"\frac{7}{8}",
-    "⅕": r"\frac{1}{5}",
-    "⅖": r"\frac{2}{5}",
-    "⅗": r"\frac{3}{5}",
-    "⅘": r"\frac{4}{5}",
-    "⅙": r"\frac{1}{6}",
-    "⅚": r"\frac{5}{6}",
-    "∨": r"\lor ",
-    "∧": r"\land ",
-    "∠": r"\angle ",
-    "¢": r"\text{ cents}",
-    **dict.fromkeys("\u00a0\u2009\u202f\u2003\u2002\u3000\u2007", r"\,"),
-    **dict.fromkeys("\u200b\u2061\u2062\u2063\ufeff", ""),
-}
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
-_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
-_TABLE = str.maketrans(_UNICODE)
-
-_SIZES = re.compile(
-    r"\\(?:m?left|m?right|middle)\s*\.|\\(?:m?left|m?right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits"
-    r"|nolimits|phantom\{[^{}]*\}|hspace\*?\{[^{}]*\}|vspace\*?\{[^{}]*\}|label\{[^{}]*\}|tag\*?\{[^{}]*\}|strut|null"
-    r"|(?:text)?color\{[^{}]*\}|bf|rm|it|sf)(?![A-Za-z])"
-)
-_SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
-    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
-    (re.compile(r"\\(?:nice|s|x)frac(?![A-Za-z])"), r"\\frac"),
-    (re.compile(r"\\[dt]binom(?![A-Za-z])"), r"\\binom"),
-    (re.compile(r"\\(?:textdollar|dollar)(?![A-Za-z])"), r"\\$"),
-    (re.compile(r"\\leq(?:slant|q)?|\\le(?![A-Za-z])"), r"\\le "),  # also \leqx, which LaTeX would not take
-    (re.compile(r"\\geq(?:slant|q)?|\\ge(?![A-Za-z])"), r"\\ge "),
-    (re.compile(r"\\neq|\\ne(?![A-Za-z])|\\not\s*="), r"\\ne "),
-    (re.compile(r"\\lt(?![A-Za-z])"), "<"),
-    (re.compile(r"\\gt(?![A-Za-z])"), ">"),
-    (re.compile(r"<="), r"\\le "),
-    (re.compile(r">="), r"\\ge "),
-    (re.compile(r"!="), r"\\ne "),
-    (re.compile(r"\\(?:lbrace|lbrack|lparen)(?![A-Za-z])"), lambda m: {"e": r"\{", "k": "[", "n": "("}[m[0][-1]]),
-    (re.compile(r"\\(?:rbrace|rbrack|rparen)(?![A-Za-z])"), lambda m: {"e": r"\}", "k": "]", "n": ")"}[m[0][-1]]),
-    (re.compile(r"\\[lr]?vert(?![A-Za-z])"), "|"),
-    (re.compile(r"\\(?:degree|textdegree)(?![A-Za-z])|\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])"), r"\\degree "),
-    (re.compile(r"\\(?:ast|star)(?![A-Za-z])|\*\*?"), lambda m: "^" if m[0] == "**" else "*"),
-    (re.compile(r"\\(?:varnothing|emptyset)(?![A-Za-z])"), r"\\emptyset "),
-    (re.compile(r"\\(?:approx|thickapprox|simeq|approxeq)(?![A-Za-z])|~="), r"\\approx "),
-    (re.compile(r"\\(?:dots[cbmio]?|cdots|ldots)(?![A-Za-z])|\.\.\."), r"\\ldots "),
-    (re.compile(r"\\(?:backslash|setminus|smallsetminus)(?![A-Za-z])"), r"\\setminus "),
-    (re.compile(r"\\(?:mid|colon)(?![A-Za-z])"), lambda m: "|" if m[0] == r"\mid" else ":"),
-    (re.compile(r"\\(?:varphi)(?![A-Za-z])"), r"\\phi "),
-    (re.compile(r"\\(?:varepsilon)(?![A-Za-z])"), r"\\epsilon "),
-    (re.compile(r"\\textstyle|\\mathstrut"), ""),
-]
-_ALIGNED = re.compile(r"\\begin\{(aligned|align\*?|gathered|split)\}(.*?)\\end\{\1\}", re.DOTALL)
-_READINGS = [
-    (re.compile(r"(?<![0-9])([0-9]{0,9}\.[0-9]{0,20}?)([0-9])\2{2,20}\s*\\ldots"), r"\1\\overline{\2}"),  # 0.333…
-    (re.compile(r"(?<=[0-9])\s*[xX]\s*10(?=\s*\^)"), r"\\times 10"),  # 1.5 x 10^3
-    (re.compile(r"(?:\{\})?[_^]\{?([0-9a-z]{1,6})\}?\s?C\s?_\{?([0-9a-z]{1,6})\}?"), r"\\binom{\1}{\2}"),  # {}_5C_2
-    (re.compile(r"(?<![\w}])([0-9]+|[a-z])\s+choose\s+([0-9]+|[a-z])(?!\w)"), r"\\binom{\1}{\2}"),
-]
 _STYLED = re.compile(
     r"\\(text|textbf|textit|textrm|textsf|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname\*?|boldsymbol"
     r"|bm|mathcal|mathbb|emph|underline)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
-)
-_GROUPS = r"[1-9][0-9]{0,2}"
-# Groups of three digits: by a comma alone, by a comma that LaTeX does not space, by a thin or a plain space.
-_THOUSANDS = re.compile(
-    rf"(?<![0-9.,}}])(?:{_GROUPS}(?:(?:\s*\{{\s*,\s*\}}\s*|,)(?:\s*\\!\s*)*[0-9]{{3}}(?![0-9]))+"
-    rf"|{_GROUPS}(?:(?:\\[,;: ]|~)[0-9]{{3}}(?![0-9]))+|{_GROUPS}(?:[ ][0-9]{{3}}(?![0-9]))+"
-    rf"|{_GROUPS}(?:_[0-9]{{3}}(?![0-9]))+)"
-    r"(?!,[0-9])"
 )
 _TOKEN = re.compile(
     r"(?P<space>(?:\s|\\[,;:!> ]|\\q?quad|~|\\!|\{\})+)"
@@ -184,7 +52,11 @@ def tokens(text: str) -> list[Token]:
     """The tokens of an answer. Raises :class:`Unread` for what no answer has, or too much of it."""
     if len(text) > 20 * _MAX_TOKENS:
         raise Ambiguous("too long")
-    text, styled = _spelled(text)
+    if "\x02" in text or "\x03" in text:  # the marks of styled tokens
+        raise Unread("control characters")
+    styled: list[Token] = []
+    text = _STYLED.sub(lambda match: _unstyled(match, styled), one_spelling(text))
+    text = without_digit_groups(text)
     found: list[Token] = []
     position, spaced, depth = 0, False, 0
     while position < len(text):
@@ -269,39 +141,6 @@ def _is_product(word: str) -> bool:
 
 # What takes the letters behind it one by one.
 _TAKES_LETTERS = words(r"\frac \sqrt \binom \vec \overline \angle \triangle ^")
-
-
-def _spelled(text: str) -> tuple[str, list[Token]]:
-    """``text`` in one spelling, and what its style commands held, for the marks that stand for them."""
-    if "\x02" in text or "\x03" in text:
-        raise Unread("control characters")
-    text = text.translate(_FULL_WIDTH)
-    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
-    text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
-    if r"\begin" not in text:  # there, "\\\\" ends a row; elsewhere it is a backslash that was escaped once too often
-        text = re.sub(r"\\\\(?=[A-Za-z{}])", r"\\", text)
-    text = _SIZES.sub(" ", text.translate(_TABLE))
-    for pattern, spelling in _SPELLINGS:
-        text = pattern.sub(spelling, text)
-    text = _ALIGNED.sub(lambda match: match[2].replace("&", " ").replace(r"\\", ", "), text)
-    for pattern, spelling in _READINGS:
-        text = pattern.sub(spelling, text)
-    styled: list[Token] = []
-    text = _STYLED.sub(lambda match: _unstyled(match, styled), text)
-    text = _THOUSANDS.sub(_grouped, text)
-    text = re.sub(r"\.[0-9]{3}(?:\\,[0-9]{1,3})+(?![0-9])", lambda match: match[0].replace("\\,", ""), text)
-    return re.sub(r"\{\s*,\s*\}", ",", text), styled
-
-
-def _grouped(match: re.Match[str]) -> str:
-    """The number, unless its commas may separate entries: bare ones do inside brackets."""
-    before = match.string[: match.start()]
-    depth = before.count("(") - before.count(")") + before.count("[") - before.count("]")
-    depth += before.count(r"\{") - before.count(r"\}")
-    alone = re.search(r"[-+*/]\s*\($", before) and match.string[match.end() :].lstrip()[:1] == ")"  # -(1,250)
-    if depth > 0 and not alone and re.search(r"[0-9],[0-9]", match[0]):
-        return match[0]
-    return re.sub(r"[^0-9]", "", match[0])
 
 
 def _unstyled(match: re.Match[str], styled: list[Token]) -> str:

@@ -1,4 +1,4 @@
-"""The value of a term: exactly, as a fraction, where it is one; otherwise to 85 digits.
+"""The value of a term to 85 digits, whatever it is made of.
 
 Nothing here expands or simplifies: work is bounded by the length of the term, whatever numbers are in it.
 """
@@ -10,11 +10,10 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from fractions import Fraction
-from functools import reduce
 from typing import Any
 
 from ibro_lightning.rewards.mathematics.answers.node import Node
+from ibro_lightning.rewards.mathematics.answers.rationals import MAX_BITS, TooLarge, Uncertain, exact
 
 DIGITS = 110
 _STEPS = (DIGITS, 4 * DIGITS, 1600)
@@ -23,130 +22,10 @@ _LOST = 15
 _CERTAIN = 80
 _SPARE = 25
 """Of the digits that are computed, so many may be lost to rounding."""
-_MAX_BITS = 50_000  # about 15,000 digits
 _MAX_EXPONENT = 10**7
+SLOW = frozenset(["factorial", "factorial2", "binom", "Gamma"])
+"""Functions whose values between whole numbers take milliseconds."""
 _PERIODIC = frozenset(["sin", "cos", "tan", "cot", "sec", "csc", "cis"])
-
-
-class Uncertain(ArithmeticError):
-    """A value cannot be computed: too large, undefined, or of what has no value."""
-
-
-def exact(node: Node) -> Fraction | None:
-    """The value of a rational term; None for any other term, and for numbers of more than 50,000 bits."""
-    try:
-        return _exact(node)
-    except (Uncertain, ZeroDivisionError):
-        return None
-
-
-def _exact(node: Node) -> Fraction:
-    op, args = node.op, node.args
-    if op == "number":
-        value: Fraction = args[0].value
-        return value
-    if op == "neg":
-        return -_exact(args[0])
-    if op == "percent":
-        return _exact(args[0]) / 100
-    if op in ("add", "mul"):
-        values = [_exact(part) for part in args]
-        return _bounded(reduce(lambda a, b: _bounded(a + b if op == "add" else a * b), values))
-    if op == "div":
-        return _bounded(_exact(args[0]) / _exact(args[1]))
-    if op == "pow":
-        return _power(_exact(args[0]), _exact(args[1]))
-    if op == "call":
-        return _exact_call(args[0], args[1:])
-    raise Uncertain(op)
-
-
-def _bounded(value: Fraction) -> Fraction:
-    if value.numerator.bit_length() + value.denominator.bit_length() > _MAX_BITS:
-        raise Uncertain("too large")
-    return value
-
-
-def _power(base: Fraction, exponent: Fraction) -> Fraction:
-    if exponent.denominator != 1:
-        return _rational_root(base, exponent)
-    if base in (0, 1, -1):
-        return Fraction(base ** int(exponent)) if base else _zero_power(exponent)
-    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-    if abs(exponent) * bits > _MAX_BITS:
-        raise Uncertain("too large")
-    return base ** int(exponent)
-
-
-def _zero_power(exponent: Fraction) -> Fraction:
-    if exponent < 0:
-        raise ZeroDivisionError
-    return Fraction(int(exponent == 0))
-
-
-def _rational_root(base: Fraction, exponent: Fraction) -> Fraction:
-    degree = exponent.denominator
-    if degree > 64 or base < 0:
-        raise Uncertain("a root")
-    roots = [_integer_root(part, degree) for part in (base.numerator, base.denominator)]
-    return _power(Fraction(roots[0], roots[1]), Fraction(exponent.numerator))
-
-
-def _integer_root(value: int, degree: int) -> int:
-    """The root of a whole number, if it is a whole number."""
-    if value.bit_length() > 4000:
-        raise Uncertain("too large")
-    low, high = 0, 1 << (value.bit_length() // degree + 1)
-    while low < high:
-        middle = (low + high) // 2
-        if middle**degree < value:
-            low = middle + 1
-        else:
-            high = middle
-    if low**degree != value:
-        raise Uncertain("irrational")
-    return low
-
-
-def _exact_call(name: str, args: tuple[Node, ...]) -> Fraction:
-    values = [_exact(part) for part in args]
-    if name == "root":
-        if values[0] == 0 or values[0].denominator != 1:
-            raise Uncertain("a root")
-        if values[1] < 0 and values[0] % 2 == 1:
-            return -_power(-values[1], 1 / values[0])
-        return _power(values[1], 1 / values[0])
-    if name == "abs":
-        return abs(values[0])
-    if name == "floor":
-        return Fraction(math.floor(values[0]))
-    if name == "ceil":
-        return Fraction(math.ceil(values[0]))
-    if name in ("max", "min"):
-        return max(values) if name == "max" else min(values)
-    if name in ("gcd", "lcm", "factorial", "factorial2", "binom", "mod") and all(
-        value.denominator == 1 for value in values
-    ):
-        return Fraction(_whole(name, [int(value) for value in values]))
-    raise Uncertain(name)
-
-
-def _whole(name: str, values: list[int]) -> int:
-    if name == "gcd":
-        return math.gcd(*values)
-    if name == "lcm":
-        return math.lcm(*values)
-    if name == "mod":
-        return values[0] % values[1]
-    if name == "binom":
-        n, k = values
-        if not 0 <= n <= 5000 or k < 0:
-            raise Uncertain("binom")
-        return math.comb(n, k)
-    n = values[0]
-    if not 0 <= n <= 3000:
-        raise Uncertain("factorial")
-    return math.factorial(n) if name == "factorial" else math.prod(range(n, 0, -2))
 
 
 _LOCAL = threading.local()
@@ -188,8 +67,8 @@ class Evaluation:
         mp, op, args = self.mp, node.op, node.args
         if op == "number":
             value = args[0].value
-            if max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_BITS:
-                raise Uncertain("too large")
+            if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+                raise TooLarge("too large")
             return mp.mpf(value.numerator) / value.denominator
         if op == "symbol":
             if args[0] not in self.assignment:
@@ -224,7 +103,7 @@ class Evaluation:
                 raise Uncertain("1/0")
             return self.mp.mpf(int(exponent == 0))
         if abs(exponent) * abs(self.mp.log(abs(base))) > _MAX_EXPONENT:
-            raise Uncertain("too large")
+            raise TooLarge("too large")
         if self.real and self.mp.im(base) == 0 and self.mp.re(base) < 0:
             power = exact(node.args[1])
             if power is not None and power.denominator % 2 == 1:  # an odd root of a negative number is real
@@ -246,23 +125,21 @@ class Evaluation:
             return mp.sqrt(radicand) if degree == 2 else mp.power(radicand, 1 / degree)
         if name == "log":
             return mp.log(args[0]) if self.log == "e" else mp.log(args[0]) / mp.log(10)
-        if name in ("factorial", "factorial2", "binom", "Gamma") and any(abs(arg) > 10**5 for arg in args):
-            raise Uncertain("too large")
+        if name in SLOW and any(abs(arg) > 10**5 for arg in args):
+            raise TooLarge("too large")
         if name in _PERIODIC and any(abs(arg) > 10**9 for arg in args):
-            raise Uncertain("too large")
+            raise TooLarge("too large")
         if name in ("gcd", "lcm", "floor", "ceil", "mod") and any(abs(arg) > mp.mpf(10) ** 40 for arg in args):
-            raise Uncertain("too large")
-        gamma = name in ("factorial", "factorial2", "binom", "Gamma") and any(
-            arg != mp.floor(mp.re(arg)) for arg in args
-        )
+            raise TooLarge("too large")
+        gamma = name in SLOW and any(arg != mp.floor(mp.re(arg)) for arg in args)
         if gamma and mp.dps > 4 * DIGITS:
-            raise Uncertain("so many digits take too long")
+            raise TooLarge("so many digits take too long")
         if name == "cis":
             return mp.expj(args[0])
         if name == "radians":
             return args[0]
         if name in ("exp", "sinh", "cosh") and abs(args[0]) > _MAX_EXPONENT:
-            raise Uncertain("too large")
+            raise TooLarge("too large")
         if name in ("floor", "ceil", "max", "min", "gcd", "lcm", "sgn", "mod") and any(mp.im(arg) != 0 for arg in args):
             raise Uncertain("of complex numbers")
         if name in ("gcd", "lcm"):
@@ -343,6 +220,19 @@ def _functions(mp: Any) -> dict[str, Callable[..., Any]]:
         }
     functions: dict[str, Callable[..., Any]] = _LOCAL.functions
     return functions
+
+
+def real_value(node: Node, evaluation: Evaluation | None = None) -> Any:
+    """The value of a term that has a real one, or infinity. Raises :class:`Uncertain` for any other."""
+    mp = context()
+    if node.op == "constant" and node.args[0] == "inf":
+        return mp.inf
+    if node.op == "neg" and node.args[0].op == "constant" and node.args[0].args[0] == "inf":
+        return -mp.inf
+    value = (evaluation or Evaluation())(node)
+    if mp.im(value) != 0:
+        raise Uncertain("complex numbers have no order")
+    return mp.re(value)
 
 
 def hashed(name: str, count: int) -> list[int]:
