@@ -1,0 +1,319 @@
+r"""Kinds of pairs of matrices, vectors, complex numbers, numerals and words.
+
+Left out: a row for a column, and the same number in another base, as the question asks for its form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from verifier_pairs.forms import Complex, Matrix, Numeral, Vector, Word, grid, rectangular
+from verifier_pairs.own_kinds import Answer, right, wrong
+
+Rows = tuple[tuple[int, ...], ...]
+
+
+@right(Matrix)
+def square_brackets(gold: Matrix) -> Iterator[Answer]:
+    yield grid(gold.rows, "bmatrix"), gold.meaning
+
+
+@right(Matrix)
+def brackets_around_plain_rows(gold: Matrix) -> Iterator[Answer]:
+    yield rf"\left[ {grid(gold.rows, 'matrix')} \right]", gold.meaning
+
+
+@right(Matrix)
+def entries_not_cancelled(gold: Matrix) -> Iterator[Answer]:
+    yield grid(tuple(tuple(rf"\frac{{{6 * entry}}}{{6}}" for entry in row) for row in gold.rows)), gold.meaning
+
+
+@right(Matrix)
+def half_of_its_double(gold: Matrix) -> Iterator[Answer]:
+    yield rf"\frac{{1}}{{2}} {grid(tuple(tuple(2 * entry for entry in row) for row in gold.rows))}", gold.meaning
+
+
+@right(Matrix)
+def transposed_twice(gold: Matrix) -> Iterator[Answer]:
+    yield f"{grid(transposed(gold.rows))}^T", gold.meaning
+
+
+@right(Matrix)
+def named_matrix(gold: Matrix) -> Iterator[Answer]:
+    yield f"A = {gold.text}", gold.meaning
+
+
+def transposed(rows: Rows) -> Rows:
+    return tuple(zip(*rows, strict=True))
+
+
+@wrong(Matrix)
+def transpose(gold: Matrix) -> Iterator[Answer]:
+    if (rows := transposed(gold.rows)) != gold.rows:
+        yield grid(rows), str(rows)
+
+
+@wrong(Matrix)
+def transpose_sign(gold: Matrix) -> Iterator[Answer]:
+    if (rows := transposed(gold.rows)) != gold.rows:
+        yield f"{gold.text}^T", str(rows)
+
+
+@wrong(Matrix)
+def last_number_raised(gold: Matrix) -> Iterator[Answer]:
+    rows = (*gold.rows[:-1], (*gold.rows[-1][:-1], gold.rows[-1][-1] + 1))
+    yield grid(rows), str(rows)
+
+
+@wrong(Matrix)
+def number_above_the_diagonal_raised(gold: Matrix) -> Iterator[Answer]:
+    first = gold.rows[0]
+    rows = ((first[0], first[1] + 1, *first[2:]), *gold.rows[1:])
+    yield grid(rows), str(rows)
+
+
+@wrong(Matrix)
+def rows_exchanged(gold: Matrix) -> Iterator[Answer]:
+    rows = gold.rows[::-1]
+    if rows != gold.rows:
+        yield grid(rows), str(rows)
+
+
+@wrong(Matrix)
+def columns_exchanged(gold: Matrix) -> Iterator[Answer]:
+    rows = tuple(row[::-1] for row in gold.rows)
+    if rows != gold.rows:
+        yield grid(rows), str(rows)
+
+
+@wrong(Matrix)
+def row_lost(gold: Matrix) -> Iterator[Answer]:
+    yield grid(gold.rows[:-1]), str(gold.rows[:-1])
+
+
+@wrong(Matrix)
+def its_numbers_as_a_list(gold: Matrix) -> Iterator[Answer]:
+    numbers = tuple(entry for row in gold.rows for entry in row)
+    yield ", ".join(map(str, numbers)), str(numbers)
+
+
+@wrong(Matrix)
+def its_determinant(gold: Matrix) -> Iterator[Answer]:
+    if len(gold.rows) == len(gold.rows[0]) == 2:
+        (a, b), (c, d) = gold.rows
+        yield grid(gold.rows, "vmatrix"), str(a * d - b * c)
+
+
+@wrong(Matrix)
+def twice_the_matrix(gold: Matrix) -> Iterator[Answer]:
+    yield f"2{gold.text}", str(tuple(tuple(2 * entry for entry in row) for row in gold.rows))
+
+
+@right(Vector)
+def as_a_point(gold: Vector) -> Iterator[Answer]:
+    yield f"({', '.join(map(str, gold.entries))})", gold.meaning
+
+
+@right(Vector)
+def angle_brackets_of_vectors(gold: Vector) -> Iterator[Answer]:
+    yield rf"\langle {', '.join(map(str, gold.entries))} \rangle", gold.meaning
+
+
+@right(Vector)
+def column_in_square_brackets(gold: Vector) -> Iterator[Answer]:
+    yield grid(tuple((entry,) for entry in gold.entries), "bmatrix"), gold.meaning
+
+
+@right(Vector)
+def of_unit_vectors(gold: Vector) -> Iterator[Answer]:
+    terms = [rf"{entry:+d}\mathbf{{{axis}}}" for entry, axis in zip(gold.entries, "ijk", strict=False)]
+    if len(gold.entries) == 3:
+        yield "".join(terms).removeprefix("+"), gold.meaning
+
+
+@wrong(Vector)
+def entries_rotated(gold: Vector) -> Iterator[Answer]:
+    entries = (*gold.entries[1:], gold.entries[0])
+    yield Vector(entries).text, str(entries)
+
+
+@wrong(Vector)
+def sign_of_the_first(gold: Vector) -> Iterator[Answer]:
+    entries = (-gold.entries[0], *gold.entries[1:])
+    yield Vector(entries).text, str(entries)
+
+
+@wrong(Vector)
+def opposite_vector(gold: Vector) -> Iterator[Answer]:
+    yield f"-{gold.text}", str(tuple(-entry for entry in gold.entries))
+
+
+@wrong(Vector)
+def entry_lost(gold: Vector) -> Iterator[Answer]:
+    yield Vector(gold.entries[:-1]).text, str(gold.entries[:-1])
+
+
+@wrong(Vector)
+def twice_the_vector(gold: Vector) -> Iterator[Answer]:
+    yield Vector(tuple(2 * entry for entry in gold.entries)).text, str(tuple(2 * entry for entry in gold.entries))
+
+
+@wrong(Vector)
+def set_of_entries(gold: Vector) -> Iterator[Answer]:
+    yield rf"\{{{', '.join(map(str, gold.entries))}\}}", f"('set', {', '.join(map(str, sorted(set(gold.entries))))})"
+
+
+@right(Complex)
+def i_first(gold: Complex) -> Iterator[Answer]:
+    if gold.real:
+        yield f"{rectangular(0, gold.imaginary)} {'-' if gold.real < 0 else '+'} {abs(gold.real)}", gold.meaning
+
+
+@right(Complex)
+def i_times(gold: Complex) -> Iterator[Answer]:
+    yield (
+        f"i({rectangular(gold.imaginary, -gold.real) if gold.real else gold.imaginary})",
+        f"unit * ({gold.imaginary} - {gold.real} * unit)",
+    )
+
+
+@right(Complex)
+def with_i_squared(gold: Complex) -> Iterator[Answer]:
+    yield f"{rectangular(gold.real + 1, gold.imaginary)} + i^2", f"{gold.real + 1} + {gold.imaginary} * unit + unit**2"
+
+
+@right(Complex)
+def with_the_root_of_minus_one(gold: Complex) -> Iterator[Answer]:
+    yield rf"{gold.real} + ({gold.imaginary})\sqrt{{-1}}", f"{gold.real} + {gold.imaginary} * sqrt(-1)"
+
+
+@right(Complex)
+def over_one_plus_i(gold: Complex) -> Iterator[Answer]:
+    real, imaginary = gold.real - gold.imaginary, gold.real + gold.imaginary
+    if real and imaginary:
+        yield (
+            rf"\frac{{{rectangular(real, imaginary)}}}{{1+i}}",
+            f"rational(1, 2) * ({real} + {imaginary} * unit) * (1 - unit)",
+        )
+
+
+@wrong(Complex)
+def conjugated(gold: Complex) -> Iterator[Answer]:
+    yield Complex(gold.real, -gold.imaginary).text, Complex(gold.real, -gold.imaginary).meaning
+
+
+@wrong(Complex)
+def negated(gold: Complex) -> Iterator[Answer]:
+    yield f"-({gold.text})", f"-({gold.meaning})"
+
+
+@wrong(Complex)
+def parts_of_it_exchanged(gold: Complex) -> Iterator[Answer]:
+    if gold.real != gold.imaginary and gold.real:
+        yield Complex(gold.imaginary, gold.real).text, Complex(gold.imaginary, gold.real).meaning
+
+
+@wrong(Complex)
+def i_lost(gold: Complex) -> Iterator[Answer]:
+    yield f"{gold.real}{gold.imaginary:+d}", str(gold.real + gold.imaginary)
+
+
+@wrong(Complex)
+def modulus_squared(gold: Complex) -> Iterator[Answer]:
+    yield f"{gold.real**2 + gold.imaginary**2}", str(gold.real**2 + gold.imaginary**2)
+
+
+@wrong(Complex)
+def as_coordinates(gold: Complex) -> Iterator[Answer]:
+    yield f"({gold.real}, {gold.imaginary})", f"({gold.real}, {gold.imaginary})"
+
+
+@right(Numeral)
+def digits_in_brackets(gold: Numeral) -> Iterator[Answer]:
+    yield f"({gold.digits})_{{{gold.base}}}", gold.meaning
+
+
+@right(Numeral)
+def base_without_braces(gold: Numeral) -> Iterator[Answer]:
+    if gold.base < 10:
+        yield f"{gold.digits}_{gold.base}", gold.meaning
+
+
+@right(Numeral)
+def base_as_text(gold: Numeral) -> Iterator[Answer]:
+    yield rf"{gold.digits}_{{\text{{{gold.base}}}}}", gold.meaning
+    yield rf"{gold.digits} \text{{ in base {gold.base}}}", gold.meaning
+
+
+@wrong(Numeral)
+def another_base(gold: Numeral) -> Iterator[Answer]:
+    yield f"{gold.digits}_{{{gold.base + 1}}}", f"(int('{gold.digits}', {gold.base + 1}), {gold.base + 1})"
+
+
+@wrong(Numeral)
+def without_its_base(gold: Numeral) -> Iterator[Answer]:
+    if gold.digits.isdecimal():
+        yield gold.digits, f"({gold.digits}, 10)"
+
+
+@wrong(Numeral)
+def digits_in_reverse(gold: Numeral) -> Iterator[Answer]:
+    if gold.digits != gold.digits[::-1]:
+        yield Numeral(gold.digits[::-1], gold.base).text, Numeral(gold.digits[::-1], gold.base).meaning
+
+
+@wrong(Numeral)
+def zero_appended(gold: Numeral) -> Iterator[Answer]:
+    yield Numeral(gold.digits + "0", gold.base).text, Numeral(gold.digits + "0", gold.base).meaning
+
+
+@wrong(Numeral)
+def product_with_the_base(gold: Numeral) -> Iterator[Answer]:
+    if gold.digits.isdecimal():
+        yield rf"{gold.digits} \cdot {gold.base}", f"({int(gold.digits) * gold.base}, 10)"
+
+
+@right(Word)
+def upright_text(gold: Word) -> Iterator[Answer]:
+    yield rf"\text{{{gold.text}}}", ""
+    yield rf"\textbf{{{gold.text}}}", ""
+
+
+@right(Word)
+def word_in_capitals(gold: Word) -> Iterator[Answer]:
+    if len(gold.text) > 1:
+        yield rf"\text{{{gold.text.upper()}}}", ""
+
+
+@right(Word)
+def word_with_a_full_stop(gold: Word) -> Iterator[Answer]:
+    yield rf"\text{{{gold.text}.}}", ""
+
+
+@wrong(Word)
+def another_of_its_sort(gold: Word) -> Iterator[Answer]:
+    yield gold.other, ""
+    yield rf"\text{{{gold.other}}}", ""
+
+
+@wrong(Word)
+def both_words(gold: Word) -> Iterator[Answer]:
+    for word in ("and", "or"):
+        yield rf"\text{{{gold.text} {word} {gold.other}}}", ""
+
+
+@wrong(Word)
+def denied_word(gold: Word) -> Iterator[Answer]:
+    yield rf"\text{{not {gold.text}}}", ""
+
+
+@wrong(Word)
+def first_letter_lost(gold: Word) -> Iterator[Answer]:
+    if len(gold.text) > 1:
+        yield rf"\text{{{gold.text[1:]}}}", ""
+
+
+@wrong(Word)
+def its_letters_in_reverse(gold: Word) -> Iterator[Answer]:
+    if gold.text.lower() != gold.text[::-1].lower():
+        yield rf"\text{{{gold.text[::-1]}}}", ""
