@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 
-from verifier_pairs.forms import Angle, Clock, Compound, Money, Percent, Ratio, Temperature, measured, proportion
+from verifier_pairs.forms import (
+    Angle,
+    Clock,
+    Compound,
+    Money,
+    Percent,
+    Ratio,
+    Temperature,
+    measured,
+    proportion,
+    quantity,
+)
 from verifier_pairs.own_kinds import Answer, decimal, exact, latex, number, right, wrong
 
 
@@ -153,7 +164,7 @@ def of_one(gold: Percent) -> Iterator[Answer]:
 @wrong(Percent)
 def unit_for_percent(gold: Percent) -> Iterator[Answer]:
     for unit in ("cm", "hours"):
-        yield rf"{number(gold.value)} \text{{ {unit}}}", measured(gold.value, unit)
+        yield quantity(gold.value, unit), measured(gold.value, unit)
 
 
 @wrong(Percent)

@@ -88,7 +88,7 @@ def check(pair: Pair) -> bool:
     """Whether there was something to compute, more than a spelling. Raises for a label that is wrong."""
     if pair.closed and pair.gold.value is not None:
         same = closed_number(pair)
-    elif pair.meant is not None and pair.meant[0] != pair.meant[1]:
+    elif pair.meant is not None and not (pair.same and pair.meant[0] == pair.meant[1]):
         same = witness(pair) is None
     else:
         return False

@@ -32,6 +32,10 @@ UNITS: dict[str, tuple[str, Fraction, str]] = {
     "ml": ("volume", Fraction(1, 1000), "milliliters"),
     "m/s": ("speed", Fraction(1), "meters per second"),
     "km/h": ("speed", Fraction(1000, 3600), "kilometers per hour"),
+    "m^2": ("area", Fraction(1), "square meters"),
+    "cm^2": ("area", Fraction(1, 10**4), "square centimeters"),
+    "m^3": ("volume", Fraction(1000), "cubic meters"),
+    "cm^3": ("volume", Fraction(1, 1000), "cubic centimeters"),
     "mph": ("speed", Fraction(1609344, 3600000), "miles per hour"),
 }
 
@@ -46,11 +50,16 @@ class Quantity:
 
     @property
     def text(self) -> str:
-        return rf"{number(self.value)} \text{{ {self.unit}}}"
+        return quantity(self.value, self.unit)
 
     @property
     def meaning(self) -> str:
         return measured(self.value, self.unit)
+
+
+def quantity(value: Fraction, unit: str) -> str:
+    name, _, power = unit.partition("^")
+    return rf"{number(value)} \text{{ {name}}}" + f"^{power}" * bool(power)
 
 
 def measured(value: Fraction, unit: str) -> str:
@@ -257,6 +266,22 @@ def grid(rows: tuple[tuple[int | str, ...], ...], name: str = "pmatrix") -> str:
 
 
 @dataclass(frozen=True)
+class Assignment:
+    """Values of several letters: ``x = 3, y = 5``."""
+
+    values: tuple[tuple[str, int], ...]
+    points = NOWHERE
+
+    @property
+    def text(self) -> str:
+        return ", ".join(f"{name} = {value}" for name, value in self.values)
+
+    @property
+    def meaning(self) -> str:
+        return str(tuple(sorted(self.values)))
+
+
+@dataclass(frozen=True)
 class Word:
     """A word or name, and another one of the same sort."""
 
@@ -264,3 +289,11 @@ class Word:
     other: str
     meaning = ""
     points = NOWHERE
+
+    @property
+    def word(self) -> str:
+        return self.text.removeprefix(r"\text{").removesuffix("}")
+
+    @property
+    def opposite(self) -> str:
+        return self.other.removeprefix(r"\text{").removesuffix("}")

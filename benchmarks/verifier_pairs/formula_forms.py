@@ -118,36 +118,42 @@ class Power:
 
 @dataclass(frozen=True)
 class Bounded:
-    r"""A function of a symbol and a constant: ``\gcd(n, 360)``, ``\max(n, 5000)``, ``|n - 5000|``."""
+    r"""A function of a whole number and a constant: ``\gcd(n, 360)``, ``\max(n, 5000)``, ``|n - 5000|``."""
 
     function: str
     constant: int
 
     @property
     def text(self) -> str:
-        return bounded(self.function, "n", str(self.constant))
+        return TEXTS[self.function].format("n", self.constant)
 
     @property
     def meaning(self) -> str:
-        return f"{PYTHON[self.function]}(n, {self.constant})" if self.function != "abs" else f"Abs(n - {self.constant})"
+        return MEANINGS[self.function].format("n", self.constant)
 
     @property
     def points(self) -> tuple[Point, ...]:
         c = self.constant
-        return tuple(
-            {"n": n} for n in (0, 1, 6, c - 1, c, c + 1, 2 * c, 2 * c + 1, 2 * c + 2, c * (c + 1), 10 * c, 12 * c)
-        )
+        steps = (c - 1, c, c + 1, 2 * c - 1, 2 * c, 2 * c + 1, 2 * c + 2, c * (c + 1), 10 * c - 1, 10 * c, 12 * c)
+        return tuple({"n": n} for n in (0, 1, 6, *steps))
 
 
-PYTHON = {"gcd": "gcd", "lcm": "lcm", "min": "Min", "max": "Max"}
-
-
-def bounded(function: str, first: str, second: str) -> str:
-    return (
-        f"|{first} - {second}|"
-        if function == "abs"
-        else rf"\{function}({first}, {second})".replace(r"\lcm", r"\operatorname{lcm}")
-    )
+TEXTS = {
+    "gcd": r"\gcd({}, {})",
+    "lcm": r"\operatorname{{lcm}}({}, {})",
+    "min": r"\min({}, {})",
+    "max": r"\max({}, {})",
+    "abs": "|{} - {}|",
+    "floor": r"\left\lfloor \frac{{{}}}{{{}}} \right\rfloor",
+}
+MEANINGS = {
+    "gcd": "gcd({}, {})",
+    "lcm": "lcm({}, {})",
+    "min": "Min({}, {})",
+    "max": "Max({}, {})",
+    "abs": "Abs({} - {})",
+    "floor": "{} // {}",
+}
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,13 @@ def exponent_below_raised(gold: Product) -> Iterator[Answer]:
 
 
 @wrong(Product)
+def letters_above_and_below_exchanged(gold: Product) -> Iterator[Answer]:
+    if gold.below:
+        (first, power), (second, other) = gold.above[0], gold.below[0]
+        yield means(gold, above=((second, power), *gold.above[1:]), below=((first, other), *gold.below[1:]))
+
+
+@wrong(Product)
 def upside_down_product(gold: Product) -> Iterator[Answer]:
     if gold.below:
         yield means(gold, above=gold.below, below=gold.above)

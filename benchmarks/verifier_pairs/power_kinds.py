@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from verifier_pairs.formula_forms import PYTHON, Antiderivative, Bounded, Power, bounded, plus
+from verifier_pairs.formula_forms import MEANINGS, TEXTS, Antiderivative, Bounded, Power, plus
 from verifier_pairs.own_kinds import Answer, right, wrong
 
 
@@ -81,7 +81,9 @@ def product_in_the_exponent(gold: Power) -> Iterator[Answer]:
 
 @right(Bounded)
 def arguments_exchanged(gold: Bounded) -> Iterator[Answer]:
-    yield bounded(gold.function, str(gold.constant), "n"), gold.meaning
+    if gold.function != "floor":
+        text, meaning = TEXTS[gold.function], MEANINGS[gold.function]
+        yield text.format(gold.constant, "n"), meaning.format(gold.constant, "n")
 
 
 @right(Bounded)
@@ -94,6 +96,8 @@ def by_another_identity(gold: Bounded) -> Iterator[Answer]:
         yield rf"-\min(-n, -{c})", f"-Min(-n, -{c})"
     if gold.function == "min":
         yield rf"n + {c} - \max(n, {c})", f"n + {c} - Max(n, {c})"
+    if gold.function == "floor":
+        yield rf"\left\lfloor \frac{{n + {c}}}{{{c}}} \right\rfloor - 1", f"(n + {c}) // {c} - 1"
     if gold.function == "abs":
         yield rf"\sqrt{{(n - {c})^2}}", f"sqrt((n - {c})**2)"
         yield rf"\max(n - {c}, {c} - n)", f"Max(n - {c}, {c} - n)"
@@ -119,8 +123,8 @@ def constant_ten_times(gold: Bounded) -> Iterator[Answer]:
 
 @wrong(Bounded)
 def opposite_function(gold: Bounded) -> Iterator[Answer]:
-    if gold.function in PYTHON:
-        opposites = {"gcd": "lcm", "lcm": "gcd", "min": "max", "max": "min"}
+    opposites = {"gcd": "lcm", "lcm": "gcd", "min": "max", "max": "min"}
+    if gold.function in opposites:
         other = Bounded(opposites[gold.function], gold.constant)
         yield other.text, other.meaning
 
@@ -129,6 +133,21 @@ def opposite_function(gold: Bounded) -> Iterator[Answer]:
 def one_argument_alone(gold: Bounded) -> Iterator[Answer]:
     yield "n", "n"
     yield str(gold.constant), str(gold.constant)
+
+
+@wrong(Bounded)
+def its_value_for_small_numbers(gold: Bounded) -> Iterator[Answer]:
+    if gold.function == "floor":
+        yield "0", "0"
+    if gold.function == "min":
+        yield "n + 0", "n"
+
+
+@wrong(Bounded)
+def not_rounded_down(gold: Bounded) -> Iterator[Answer]:
+    if gold.function == "floor":
+        yield rf"\left\lceil \frac{{n}}{{{gold.constant}}} \right\rceil", f"-(-n // {gold.constant})"
+        yield rf"\frac{{n}}{{{gold.constant}}}", f"n / {gold.constant}"
 
 
 @wrong(Bounded)

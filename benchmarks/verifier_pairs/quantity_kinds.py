@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 
-from verifier_pairs.forms import UNITS, Compound, Quantity, measured
+from verifier_pairs.forms import UNITS, Compound, Quantity, measured, quantity
 from verifier_pairs.own_kinds import Answer, decimal, exact, number, right, wrong
 
 
@@ -23,7 +23,7 @@ def converted(gold: Quantity) -> list[tuple[Fraction, str]]:
 @right(Quantity)
 def in_another_unit(gold: Quantity) -> Iterator[Answer]:
     for value, unit in converted(gold)[:2]:
-        yield rf"{decimal(value, 4)} \text{{ {unit}}}", measured(value, unit)
+        yield quantity(value, unit), measured(value, unit)
 
 
 @right(Quantity)
@@ -34,7 +34,7 @@ def unit_as_a_word(gold: Quantity) -> Iterator[Answer]:
 
 @right(Quantity)
 def upright_unit(gold: Quantity) -> Iterator[Answer]:
-    if gold.unit.islower() and "/" not in gold.unit:
+    if gold.unit.islower() and gold.unit.isalpha():
         yield rf"{number(gold.value)}\,\mathrm{{{gold.unit}}}", gold.meaning
 
 
@@ -50,16 +50,17 @@ def named_quantity(gold: Quantity) -> Iterator[Answer]:
 
 @wrong(Quantity)
 def same_number_of_another_unit(gold: Quantity) -> Iterator[Answer]:
-    others = [unit for unit, (kind, _, _) in UNITS.items() if kind == UNITS[gold.unit][0] and unit != gold.unit]
+    dimension, factor, _ = UNITS[gold.unit]
+    others = [unit for unit, (kind, size, _) in UNITS.items() if kind == dimension and size != factor]
     for unit in others[:2]:
-        yield rf"{number(gold.value)} \text{{ {unit}}}", measured(gold.value, unit)
+        yield quantity(gold.value, unit), measured(gold.value, unit)
 
 
 @wrong(Quantity)
 def unit_of_another_dimension(gold: Quantity) -> Iterator[Answer]:
     for unit in ("s", "kg", "m", "km/h"):
-        if UNITS[unit][0] != UNITS[gold.unit][0]:
-            yield rf"{number(gold.value)} \text{{ {unit}}}", measured(gold.value, unit)
+        if UNITS[unit][0] != UNITS[gold.unit][0] and unit != gold.unit.partition("^")[0]:
+            yield quantity(gold.value, unit), measured(gold.value, unit)
 
 
 @wrong(Quantity)
@@ -84,15 +85,22 @@ def square_of_the_unit(gold: Quantity) -> Iterator[Answer]:
 
 
 @wrong(Quantity)
+def power_of_the_unit_lost(gold: Quantity) -> Iterator[Answer]:
+    if "^" in gold.unit:
+        unit = gold.unit.partition("^")[0]
+        yield quantity(gold.value, unit), measured(gold.value, unit)
+
+
+@wrong(Quantity)
 def other_number_of_the_unit(gold: Quantity) -> Iterator[Answer]:
     value = gold.value + Fraction(1, 2)
-    yield rf"{number(value)} \text{{ {gold.unit}}}", measured(value, gold.unit)
+    yield quantity(value, gold.unit), measured(value, gold.unit)
 
 
 @wrong(Quantity)
 def converted_with_ten_times_the_factor(gold: Quantity) -> Iterator[Answer]:
     for value, unit in converted(gold)[:1]:
-        yield rf"{decimal(10 * value, 4)} \text{{ {unit}}}", measured(10 * value, unit)
+        yield quantity(10 * value, unit), measured(10 * value, unit)
 
 
 @wrong(Quantity)

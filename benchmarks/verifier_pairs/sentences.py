@@ -92,6 +92,14 @@ WRONG: dict[str, list[str | tuple[str, str]]] = {
     ],
     "an inequality in a sentence": ["So $x > #$.", r"Hence $x \ne #$.", r"We get $x \le #$.", "The answer is x < #."],
 }
+AROUND: list[tuple[bool, str, str]] = [
+    (True, "any form: the answer is", "The answer is $#$."),
+    (True, "any form: last line", "We collect what we found above.\n\nAnswer: $#$"),
+    (True, "any form: box in a sentence", r"Therefore, the answer is $\boxed{#}$."),
+    (False, "any form: denied", "The answer is not $#$."),
+    (False, "any form: corrected behind", r"At first I got \boxed{#}, but the right one is \boxed{8675309}."),
+]
+"""Of golds of every other form: sentences in which ``#`` is the gold."""
 
 
 @dataclass(frozen=True)

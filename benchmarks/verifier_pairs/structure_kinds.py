@@ -1,4 +1,4 @@
-r"""Kinds of pairs of matrices, vectors, complex numbers, numerals and words.
+r"""Kinds of pairs of matrices, vectors, values of several letters, complex numbers, numerals and words.
 
 Left out: a row for a column, and the same number in another base, as the question asks for its form.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from verifier_pairs.forms import Complex, Matrix, Numeral, Vector, Word, grid, rectangular
+from verifier_pairs.forms import Assignment, Complex, Matrix, Numeral, Vector, Word, grid, rectangular
 from verifier_pairs.own_kinds import Answer, right, wrong
 
 Rows = tuple[tuple[int, ...], ...]
@@ -163,6 +163,47 @@ def set_of_entries(gold: Vector) -> Iterator[Answer]:
     yield rf"\{{{', '.join(map(str, gold.entries))}\}}", f"('set', {', '.join(map(str, sorted(set(gold.entries))))})"
 
 
+@right(Assignment)
+def names_in_reverse(gold: Assignment) -> Iterator[Answer]:
+    other = Assignment(gold.values[::-1])
+    yield other.text, other.meaning
+
+
+@right(Assignment)
+def values_first(gold: Assignment) -> Iterator[Answer]:
+    yield ", ".join(f"{value} = {name}" for name, value in gold.values), gold.meaning
+
+
+@right(Assignment)
+def names_joined_by_and(gold: Assignment) -> Iterator[Answer]:
+    yield gold.text.replace(", ", r" \text{ and } "), gold.meaning
+
+
+@wrong(Assignment)
+def values_rotated(gold: Assignment) -> Iterator[Answer]:
+    names, values = zip(*gold.values, strict=True)
+    other = Assignment(tuple(zip(names, (*values[1:], values[0]), strict=True)))
+    yield other.text, other.meaning
+
+
+@wrong(Assignment)
+def one_name_changed(gold: Assignment) -> Iterator[Answer]:
+    other = Assignment((*gold.values[:-1], ("w", gold.values[-1][1])))
+    yield other.text, other.meaning
+
+
+@wrong(Assignment)
+def one_name_lost(gold: Assignment) -> Iterator[Answer]:
+    other = Assignment(gold.values[:-1])
+    yield other.text, other.meaning
+
+
+@wrong(Assignment)
+def one_value_raised(gold: Assignment) -> Iterator[Answer]:
+    other = Assignment((*gold.values[:-1], (gold.values[-1][0], gold.values[-1][1] + 1)))
+    yield other.text, other.meaning
+
+
 @right(Complex)
 def i_first(gold: Complex) -> Iterator[Answer]:
     if gold.real:
@@ -275,45 +316,45 @@ def product_with_the_base(gold: Numeral) -> Iterator[Answer]:
 
 @right(Word)
 def upright_text(gold: Word) -> Iterator[Answer]:
-    yield rf"\text{{{gold.text}}}", ""
-    yield rf"\textbf{{{gold.text}}}", ""
+    for command in ("text", "textbf", "mathrm"):
+        if (answer := rf"\{command}{{{gold.word}}}") != gold.text and (command != "mathrm" or gold.word.isalpha()):
+            yield answer, ""
 
 
 @right(Word)
 def word_in_capitals(gold: Word) -> Iterator[Answer]:
-    if len(gold.text) > 1:
-        yield rf"\text{{{gold.text.upper()}}}", ""
+    if len(gold.word) > 1:
+        yield rf"\text{{{gold.word.upper()}}}", ""
 
 
 @right(Word)
 def word_with_a_full_stop(gold: Word) -> Iterator[Answer]:
-    yield rf"\text{{{gold.text}.}}", ""
+    yield rf"\text{{{gold.word}.}}", ""
 
 
 @wrong(Word)
 def another_of_its_sort(gold: Word) -> Iterator[Answer]:
-    yield gold.other, ""
-    yield rf"\text{{{gold.other}}}", ""
+    yield rf"\text{{{gold.opposite}}}", ""
 
 
 @wrong(Word)
 def both_words(gold: Word) -> Iterator[Answer]:
     for word in ("and", "or"):
-        yield rf"\text{{{gold.text} {word} {gold.other}}}", ""
+        yield rf"\text{{{gold.word} {word} {gold.opposite}}}", ""
 
 
 @wrong(Word)
 def denied_word(gold: Word) -> Iterator[Answer]:
-    yield rf"\text{{not {gold.text}}}", ""
+    yield rf"\text{{not {gold.word}}}", ""
 
 
 @wrong(Word)
 def first_letter_lost(gold: Word) -> Iterator[Answer]:
-    if len(gold.text) > 1:
-        yield rf"\text{{{gold.text[1:]}}}", ""
+    if len(gold.word) > 1:
+        yield rf"\text{{{gold.word[1:]}}}", ""
 
 
 @wrong(Word)
 def its_letters_in_reverse(gold: Word) -> Iterator[Answer]:
-    if gold.text.lower() != gold.text[::-1].lower():
-        yield rf"\text{{{gold.text[::-1]}}}", ""
+    if gold.word.lower() != gold.word[::-1].lower():
+        yield rf"\text{{{gold.word[::-1]}}}", ""
