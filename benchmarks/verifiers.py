@@ -4,7 +4,7 @@ r"""What verifiers wrongly accept and wrongly refuse, kind by kind, on the same 
     python benchmarks/verifiers.py GOLDS... --only ours --per_kind 0       # ours alone, on every pair
     python benchmarks/verifiers.py GOLDS... --trl                          # and TRL's accuracy reward
     python benchmarks/verifiers.py GOLDS... --sample 300                   # prints pairs for reading by eye
-    python benchmarks/verifiers.py --only ours --per_kind 0 --wrong        # our own golds alone; what ours gets wrong
+    python benchmarks/verifiers.py --only ours --per_kind 0 --wrong        # our own golds; and what ours gets wrong
 
 The pairs are other writings of each gold (right) and near-misses (wrong), true by construction
 (``benchmarks/verifier_pairs``): of the golds in the files, and of golds that we write ourselves, whose kinds no file
@@ -27,9 +27,21 @@ from pathlib import Path
 
 from verifier_pairs import Pair, own_pairs, pairs_of
 from verifier_pairs.checks import check
+from verifier_pairs.near_misses import NEAR_MISSES
+from verifier_pairs.own_golds import KINDS_OF_OWN
+from verifier_pairs.writings import WRITINGS
 
 Verifier = Callable[[str, str], bool]
 """Whether a response is right, from the response and the gold."""
+FILES = {*WRITINGS, *NEAR_MISSES}
+OWN = {kind for _, kind in KINDS_OF_OWN}
+"""The names of the kinds of pairs of the files' golds, and of our own."""
+
+
+def line(pair: Pair) -> str:
+    """The gold, whether the answer is the same, the answer (or whole response, on one line), and its kind."""
+    answer = pair.answer.replace("\n", "⏎")
+    return f"{pair.gold.text} {'≡' if pair.same else '≢'} {answer} ‖ {pair.kind}"
 
 
 def distinct_golds(files: Iterable[Path]) -> list[str]:
@@ -129,7 +141,7 @@ def main() -> None:
     found = [*pairs(golds, options.per_kind), *drawn(own_pairs(), options.per_kind)]
     if options.sample:
         for pair in random.Random(1).sample(found, min(options.sample, len(found))):
-            print(f"{pair.gold.text}  {'≡' if pair.same else '≢'}  {pair.answer}    ({pair.kind})")
+            print(line(pair))
         return
     kinds_of = Counter(same for same, _ in {(pair.same, pair.kind) for pair in found})
     print(f"{kinds_of[True]} kinds of other writings and {kinds_of[False]} of near-misses")
@@ -152,13 +164,15 @@ def main() -> None:
         for key, count in sorted(kinds, key=lambda entry: entry[0][1]):
             shares = [100 * wrong.get(key, 0) / count for wrong, _, _ in results.values()]
             print(f"{key[1]:47} {count:6} " + " ".join(f"{share:11.1f} %" for share in shares))
-        total = sum(count for _, count in kinds)
-        shares = [100 * sum(wrong.get(key, 0) for key, _ in kinds) / total for wrong, _, _ in results.values()]
-        print(f"{'all':47} {total:6} " + " ".join(f"{share:11.2f} %" for share in shares))
+        for whose, some in (("of the files", FILES), ("of our own", OWN), ("all", FILES | OWN)):
+            counted = [(key, count) for key, count in kinds if key[1] in some]
+            if total := sum(count for _, count in counted):
+                wrongs = [sum(wrong.get(key, 0) for key, _ in counted) for wrong, _, _ in results.values()]
+                print(f"{whose:47} {total:6} " + " ".join(f"{100 * wrong / total:11.2f} %" for wrong in wrongs))
     print(f"\n{'milliseconds per verdict, median':54} " + " ".join(f"{time:13.2f}" for _, time, _ in results.values()))
     if options.wrong and "ours" in results:
         for pair in results["ours"][2]:
-            print(f"{pair.gold.text}  {'≡' if pair.same else '≢'}  {pair.answer}    ({pair.kind})")
+            print(line(pair))
 
 
 if __name__ == "__main__":

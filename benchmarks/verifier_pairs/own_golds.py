@@ -128,6 +128,8 @@ SENTENCES: list[Own] = [
     *(Said(F(8), "The answer is 2 to the power of 3."), Said(F(7), "The answer is the square root of 49.")),
 ]
 OWN: list[Own] = [*QUANTITIES, *CONDITIONS, *FORMULAS, *STRUCTURES, *SENTENCES]
+KINDS_OF_OWN: set[tuple[bool, str]] = {*KINDS, *((same, name) for same, name, _ in AROUND)}
+"""The label and name of every kind of pairs of these golds."""
 
 
 def own_pairs(golds: list[Own] | None = None) -> Iterator[Pair]:
