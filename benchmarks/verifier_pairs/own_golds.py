@@ -14,6 +14,8 @@ from verifier_pairs import (
     condition_kinds,
     equation_kinds,
     formula_kinds,
+    limits,
+    listed,
     power_kinds,
     quantity_kinds,
     sentences,
@@ -38,12 +40,13 @@ from verifier_pairs.forms import (
 )
 from verifier_pairs.formula_forms import Antiderivative, Bounded, Difference, Power, Product
 from verifier_pairs.golds import Gold
+from verifier_pairs.limits import Limit
 from verifier_pairs.own_kinds import KINDS, Own
 from verifier_pairs.pairs import Pair
 from verifier_pairs.sentences import AROUND, Said, Sentence
 
 MODULES = (
-    *(amount_kinds, condition_kinds, equation_kinds, formula_kinds, power_kinds, quantity_kinds),
+    *(amount_kinds, condition_kinds, equation_kinds, formula_kinds, limits, listed, power_kinds, quantity_kinds),
     *(sentences, structure_kinds),
 )
 """Importing them fills ``KINDS``."""
@@ -55,6 +58,7 @@ QUANTITIES: list[Own] = [
     *starmap(Quantity, [(F(45), "min"), (F(90), "s"), (F(36), "hours"), (F(14), "days"), (F(750), "g")]),
     *starmap(Quantity, [(F("1.2"), "kg"), (F(250), "ml"), (F(8), "liters"), (F(72), "km/h"), (F(15), "m/s")]),
     *starmap(Quantity, [(F(60), "mph"), (F(24), "cm^2"), (F("1.5"), "m^2"), (F(3), "m^3"), (F(500), "cm^3")]),
+    *(Limit("<", F(5), "cm"), Limit(">=", F(90), "s"), Limit(">", F("1.2"), "kg"), Limit("<=", F(60), "mph")),
     *(Compound(2, "hours", 30, "min"), Compound(5, "ft", 9, "in"), Compound(3, "weeks", 7, "days")),
     Compound(7, "min", 15, "s"),
     *map(Money, (540, 1299, 75000, 7, 125050)),
@@ -127,7 +131,7 @@ SENTENCES: list[Own] = [
     *(Said(F(1, 2), "The answer is one half."), Said(F(2, 3), "The answer is two thirds.")),
     *(Said(F(8), "The answer is 2 to the power of 3."), Said(F(7), "The answer is the square root of 49.")),
 ]
-OWN: list[Own] = [*QUANTITIES, *CONDITIONS, *FORMULAS, *STRUCTURES, *SENTENCES]
+OWN: list[Own] = [*QUANTITIES, *CONDITIONS, *FORMULAS, *STRUCTURES, *listed.CLOSED, *listed.TERMS, *SENTENCES]
 KINDS_OF_OWN: set[tuple[bool, str]] = {*KINDS, *((same, name) for same, name, _ in AROUND)}
 """The label and name of every kind of pairs of these golds."""
 

@@ -25,6 +25,9 @@ RIGHT: dict[str, list[str]] = {
         r"Adding 31 and 47, then dividing by 2 gives \boxed{#}.",
         "It is not @. The answer is #.",
     ],
+    "said of a name": ["The value of x is #.", "x equals #.", "# is the answer."],
+    "other delimiters": [r"The answer is \(#\).", r"\[\boxed{#}\]", "We get\n$$#$$"],
+    "inside of the box": [r"\boxed{x = #}", r"\boxed{ # }", r"\boxed{\text{#}}", r"\boxed{$#$}", r"\boxed{\mathbf{#}}"],
     "corrected before": [
         r"At first I got \boxed{@}, but the right one is \boxed{#}.",
         "I thought @, but the answer is #.",
@@ -48,6 +51,14 @@ WRONG: dict[str, list[str | tuple[str, str]]] = {
     "denied": [
         *("The answer is not $#$.", "The answer is not #.", "not $#$", "The answer isn't #.", "It cannot be #."),
         *("The answer is anything but #.", r"The answer is not \boxed{#}."),
+    ],
+    "denied behind it": ["# is not the answer.", "It is false that the answer is #.", r"$\boxed{#}$ is wrong."],
+    "no answer": [
+        *("If the answer were #, 0 would be 1. There is none.", "I don't know whether it is #.", "There is no answer."),
+    ],
+    "part or place in words": [
+        *(("The answer is # out of 1000003.", "n / 1000003"), ("The answer is #% of 1000003.", "n * 1000003 / 100")),
+        ("The answer is the #th prime number.", ""),
     ],
     "bound in words": [
         *("The answer is at least #.", "The answer is at most #.", "The answer is more than #.", "at least #"),
@@ -96,7 +107,13 @@ AROUND: list[tuple[bool, str, str]] = [
     (True, "any form: the answer is", "The answer is $#$."),
     (True, "any form: last line", "We collect what we found above.\n\nAnswer: $#$"),
     (True, "any form: box in a sentence", r"Therefore, the answer is $\boxed{#}$."),
+    (True, "any form: displayed in the box", r"\[\boxed{\displaystyle #}\]"),
+    (True, "any form: full stop in the box", r"\boxed{#.}"),
     (False, "any form: denied", "The answer is not $#$."),
+    (False, "any form: denied in the box", r"\boxed{\text{not } #}"),
+    (False, "any form: or another", r"\boxed{# \text{ or } 8675309}"),
+    (False, "any form: another beside it in the box", r"\boxed{#, \; 8675309}"),
+    (False, "any form: another in a second box", r"\boxed{#} and \boxed{8675309}"),
     (False, "any form: corrected behind", r"At first I got \boxed{#}, but the right one is \boxed{8675309}."),
 ]
 """Of golds of every other form: sentences in which ``#`` is the gold."""
