@@ -14,8 +14,8 @@ import verifiers
 from verifier_pairs import Pair, own_pairs
 from verifier_pairs.checks import agree, check, value, witness
 from verifier_pairs.condition_forms import Between, Circle, Congruence, Inequality, Line
-from verifier_pairs.formula_forms import Bounded, Power, Product
 from verifier_pairs.forms import Matrix, Money, Quantity, Temperature
+from verifier_pairs.formula_forms import Bounded, Power, Product
 from verifier_pairs.golds import Gold
 from verifier_pairs.near_misses import NEAR_MISSES
 from verifier_pairs.own_golds import KINDS_OF_OWN, OWN
@@ -60,7 +60,7 @@ def of(gold: Own, kind: str) -> Pair:
         (Inequality("<", Fraction(5)), "strict against weak", r"x \le 5", {"x": 5}),
         (Inequality(">", Fraction(10**9)), "bound negated", "x > -1000000000", {"x": 0}),
         (Between(Fraction(1), "<", "<=", Fraction(4)), "other second sign", "1 < x < 4", {"x": 4}),
-        (Congruence(3, 7), "modulus doubled", r"x \equiv 3 \pmod{14}", {"x": -11}),
+        (Congruence(3, 7), "modulus doubled", r"x \equiv 3 \pmod{14}", {"x": -4}),
         (Line(2, 3, 7), "line shifted", "2x + 3y = 8", {"x": -3, "y": Fraction(13, 3)}),
         (Circle(0, 0, 5), "radius not squared", "x^2 + y^2 = 5", {"x": 5, "y": 0}),
         (Bounded("max", 5000), "one argument alone", "n", {"n": 0}),
@@ -121,8 +121,11 @@ def test_the_documents_state_how_many_kinds_there_are() -> None:
     text = " ".join((ROOT / "docs" / "verifiers.md").read_text(encoding="utf-8").split())
     own = Counter(same for same, _ in KINDS_OF_OWN)
     assert f"each of 1,335 golds ({len(WRITINGS)} kinds) and near-misses ({len(NEAR_MISSES)} kinds)" in text
-    stated = f"{len(OWN)} golds of our own ({own[True]} kinds of writings, {own[False]} of near-misses, {len(PAIRS):,} pairs)"
-    assert stated in text
+    kinds = f"{own[True]} kinds of writings, {own[False]} of near-misses"
+    assert f"{len(OWN)} golds of our own ({kinds}, {len(PAIRS):,} pairs)" in text
+    confirmed = verifiers.check_labels(PAIRS)
+    assert f"confirms {confirmed:,} labels" in text
+    assert f"(the other {len(PAIRS) - confirmed:,})" in text
 
 
 def test_no_verdict_is_wrong_but_those_that_are_listed_as_open() -> None:

@@ -130,9 +130,9 @@ class Line:
 
     @property
     def points(self) -> tuple[Point, ...]:
-        on = [{"x": x, "y": Fraction(self.c - self.a * x, self.b)} for x in range(-3, 4)]
-        mirrored = [{"x": point["y"], "y": Fraction(point["x"])} for point in on]
-        return (*on, *mirrored, *({"x": x, "y": y} for x in (-2, 0, 5) for y in (-7, 0, 3)))
+        on = [(x, Fraction(self.c - self.a * x, self.b)) for x in range(-3, 4)]
+        both = [point for x, y in on for point in ({"x": x, "y": y}, {"x": y, "y": x})]
+        return (*both, *({"x": x, "y": y} for x in (-2, 0, 5) for y in (-7, 0, 3)))
 
 
 def linear(a: int, b: int, names: str = "xy") -> str:
@@ -159,7 +159,7 @@ class Circle:
 
     @property
     def points(self) -> tuple[Point, ...]:
-        parts = [
+        parts: list[tuple[int | Fraction, int | Fraction]] = [
             (1, 0),
             (0, -1),
             (Fraction(3, 5), Fraction(4, 5)),

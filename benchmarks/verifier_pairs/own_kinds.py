@@ -34,7 +34,7 @@ KINDS: dict[tuple[bool, str], tuple[type, Maker]] = {}
 
 def _kind(same: bool, of: type[G]) -> Callable[[Callable[[G], Iterator[Answer]]], Maker]:
     def add(maker: Callable[[G], Iterator[Answer]]) -> Maker:
-        name = f"{of.__name__.lower()}: {maker.__name__.replace('_', ' ').strip()}"  # type: ignore[attr-defined]
+        name = f"{of.__name__.lower()}: {maker.__name__.replace('_', ' ').strip()}"
         assert (same, name) not in KINDS, name
         KINDS[same, name] = (of, maker)
         return maker
