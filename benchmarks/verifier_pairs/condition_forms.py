@@ -130,9 +130,9 @@ class Line:
 
     @property
     def points(self) -> tuple[Point, ...]:
-        on = [(x, Fraction(self.c - self.a * x, self.b)) for x in range(-3, 4)]
-        both = [point for x, y in on for point in ({"x": x, "y": y}, {"x": y, "y": x})]
-        return (*both, *({"x": x, "y": y} for x in (-2, 0, 5) for y in (-7, 0, 3)))
+        on = [(Fraction(x), Fraction(self.c - self.a * x, self.b)) for x in range(-3, 4)]
+        beside = [(Fraction(x), Fraction(y)) for x in (-2, 0, 5) for y in (-7, 0, 3)]
+        return tuple({"x": x, "y": y} for x, y in [*on, *((y, x) for x, y in on), *beside])
 
 
 def linear(a: int, b: int, names: str = "xy") -> str:

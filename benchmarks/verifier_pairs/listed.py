@@ -1,5 +1,5 @@
-r"""Closed numbers and terms whose other writings and near-misses are listed one by one: identities of school, and
-coincidences that hold to many digits, or at most points, but not exactly or everywhere.
+r"""Closed numbers, terms and sets of solutions whose other writings and near-misses are listed one by one: identities
+of school, and coincidences that hold to many digits, or at most points, but not exactly or everywhere.
 
 Left out: ``\ln x^2`` for ``2\ln x``, and others that differ in their domain alone.
 """
@@ -134,6 +134,75 @@ e^{-x} :: exp(-x) :: 1, 2, 7/3, -3, 0
 """
 """Likewise, of terms in x, with the values of x at which they are compared."""
 
+SETS = r"""
+\pm 3 :: x in (3, -3) :: 3, -3, 4, -4, 0
+  ≡ x = \pm 3 :: x == 3 or x == -3
+  ≡ 3, -3 :: x in (-3, 3)
+  ≡ \{-3, 3\} :: x in (-3, 3)
+  ≡ x = -3 \text{ or } x = 3 :: x == 3 or x == -3
+  ≡ \mp 3 :: x in (-3, 3)
+  ≢ 3 :: x == 3
+  ≢ -3 :: x == -3
+  ≢ \pm 4 :: x in (-4, 4)
+  ≢ 0 :: x == 0
+  ≢ -3 < x < 3 :: bool(-3 < x) and bool(x < 3)
+2 \pm \sqrt{5} :: (x - 2)**2 == 5 :: 0, 2
+  ≡ 2+\sqrt{5}, 2-\sqrt{5} :: x in (2 + sqrt(5), 2 - sqrt(5))
+  ≡ \frac{4 \pm \sqrt{20}}{2} :: (2 * x - 4)**2 == 20
+  ≢ 2 :: x == 2
+\emptyset :: x != x :: 0, 1
+  ≡ \varnothing :: x != x
+  ≡ \{\} :: x != x
+  ≢ 0 :: x == 0
+  ≢ \{0\} :: x == 0
+  ≢ \mathbb{R} :: x == x
+\mathbb{R} :: x == x :: 0, 1, 1/2, -3
+  ≡ (-\infty, \infty) :: x == x
+  ≡ x \in \mathbb{R} :: x == x
+  ≡ \text{all real numbers} :: x == x
+  ≢ \mathbb{Z} :: x % 1 == 0
+  ≢ \mathbb{R} \setminus \{0\} :: x != 0
+  ≢ [0, \infty) :: x >= 0
+  ≢ \emptyset :: x != x
+\mathbb{R} \setminus \{2\} :: x != 2 :: 0, 1, 2, -2
+  ≡ (-\infty, 2) \cup (2, \infty) :: bool(x < 2) or bool(x > 2)
+  ≡ x \ne 2 :: x != 2
+  ≡ \text{all real numbers except } 2 :: x != 2
+  ≢ \{2\} :: x == 2
+  ≢ \mathbb{R} :: x == x
+  ≢ \mathbb{R} \setminus \{-2\} :: x != -2
+  ≢ \mathbb{R} \setminus \{1, 2\} :: x not in (1, 2)
+\{1, 2, 3\} :: x in (1, 2, 3) :: 0, 1, 2, 3, 4, 3/2, 6
+  ≡ \{3, 1, 2\} :: x in (3, 1, 2)
+  ≡ \{1, 2\} \cup \{3\} :: x in (1, 2) or x == 3
+  ≢ \{1, 2\} :: x in (1, 2)
+  ≢ \{1, 2, 4\} :: x in (1, 2, 4)
+  ≢ \{1, 2, 3, 4\} :: x in (1, 2, 3, 4)
+  ≢ 6 :: x == 6
+  ≢ [1, 3] :: bool(1 <= x) and bool(x <= 3)
+x^2 = 4 :: x in (2, -2) :: 2, -2, 4
+  ≡ 4 = x^2 :: 4 == x**2
+  ≢ x = 2 :: x == 2
+  ≢ x^2 = 2 :: x**2 == 2
+  ≢ x = 4 :: x == 4
+"""
+"""Likewise, of sets of numbers x."""
+PERIODIC = r"""
+x = \frac{\pi}{4} + k\pi, k \in \mathbb{Z} :: (4 * x - 1) % 4 == 0 :: 1/4, 5/4, -3/4, 3/4, 0, 1
+  ≡ x = \frac{\pi}{4} + n\pi, n \in \mathbb{Z} :: (4 * x - 1) % 4 == 0
+  ≡ x = \frac{5\pi}{4} + k\pi, k \in \mathbb{Z} :: (4 * x - 5) % 4 == 0
+  ≢ x = \frac{\pi}{4} + 2k\pi, k \in \mathbb{Z} :: (4 * x - 1) % 8 == 0
+  ≢ x = \frac{\pi}{4} :: 4 * x == 1
+  ≢ x = \frac{3\pi}{4} + k\pi, k \in \mathbb{Z} :: (4 * x - 3) % 4 == 0
+  ≢ x = \frac{\pi}{4} + \frac{k\pi}{2}, k \in \mathbb{Z} :: (4 * x - 1) % 2 == 0
+x = k\pi, k \in \mathbb{Z} :: x % 1 == 0 :: 0, 1, 2, -1, 1/2
+  ≡ x = \pi n, n \in \mathbb{Z} :: x % 1 == 0
+  ≢ x = 2k\pi, k \in \mathbb{Z} :: x % 2 == 0
+  ≢ x = \frac{k\pi}{2}, k \in \mathbb{Z} :: (2 * x) % 1 == 0
+  ≢ x = 0 :: x == 0
+"""
+"""Likewise, where the meaning is of x over pi."""
+
 
 @dataclass(frozen=True)
 class Closed:
@@ -148,6 +217,16 @@ class Closed:
 @dataclass(frozen=True)
 class Term:
     """A term in x, others that equal it at every point, and others that do not at one of ``points``."""
+
+    text: str
+    meaning: str
+    answers: dict[str, list[Answer]]
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Solutions:
+    """A set of numbers, others that have the same elements, and others that differ by one of ``points``."""
 
     text: str
     meaning: str
@@ -172,9 +251,18 @@ def entries(table: str) -> Iterator[tuple[list[str], dict[str, list[Answer]]]]:
 
 
 CLOSED = [Closed(text, meaning, answers) for (text, meaning), answers in entries(NUMBERS)]
-TERMS = [
-    Term(text, meaning, answers, tuple({"x": Fraction(value)} for value in at.split(", ")))
-    for (text, meaning, at), answers in entries(IN_X)
+
+
+def at(values: str) -> tuple[Point, ...]:
+    """Points by the values of x: ``0, 1/2``."""
+    return tuple({"x": Fraction(value)} for value in values.split(", "))
+
+
+TERMS = [Term(text, meaning, answers, at(values)) for (text, meaning, values), answers in entries(IN_X)]
+SOLUTIONS = [
+    Solutions(text, meaning, answers, at(values))
+    for table in (SETS, PERIODIC)
+    for (text, meaning, values), answers in entries(table)
 ]
 
 
@@ -195,4 +283,14 @@ def term_by_an_identity(gold: Term) -> Iterator[Answer]:
 
 @wrong(Term)
 def term_alike_at_most_points(gold: Term) -> Iterator[Answer]:
+    yield from gold.answers["≢"]
+
+
+@right(Solutions)
+def the_same_solutions(gold: Solutions) -> Iterator[Answer]:
+    yield from gold.answers["≡"]
+
+
+@wrong(Solutions)
+def other_solutions(gold: Solutions) -> Iterator[Answer]:
     yield from gold.answers["≢"]

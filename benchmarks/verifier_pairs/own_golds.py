@@ -132,7 +132,16 @@ SENTENCES: list[Own] = [
     *(Said(F(1, 2), "The answer is one half."), Said(F(2, 3), "The answer is two thirds.")),
     *(Said(F(8), "The answer is 2 to the power of 3."), Said(F(7), "The answer is the square root of 49.")),
 ]
-OWN: list[Own] = [*QUANTITIES, *CONDITIONS, *FORMULAS, *STRUCTURES, *listed.CLOSED, *listed.TERMS, *SENTENCES]
+OWN: list[Own] = [
+    *QUANTITIES,
+    *CONDITIONS,
+    *FORMULAS,
+    *STRUCTURES,
+    *listed.CLOSED,
+    *listed.TERMS,
+    *listed.SOLUTIONS,
+    *SENTENCES,
+]
 KINDS_OF_OWN: set[tuple[bool, str]] = {*KINDS, *((same, name) for same, name, _ in AROUND)}
 """The label and name of every kind of pairs of these golds."""
 
