@@ -17,6 +17,7 @@ from verifier_pairs import (
     formula_kinds,
     limits,
     listed,
+    number_kinds,
     power_kinds,
     quantity_kinds,
     sentences,
@@ -47,7 +48,17 @@ from verifier_pairs.pairs import Pair
 from verifier_pairs.sentences import AROUND, Said, Sentence
 
 MODULES = (
-    *(amount_kinds, condition_kinds, equation_kinds, formula_kinds, limits, listed, power_kinds, quantity_kinds),
+    *(
+        amount_kinds,
+        condition_kinds,
+        equation_kinds,
+        formula_kinds,
+        limits,
+        listed,
+        number_kinds,
+        power_kinds,
+        quantity_kinds,
+    ),
     *(sentences, structure_kinds),
 )
 """Importing them fills ``KINDS``."""
