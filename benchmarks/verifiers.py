@@ -4,10 +4,13 @@ r"""What verifiers wrongly accept and wrongly refuse, kind by kind, on the same 
     python benchmarks/verifiers.py GOLDS... --only ours --per_kind 0       # ours alone, on every pair
     python benchmarks/verifiers.py GOLDS... --trl                          # and TRL's accuracy reward
     python benchmarks/verifiers.py GOLDS... --sample 300                   # prints pairs for reading by eye
+    python benchmarks/verifiers.py --only ours --per_kind 0 --wrong        # our own golds; and what ours gets wrong
 
 The pairs are other writings of each gold (right) and near-misses (wrong), true by construction
-(``benchmarks/verifier_pairs``). Where both sides are closed numbers, sympy evaluates them to 60 digits, independently
-of every verifier, and a pair whose label it contradicts ends the run. ``--trl`` needs trl installed.
+(``benchmarks/verifier_pairs``): of the golds in the files, and of golds that we write ourselves, whose kinds no file
+has. sympy confirms labels independently of every verifier, and a pair whose label it contradicts ends the run: closed
+numbers to 60 digits; of our own golds everything but words and sentences, at points that tell the two apart or do not.
+``--trl`` needs trl installed.
 """
 
 from __future__ import annotations
@@ -22,10 +25,23 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from verifier_pairs import Pair, pairs_of
+from verifier_pairs import Pair, own_pairs, pairs_of
+from verifier_pairs.checks import check
+from verifier_pairs.near_misses import NEAR_MISSES
+from verifier_pairs.own_golds import KINDS_OF_OWN
+from verifier_pairs.writings import WRITINGS
 
 Verifier = Callable[[str, str], bool]
 """Whether a response is right, from the response and the gold."""
+FILES = {*WRITINGS, *NEAR_MISSES}
+OWN = {kind for _, kind in KINDS_OF_OWN}
+"""The names of the kinds of pairs of the files' golds, and of our own."""
+
+
+def line(pair: Pair) -> str:
+    """The gold, whether the answer is the same, the answer (or whole response, on one line), and its kind."""
+    answer = pair.answer.replace("\n", "⏎")
+    return f"{pair.gold.text} {'≡' if pair.same else '≢'} {answer} ‖ {pair.kind}"
 
 
 def distinct_golds(files: Iterable[Path]) -> list[str]:
@@ -41,33 +57,24 @@ def distinct_golds(files: Iterable[Path]) -> list[str]:
 
 def pairs(golds: Iterable[str], per_kind: int, seed: int = 0) -> list[Pair]:
     """All pairs of the golds, or at most ``per_kind`` of each kind, drawn at random."""
+    return drawn((pair for gold in golds for pair in pairs_of(gold)), per_kind, seed)
+
+
+def drawn(found: Iterable[Pair], per_kind: int, seed: int = 0) -> list[Pair]:
+    """All of these pairs, sorted by kind, or at most ``per_kind`` of each kind, drawn at random."""
     by_kind: dict[tuple[bool, str], list[Pair]] = defaultdict(list)
-    for gold in golds:
-        for pair in pairs_of(gold):
-            by_kind[pair.same, pair.kind].append(pair)
+    for pair in found:
+        by_kind[pair.same, pair.kind].append(pair)
     generator = random.Random(seed)
-    for kind, found in by_kind.items():
-        if per_kind and len(found) > per_kind:
-            by_kind[kind] = generator.sample(found, per_kind)
-    return [pair for found in by_kind.values() for pair in found]
+    for kind, pairs_of_it in by_kind.items():
+        if per_kind and len(pairs_of_it) > per_kind:
+            by_kind[kind] = generator.sample(pairs_of_it, per_kind)
+    return [pair for pairs_of_it in by_kind.values() for pair in pairs_of_it]
 
 
 def check_labels(found: Iterable[Pair]) -> int:
-    """Evaluate both sides of pairs of closed numbers to 60 digits; how many were checked. Raises for a wrong label."""
-    import sympy
-
-    checked = 0
-    for pair in found:
-        if not pair.closed or pair.gold.value is None:
-            continue
-        value = sympy.sympify(pair.closed, evaluate=True)
-        gold = sympy.Rational(pair.gold.value.numerator, pair.gold.value.denominator)
-        difference = abs(sympy.N(value - gold, 60, chop=False))
-        same = bool(difference < sympy.Float(10) ** -50 * (1 + abs(gold)))
-        if same != pair.same:
-            raise AssertionError(f"{pair}: its label is wrong, {value} and {gold}")
-        checked += 1
-    return checked
+    """How many labels sympy confirms, where there is something to compute. Raises for a wrong label."""
+    return sum(check(pair) for pair in found)
 
 
 def ours() -> Verifier:
@@ -109,7 +116,7 @@ def measured(judge: Verifier, found: list[Pair]) -> tuple[dict[tuple[bool, str],
     for pair in found:
         started = time.perf_counter()
         try:
-            same = judge(rf"\boxed{{{pair.answer}}}", pair.gold.text)
+            same = judge(pair.response, pair.gold.text)
         except Exception:  # a verifier that raises has not accepted
             same = False
         times.append(time.perf_counter() - started)
@@ -121,7 +128,7 @@ def measured(judge: Verifier, found: list[Pair]) -> tuple[dict[tuple[bool, str],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("golds", nargs="+", type=Path, help="files of JSON lines with a field answer")
+    parser.add_argument("golds", nargs="*", type=Path, help="files of JSON lines with a field answer")
     parser.add_argument("--per_kind", type=int, default=100, help="pairs of a kind, drawn at random; 0: all")
     names = ["ours", "math-verify", "dapo strict", "dapo lenient", "trl"]
     parser.add_argument("--only", choices=names, help="one verifier")
@@ -130,12 +137,15 @@ def main() -> None:
     parser.add_argument("--wrong", action="store_true", help="print the pairs that ours judges wrong")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    found = pairs(distinct_golds(path for path in options.golds if "verifier_cases" not in path.name), options.per_kind)
+    golds = distinct_golds(path for path in options.golds if "verifier_cases" not in path.name)
+    found = [*pairs(golds, options.per_kind), *drawn(own_pairs(), options.per_kind)]
     if options.sample:
         for pair in random.Random(1).sample(found, min(options.sample, len(found))):
-            print(f"{pair.gold.text}  {'≡' if pair.same else '≢'}  {pair.answer}    ({pair.kind})")
+            print(line(pair))
         return
-    print(f"{len(found)} pairs, {check_labels(found)} of them with two closed numbers whose labels sympy confirms")
+    kinds_of = Counter(same for same, _ in {(pair.same, pair.kind) for pair in found})
+    print(f"{kinds_of[True]} kinds of other writings and {kinds_of[False]} of near-misses")
+    print(f"{len(found)} pairs, {check_labels(found)} of which have a label that sympy confirms")
     judges = {
         "ours": ours,
         "math-verify": library,
@@ -149,18 +159,20 @@ def main() -> None:
     counts = Counter((pair.same, pair.kind) for pair in found)
     results = {name: measured(make(), found) for name, make in judges.items()}
     for same, title in ((False, "wrongly accepted"), (True, "wrongly refused")):
-        print(f"\n{title:34} {'pairs':>6} " + " ".join(f"{name:>13}" for name in judges))
+        print(f"\n{title:47} {'pairs':>6} " + " ".join(f"{name:>13}" for name in judges))
         kinds = [(key, count) for key, count in counts.items() if key[0] is same]
         for key, count in sorted(kinds, key=lambda entry: entry[0][1]):
             shares = [100 * wrong.get(key, 0) / count for wrong, _, _ in results.values()]
-            print(f"{key[1]:34} {count:6} " + " ".join(f"{share:11.1f} %" for share in shares))
-        total = sum(count for _, count in kinds)
-        shares = [100 * sum(wrong.get(key, 0) for key, _ in kinds) / total for wrong, _, _ in results.values()]
-        print(f"{'all':34} {total:6} " + " ".join(f"{share:11.2f} %" for share in shares))
-    print(f"\n{'milliseconds per verdict, median':41} " + " ".join(f"{time:13.2f}" for _, time, _ in results.values()))
+            print(f"{key[1]:47} {count:6} " + " ".join(f"{share:11.1f} %" for share in shares))
+        for whose, some in (("of the files", FILES), ("of our own", OWN), ("all", FILES | OWN)):
+            counted = [(key, count) for key, count in kinds if key[1] in some]
+            if total := sum(count for _, count in counted):
+                wrongs = [sum(wrong.get(key, 0) for key, _ in counted) for wrong, _, _ in results.values()]
+                print(f"{whose:47} {total:6} " + " ".join(f"{100 * wrong / total:11.2f} %" for wrong in wrongs))
+    print(f"\n{'milliseconds per verdict, median':54} " + " ".join(f"{time:13.2f}" for _, time, _ in results.values()))
     if options.wrong and "ours" in results:
         for pair in results["ours"][2]:
-            print(f"{pair.gold.text}  {'≡' if pair.same else '≢'}  {pair.answer}    ({pair.kind})")
+            print(line(pair))
 
 
 if __name__ == "__main__":

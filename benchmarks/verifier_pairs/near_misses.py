@@ -1,5 +1,7 @@
-r"""Near-misses of a gold: answers that look like it and are others, by rules that no verifier was made by. Like the
-writings, each returns the answer or None, of closed numbers also as an expression of Python."""
+r"""Near-misses of a gold: answers that look like it and are others. The authors of our verifier knew all of these kinds
+when they wrote its rules, as they wrote both; a low error on them says little of other kinds, for which see
+``own_golds.py``. Like the writings, each returns the answer or None, of closed numbers also as an expression of
+Python."""
 
 from __future__ import annotations
 
