@@ -22,7 +22,7 @@ FILES = {
 
 # From the bottom up. A file may import from its own part and from those above it in this list, which lie below it.
 LAYERS = [
-    *("version", "errors", "timing", "resampling", "seeding", "types", "functional", "rendering"),
+    *("version", "errors", "timing", "resampling", "seeding", "types", "methods", "functional", "rendering"),
     *("batches.ragged", "batches.sequences", "guards", "ranks", "batches", "runs"),
     *("regularizers", "models", "engines", "rewards", "sources", "tasks", "evaluation", "update"),
     *("callbacks", "modules", "datamodules", "strategies", "dry_run", "studies", "cli"),

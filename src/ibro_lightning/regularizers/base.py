@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from ibro_lightning.batches.experience import Experience, MicroBatch, TokenStats
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.functional import HeadFunctional
+from ibro_lightning.methods import Method
 from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.regularizers.coefficients import Coefficient, as_coefficient
 
@@ -55,6 +56,8 @@ class EntropyRegularizer(ABC):
             While it is 0, the term is not computed.
     """
 
+    method: ClassVar[Method | None] = None
+    """What the table of ``docs/methods.md`` says of the class; the package's own have one each."""
     needs_entropy: bool = True
     """Whether :meth:`objective` reads ``stats.entropy``; otherwise entropies have no gradient."""
     prepare_needs_scores: bool = False

@@ -26,6 +26,7 @@ from ibro_lightning.functional import (
     gspo_surrogate,
     token_mean,
 )
+from ibro_lightning.methods import Method
 from ibro_lightning.regularizers import EntropyRegularizer, NoRegularizer, StepContext
 from ibro_lightning.regularizers.base import does_not_inherit
 from ibro_lightning.regularizers.coefficients import Coefficient, Constant
@@ -52,6 +53,12 @@ class PolicyLoss:
         kl: a penalty to a reference policy, with β.
     """
 
+    method = Method(
+        formula="max(−rA, −clip(r, 1 − ε_low, 1 + ε_high)·A), at most −cA for A < 0",
+        source="arXiv 1707.06347, 2503.14476, 1912.09729",
+        certainty="paper",
+        recipe="surrogate: ppo",
+    )
     clip_ratio_low_may_be_one = False
     has_dual_clip = True
     must_be_finite = ("update/policy_loss",)
@@ -200,6 +207,12 @@ class GSPOLoss(PolicyLoss):
     """One clipped ratio per response, the geometric mean of its tokens' ratios (arXiv 2507.18071): clip ratios near
     3e-4, with the aggregation ``seq-mean-token-mean``."""
 
+    method = Method(
+        formula="as ppo, with r = exp(mean log r) of the whole response",
+        source="arXiv 2507.18071",
+        certainty="paper",
+        recipe="surrogate: gspo",
+    )
     zero_without_advantage = True
 
     def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
@@ -219,6 +232,9 @@ class CISPOLoss(PolicyLoss):
     """``−sg(clip(r))·A·log π`` (arXiv 2506.13585): the clipped ratio is a weight, and no token loses its gradient. It
     has no dual clip; ``clip_ratio_low`` 1 means no lower bound, as in the paper."""
 
+    method = Method(
+        formula="−sg(clip(r))·A·log π", source="arXiv 2506.13585", certainty="paper", recipe="surrogate: cispo"
+    )
     clip_ratio_low_may_be_one = True
     has_dual_clip = False
     zero_without_advantage = True
