@@ -33,7 +33,8 @@ def written(page: str) -> str:
     for name, content in tables().items():
         before, found, after = page.partition(f"<!-- table: {name} -->\n")
         _, end, after = after.partition("<!-- end -->")
-        assert found and end, f"docs/methods.md has no place for the table of {name}"
+        assert found, f"docs/methods.md has no place for the table of {name}"
+        assert end, f"docs/methods.md has no place for the table of {name}"
         page = f"{before}{found}{content}\n{end}{after}"
     return page
 

@@ -37,8 +37,8 @@ OURS = "ibro_lightning"
 BAD_YAML = "Problems parsing config: "
 MISSING = "missing - "
 """In place of the value of a required setting that is not given."""
-NOT_OFFERED = ("PolicyLossMethod", "CorrectPathEntropySuppression", "GoldTrial")
-"""A base class, a former name, and what the pool builds itself: no message names them among those to choose from."""
+NOT_OFFERED = ("PolicyLossMethod", "CorrectPathEntropySuppression", "GoldTrial", "Anchor")
+"""A base class, a former name, and what the pool and SIREN build: no message names them among those to choose from."""
 DEMOS = "lightning.pytorch.demos"
 """Lightning's examples, known once somebody imports them."""
 MANY = 16

@@ -1,6 +1,7 @@
 """Entropy regularisers and related methods, one small class each, chosen in YAML by ``class_path``."""
 
 from ibro_lightning.regularizers.base import EntropyRegularizer, PolicyLossMethod, StepContext
+from ibro_lightning.regularizers.conditional_entropy_shaping import ConditionalEntropyShaping
 from ibro_lightning.regularizers.covariance import ClipCov, KLCov
 from ibro_lightning.regularizers.entropy_bonus import EntropyBonus
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
@@ -13,12 +14,21 @@ from ibro_lightning.regularizers.information_bottleneck import (
 from ibro_lightning.regularizers.none import NoRegularizer
 from ibro_lightning.regularizers.of_the_head import AEnt, RenyiBonus
 from ibro_lightning.regularizers.shaped_advantage import EntropyShapedAdvantage
+from ibro_lightning.regularizers.siren import SIREN
+from ibro_lightning.regularizers.steer import STEER
+from ibro_lightning.regularizers.told_apart import (
+    PassRateInformationBottleneck,
+    PositionCentredInformationBottleneck,
+)
 from ibro_lightning.regularizers.top_entropy import TopEntropyTokens
 
 __all__ = [
     "IBRO",
+    "SIREN",
+    "STEER",
     "AEnt",
     "ClipCov",
+    "ConditionalEntropyShaping",
     "CorrectPathEntropySuppression",
     "EntropyBonus",
     "EntropyRegularizer",
@@ -28,7 +38,9 @@ __all__ = [
     "KLCov",
     "NoRegularizer",
     "OppositeInformationBottleneck",
+    "PassRateInformationBottleneck",
     "PolicyLossMethod",
+    "PositionCentredInformationBottleneck",
     "RenyiBonus",
     "StepContext",
     "TopEntropyTokens",

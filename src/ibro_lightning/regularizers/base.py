@@ -19,6 +19,10 @@ from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.regularizers.coefficients import Coefficient, as_coefficient
 
 
+def _nobody_tells(*_: Any, **__: Any) -> dict[str, Tensor]:
+    raise NotImplementedError("this context comes from no Scorer: give StepContext a function tell")
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What a loss and its regulariser can use in an optimizer step, besides the step itself."""
@@ -36,6 +40,11 @@ class StepContext:
     """The policy's number of positions; None: not in its configuration."""
     ranks: Ranks = ALONE
     """Sums and means over the tokens of all ranks that share the step."""
+    tell: Callable[..., dict[str, Tensor]] = _nobody_tells
+    """``tell(sequences, temperature, functionals)`` → ``{name: [N]}``: what these functionals give under the present
+    policy, without gradients, for any number of sequences without padding."""
+    micro: MicroBatch | None = None
+    """The micro-batch over which the policy is about to run, in :meth:`EntropyRegularizer.functionals`."""
 
 
 class EntropyRegularizer(ABC):

@@ -141,7 +141,7 @@ class PolicyLoss:
         optimizer step: the policy is still the one that sampled, so its scores serve as the old ones."""
         active, unscored = bool(self.regularizer.coef), micro.old_logp is None
         with_entropy = unscored or (active and self.regularizer.needs_entropy)
-        asked = self.regularizer.functionals(context) if active else {}
+        asked = self.regularizer.functionals(replace(context, micro=micro)) if active else {}
         options: dict[str, Any] = {"functionals": asked} if asked else {}  # a policy of one's own need not know them
         answer: Any = context.policy(
             micro.sequences, temperature=micro.temperature, with_entropy=with_entropy, **options
