@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ibro_lightning import regularizers
 from ibro_lightning.methods import Method, table
-from ibro_lightning.update.loss import LOSSES
+from ibro_lightning.update.surrogates import LOSSES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 

@@ -157,7 +157,7 @@ def test_a_module_names_its_parameters(tiny_policy: Path) -> None:
 COMMAND_LINE = {
     # what is typed: the line
     "--model.clip_ratio_low -1": "model.clip_ratio_low: -1.0 - write a number between 0 and 1, such as 0.2",
-    "--model.clip_ratio_low x": "model.clip_ratio_low: 'x' - write a number",
+    "--model.clip_ratio_low x": f"model.clip_ratio_low: 'x' - write a number, or {COEFFICIENTS}",
     "--model.update_epochs 1.5": "model.update_epochs: '1.5' - write a whole number",
     "--model.advantage nope": "model.advantage: 'nope' - write one of grpo, dr_grpo, rloo, reinforce++",
     "--checkpoint.mode best": "checkpoint.mode: 'best' - write max or min",

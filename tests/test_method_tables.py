@@ -11,7 +11,7 @@ import yaml
 from ibro_lightning import regularizers
 from ibro_lightning.methods import Method, table
 from ibro_lightning.regularizers import EntropyRegularizer
-from ibro_lightning.update.loss import LOSSES
+from ibro_lightning.update.surrogates import LOSSES
 from method_tables import PAGE, own, tables, written
 
 FORMER = {"CorrectPathEntropySuppression"}

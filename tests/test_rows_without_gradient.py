@@ -31,7 +31,7 @@ from ibro_lightning.regularizers import (
 )
 from ibro_lightning.regularizers.coefficients import Constant
 from ibro_lightning.update import PlainLoop, PolicyLoss, ReferenceKL, Scorer, Updater
-from ibro_lightning.update.loss import CISPOLoss, GSPOLoss
+from ibro_lightning.update.surrogates import CISPOLoss, GSPOLoss
 
 torch.set_num_threads(1)
 WITHOUT = [2, 3, 6, 7]

@@ -35,13 +35,15 @@ from ibro_lightning.functional import (
 from ibro_lightning.models import PolicyLike, PolicyOptions
 from ibro_lightning.modules.policy_module import PolicyModule
 from ibro_lightning.regularizers import EntropyRegularizer
+from ibro_lightning.regularizers.coefficients import Coefficient
 from ibro_lightning.timing import PhaseTimer
 from ibro_lightning.update.correction import SamplerCorrection
 from ibro_lightning.update.diagnostics import experience_metrics, observe
-from ibro_lightning.update.loss import PolicyLoss, Surrogate, loss_class
+from ibro_lightning.update.loss import PolicyLoss
 from ibro_lightning.update.reference import ReferenceKL
 from ibro_lightning.update.scoring import OldLogp, Scorer
 from ibro_lightning.update.steps import TokenBudget
+from ibro_lightning.update.surrogates import Surrogate, loss_class
 from ibro_lightning.update.updater import Updater, update_metrics
 from ibro_lightning.update.whitening import whiten
 
@@ -73,8 +75,8 @@ class DAPOModule(PolicyModule):
         advantage: AdvantageEstimator = "grpo",
         regularizer: EntropyRegularizer | None = None,
         surrogate: Surrogate | type[PolicyLoss] = "ppo",
-        clip_ratio_low: float = 0.2,
-        clip_ratio_high: float = 0.28,
+        clip_ratio_low: Coefficient | float = 0.2,
+        clip_ratio_high: Coefficient | float = 0.28,
         dual_clip: float | None = 10.0,
         aggregation: AggregationMode = "token-mean",
         aggregation_max_tokens: int | None = None,
@@ -140,7 +142,7 @@ class DAPOModule(PolicyModule):
         loss.start_iteration()
         with timer("prepare"), torch.no_grad():
             experience = self.prepare(rollout)  # score → advantages [N]
-            observe(self.regularizer.coefficient, experience.old_entropy, experience, self.ranks)
+            observe(loss.given_entropy, experience.old_entropy, experience, self.ranks)
         further = watched(self, rollout, experience)
         with timer("update"):
             steps = updater.steps(experience, loss, context)
@@ -153,7 +155,7 @@ class DAPOModule(PolicyModule):
         self.report_skipped_steps(rollout)
         curves = {**update_metrics(experience, measured, self.ranks), **self.experience_metrics(scored, rollout)}
         if self.kl is not None:  # for the next iteration: the logged coefficient is the one used in this
-            observe(self.kl.coefficient, scored.extra["reference_kl"], scored, self.ranks)
+            observe([self.kl.coefficient], scored.extra["reference_kl"], scored, self.ranks)
         return {**curves, **further, **shift, **timer.metrics()}
 
     def prepare(self, rollout: Rollout) -> Experience:

@@ -90,6 +90,13 @@ class EntropyRegularizer(ABC):
         """The present α."""
         return self.coefficient.value
 
+    @property
+    def coefficients(self) -> dict[str, Coefficient]:
+        """All numbers of the method that may move, by name: α is ``coef``, and a method with further weights adds them.
+        They count the iterations, observe the policy's entropy before every update, are part of the checkpoint, and are
+        the curves ``regularizer/name``."""
+        return {"coef": self.coefficient}
+
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         """Called without gradients before the step is split into micro-batches: for statistics of the whole step, for
         another advantage, and for ``step.with_extra(name=…)``, whose mean is logged as ``regularizer/name``. The step's

@@ -28,6 +28,12 @@ class Coefficient(ABC):
     def value(self) -> float:
         """The present factor of the term."""
 
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The least and the largest value that it can take; None: not known. A setting that allows only some values,
+        such as a clip ratio, refuses a coefficient that could leave them."""
+        return None
+
     def start_iteration(self) -> None:
         """Count an iteration, before its first use of the value."""
         self.state["iterations"] += 1
@@ -61,6 +67,10 @@ class Constant(Coefficient):
     def value(self) -> float:
         return self.coef
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.coef, self.coef
+
 
 class Schedule(Coefficient):
     """From one value in the first iteration to another, then constant.
@@ -82,6 +92,10 @@ class Schedule(Coefficient):
     def progress(self) -> float:
         """0 in the first iteration, 1 after ``iterations``."""
         return min(1.0, max(0.0, self.state["iterations"] - 1) / self.iterations)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return min(self.start, self.end), max(self.start, self.end)
 
 
 class Linear(Schedule):
@@ -127,6 +141,10 @@ class TargetEntropy(Coefficient):
     def value(self) -> float:
         return self.state["coef"] * self.state["active"]
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return 0.0, self.maximum
+
     def move(self, measured: float, samples: int) -> None:
         moved = self.state["coef"] + (self.step if measured < self.target else -self.step)
         self.state["coef"] = min(max(moved, 0.0), self.maximum)
@@ -136,8 +154,8 @@ class TargetEntropy(Coefficient):
 class EntropyBand(Coefficient):
     """A proportional-integral controller that keeps entropy between two bounds; inside them the integral holds.
 
-    ``coef = start + kp·e + ki·Σe``, cut to [0, maximum], with ``e`` how far entropy is below ``low`` (positive) or
-    above ``high`` (negative), in nats. Meant for a term that raises entropy. While the coefficient is at a limit,
+    ``coef = start + kp·e + ki·Σe``, cut to [minimum, maximum], with ``e`` how far entropy is below ``low`` (positive)
+    or above ``high`` (negative), in nats. Meant for a term that raises entropy. While the coefficient is at a limit,
     errors that push further against it are not summed (anti-windup).
 
     Args:
@@ -147,6 +165,7 @@ class EntropyBand(Coefficient):
         integral: gain, coefficient per nat and iteration.
         start: the initial coefficient inside the band.
         maximum: upper limit.
+        minimum: lower limit; a clip ratio needs one above 0.
     """
 
     measures = "entropy"
@@ -159,6 +178,7 @@ class EntropyBand(Coefficient):
         integral: float = 0.001,
         start: float = 0.0,
         maximum: float = 1.0,
+        minimum: float = 0.0,
     ) -> None:
         check_at_least("high", high, 0)
         if not (is_number(low) and 0 <= low <= high):
@@ -166,20 +186,26 @@ class EntropyBand(Coefficient):
         for name, number in (("proportional", proportional), ("integral", integral), ("start", start)):
             check_at_least(name, number, 0)
         check_at_least("maximum", maximum, start)
+        if not (is_number(minimum) and 0 <= minimum <= start):
+            raise ConfigError("minimum", minimum, f"write a number between 0 and start ({start})")
         super().__init__(coef=start, sum=0.0)
-        self.low, self.high, self.start, self.maximum = low, high, start, maximum
+        self.low, self.high, self.start, self.minimum, self.maximum = low, high, start, minimum, maximum
         self.proportional, self.integral = proportional, integral
 
     @property
     def value(self) -> float:
         return self.state["coef"]
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.minimum, self.maximum
+
     def move(self, measured: float, samples: int) -> None:
         error = max(self.low - measured, 0.0) - max(measured - self.high, 0.0)
         summed = self.state["sum"] + error
         target = self.start + self.proportional * error + self.integral * summed
-        self.state["coef"] = min(max(target, 0.0), self.maximum)
-        pushes_against_limit = (target > self.maximum and error > 0) or (target < 0 and error < 0)
+        self.state["coef"] = min(max(target, self.minimum), self.maximum)
+        pushes_against_limit = (target > self.maximum and error > 0) or (target < self.minimum and error < 0)
         if not pushes_against_limit:
             self.state["sum"] = summed
 

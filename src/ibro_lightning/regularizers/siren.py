@@ -53,6 +53,10 @@ class SIREN(EntropyRegularizer):
         self.restricted, self.fraction, self.anchor = RestrictedEntropy(top_p=top_p), fraction, Anchor(anchor)
 
     @property
+    def coefficients(self) -> dict[str, Coefficient]:
+        return {**super().coefficients, "anchor": self.anchor}
+
+    @property
     def zero_without_advantage(self) -> bool:  # type: ignore[override]
         return not self.coef
 
