@@ -27,8 +27,11 @@ from ibro_lightning.modules import DAPOModule
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.regularizers import (
     IBRO,
+    SIREN,
+    STEER,
     AEnt,
     ClipCov,
+    ConditionalEntropyShaping,
     CorrectPathEntropySuppression,
     EntropyBonus,
     EntropyRegularizer,
@@ -38,7 +41,10 @@ from ibro_lightning.regularizers import (
     KLCov,
     NoRegularizer,
     OppositeInformationBottleneck,
+    PassRateInformationBottleneck,
+    PositionCentredInformationBottleneck,
     RenyiBonus,
+    SelfDistillation,
     StepContext,
     TopEntropyTokens,
 )
@@ -55,6 +61,7 @@ TEXTS = ["3>5:", "1:", "3>5:", "+7>2=11:", "1:", "+7>2=11:", "8>8:", "8>8:"]
 ANSWERS = [5, 10, 5, 2, 10, 2, 8, 8]
 GROUPS = [2, 0, 2, 1, 0, 1, 3, 3]
 REWARDS = [1.0, -1.0, 0.0, 1.0, 1.0, -0.5, 0.1, 0.1]
+OUTCOMES = [1.0, 0.25, 0.0, 1.0, 1.0, 0.75, math.nan, 0.0]  # pass rates: 0.5, 0.625 and 0.875 of groups 2, 0 and 1
 RESPONSES = [[7, 2, 9], [1, 8, 2, 8, 1, 4], [5], [9, 0, 4, 5, 2], [3, 5, 0], [0, 2, 8, 7], [4, 7, 1, 3, 20, 19]]
 RESPONSES += [[5, 2, 18, 2, 6]]
 N = 32
@@ -207,6 +214,8 @@ def experience() -> Experience:
         groups=torch.tensor(GROUPS),
         temperature=TEMPERATURE,
         prompts=prompts,
+        rewards=torch.tensor(REWARDS, dtype=torch.float64),
+        outcomes=torch.tensor(OUTCOMES, dtype=torch.float64),
     )
 
 
@@ -248,6 +257,15 @@ METHODS: dict[str, Callable[[], EntropyRegularizer]] = {
     "shaped": EntropyShapedAdvantage,
     "aent": lambda: AEnt(0.5, dropped=0.4),
     "renyi": lambda: RenyiBonus(0.5),
+    "steer": lambda: STEER(w_min=0.3),
+    "ces": lambda: ConditionalEntropyShaping(0.5),
+    "siren": lambda: SIREN(0.5, fraction=0.4, anchor=0.2),
+    "hard prompts": lambda: PassRateInformationBottleneck(0.5),
+    "easy prompts": lambda: PassRateInformationBottleneck(0.5, prompts="easy"),
+    "mixed prompts": lambda: PassRateInformationBottleneck(0.5, prompts="mixed"),
+    "by position": lambda: PositionCentredInformationBottleneck(0.5),
+    "distilled": lambda: SelfDistillation(0.5, template=TEMPLATE),
+    "distilled forward": lambda: SelfDistillation(0.5, direction="forward", template=TEMPLATE),
 }
 MEASURED = {
     **{name: "ib_mean_weight" for name in METHODS if name.startswith(("ib ", "opposite"))},
@@ -257,8 +275,30 @@ MEASURED = {
     "kl-cov": "kl_cov",
     "80/20": "top_entropy",
     "shaped": "advantage_addition",
+    "steer": "steer_weight",
+    "ces": "ces_sign",
+    "siren": "siren_pull siren_entropy",
+    **{name: "ib_weight" for name in METHODS if name.endswith("prompts")},
+    "by position": "ib_weight",
 }
 ACTIVE = [name for name in METHODS if name != "none"]
+
+
+def nucleus(log_p: Tensor, p: float = 0.8) -> Tensor:
+    """The entropy of the likeliest tokens that together reach ``p``, of one distribution ``[V]``."""
+    kept = log_p.sort(descending=True).values
+    count = next(n for n in range(1, VOCAB + 1) if kept[:n].exp().sum() >= p)
+    return likeliest(log_p[None], count)[0]
+
+
+def mean_at_its_position(a: Tensor, step: Experience) -> Tensor:
+    """``[N]`` the mean advantage of the group's valid tokens at each token's position."""
+    token = [(row, t) for row, length in enumerate(step.lengths.tolist()) for t in range(length)]
+    means = []
+    for row, t in token:
+        there = [a[i] for i, (r, s) in enumerate(token) if s == t and GROUPS[r] == GROUPS[row] and step.mask[i]]
+        means.append(sum(there) / max(1, len(there)))
+    return torch.tensor(means, dtype=torch.float64)
 
 
 def clipped_loss(step: Experience, logp: Tensor, advantages: Tensor) -> Tensor:
@@ -300,6 +340,33 @@ def formula(name: str, step: Experience) -> Tensor:
             return mean(plain) + 0.8 * mean(2.5 * with_answer - entropy)
         lam = 2.5 * (with_answer / entropy).detach().clamp(max=1.0) - 1.0
         return mean(plain) + 0.8 * mean(lam * entropy)
+    if name == "steer":
+        p = step.old_logp.exp()
+        change = (a * (1 - p) * (p.log() + step.old_entropy)).abs()
+        return mean(plain * (math.log(0.3) * change / max(change[mask].max().item(), 0.02)).exp())
+    if name == "ces":  # 0.2 · 32 = 6.4
+        uncertain = step.old_entropy.masked_fill(~mask, -1.0)
+        uncertain = uncertain >= uncertain.sort(descending=True).values[5]
+        sign = torch.tensor([-1, 1, 1, -1, -1, -1, 0, 1]).repeat_interleave(step.lengths)  # right: from 0.5 on
+        return mean(plain) - 0.5 * mean(uncertain * sign * entropy)
+    if name == "siren":
+        chosen = []
+        for row, log_p in enumerate(distributions(tokens_of(text) for text in TEXTS)):
+            values = torch.stack([nucleus(log_p[t]) for t in range(len(log_p)) if row != 3 or t != 2])
+            chosen += sorted(values, reverse=True)[: max(1, math.floor(0.4 * len(values)))]
+        return mean(plain) + 0.5 * (sum(chosen) / len(chosen) - 0.2) ** 2
+    if name.endswith("prompts"):
+        p = torch.tensor([{2: 0.5, 0: 0.625, 1: 0.875, 3: 0.0}[group] for group in GROUPS])
+        scale = {"hard": 1 - p, "easy": p, "mixed": 4 * p * (1 - p)}[name.split()[0]]
+        return mean(plain) - 0.5 * mean(scale.repeat_interleave(step.lengths) * a * entropy)
+    if name == "by position":
+        return mean(plain) - 0.5 * mean((a - mean_at_its_position(a, step)) * entropy)
+    if name.startswith("distilled"):
+        shown = [f"{text}{answer}>{text}" for text, answer in zip(TEXTS, ANSWERS, strict=True)]
+        teacher = torch.cat(list(distributions(tokens_of(text) for text in shown))).detach()
+        policy = torch.cat(list(distributions(tokens_of(text) for text in TEXTS)))
+        of, to = (policy, teacher) if name == "distilled" else (teacher, policy)
+        return mean(plain) + 0.5 * mean((of.exp() * (of - to)).sum(dim=-1))
     if name in ("aent", "renyi"):
         all_of_them = torch.cat(list(distributions(tokens_of(text) for text in TEXTS)))
         kept = round(0.6 * VOCAB)
@@ -438,11 +505,12 @@ def test_prepared_tensors_are_logged_as_means_over_valid_tokens(name: str, exper
     if name in MEASURED:
         regularizer = module.policy_loss.regularizer
         raw = isinstance(regularizer, InformationBottleneck) and regularizer.part == "raw"  # a curve, and no tensor
-        measured = regularizer.weight(step.advantages) if raw else step.extra[MEASURED[name]]
-        values = measured.double().numpy()
-        expected[f"regularizer/{MEASURED[name]}"] = values[experience.mask.numpy()].sum() / N
-        assert abs(expected[f"regularizer/{MEASURED[name]}"]) > 1e-3
-    assert step.metrics == pytest.approx(expected, rel=1e-6)
+        for own in MEASURED[name].split():
+            measured = regularizer.weight(step.advantages) if raw else step.extra[own]
+            values = measured.double().numpy()
+            expected[f"regularizer/{own}"] = values[experience.mask.numpy()].sum() / N
+            assert abs(expected[f"regularizer/{own}"]) > 1e-3 or name == "by position"  # whose mean is 0
+    assert step.metrics == pytest.approx(expected, rel=1e-6, abs=1e-8)
     assert not any(values.requires_grad for values in step.extra.values())
 
 

@@ -13,6 +13,7 @@ from ibro_lightning.regularizers.information_bottleneck import (
 )
 from ibro_lightning.regularizers.none import NoRegularizer
 from ibro_lightning.regularizers.of_the_head import AEnt, RenyiBonus
+from ibro_lightning.regularizers.self_distillation import SelfDistillation
 from ibro_lightning.regularizers.shaped_advantage import EntropyShapedAdvantage
 from ibro_lightning.regularizers.siren import SIREN
 from ibro_lightning.regularizers.steer import STEER
@@ -42,6 +43,7 @@ __all__ = [
     "PolicyLossMethod",
     "PositionCentredInformationBottleneck",
     "RenyiBonus",
+    "SelfDistillation",
     "StepContext",
     "TopEntropyTokens",
 ]
