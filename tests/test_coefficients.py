@@ -392,6 +392,23 @@ def test_a_resumed_run_has_the_same_curves_and_weights_bit_for_bit(workspace: Pa
     assert all(torch.equal(ends[0][weight], ends[1][weight]) for weight in ends[0])
 
 
+def test_the_anchor_of_siren_is_that_of_the_whole_runs_first_step_after_resuming(workspace: Path) -> None:
+    recipe = with_settings(workspace, "regularizer: {class_path: SIREN, init_args: {coef: 20.0}}")
+    fit(recipe, "whole", 4)
+    fit(recipe, "halves", 2)
+    fit(recipe, "halves", 4, "--ckpt_path", "halves/checkpoints/last.ckpt")
+    whole, halves = (curves(workspace / folder) for folder in ("whole", "halves"))
+    anchors = [value for _, value in whole["regularizer/anchor"]]
+    assert len(anchors) == 4
+    assert len(set(anchors)) == 1
+    assert anchors[0] > 0
+    for name in ("regularizer/anchor", "regularizer/siren_entropy", "regularizer/siren_pull", "update/regularizer"):
+        assert halves[name] == whole[name], name
+    assert len({value for _, value in whole["regularizer/siren_entropy"]}) == 4, "it moves, the anchor does not"
+    ends = [load_file(workspace / folder / "model" / "model.safetensors") for folder in ("whole", "halves")]
+    assert all(torch.equal(ends[0][weight], ends[1][weight]) for weight in ends[0])
+
+
 @pytest.mark.parametrize("placement", ["loss", "reward"])
 @pytest.mark.parametrize("module", [dapo, ppo])
 def test_a_schedule_of_the_kl_keeps_pace_with_one_of_the_regularizer(module: Any, placement: Any) -> None:

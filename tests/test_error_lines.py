@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import ibro_lightning.cli.run  # noqa: F401  imports every class that a recipe may name
+from ibro_lightning import regularizers
 from ibro_lightning.callbacks import Heartbeat, IterationCheckpoint, RankWatch, RolloutLog, SamplesTable
 from ibro_lightning.cli.main import main
 from ibro_lightning.cli.parser import OneLineParser
@@ -28,9 +29,14 @@ from ibro_lightning.regularizers.coefficients import AdaptiveKL, Cosine, Entropy
 from ibro_lightning.strategies import FSDP2Strategy
 from ibro_lightning.types import SamplingParams
 
-REGULARIZERS = "one of AEnt, ClipCov, EntropyBonus, EntropyShapedAdvantage, IBRO, "
-REGULARIZERS += "InformationBottleneck, KLCov, NoRegularizer, OppositeInformationBottleneck, "
-REGULARIZERS += "RenyiBonus, TopEntropyTokens, or module.Class of your own"
+NOT_TO_CHOOSE = {"EntropyRegularizer", "PolicyLossMethod", "CorrectPathEntropySuppression"}
+"""Base classes, and a former name."""
+METHODS = {
+    name
+    for name in regularizers.__all__
+    if issubclass(getattr(regularizers, name), regularizers.EntropyRegularizer) and name not in NOT_TO_CHOOSE
+}
+REGULARIZERS = f"one of {', '.join(sorted(METHODS))}, or module.Class of your own"
 PARTS = "write one of raw, centred, uniform, reversed"
 COEFFICIENTS = "one of AdaptiveKL, Constant, Cosine, EntropyBand, Linear, TargetEntropy, or module.Class of your own"
 

@@ -18,7 +18,10 @@ from ibro_lightning.functional import token_mean
 from ibro_lightning.models import Policy
 from ibro_lightning.regularizers import (
     IBRO,
+    SIREN,
+    STEER,
     ClipCov,
+    ConditionalEntropyShaping,
     EntropyBonus,
     EntropyRegularizer,
     EntropyShapedAdvantage,
@@ -26,7 +29,9 @@ from ibro_lightning.regularizers import (
     KLCov,
     NoRegularizer,
     OppositeInformationBottleneck,
+    PassRateInformationBottleneck,
     PolicyLossMethod,
+    PositionCentredInformationBottleneck,
     TopEntropyTokens,
 )
 from ibro_lightning.regularizers.coefficients import Constant
@@ -44,6 +49,8 @@ REGULARIZERS: list[EntropyRegularizer] = [
     ClipCov(fraction=0.3, low=-10.0, high=10.0),
     EntropyShapedAdvantage(),
     TopEntropyTokens(0.5),
+    STEER(0.3),
+    PassRateInformationBottleneck(0.5),
 ]
 OTHERS: list[EntropyRegularizer] = [
     InformationBottleneck(0.5, part="centred"),
@@ -52,6 +59,9 @@ OTHERS: list[EntropyRegularizer] = [
     OppositeInformationBottleneck(0.5, part="centred"),
     EntropyBonus(0.5),
     KLCov(fraction=0.5),
+    ConditionalEntropyShaping(0.5),
+    SIREN(0.5, anchor=0.1),
+    PositionCentredInformationBottleneck(0.5),
 ]
 OFF = (IBRO(0.0), EntropyBonus(0.0), InformationBottleneck(0.0, part="uniform"))
 
@@ -196,8 +206,8 @@ def test_the_promise_holds_exactly(kind: type[PolicyLoss], regularizer: EntropyR
     torch.manual_seed(0)
     logp, entropy = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     mask, chosen = torch.ones(3, 5, dtype=torch.bool), torch.rand(3, 5) < 0.5
-    extra = {"clip_cov": chosen, "top_entropy": chosen}
     old, zero = torch.randn(3, 5, dtype=torch.float64), torch.zeros(3, 5, dtype=torch.float64)
+    extra = {"clip_cov": chosen, "top_entropy": chosen, "steer_weight": old.exp(), "ib_weight": 0.7 * zero}
     stats = TokenStats(logp, entropy, old, entropy.detach(), zero, mask, extra)
     micro = replace(
         _step().micro_batch(), mask=mask, weights=torch.rand(3, 5, dtype=torch.float64), advantages=zero, extra=extra

@@ -27,6 +27,7 @@ from ibro_lightning.models import PolicyOptions
 from ibro_lightning.modules import DAPOModule, PolicyModule, PPOModule
 from ibro_lightning.regularizers import (
     IBRO,
+    SIREN,
     ClipCov,
     EntropyBonus,
     EntropyRegularizer,
@@ -35,6 +36,8 @@ from ibro_lightning.regularizers import (
     KLCov,
     NoRegularizer,
     OppositeInformationBottleneck,
+    PassRateInformationBottleneck,
+    PositionCentredInformationBottleneck,
     StepContext,
     TopEntropyTokens,
 )
@@ -76,6 +79,9 @@ REGULARIZERS = {
     "opposite": lambda: OppositeInformationBottleneck(0.5),
     "bonus": lambda: EntropyBonus(0.3),
     "a user's": lambda: ByOldEntropy(0.3),
+    "siren": lambda: SIREN(0.5, fraction=0.5),
+    "hard prompts": lambda: PassRateInformationBottleneck(0.5),
+    "by position": lambda: PositionCentredInformationBottleneck(0.5),
 }
 
 

@@ -105,8 +105,8 @@ class EntropyRegularizer(ABC):
 
     def functionals(self, context: StepContext) -> Mapping[str, HeadFunctional]:
         """Further numbers of each token's distribution that the policy's head computes in its pass, *with* gradients,
-        ``[B, T]`` each, for ``stats.extra``; only if α > 0. What nobody asks for costs nothing. Those that hold something
-        per token find the micro-batch in ``context.micro``."""
+        ``[B, T]`` each, for ``stats.extra``; only if α > 0. What nobody asks for costs nothing. Those that hold
+        something per token find the micro-batch in ``context.micro``."""
         return {}
 
     def statistics(self, micro: MicroBatch, context: StepContext) -> Mapping[str, Tensor]:

@@ -241,14 +241,10 @@ class AdaptiveKL(Coefficient):
 
 
 class Anchor(Coefficient):
-    """A number of nats that is measured once, in the run's first optimizer step, and then stays.
+    """A number that is measured once, in the run's first optimizer step, and then stays: 0 until :meth:`settle`."""
 
-    Args:
-        value: to stay at from the beginning; None: 0 until :meth:`settle`.
-    """
-
-    def __init__(self, value: float | None = None) -> None:
-        super().__init__(value=value or 0.0, settled=float(value is not None))
+    def __init__(self) -> None:
+        super().__init__(value=0.0, settled=0.0)
 
     @property
     def value(self) -> float:

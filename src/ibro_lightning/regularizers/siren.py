@@ -13,7 +13,7 @@ from ibro_lightning.errors import check_at_least
 from ibro_lightning.functional import HeadFunctional, RestrictedEntropy
 from ibro_lightning.methods import Method
 from ibro_lightning.regularizers.base import EntropyRegularizer, StepContext
-from ibro_lightning.regularizers.coefficients import Anchor, Coefficient
+from ibro_lightning.regularizers.coefficients import Anchor, Coefficient, Constant
 from ibro_lightning.regularizers.covariance import check_fraction
 
 
@@ -50,7 +50,8 @@ class SIREN(EntropyRegularizer):
         check_fraction(fraction)
         if anchor is not None:
             check_at_least("anchor", anchor, 0)
-        self.restricted, self.fraction, self.anchor = RestrictedEntropy(top_p=top_p), fraction, Anchor(anchor)
+        self.restricted, self.fraction = RestrictedEntropy(top_p=top_p), fraction
+        self.anchor = Anchor() if anchor is None else Constant(anchor)
 
     @property
     def coefficients(self) -> dict[str, Coefficient]:
@@ -71,7 +72,8 @@ class SIREN(EntropyRegularizer):
         counts = chosen.to(entropy) if step.weights is None else step.weights.to(entropy) * chosen
         present = context.ranks.mean(entropy, counts)  # H̃
         share = context.ranks.sum(counts.sum()).clamp(min=1e-30)
-        self.anchor.settle(present.item())
+        if isinstance(self.anchor, Anchor):
+            self.anchor.settle(present.item())
         pull = (present - self.anchor.value) * chosen / share  # [N] its mean is H̃ − H̃₁
         return step.with_extra(siren_pull=pull, siren_entropy=present.expand(step.mask.shape))
 

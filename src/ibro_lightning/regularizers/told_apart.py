@@ -67,6 +67,7 @@ class PassRateInformationBottleneck(WeightedEntropy):
         certainty="ours",
         recipe="regularizer: {class_path: PassRateInformationBottleneck, init_args: {coef: 0.005, prompts: hard}}",
     )
+    zero_without_advantage = True
 
     def __init__(self, coef: Coefficient | float = 0.005, prompts: Prompts = "hard") -> None:
         super().__init__(coef)
@@ -100,6 +101,7 @@ class PositionCentredInformationBottleneck(WeightedEntropy):
         certainty="ours",
         recipe="regularizer: {class_path: PositionCentredInformationBottleneck, init_args: {coef: 0.005}}",
     )
+    zero_without_advantage = WeightedEntropy.zero_without_advantage
 
     def weight(self, step: Experience) -> Tensor:
         starts = step.lengths.cumsum(0) - step.lengths  # [B]
