@@ -629,13 +629,13 @@ def test_the_mean_advantage_is_a_curve_and_travels_with_the_tokens_only_where_it
     assert step.metrics["regularizer/ib_mean_weight"] == pytest.approx(mean, rel=1e-6)
 
 
-def test_ces_has_the_opposite_gradient_of_ib(experience: Experience) -> None:
+def test_the_opposite_has_the_opposite_gradient_of_ib(experience: Experience) -> None:
     plain = loss_and_gradients(dapo(NoRegularizer()), [begin_step(dapo(NoRegularizer()), experience)])
-    ib, ces = (
+    ib, opposite = (
         loss_and_gradients(module, [begin_step(module, experience)])
         for module in (dapo(InformationBottleneck(0.5)), dapo(OppositeInformationBottleneck(0.5)))
     )
-    for one, other, none in zip(ib, ces, plain, strict=True):
+    for one, other, none in zip(ib, opposite, plain, strict=True):
         assert (one - none).abs().max() > 1e-4
         torch.testing.assert_close(one - none, none - other, rtol=0, atol=1e-12 * max(1.0, one.abs().max().item()))
 

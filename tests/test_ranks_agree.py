@@ -124,6 +124,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "whitened over the rollout": ({"advantage": "reinforce++"}, {}),
+    # A forward pass whose hidden states the next one's head reads; and one before each step.
+    "self-distillation": (
+        {
+            "regularizer": {
+                "class_path": "SelfDistillation",
+                "init_args": {"coef": 0.1, "template": "{prompt}{answer}>{prompt}"},
+            }
+        },
+        {},
+    ),
+    "SIREN": ({"regularizer": {"class_path": "SIREN", "init_args": {"coef": 5.0, "fraction": 1.0}}}, {}),
 }
 TWO_RANKS = {
     "ddp": "ddp",
