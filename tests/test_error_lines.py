@@ -28,11 +28,28 @@ from ibro_lightning.regularizers.coefficients import AdaptiveKL, Cosine, Entropy
 from ibro_lightning.strategies import FSDP2Strategy
 from ibro_lightning.types import SamplingParams
 
-REGULARIZERS = "one of AEnt, ClipCov, EntropyBonus, EntropyShapedAdvantage, IBRO, "
-REGULARIZERS += "InformationBottleneck, KLCov, NoRegularizer, OppositeInformationBottleneck, "
-REGULARIZERS += "RenyiBonus, TopEntropyTokens, or module.Class of your own"
+METHODS = [
+    "AEnt",
+    "ClipCov",
+    "EntroPIC",
+    "EntropyBonus",
+    "EntropyRatioClip",
+    "EntropyShapedAdvantage",
+    "IBRO",
+    "InformationBottleneck",
+    "KLCov",
+    "NoRegularizer",
+    "OppositeInformationBottleneck",
+    "PositiveAdvantageWeight",
+    "RenyiBonus",
+    "TopEntropyTokens",
+]
+REGULARIZERS = f"one of {', '.join(METHODS)}, or module.Class of your own"
 PARTS = "write one of raw, centred, uniform, reversed"
-COEFFICIENTS = "one of AdaptiveKL, Constant, Cosine, EntropyBand, Linear, TargetEntropy, or module.Class of your own"
+COEFFICIENTS = (
+    "one of AdaptiveClip, AdaptiveKL, Constant, Cosine, EntropyBand, EntropySteps, Linear, Stages, TargetEntropy, or "
+    "module.Class of your own"
+)
 
 
 def refusal(make: Callable[[], object]) -> str:

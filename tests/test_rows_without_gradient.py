@@ -19,7 +19,9 @@ from ibro_lightning.models import Policy
 from ibro_lightning.regularizers import (
     IBRO,
     ClipCov,
+    EntroPIC,
     EntropyBonus,
+    EntropyRatioClip,
     EntropyRegularizer,
     EntropyShapedAdvantage,
     InformationBottleneck,
@@ -27,6 +29,7 @@ from ibro_lightning.regularizers import (
     NoRegularizer,
     OppositeInformationBottleneck,
     PolicyLossMethod,
+    PositiveAdvantageWeight,
     TopEntropyTokens,
 )
 from ibro_lightning.regularizers.coefficients import Constant
@@ -44,6 +47,9 @@ REGULARIZERS: list[EntropyRegularizer] = [
     ClipCov(fraction=0.3, low=-10.0, high=10.0),
     EntropyShapedAdvantage(),
     TopEntropyTokens(0.5),
+    PositiveAdvantageWeight(0.5),
+    EntroPIC(0.5, 1.5),
+    EntropyRatioClip(1e-4, 1e-4),
 ]
 OTHERS: list[EntropyRegularizer] = [
     InformationBottleneck(0.5, part="centred"),

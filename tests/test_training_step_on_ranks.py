@@ -16,7 +16,17 @@ from helpers.rollouts import make_rollout, share_of
 from helpers.sharded import on_ranks
 from helpers.updates import Verified, dapo, fit, ppo, sgd
 from ibro_lightning.batches import Rollout
-from ibro_lightning.regularizers import ClipCov, EntropyBonus, InformationBottleneck, KLCov, TopEntropyTokens
+from ibro_lightning.regularizers import (
+    AdaptiveClip,
+    ClipCov,
+    EntropyBonus,
+    EntropyRatioClip,
+    EntropySteps,
+    InformationBottleneck,
+    KLCov,
+    PositiveAdvantageWeight,
+    TopEntropyTokens,
+)
 from ibro_lightning.regularizers.coefficients import AdaptiveKL, TargetEntropy
 from ibro_lightning.update import ReferenceKL
 
@@ -56,6 +66,12 @@ MODULES: dict[str, Callable[[], Any]] = {
     "AdaptiveKL": lambda: dapo(kl=adaptive_kl(), **SETTINGS),
     "REINFORCE++ with AdaptiveKL": reinforce,
     "TargetEntropy": lambda: dapo(regularizer=EntropyBonus(TargetEntropy(target=10.0, step=0.1)), **SETTINGS),
+    "weights that move": lambda: dapo(
+        regularizer=PositiveAdvantageWeight(EntropySteps(target=10.0, step=0.3)),
+        clip_ratio_high=AdaptiveClip(),
+        **SETTINGS,
+    ),
+    "EntropyRatioClip": lambda: dapo(regularizer=EntropyRatioClip(1e-3, 1e-3), update_epochs=2, **SETTINGS),
     # The first step scores its own rows; the others are scored before, or have the sampler's log-probs.
     "IB in two passes": lambda: dapo(regularizer=InformationBottleneck(0.5), update_epochs=2, **SETTINGS),
     "the sampler's log-probs": lambda: dapo(
@@ -68,8 +84,8 @@ IN_TURN, SWAPPED = ([0, 2], [1, 3]), ([2, 3], [0, 1])
 OWN_SCORES = ("IB in two passes", "the sampler's log-probs")
 FLOAT32 = [name for name in MODULES if name.endswith("float32")]
 CASES = [
-    *((name, HALVES) for name in ("ClipCov", "TopEntropyTokens", "TargetEntropy", "PPO")),
-    *((name, UNEQUAL) for name in ("ClipCov", "KLCov", "IB under sequence means", "AdaptiveKL")),
+    *((name, HALVES) for name in ("ClipCov", "TopEntropyTokens", "TargetEntropy", "PPO", "EntropyRatioClip")),
+    *((name, UNEQUAL) for name in ("ClipCov", "KLCov", "IB under sequence means", "AdaptiveKL", "weights that move")),
     *((name, shares) for name in FLOAT32 for shares in (HALVES, IN_TURN, SWAPPED)),
     *((name, ONE_HAS_NONE) for name in ("AdaptiveKL", "REINFORCE++ with AdaptiveKL", "KLCov", "PPO")),
     *((name, shares) for name in OWN_SCORES for shares in (HALVES, IN_TURN, UNEQUAL, ONE_HAS_NONE)),

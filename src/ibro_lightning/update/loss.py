@@ -123,8 +123,8 @@ class PolicyLoss:
             total = total - self.regularizer.coef * objective
             metrics["update/regularizer"] = objective.item()
         per_token["update/approx_kl"] = approximate_kl(stats.logp.detach(), stats.old_logp)
-        added = [name for name in stats.extra if name not in micro.extra]
-        per_token |= {f"regularizer/{name}": stats.extra[name] for name in added}
+        added = {name: values for name, values in stats.extra.items() if name not in micro.extra}
+        per_token |= {f"regularizer/{n}": values for n, values in {**added, **self.regularizer.measure(stats)}.items()}
         for name, values in per_token.items():
             metrics[name] = token_mean(values.detach().float(), stats.mask, micro.num_tokens).item()
         return total, metrics
@@ -141,11 +141,11 @@ class PolicyLoss:
         """Run the policy over a micro-batch, with gradients. If it has no old scores, this is the rollout's first
         optimizer step: the policy is still the one that sampled, so its scores serve as the old ones."""
         active, unscored = bool(self.regularizer.coef), micro.old_logp is None
-        with_entropy = unscored or (active and self.regularizer.needs_entropy)
+        read = self.regularizer.shaping_needs_entropy or (active and self.regularizer.needs_entropy)
         asked = self.regularizer.functionals(context) if active else {}
         options: dict[str, Any] = {"functionals": asked} if asked else {}  # a policy of one's own need not know them
         answer: Any = context.policy(
-            micro.sequences, temperature=micro.temperature, with_entropy=with_entropy, **options
+            micro.sequences, temperature=micro.temperature, with_entropy=unscored or read, **options
         )
         logp, entropy, *of_the_head = answer
         if unscored:
