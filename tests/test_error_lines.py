@@ -217,8 +217,8 @@ COMMAND_LINE = {
     "--model.regularizer.coef ibro_lightning.coefficients.AdaptiveKL": "model.regularizer.coef: "
     "'ibro_lightning.coefficients.AdaptiveKL' - this class has moved: write AdaptiveKL, or "
     "ibro_lightning.regularizers.coefficients.AdaptiveKL",
-    "--model.surrogate grpo": "model.surrogate: 'grpo' - write one of ppo, gspo, cispo, or a subclass of PolicyLoss, "
-    "as module.Class",
+    "--model.surrogate grpo": "model.surrogate: 'grpo' - write one of ppo, gspo, cispo, gmpo, dppo, sapo, or a "
+    "subclass of PolicyLoss, as module.Class",
     "--checkpont.mode min": "checkpont.mode: 'min' - the command line has no such setting: did you mean "
     "checkpoint.mode?",
 }

@@ -147,6 +147,9 @@ def test_the_update_and_its_curves_are_those_of_scoring_first(kind: type[PolicyM
 OPTIONS: dict[str, dict[str, Any]] = {
     "gspo": {"surrogate": "gspo", "aggregation": "seq-mean-token-mean"},
     "cispo": {"surrogate": "cispo"},
+    "gmpo": {"surrogate": "gmpo", "aggregation": "seq-mean-token-mean"},
+    "dppo": {"surrogate": "dppo"},
+    "sapo": {"surrogate": "sapo", "aggregation": "seq-mean-token-mean"},
     "dr_grpo": {"advantage": "dr_grpo", "aggregation": "seq-mean-token-sum-norm", "aggregation_max_tokens": 6},
     "reinforce++": {"advantage": "reinforce++"},
     "all groups in one step": {"mini_batch_prompts": 4},

@@ -51,7 +51,16 @@ from ibro_lightning.functional.mismatch import (
     mismatch_diagnostics,
     mismatch_weights,
 )
-from ibro_lightning.functional.policy_loss import ClippedSurrogate, cispo_surrogate, clipped_surrogate, gspo_surrogate
+from ibro_lightning.functional.policy_loss import (
+    ClippedSurrogate,
+    SoftSurrogate,
+    cispo_surrogate,
+    clipped_surrogate,
+    dppo_surrogate,
+    gmpo_surrogate,
+    gspo_surrogate,
+    sapo_surrogate,
+)
 from ibro_lightning.functional.regularization import information_bottleneck_objective
 from ibro_lightning.functional.shaping import informative_groups, overlong_penalty
 from ibro_lightning.functional.value_loss import ValueLoss, clipped_value_loss
@@ -70,6 +79,7 @@ __all__ = [
     "MismatchWeights",
     "PlanePoint",
     "RestrictedEntropy",
+    "SoftSurrogate",
     "TokenProbability",
     "ValueLoss",
     "aggregate",
@@ -80,10 +90,12 @@ __all__ = [
     "cispo_surrogate",
     "clipped_surrogate",
     "clipped_value_loss",
+    "dppo_surrogate",
     "dr_grpo_advantages",
     "ending_rates",
     "explained_variance",
     "gae",
+    "gmpo_surrogate",
     "group_advantages",
     "gspo_surrogate",
     "information_bottleneck_objective",
@@ -108,6 +120,7 @@ __all__ = [
     "reinforce_plus_plus_advantages",
     "reward_to_go",
     "rloo_advantages",
+    "sapo_surrogate",
     "sign_flip_p_value",
     "token_mean",
 ]

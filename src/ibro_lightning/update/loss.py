@@ -26,6 +26,7 @@ from ibro_lightning.update.clip_ratios import ClipRatio
 from ibro_lightning.update.correction import SamplerCorrection
 from ibro_lightning.update.reference import ReferenceKL
 
+CLIP_RATIO_LOW, CLIP_RATIO_HIGH = 0.2, 0.28
 DUAL_CLIP = 10.0
 """A bound so far from 1 that it acts only on tokens that have become much more likely."""
 
@@ -48,6 +49,7 @@ class PolicyLoss:
     """
 
     clip_ratio_low_may_be_one = False
+    has_clip_ratios = True
     has_dual_clip = True
     must_be_finite = ("update/policy_loss",)
     zero_without_advantage = True
@@ -62,8 +64,8 @@ class PolicyLoss:
         self,
         regularizer: EntropyRegularizer | None = None,
         *,
-        clip_ratio_low: Coefficient | float = 0.2,
-        clip_ratio_high: Coefficient | float = 0.28,
+        clip_ratio_low: Coefficient | float = CLIP_RATIO_LOW,
+        clip_ratio_high: Coefficient | float = CLIP_RATIO_HIGH,
         dual_clip: float | None = DUAL_CLIP,
         aggregation: AggregationMode = "token-mean",
         aggregation_max_tokens: int | None = None,
@@ -74,14 +76,17 @@ class PolicyLoss:
         check_instance("sampler_correction", sampler_correction, SamplerCorrection, optional=True)
         check_instance("kl", kl, ReferenceKL, optional=True)
         low = ClipRatio("clip_ratio_low", clip_ratio_low, 1.0, included=self.clip_ratio_low_may_be_one)
-        self._clips = {"low": low, "high": ClipRatio("clip_ratio_high", clip_ratio_high)}
+        high = ClipRatio("clip_ratio_high", clip_ratio_high)
         if dual_clip is not None and not (is_number(dual_clip) and dual_clip > 1):
             raise ConfigError("dual_clip", dual_clip, "write a number above 1, such as 10, or null to switch it off")
+        for clip, default in ((low, CLIP_RATIO_LOW), (high, CLIP_RATIO_HIGH)):
+            if not self.has_clip_ratios and clip.ratio != default:
+                raise ConfigError(clip.setting, clip.ratio, f"{type(self).__name__} has no clip ratios: leave it out")
         if not self.has_dual_clip and dual_clip not in (None, DUAL_CLIP):
             raise ConfigError("dual_clip", dual_clip, f"{type(self).__name__} has no dual clip: leave it out")
         _check_aggregation(aggregation, aggregation_max_tokens)
         self.regularizer = regularizer or NoRegularizer()
-        self.dual_clip = dual_clip
+        self._clips, self.dual_clip = {"low": low, "high": high}, dual_clip
         self.aggregation: AggregationMode = aggregation
         self.aggregation_max_tokens = aggregation_max_tokens
         self.sampler_correction, self.kl = sampler_correction, kl
