@@ -45,6 +45,8 @@ METHODS = [
     "TopEntropyTokens",
 ]
 REGULARIZERS = f"one of {', '.join(METHODS)}, or module.Class of your own"
+ADVANTAGES = "write one of grpo, dr_grpo, rloo, quantile, maxrl, asym_grpo, reinforce++, or one of AsymGRPO, DrGRPO, "
+ADVANTAGES += "GRPO, MaxRL, QuantileAdvantage, RLOO, or module.Class of your own"
 PARTS = "write one of raw, centred, uniform, reversed"
 COEFFICIENTS = (
     "one of AdaptiveClip, AdaptiveKL, Constant, Cosine, EntropyBand, EntropySteps, Linear, Stages, TargetEntropy, or "
@@ -176,7 +178,7 @@ COMMAND_LINE = {
     "--model.clip_ratio_low -1": "model.clip_ratio_low: -1.0 - write a number between 0 and 1, such as 0.2",
     "--model.clip_ratio_low x": f"model.clip_ratio_low: 'x' - write a number, or {COEFFICIENTS}",
     "--model.update_epochs 1.5": "model.update_epochs: '1.5' - write a whole number",
-    "--model.advantage nope": "model.advantage: 'nope' - write one of grpo, dr_grpo, rloo, reinforce++",
+    "--model.advantage nope": f"model.advantage: 'nope' - {ADVANTAGES}",
     "--checkpoint.mode best": "checkpoint.mode: 'best' - write max or min",
     "--model.policy_options.dtype f3": "model.policy_options.dtype: 'f3' - write one of float32, bfloat16, float16",
     "--model.regularizer.part nope": f"model.regularizer.part: 'nope' - {PARTS}",
@@ -238,7 +240,7 @@ def test_the_command_line_is_answered_in_one_line(
 
 
 IN_A_RECIPE = {
-    "model: {init_args: {advantage: nope}}": "model.advantage: 'nope' - write one of grpo, dr_grpo, rloo, reinforce++",
+    "model: {init_args: {advantage: nope}}": f"model.advantage: 'nope' - {ADVANTAGES}",
     "model: {init_args: {regularizer: {init_args: {prat: raw}}}}": "model.regularizer.prat: 'raw' - "
     "InformationBottleneck has no such setting: did you mean part?",
     "data: {init_args: {eval_sets: {starts: {samples: many}}}}": "data.eval_sets.starts.samples: 'many' - write a "

@@ -51,6 +51,11 @@ from ibro_lightning.functional.mismatch import (
     mismatch_diagnostics,
     mismatch_weights,
 )
+from ibro_lightning.functional.pass_rate_advantages import (
+    asym_grpo_advantages,
+    maxrl_advantages,
+    quantile_advantages,
+)
 from ibro_lightning.functional.policy_loss import (
     ClippedSurrogate,
     SoftSurrogate,
@@ -85,6 +90,7 @@ __all__ = [
     "aggregate",
     "aggregation_weights",
     "approximate_kl",
+    "asym_grpo_advantages",
     "avg_at_k",
     "bootstrap_interval",
     "cispo_surrogate",
@@ -112,10 +118,12 @@ __all__ = [
     "masked_max",
     "masked_mean",
     "masked_whiten",
+    "maxrl_advantages",
     "mismatch_diagnostics",
     "mismatch_weights",
     "overlong_penalty",
     "pass_at_k",
+    "quantile_advantages",
     "quarter",
     "reinforce_plus_plus_advantages",
     "reward_to_go",
