@@ -1,4 +1,4 @@
-"""Every entropy method on the quick start with one seed: accuracy, entropy, length and CPU seconds, in one table.
+"""Every method on the quick start with one seed: accuracy, entropy, length and CPU seconds, in one table.
 
 python benchmarks/methods.py                                          # studies/methods.yaml as it is: hours
 python benchmarks/methods.py --methods SIREN STEER --iterations 2     # a part of it

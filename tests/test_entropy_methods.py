@@ -33,7 +33,9 @@ from ibro_lightning.regularizers import (
     ClipCov,
     ConditionalEntropyShaping,
     CorrectPathEntropySuppression,
+    EntroPIC,
     EntropyBonus,
+    EntropyRatioClip,
     EntropyRegularizer,
     EntropyShapedAdvantage,
     HindsightTemplate,
@@ -43,11 +45,14 @@ from ibro_lightning.regularizers import (
     OppositeInformationBottleneck,
     PassRateInformationBottleneck,
     PositionCentredInformationBottleneck,
+    PositiveAdvantageWeight,
     RenyiBonus,
     SelfDistillation,
     StepContext,
     TopEntropyTokens,
 )
+from ibro_lightning.regularizers.coefficients import AdaptiveKL, Constant, EntropyBand
+from ibro_lightning.regularizers.controllers import EntropySteps
 from ibro_lightning.tasks import NumberPath
 from ibro_lightning.types import Prompt
 
@@ -266,6 +271,9 @@ METHODS: dict[str, Callable[[], EntropyRegularizer]] = {
     "by position": lambda: PositionCentredInformationBottleneck(0.5),
     "distilled": lambda: SelfDistillation(0.5, template=TEMPLATE),
     "distilled forward": lambda: SelfDistillation(0.5, direction="forward", template=TEMPLATE),
+    "positive weight": lambda: PositiveAdvantageWeight(0.3),
+    "entropic": lambda: EntroPIC(0.6, 1.7),
+    "entropy ratio": lambda: EntropyRatioClip(low=0.2, high=0.1),
 }
 MEASURED = {
     **{name: "ib_mean_weight" for name in METHODS if name.startswith(("ib ", "opposite"))},
@@ -331,6 +339,14 @@ def formula(name: str, step: Experience) -> Tensor:
     if name == "80/20":  # 0.2 · 32 = 6.4
         uncertain = step.old_entropy.masked_fill(~mask, -1.0)
         return mean(plain * (uncertain >= uncertain.sort(descending=True).values[5]))
+    if name == "positive weight":
+        return mean(torch.where(a > 0, 0.3 * plain, plain))
+    if name == "entropic":
+        return mean(torch.where(a > 0, 0.6 * plain, 1.7 * plain))
+    if name == "entropy ratio":
+        inside = (entropy > 0.8 * step.old_entropy) & (entropy < 1.1 * step.old_entropy)
+        assert 3 < (inside & mask).sum() < N - 3
+        return mean(torch.where(inside, plain, plain.detach()))
     if name == "shaped":
         return mean(clipped_loss(step, logp, a + torch.minimum(0.4 * step.old_entropy, a.abs() / 2)))
     if name.startswith("ibro"):
@@ -401,7 +417,8 @@ def test_the_example_tells_all_methods_apart(experience: Experience) -> None:
     losses = {}
     for name in METHODS:
         module = dapo(METHODS[name]())
-        losses[name] = loss_and_gradients(module, [begin_step(module, experience, seed=11)])[0].item()
+        loss, *gradients = loss_and_gradients(module, [begin_step(module, experience, seed=11)])
+        losses[name] = loss.item() + sum(gradient.abs().sum().item() for gradient in gradients)
     values = sorted(losses.values())
     assert min(b - a for a, b in pairwise(values)) > 1e-4, losses
 
@@ -1074,6 +1091,11 @@ def test_shaping_takes_the_old_entropy_and_no_gradient(experience: Experience) -
         (lambda: EntropyShapedAdvantage(scale=math.nan), "scale"),
         (lambda: EntropyShapedAdvantage(kappa=0.9), "kappa"),
         (lambda: EntropyShapedAdvantage(kappa=math.nan), "kappa"),
+        *((lambda w=w: PositiveAdvantageWeight(w), "weight") for w in (-0.1, math.nan, math.inf, "1", AdaptiveKL())),
+        (lambda: EntroPIC(positive=-1.0), "positive"),
+        (lambda: EntroPIC(negative=math.nan), "negative"),
+        *((lambda b=b: EntropyRatioClip(low=b), "low") for b in (0.0, -0.1, 1.1, math.nan, "0.1", None)),
+        *((lambda b=b: EntropyRatioClip(high=b), "high") for b in (0.0, -0.1, math.nan, "0.1", None)),
     ],
 )
 def test_bad_settings_are_refused_by_name(build: Callable[[], object], setting: str) -> None:
@@ -1096,6 +1118,66 @@ def test_defaults_are_those_of_the_papers() -> None:
     assert (kl_cov.fraction, kl_cov.kl_coef) == (2e-3, 1.0)
     assert TopEntropyTokens().fraction == 0.2
     assert (shaped.scale, shaped.kappa) == (0.4, 2.0)
+
+
+# Weights by the sign of the advantage, and the entropy ratio.
+
+
+def test_weights_scale_the_policy_loss_by_the_sign_of_the_advantage() -> None:
+    stats = stats_of(step_of([[2.0, -1.0, 0.0]]))
+    loss = tensor(-2.0, 1.0, 0.0)
+    assert PositiveAdvantageWeight(0.5).shape_policy_loss(loss, stats).tolist() == [[-1.0, 1.0, 0.0]]
+    assert EntroPIC(0.5, 2.0).shape_policy_loss(loss, stats).tolist() == [[-1.0, 2.0, 0.0]]
+
+
+def test_the_weights_of_entropic_move_against_each_other_and_both_towards_the_target() -> None:
+    """Target 0.3, kp 1, ki 0.1. Entropy 0.1: e = 0.2, so 1 ∓ (0.2 + 0.02); 0.5: e = −0.2, sum 0, so 1 ± 0.2."""
+    method = EntroPIC()
+    for measured, positive, negative in ((0.1, 0.78, 1.22), (0.5, 1.2, 0.8), (0.3, 1.0, 1.0)):
+        for coefficient in method.coefficients.values():
+            coefficient.observe(measured)
+        values = {name: coefficient.value for name, coefficient in method.coefficients.items()}
+        assert values == pytest.approx({"coef": 0.0, "positive": positive, "negative": negative}, rel=1e-12)
+    assert all(isinstance(weight, EntropyBand) for weight in method.weights.values())
+
+
+def test_the_entropy_ratio_decides_by_hand_and_is_a_curve() -> None:
+    """Old entropy 1: 0.95 and 1.05 are out as the bounds themselves, 0.951 and 1.049 are in. Where both are 0, 1e-8
+    each: ratio 1."""
+    step = step_of([[1.0] * 5], old_entropy=[[1.0, 1.0, 1.0, 1.0, 0.0]])
+    stats = stats_of(step, entropy=tensor(0.9499, 0.951, 1.049, 1.0501, 0.0))
+    method = EntropyRatioClip()
+    assert (method.low, method.high) == (0.05, 0.05)
+    outside = [True, False, False, True, False]
+    assert method.outside(stats).tolist() == [outside]
+    assert method.measure(stats)["entropy_ratio_clipped"].tolist() == [outside]
+    loss = tensor(1.0, 2.0, 3.0, 4.0, 5.0).requires_grad_()
+    shaped = method.shape_policy_loss(loss, stats)
+    assert shaped.tolist() == loss.tolist()
+    (gradient,) = torch.autograd.grad(shaped.sum(), loss)
+    assert gradient.tolist() == [[0.0, 1.0, 1.0, 0.0, 1.0]]
+
+
+def test_the_share_of_clipped_entropy_ratios_is_logged_over_the_steps_tokens(experience: Experience) -> None:
+    module = dapo(EntropyRatioClip(low=0.2, high=0.1))
+    step = begin_step(module, experience)
+    stats, (_, metrics) = token_stats(module, step), micro_loss(module, step)
+    share = (module.regularizer.outside(stats) & stats.mask).sum().item() / N
+    assert 0.1 < share < 0.9
+    assert metrics["regularizer/entropy_ratio_clipped"] == pytest.approx(share, rel=1e-6)
+
+
+def test_entropies_are_computed_for_a_method_that_shapes_by_them(experience: Experience) -> None:
+    for method, has_entropy in ((EntropyRatioClip(), True), (EntroPIC(), False), (NoRegularizer(), False)):
+        module = dapo(method)
+        stats = token_stats(module, begin_step(module, experience))
+        assert (stats.entropy is not None) == has_entropy
+
+
+def test_the_defaults_of_the_weights_are_controllers_and_a_number_is_constant() -> None:
+    assert isinstance(PositiveAdvantageWeight().weight, EntropySteps)
+    assert isinstance(PositiveAdvantageWeight(0.5).weight, Constant)
+    assert PositiveAdvantageWeight().coefficients.keys() == {"coef", "weight"}
 
 
 def test_the_former_name_of_the_opposite_says_that_it_is_no_ces() -> None:

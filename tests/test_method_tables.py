@@ -11,59 +11,63 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from ibro_lightning import regularizers
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.methods import Method, table
-from ibro_lightning.regularizers import EntropyRegularizer
 from ibro_lightning.runs.recipes import recipe_folder
 from ibro_lightning.studies.spec import read_study
+from ibro_lightning.update.advantages import GROUP_RELATIVE
 from ibro_lightning.update.surrogates import LOSSES
-from method_tables import PAGE, own, tables, written
+from method_tables import PAGE, entropy_methods, moving, rows, tables, written
 from methods import chosen
 from methods import table as results_table
 
-FORMER = {"CorrectPathEntropySuppression"}
-METHODS = dict(own((name, getattr(regularizers, name)) for name in regularizers.__all__))
+METHODS = entropy_methods()
 
 
 def test_the_page_is_what_the_classes_say() -> None:
     page = PAGE.read_text()
     assert written(page) == page, "run python benchmarks/method_tables.py"
+    with pytest.raises(ValueError, match="no place for the table of entropy methods"):
+        written(page.replace("<!-- table: entropy methods -->", ""))
 
 
-def test_every_entropy_method_has_a_row_of_its_own() -> None:
-    concrete = {
-        name
-        for name in regularizers.__all__
-        if isinstance(kind := getattr(regularizers, name), type)
-        and issubclass(kind, EntropyRegularizer)
-        and name not in ("EntropyRegularizer", "PolicyLossMethod")
-    }
-    assert set(METHODS) == concrete - FORMER
-    assert len({method.formula for method in METHODS.values()}) == len(METHODS)
+def test_every_class_has_a_row_of_its_own() -> None:
+    """One that says nothing, or what its base says, would raise KeyError; no two say the same."""
+    for classes in (METHODS, moving(), LOSSES, GROUP_RELATIVE):
+        said = dict(rows(classes.items()))
+        assert len({method.formula for method in said.values()}) == len(said) == len(classes)
+        assert len({method.recipe for method in said.values()}) == len(said)
+    assert {"SIREN", "EntroPIC", "NoRegularizer"} <= METHODS.keys()
+    assert {"TargetEntropy", "AdaptiveClip", "AdaptiveKL"} <= moving().keys()
 
 
-def test_every_surrogate_has_a_row() -> None:
-    assert set(dict(own(LOSSES.items()))) == set(LOSSES)
+CHOICES = {**METHODS, **moving()}
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", CHOICES)
 def test_a_recipe_line_builds_the_method_with_its_defaults(name: str) -> None:
-    chosen = yaml.safe_load(METHODS[name].recipe)["regularizer"]
+    kind = CHOICES[name]
+    (chosen,) = yaml.safe_load(vars(kind)["method"].recipe).values()
     if name == "NoRegularizer":
         assert chosen is None
         return
     assert chosen["class_path"] == name
-    parameters = inspect.signature(getattr(regularizers, name)).parameters
+    parameters = inspect.signature(kind).parameters
     for setting, value in chosen["init_args"].items():
         assert value == parameters[setting].default, setting
-    assert isinstance(getattr(regularizers, name)(**chosen["init_args"]), EntropyRegularizer)
+    assert isinstance(kind(**chosen["init_args"]), kind)
+
+
+@pytest.mark.parametrize(("setting", "classes"), [("surrogate", LOSSES), ("advantage", GROUP_RELATIVE)])
+def test_a_name_in_a_recipe_line_is_the_one_of_the_class(setting: str, classes: dict[str, type]) -> None:
+    for name, method in rows(classes.items()):
+        assert yaml.safe_load(method.recipe) == {setting: name}
 
 
 def test_a_table_is_markdown_whatever_the_formula() -> None:
     rows = [("A", Method("|A|/κ", "arXiv 1", "note", "x: 1"))]
     assert table(rows).splitlines()[2:] == ["| `A` | \\|A\\|/κ | arXiv 1 | note | `x: 1` |"]
-    assert set(tables()) == {"entropy methods", "surrogates"}
+    assert set(tables()) == {"entropy methods", "coefficients", "surrogates", "advantages"}
 
 
 def test_a_certainty_that_nobody_knows_is_refused() -> None:
@@ -74,13 +78,19 @@ def test_a_certainty_that_nobody_knows_is_refused() -> None:
 
 def test_the_study_of_methods_has_all_of_them_as_they_come() -> None:
     study = read_study(recipe_folder() / "studies" / "methods.yaml")
-    assert set(study.arms) == set(METHODS)
-    for name, arm in study.arms.items():
-        given = arm.settings["model.regularizer"]
-        assert set(arm.settings) == {"model.regularizer"}
+    others = {**dict.fromkeys(LOSSES, "surrogate"), **dict.fromkeys(GROUP_RELATIVE, "advantage")}
+    del others["ppo"], others["grpo"]  # those of NoRegularizer
+    assert set(study.arms) == {*METHODS, *others, "adaptive_clip"}
+    for name in METHODS:
+        settings = study.arms[name].settings
+        assert set(settings) == {"model.regularizer"}
         if name != "NoRegularizer":
-            assert given["class_path"] == name
-            assert set(given.get("init_args", {})) <= {"template"}, "the task's, not the method's"
+            assert settings["model.regularizer"]["class_path"] == name
+            arguments = settings["model.regularizer"].get("init_args", {})
+            assert set(arguments) <= {"template"}, "the task's, not the method's"
+    for name, setting in others.items():
+        settings = study.arms[name].settings
+        assert (settings["model.regularizer"], settings[f"model.{setting}"]) == (None, name)
 
 
 def test_a_part_of_the_study_can_be_chosen_and_shortened() -> None:

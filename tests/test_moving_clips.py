@@ -25,7 +25,7 @@ from ibro_lightning.regularizers.coefficients import (
     TargetEntropy,
     as_coefficient,
 )
-from ibro_lightning.update import CISPOLoss, GSPOLoss, PolicyLoss, ReferenceKL
+from ibro_lightning.update import CISPOLoss, DPPOLoss, GMPOLoss, GSPOLoss, PolicyLoss, ReferenceKL
 
 
 class Recorder(Coefficient):
@@ -89,7 +89,7 @@ def test_a_number_has_no_curve_and_no_state_of_its_own() -> None:
     assert not {name for name in recorder.metrics[0] if "clip_ratio" in name}
 
 
-@pytest.mark.parametrize("kind", [PolicyLoss, GSPOLoss, CISPOLoss])
+@pytest.mark.parametrize("kind", [PolicyLoss, GSPOLoss, CISPOLoss, GMPOLoss, DPPOLoss])
 def test_a_clip_that_moves_clips_as_the_number_that_it_has_come_to(kind: type[PolicyLoss]) -> None:
     generator = torch.Generator().manual_seed(1)
     logp, old_logp, advantages = (torch.randn(3, 5, generator=generator).double() for _ in range(3))

@@ -22,7 +22,9 @@ from ibro_lightning.regularizers import (
     STEER,
     ClipCov,
     ConditionalEntropyShaping,
+    EntroPIC,
     EntropyBonus,
+    EntropyRatioClip,
     EntropyRegularizer,
     EntropyShapedAdvantage,
     InformationBottleneck,
@@ -32,11 +34,12 @@ from ibro_lightning.regularizers import (
     PassRateInformationBottleneck,
     PolicyLossMethod,
     PositionCentredInformationBottleneck,
+    PositiveAdvantageWeight,
     TopEntropyTokens,
 )
 from ibro_lightning.regularizers.coefficients import Constant
 from ibro_lightning.update import PlainLoop, PolicyLoss, ReferenceKL, Scorer, Updater
-from ibro_lightning.update.surrogates import CISPOLoss, GSPOLoss
+from ibro_lightning.update.surrogates import LOSSES
 
 torch.set_num_threads(1)
 WITHOUT = [2, 3, 6, 7]
@@ -51,6 +54,9 @@ REGULARIZERS: list[EntropyRegularizer] = [
     TopEntropyTokens(0.5),
     STEER(0.3),
     PassRateInformationBottleneck(0.5),
+    PositiveAdvantageWeight(0.5),
+    EntroPIC(0.5, 1.5),
+    EntropyRatioClip(1e-4, 1e-4),
 ]
 OTHERS: list[EntropyRegularizer] = [
     InformationBottleneck(0.5, part="centred"),
@@ -100,7 +106,7 @@ def update(loss: PolicyLoss, advantages: Tensor | None = None) -> tuple[Any, ...
     return seen, {name: value.detach() for name, value in policy.named_parameters()}, len(backwards)
 
 
-@pytest.mark.parametrize("kind", [PolicyLoss, GSPOLoss, CISPOLoss])
+@pytest.mark.parametrize("kind", LOSSES.values())
 @pytest.mark.parametrize("regularizer", REGULARIZERS, ids=lambda one: type(one).__name__)
 def test_the_update_is_the_same_with_fewer_backward_passes(
     kind: type[PolicyLoss], regularizer: EntropyRegularizer
@@ -199,7 +205,7 @@ def test_a_false_promise_would_change_the_weights() -> None:
     assert any((weights[name] - value).abs().max() > 1e-4 for name, value in expected.items())
 
 
-@pytest.mark.parametrize("kind", [PolicyLoss, GSPOLoss, CISPOLoss])
+@pytest.mark.parametrize("kind", LOSSES.values())
 @pytest.mark.parametrize("regularizer", REGULARIZERS, ids=lambda one: type(one).__name__)
 def test_the_promise_holds_exactly(kind: type[PolicyLoss], regularizer: EntropyRegularizer) -> None:
     """Without an advantage the loss is 0, and so is its gradient for every log-prob and every entropy."""

@@ -52,6 +52,7 @@ from ibro_lightning.regularizers import (
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult
 from ibro_lightning.update import ReferenceKL
 from ibro_lightning.update.correction import SamplerCorrection, refuse_missing_logp, sampled_tokens
+from ibro_lightning.update.surrogates import LOSSES
 
 torch.set_num_threads(1)
 LEVELS, MODES = ("token", "sequence", "geometric"), ("truncate", "mask")
@@ -119,7 +120,7 @@ SETTINGS: list[dict[str, Any]] = [
 SETTINGS += [{"level": level, "mode": "mask", "cap": 1.5, "floor": 0.9} for level in LEVELS]
 
 
-@pytest.mark.parametrize("surrogate", ["ppo", "gspo", "cispo"])
+@pytest.mark.parametrize("surrogate", LOSSES)
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
 def test_the_steps_loss_by_hand_for_each_level_and_mode(settings: dict[str, Any], surrogate: Any) -> None:
     """Σ w·L / N − 0.3·Σ H / N: the bonus has no weight, and dropped tokens still count in N. The same for any cut."""

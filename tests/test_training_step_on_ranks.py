@@ -19,13 +19,17 @@ from ibro_lightning.batches import Rollout
 from ibro_lightning.regularizers import (
     SIREN,
     STEER,
+    AdaptiveClip,
     ClipCov,
     ConditionalEntropyShaping,
     EntropyBonus,
+    EntropyRatioClip,
+    EntropySteps,
     InformationBottleneck,
     KLCov,
     PassRateInformationBottleneck,
     PositionCentredInformationBottleneck,
+    PositiveAdvantageWeight,
     TopEntropyTokens,
 )
 from ibro_lightning.regularizers.coefficients import AdaptiveKL, TargetEntropy
@@ -74,6 +78,12 @@ MODULES: dict[str, Callable[[], Any]] = {
     "AdaptiveKL": lambda: dapo(kl=adaptive_kl(), **SETTINGS),
     "REINFORCE++ with AdaptiveKL": reinforce,
     "TargetEntropy": lambda: dapo(regularizer=EntropyBonus(TargetEntropy(target=10.0, step=0.1)), **SETTINGS),
+    "weights that move": lambda: dapo(
+        regularizer=PositiveAdvantageWeight(EntropySteps(target=10.0, step=0.3)),
+        clip_ratio_high=AdaptiveClip(),
+        **SETTINGS,
+    ),
+    "EntropyRatioClip": lambda: dapo(regularizer=EntropyRatioClip(1e-3, 1e-3), update_epochs=2, **SETTINGS),
     # The first step scores its own rows; the others are scored before, or have the sampler's log-probs.
     "IB in two passes": lambda: dapo(regularizer=InformationBottleneck(0.5), update_epochs=2, **SETTINGS),
     "the sampler's log-probs": lambda: dapo(
@@ -86,8 +96,8 @@ IN_TURN, SWAPPED = ([0, 2], [1, 3]), ([2, 3], [0, 1])
 OWN_SCORES = ("IB in two passes", "the sampler's log-probs")
 FLOAT32 = [name for name in MODULES if name.endswith("float32")]
 CASES = [
-    *((name, HALVES) for name in ("ClipCov", "TopEntropyTokens", "TargetEntropy", "PPO")),
-    *((name, UNEQUAL) for name in ("ClipCov", "KLCov", "IB under sequence means", "AdaptiveKL")),
+    *((name, HALVES) for name in ("ClipCov", "TopEntropyTokens", "TargetEntropy", "PPO", "EntropyRatioClip")),
+    *((name, UNEQUAL) for name in ("ClipCov", "KLCov", "IB under sequence means", "AdaptiveKL", "weights that move")),
     *((name, UNEQUAL) for name in ("STEER", "CES", "SIREN", "pass rates", "IB by position")),
     *((name, ONE_HAS_NONE) for name in ("STEER", "SIREN", "IB by position")),
     *((name, shares) for name in FLOAT32 for shares in (HALVES, IN_TURN, SWAPPED)),

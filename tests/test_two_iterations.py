@@ -70,6 +70,24 @@ METHODS: dict[str, tuple[str, str, list[str], str]] = {
         ["update/regularizer", "regularizer/kl_to_hindsight"],
         "distilled",
     ),
+    "positive weight": (
+        "PositiveAdvantageWeight",
+        "weight: {class_path: EntropySteps, init_args: {target: 5.0, step: 0.4}}",
+        ["regularizer/weight"],
+        "none",
+    ),
+    "entropic": (
+        "EntroPIC",
+        "positive: 0.4, negative: {class_path: EntropyBand, init_args: {low: 5, high: 6, start: 1, maximum: 3}}",
+        ["regularizer/positive", "regularizer/negative"],
+        "positive weight",
+    ),
+    "entropy ratio": (
+        "EntropyRatioClip",
+        "low: 1.0e-3, high: 1.0e-3",
+        ["regularizer/entropy_ratio_clipped"],
+        "none",
+    ),
 }
 MODULES = ["DAPOModule", "PPOModule"]
 WITH_GROUPS = " with groups"

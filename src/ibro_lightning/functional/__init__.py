@@ -52,7 +52,21 @@ from ibro_lightning.functional.mismatch import (
     mismatch_diagnostics,
     mismatch_weights,
 )
-from ibro_lightning.functional.policy_loss import ClippedSurrogate, cispo_surrogate, clipped_surrogate, gspo_surrogate
+from ibro_lightning.functional.pass_rate_advantages import (
+    asym_grpo_advantages,
+    maxrl_advantages,
+    quantile_advantages,
+)
+from ibro_lightning.functional.policy_loss import (
+    ClippedSurrogate,
+    SoftSurrogate,
+    cispo_surrogate,
+    clipped_surrogate,
+    dppo_surrogate,
+    gmpo_surrogate,
+    gspo_surrogate,
+    sapo_surrogate,
+)
 from ibro_lightning.functional.regularization import information_bottleneck_objective
 from ibro_lightning.functional.shaping import informative_groups, overlong_penalty
 from ibro_lightning.functional.value_loss import ValueLoss, clipped_value_loss
@@ -72,20 +86,24 @@ __all__ = [
     "MismatchWeights",
     "PlanePoint",
     "RestrictedEntropy",
+    "SoftSurrogate",
     "TokenProbability",
     "ValueLoss",
     "aggregate",
     "aggregation_weights",
     "approximate_kl",
+    "asym_grpo_advantages",
     "avg_at_k",
     "bootstrap_interval",
     "cispo_surrogate",
     "clipped_surrogate",
     "clipped_value_loss",
+    "dppo_surrogate",
     "dr_grpo_advantages",
     "ending_rates",
     "explained_variance",
     "gae",
+    "gmpo_surrogate",
     "group_advantages",
     "gspo_surrogate",
     "information_bottleneck_objective",
@@ -102,14 +120,17 @@ __all__ = [
     "masked_max",
     "masked_mean",
     "masked_whiten",
+    "maxrl_advantages",
     "mismatch_diagnostics",
     "mismatch_weights",
     "overlong_penalty",
     "pass_at_k",
+    "quantile_advantages",
     "quarter",
     "reinforce_plus_plus_advantages",
     "reward_to_go",
     "rloo_advantages",
+    "sapo_surrogate",
     "sign_flip_p_value",
     "token_mean",
 ]

@@ -25,18 +25,13 @@ from ibro_lightning.batches.experience import Experience
 from ibro_lightning.batches.ragged import row_wise
 from ibro_lightning.callbacks.needs import watched
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.functional import (
-    AggregationMode,
-    dr_grpo_advantages,
-    group_advantages,
-    reward_to_go,
-    rloo_advantages,
-)
+from ibro_lightning.functional import AggregationMode, reward_to_go
 from ibro_lightning.models import PolicyLike, PolicyOptions
 from ibro_lightning.modules.policy_module import PolicyModule
 from ibro_lightning.regularizers import EntropyRegularizer
 from ibro_lightning.regularizers.coefficients import Coefficient
 from ibro_lightning.timing import PhaseTimer
+from ibro_lightning.update.advantages import GROUP_RELATIVE, GroupAdvantage
 from ibro_lightning.update.correction import SamplerCorrection
 from ibro_lightning.update.diagnostics import experience_metrics, observe
 from ibro_lightning.update.loss import PolicyLoss
@@ -47,8 +42,7 @@ from ibro_lightning.update.surrogates import Surrogate, loss_class
 from ibro_lightning.update.updater import Updater, update_metrics
 from ibro_lightning.update.whitening import whiten
 
-AdvantageEstimator = Literal["grpo", "dr_grpo", "rloo", "reinforce++"]
-GROUP_RELATIVE = {"grpo": group_advantages, "dr_grpo": dr_grpo_advantages, "rloo": rloo_advantages}
+AdvantageEstimator = Literal["grpo", "dr_grpo", "rloo", "quantile", "maxrl", "asym_grpo", "reinforce++"]
 
 
 class DAPOModule(PolicyModule):
@@ -58,9 +52,11 @@ class DAPOModule(PolicyModule):
 
     Args:
         advantage: ``grpo``: reward less the group's mean, over its standard deviation (DAPO too); ``dr_grpo``: not
-            divided; ``rloo``: less the mean of the others; ``reinforce++``: reward to go, whitened over the rollout,
-            which needs no groups. Where accuracy does not differ, ``grpo`` and ``reinforce++`` do not scale other
-            parts of the reward up to the size of right and wrong (``docs/rewards.md``).
+            divided; ``rloo``: less the mean of the others; ``quantile``: less the group's 0.4-quantile; ``maxrl``:
+            over the pass rate; ``asym_grpo``: powers of its odds; a :class:`.GroupAdvantage`, for other numbers or one
+            of your own; ``reinforce++``: reward to go, whitened over the rollout, which needs no groups. Where
+            accuracy does not differ, ``grpo``, ``quantile`` and ``reinforce++`` do not scale other parts of the reward
+            up to the size of right and wrong (``docs/rewards.md``).
     """
 
     policy_loss: PolicyLoss
@@ -72,7 +68,7 @@ class DAPOModule(PolicyModule):
         self,
         policy: PolicyLike,
         *,
-        advantage: AdvantageEstimator = "grpo",
+        advantage: GroupAdvantage | AdvantageEstimator = "grpo",
         regularizer: EntropyRegularizer | None = None,
         surrogate: Surrogate | type[PolicyLoss] = "ppo",
         clip_ratio_low: Coefficient | float = 0.2,
@@ -103,10 +99,14 @@ class DAPOModule(PolicyModule):
             lr_scheduler=lr_scheduler,
             policy_options=policy_options,
         )
-        if advantage not in get_args(AdvantageEstimator):
-            raise ConfigError("advantage", advantage, f"write one of {', '.join(get_args(AdvantageEstimator))}")
+        if not isinstance(advantage, GroupAdvantage) and advantage not in get_args(AdvantageEstimator):
+            names = ", ".join(get_args(AdvantageEstimator))
+            raise ConfigError("advantage", advantage, f"write one of {names}, or an instance of GroupAdvantage")
         self.advantage = advantage
-        if advantage not in GROUP_RELATIVE:
+        self.group_advantage = advantage if isinstance(advantage, GroupAdvantage) else None
+        if isinstance(advantage, str) and advantage in GROUP_RELATIVE:
+            self.group_advantage = GROUP_RELATIVE[advantage]()
+        if self.group_advantage is None:
             self.min_group_size = 1
         self.policy_loss = loss_class(surrogate)(
             regularizer,
@@ -176,17 +176,13 @@ class DAPOModule(PolicyModule):
         """The advantages ``[N]`` of the configured estimator."""
         assert experience.token_rewards is not None, "the scorer sets them"
         assert experience.rewards is not None
-        if self.advantage not in GROUP_RELATIVE:
+        if self.group_advantage is None:  # REINFORCE++
             (to_go,) = row_wise(
                 lambda _, mask, rewards: reward_to_go(rewards, mask), experience.lengths, experience.token_rewards
             )  # [N]
             return whiten(to_go, experience, self.ranks)
-        rewards, groups = experience.rewards, experience.groups  # [B] each
-        if self.advantage == "grpo" and experience.outcomes is not None:  # the one that divides by a deviation
-            span = 1.0 if experience.outcome_span is None else experience.outcome_span
-            advantages = group_advantages(rewards, groups, outcomes=experience.outcomes, outcome_span=span)
-        else:
-            advantages = GROUP_RELATIVE[self.advantage](rewards, groups)
+        span = 1.0 if experience.outcome_span is None else experience.outcome_span
+        advantages = self.group_advantage(experience.rewards, experience.groups, experience.outcomes, span)  # [B]
         return experience.per_token(advantages)  # [N]
 
     def experience_metrics(self, experience: Experience, rollout: Rollout) -> dict[str, float]:

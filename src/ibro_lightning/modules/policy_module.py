@@ -58,11 +58,12 @@ class PolicyModule(pl.LightningModule):
         policy: a Hugging Face folder or hub name, a transformers model, ``(model, tokenizer)``, or a ``PolicySource``.
         regularizer: an entropy method; None: none.
         surrogate: the policy loss. ``ppo``: each token's clipped ratio (PPO, GRPO, DAPO); ``gspo``: one clipped ratio
-            per sequence (with clip ratios near 3e-4 and aggregation ``seq-mean-token-mean``); ``cispo``: the clipped
-            ratio as a weight, no token loses its gradient; or a subclass of :class:`.PolicyLoss`.
+            per sequence; ``cispo``: the clipped ratio as a weight, no token loses its gradient; ``gmpo``: the mean of
+            clipped ratios; ``dppo``: bounds of the probability; ``sapo``: a soft gate (``docs/methods.md``); or a
+            subclass of :class:`.PolicyLoss`.
         clip_ratio_low: the probability ratio is clipped to at least 1 − this; a number, or a coefficient that moves it.
         clip_ratio_high: the probability ratio is clipped to at most 1 + this; likewise.
-        dual_clip: bounds the loss of negative advantages by c·|A|; None switches it off. Not in ``cispo``.
+        dual_clip: bounds the loss of negative advantages by c·|A|; None switches it off. In ``ppo`` and ``gspo``.
         aggregation: how token losses become one number; denominators count the whole optimizer step.
         aggregation_max_tokens: the constant length of ``seq-mean-token-sum-norm`` (Dr.GRPO).
         kl: a KL penalty to a reference policy; None, as in DAPO and in the paper, has none.

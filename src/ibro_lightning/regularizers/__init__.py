@@ -2,8 +2,10 @@
 
 from ibro_lightning.regularizers.base import EntropyRegularizer, PolicyLossMethod, StepContext
 from ibro_lightning.regularizers.conditional_entropy_shaping import ConditionalEntropyShaping
+from ibro_lightning.regularizers.controllers import AdaptiveClip, EntropySteps
 from ibro_lightning.regularizers.covariance import ClipCov, KLCov
 from ibro_lightning.regularizers.entropy_bonus import EntropyBonus
+from ibro_lightning.regularizers.entropy_ratio import EntropyRatioClip
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
 from ibro_lightning.regularizers.ibro import IBRO
 from ibro_lightning.regularizers.information_bottleneck import (
@@ -13,6 +15,7 @@ from ibro_lightning.regularizers.information_bottleneck import (
 )
 from ibro_lightning.regularizers.none import NoRegularizer
 from ibro_lightning.regularizers.of_the_head import AEnt, RenyiBonus
+from ibro_lightning.regularizers.sample_weights import EntroPIC, PositiveAdvantageWeight
 from ibro_lightning.regularizers.self_distillation import SelfDistillation
 from ibro_lightning.regularizers.shaped_advantage import EntropyShapedAdvantage
 from ibro_lightning.regularizers.siren import SIREN
@@ -28,12 +31,16 @@ __all__ = [
     "SIREN",
     "STEER",
     "AEnt",
+    "AdaptiveClip",
     "ClipCov",
     "ConditionalEntropyShaping",
     "CorrectPathEntropySuppression",
+    "EntroPIC",
     "EntropyBonus",
+    "EntropyRatioClip",
     "EntropyRegularizer",
     "EntropyShapedAdvantage",
+    "EntropySteps",
     "HindsightTemplate",
     "InformationBottleneck",
     "KLCov",
@@ -42,6 +49,7 @@ __all__ = [
     "PassRateInformationBottleneck",
     "PolicyLossMethod",
     "PositionCentredInformationBottleneck",
+    "PositiveAdvantageWeight",
     "RenyiBonus",
     "SelfDistillation",
     "StepContext",

@@ -47,6 +47,10 @@ class StepContext:
     """The micro-batch over which the policy is about to run, in :meth:`EntropyRegularizer.functionals`."""
 
 
+HARMLESS = ("prepare", "functionals", "statistics", "measure", "coefficients")
+"""Methods of a regulariser that move no policy by themselves."""
+
+
 class EntropyRegularizer(ABC):
     """Adds ``−coef · agg(objective)`` to the policy loss; ``agg`` is the loss's own aggregation over the whole step.
 
@@ -56,9 +60,9 @@ class EntropyRegularizer(ABC):
             def objective(self, stats):
                 return stats.entropy * (stats.old_entropy > 0.5)
 
-    Four further hooks do nothing unless overridden. In the order in which a step calls them: :meth:`prepare` (once per
+    Five further hooks do nothing unless overridden. In the order in which a step calls them: :meth:`prepare` (once per
     optimizer step), then for every micro-batch :meth:`functionals`, :meth:`statistics`, :meth:`shape_policy_loss`,
-    :meth:`objective`.
+    :meth:`objective`, :meth:`measure`.
 
     Args:
         coef: α ≥ 0, or a :class:`~ibro_lightning.regularizers.coefficients.Coefficient` that moves it during training.
@@ -69,6 +73,8 @@ class EntropyRegularizer(ABC):
     """What the table of ``docs/methods.md`` says of the class; the package's own have one each."""
     needs_entropy: bool = True
     """Whether :meth:`objective` reads ``stats.entropy``; otherwise entropies have no gradient."""
+    shaping_needs_entropy: bool = False
+    """Whether :meth:`shape_policy_loss` reads ``stats.entropy``, whatever α is."""
     prepare_needs_scores: bool = False
     """Whether :meth:`prepare` reads ``step.old_logp`` or ``step.old_entropy``. Otherwise they may be None
     there: a rollout's first optimizer step takes them from its own forward pass."""
@@ -80,7 +86,7 @@ class EntropyRegularizer(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        does_not_inherit(cls, "zero_without_advantage", harmless=("prepare", "functionals", "statistics"))
+        does_not_inherit(cls, "zero_without_advantage", harmless=HARMLESS)
 
     def __init__(self, coef: Coefficient | float) -> None:
         self.coefficient = as_coefficient(coef, "coef", "entropy")
@@ -120,6 +126,10 @@ class EntropyRegularizer(ABC):
     def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:
         """The policy loss ``[B, T]`` in place of ``loss``. Tokens set to 0 still count in the denominator."""
         return loss
+
+    def measure(self, stats: TokenStats) -> Mapping[str, Tensor]:
+        """Further curves ``regularizer/name``: values ``[B, T]`` whose mean over the step's tokens is logged."""
+        return {}
 
 
 def does_not_inherit(cls: type, promise: str, harmless: Sequence[str] = ()) -> None:

@@ -27,6 +27,7 @@ from ibro_lightning.update.clip_ratios import ClipRatio
 from ibro_lightning.update.correction import SamplerCorrection
 from ibro_lightning.update.reference import ReferenceKL
 
+CLIP_RATIO_LOW, CLIP_RATIO_HIGH = 0.2, 0.28
 DUAL_CLIP = 10.0
 """A bound so far from 1 that it acts only on tokens that have become much more likely."""
 
@@ -55,6 +56,7 @@ class PolicyLoss:
         recipe="surrogate: ppo",
     )
     clip_ratio_low_may_be_one = False
+    has_clip_ratios = True
     has_dual_clip = True
     must_be_finite = ("update/policy_loss",)
     zero_without_advantage = True
@@ -69,8 +71,8 @@ class PolicyLoss:
         self,
         regularizer: EntropyRegularizer | None = None,
         *,
-        clip_ratio_low: Coefficient | float = 0.2,
-        clip_ratio_high: Coefficient | float = 0.28,
+        clip_ratio_low: Coefficient | float = CLIP_RATIO_LOW,
+        clip_ratio_high: Coefficient | float = CLIP_RATIO_HIGH,
         dual_clip: float | None = DUAL_CLIP,
         aggregation: AggregationMode = "token-mean",
         aggregation_max_tokens: int | None = None,
@@ -81,14 +83,17 @@ class PolicyLoss:
         check_instance("sampler_correction", sampler_correction, SamplerCorrection, optional=True)
         check_instance("kl", kl, ReferenceKL, optional=True)
         low = ClipRatio("clip_ratio_low", clip_ratio_low, 1.0, included=self.clip_ratio_low_may_be_one)
-        self._clips = {"low": low, "high": ClipRatio("clip_ratio_high", clip_ratio_high)}
+        high = ClipRatio("clip_ratio_high", clip_ratio_high)
         if dual_clip is not None and not (is_number(dual_clip) and dual_clip > 1):
             raise ConfigError("dual_clip", dual_clip, "write a number above 1, such as 10, or null to switch it off")
+        for clip, default in ((low, CLIP_RATIO_LOW), (high, CLIP_RATIO_HIGH)):
+            if not self.has_clip_ratios and clip.ratio != default:
+                raise ConfigError(clip.setting, clip.ratio, f"{type(self).__name__} has no clip ratios: leave it out")
         if not self.has_dual_clip and dual_clip not in (None, DUAL_CLIP):
             raise ConfigError("dual_clip", dual_clip, f"{type(self).__name__} has no dual clip: leave it out")
         _check_aggregation(aggregation, aggregation_max_tokens)
         self.regularizer = regularizer or NoRegularizer()
-        self.dual_clip = dual_clip
+        self._clips, self.dual_clip = {"low": low, "high": high}, dual_clip
         self.aggregation: AggregationMode = aggregation
         self.aggregation_max_tokens = aggregation_max_tokens
         self.sampler_correction, self.kl = sampler_correction, kl
@@ -130,8 +135,8 @@ class PolicyLoss:
             total = total - self.regularizer.coef * objective
             metrics["update/regularizer"] = objective.item()
         per_token["update/approx_kl"] = approximate_kl(stats.logp.detach(), stats.old_logp)
-        added = [name for name in stats.extra if name not in micro.extra]
-        per_token |= {f"regularizer/{name}": stats.extra[name] for name in added}
+        added = {name: values for name, values in stats.extra.items() if name not in micro.extra}
+        per_token |= {f"regularizer/{n}": values for n, values in {**added, **self.regularizer.measure(stats)}.items()}
         for name, values in per_token.items():
             metrics[name] = token_mean(values.detach().float(), stats.mask, micro.num_tokens).item()
         return total, metrics
@@ -148,11 +153,11 @@ class PolicyLoss:
         """Run the policy over a micro-batch, with gradients. If it has no old scores, this is the rollout's first
         optimizer step: the policy is still the one that sampled, so its scores serve as the old ones."""
         active, unscored = bool(self.regularizer.coef), micro.old_logp is None
-        with_entropy = unscored or (active and self.regularizer.needs_entropy)
+        read = self.regularizer.shaping_needs_entropy or (active and self.regularizer.needs_entropy)
         asked = self.regularizer.functionals(replace(context, micro=micro)) if active else {}
         options: dict[str, Any] = {"functionals": asked} if asked else {}  # a policy of one's own need not know them
         answer: Any = context.policy(
-            micro.sequences, temperature=micro.temperature, with_entropy=with_entropy, **options
+            micro.sequences, temperature=micro.temperature, with_entropy=unscored or read, **options
         )
         logp, entropy, *of_the_head = answer
         if unscored:

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from ibro_lightning.batches.experience import TokenStats
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.functional import ClippedSurrogate, cispo_surrogate, gspo_surrogate
+from ibro_lightning.functional import (
+    ClippedSurrogate,
+    SoftSurrogate,
+    cispo_surrogate,
+    dppo_surrogate,
+    gmpo_surrogate,
+    gspo_surrogate,
+    sapo_surrogate,
+)
 from ibro_lightning.methods import Method
 from ibro_lightning.update.loss import PolicyLoss
 
@@ -61,8 +69,92 @@ class CISPOLoss(PolicyLoss):
         return _named(result)
 
 
-Surrogate = Literal["ppo", "gspo", "cispo"]
-LOSSES: dict[str, type[PolicyLoss]] = {"ppo": PolicyLoss, "gspo": GSPOLoss, "cispo": CISPOLoss}
+class GMPOLoss(PolicyLoss):
+    """One ratio per response, the geometric mean of its tokens' clipped ratios (arXiv 2507.20673): bounds of the log
+    ratio near 0.4, with the aggregation ``seq-mean-token-mean``. It has no dual clip."""
+
+    method = Method(
+        formula="−rA with r the geometric mean of the response's clipped ratios",
+        source="arXiv 2507.20673",
+        certainty="code read",
+        recipe="surrogate: gmpo",
+    )
+    has_dual_clip = False
+    zero_without_advantage = True
+
+    def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
+        result = gmpo_surrogate(
+            stats.logp,
+            stats.old_logp,
+            stats.advantages,
+            stats.mask,
+            clip_ratio_low=self.clip_ratio_low,
+            clip_ratio_high=self.clip_ratio_high,
+        )
+        return _named(result)
+
+
+class DPPOLoss(PolicyLoss):
+    """``−rA``, without the tokens whose probability has moved by more than the clip ratios, which bound the binary
+    total variation here (arXiv 2602.04879). It has no dual clip."""
+
+    method = Method(
+        formula="−rA, without tokens with |π − π_old| beyond the clip ratios (binary total variation)",
+        source="arXiv 2602.04879",
+        certainty="code read",
+        recipe="surrogate: dppo",
+    )
+    has_dual_clip = False
+    zero_without_advantage = True
+
+    def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
+        result = dppo_surrogate(
+            stats.logp,
+            stats.old_logp,
+            stats.advantages,
+            clip_ratio_low=self.clip_ratio_low,
+            clip_ratio_high=self.clip_ratio_high,
+        )
+        return _named(result)
+
+
+class SAPOLoss(PolicyLoss):
+    """A soft gate in place of clips (arXiv 2511.20347), with the aggregation ``seq-mean-token-mean``; the curve
+    ``update/gate`` is the mean factor of the gradient. It has neither clip ratios nor a dual clip: for temperatures
+    other than the paper's, write a subclass."""
+
+    method = Method(
+        formula="−(4/τ)·σ(τ(r − 1))·A; τ is 1 for A > 0 and 1.05 for A < 0",
+        source="arXiv 2511.20347",
+        certainty="code read",
+        recipe="surrogate: sapo",
+    )
+    positive_temperature = 1.0
+    negative_temperature = 1.05
+    has_clip_ratios = False
+    has_dual_clip = False
+    zero_without_advantage = True
+
+    def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
+        result = sapo_surrogate(
+            stats.logp,
+            stats.old_logp,
+            stats.advantages,
+            positive_temperature=self.positive_temperature,
+            negative_temperature=self.negative_temperature,
+        )
+        return _named(result)
+
+
+Surrogate = Literal["ppo", "gspo", "cispo", "gmpo", "dppo", "sapo"]
+LOSSES: dict[str, type[PolicyLoss]] = {
+    "ppo": PolicyLoss,
+    "gspo": GSPOLoss,
+    "cispo": CISPOLoss,
+    "gmpo": GMPOLoss,
+    "dppo": DPPOLoss,
+    "sapo": SAPOLoss,
+}
 """The losses by their names in a recipe's ``surrogate``."""
 
 
@@ -75,5 +167,5 @@ def loss_class(surrogate: Surrogate | type[PolicyLoss]) -> type[PolicyLoss]:
     return LOSSES[surrogate]
 
 
-def _named(result: ClippedSurrogate) -> tuple[Tensor, dict[str, Tensor]]:
+def _named(result: ClippedSurrogate | SoftSurrogate) -> tuple[Tensor, dict[str, Tensor]]:
     return result.loss, {f"update/{name}": tokens for name, tokens in result._asdict().items() if name != "loss"}
