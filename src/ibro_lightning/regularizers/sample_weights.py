@@ -57,7 +57,7 @@ class EntroPIC(PolicyLossMethod):
     """
 
     method = Method(
-        formula="the policy loss times a weight for A > 0 and one for A < 0; PI controllers hold entropy at 0.3 by them",
+        formula="the policy loss times a weight for A > 0 and one for A < 0; PI controllers hold H at 0.3 by them",
         source="arXiv 2511.15248",
         certainty="abstract only",
         recipe="regularizer: {class_path: EntroPIC, init_args: {}}",
