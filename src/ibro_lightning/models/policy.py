@@ -124,7 +124,8 @@ class Policy(ResponseNetwork):
             logits = self.response_states(self.model, sequences, "logits")
             return KLToLogits(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, reverse)
         hidden = self.response_states(head.backbone, sequences, "last_hidden_state")
-        return KLToHead(hidden, head.linear.weight, head.linear.bias, temperature / head.scale, reverse)
+        hidden, weight = (_under_autocast(x) for x in (hidden, head.linear.weight))  # rounded as in that pass
+        return KLToHead(hidden, weight, head.linear.bias, temperature / head.scale, reverse)
 
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Detached weights under their Hugging Face names, adapters merged; tied ones appear under each of their names.
@@ -139,3 +140,10 @@ class Policy(ResponseNetwork):
             self.model = compile_in_place(self.model)
             self._head = (find_linear_head(self.model) if self._fused_head else None,)
         return self._head[0]
+
+
+def _under_autocast(x: Tensor) -> Tensor:
+    """In the dtype of autocast, if that is on."""
+    device = x.device.type
+    is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if is_cast else x

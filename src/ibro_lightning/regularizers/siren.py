@@ -71,10 +71,10 @@ class SIREN(EntropyRegularizer):
         chosen = most_uncertain(entropy, step, self.fraction)
         counts = chosen.to(entropy) if step.weights is None else step.weights.to(entropy) * chosen
         present = context.ranks.mean(entropy, counts)  # H̃
-        share = context.ranks.sum(counts.sum()).clamp(min=1e-30)
-        if isinstance(self.anchor, Anchor):
+        share = context.ranks.sum(counts.sum())
+        if isinstance(self.anchor, Anchor) and share > 0:
             self.anchor.settle(present.item())
-        pull = (present - self.anchor.value) * chosen / share  # [N] its mean is H̃ − H̃₁
+        pull = (present - self.anchor.value) * chosen / share.clamp(min=1e-30)  # [N] its mean is H̃ − H̃₁
         return step.with_extra(siren_pull=pull, siren_entropy=present.expand(step.mask.shape))
 
     def objective(self, stats: TokenStats) -> Tensor:
@@ -93,7 +93,7 @@ def most_uncertain(entropy: Tensor, step: Experience, fraction: float) -> Tensor
     def of_rows(_: Tensor, exists: Tensor, values: Tensor, valid: Tensor) -> Tensor:
         rounded = values.round(decimals=3).masked_fill(~(valid & exists), -torch.inf)  # [b, t]
         rank = rounded.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        count = ((valid & exists).sum(dim=1) * fraction).floor().clamp(min=1)  # [b]
+        count = ((valid & exists).sum(dim=1).double() * fraction).floor().clamp(min=1)  # [b]
         return (rank < count[:, None]) & valid & exists
 
     (chosen,) = row_wise(of_rows, step.lengths, entropy, step.mask)

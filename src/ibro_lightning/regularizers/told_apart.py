@@ -52,9 +52,9 @@ class WeightedEntropy(EntropyRegularizer):
 class PassRateInformationBottleneck(WeightedEntropy):
     """IB with a coefficient of each prompt by its pass rate p: ``J = agg(c(p)·A_t·H_t)``.
 
-    The group-normalised advantages of DAPO already weigh prompts, by √(p(1 − p)) in the mean; this says whether IB acts
-    through the hard ones, the easy ones, or those between. p is the mean accuracy of the prompt's verified responses in
-    the step. Without groups (``group_size: 1``) it is 0 or 1, and ``mixed`` is nothing.
+    The group-normalised advantages of DAPO already weigh prompts: mean |A| is 2√(p(1 − p)) for rewards of two values.
+    This says whether IB acts through the hard ones, the easy ones, or those between. p is the mean accuracy of the
+    prompt's verified responses in the step. Without groups (``group_size: 1``) it is 0 or 1, and ``mixed`` is nothing.
 
     Args:
         coef: α of ``L = L_PG − α·J``.
