@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -127,3 +128,14 @@ GROUP_RELATIVE: dict[str, type[GroupAdvantage]] = {
     "asym_grpo": AsymGRPO,
 }
 """The advantages by their names in a recipe, with the papers' numbers."""
+AdvantageEstimator = Literal["grpo", "dr_grpo", "rloo", "quantile", "maxrl", "asym_grpo", "reinforce++"]
+
+
+def group_advantage(advantage: GroupAdvantage | AdvantageEstimator) -> GroupAdvantage | None:
+    """What a recipe's ``advantage`` names, or is; None for ``reinforce++``, which compares with the whole rollout."""
+    if isinstance(advantage, GroupAdvantage):
+        return advantage
+    if advantage not in get_args(AdvantageEstimator):
+        names = ", ".join(get_args(AdvantageEstimator))
+        raise ConfigError("advantage", advantage, f"write one of {names}, or an instance of GroupAdvantage")
+    return None if advantage == "reinforce++" else GROUP_RELATIVE[advantage]()
