@@ -447,6 +447,25 @@ def test_a_resumed_run_has_the_same_curves_and_weights_bit_for_bit(workspace: Pa
     assert all(torch.equal(ends[0][weight], ends[1][weight]) for weight in ends[0])
 
 
+def test_a_resumed_run_goes_on_with_its_clips_and_weights_bit_for_bit(workspace: Path) -> None:
+    """Entropy is near 3 nats: all of them move in every iteration."""
+    recipe = with_settings(
+        workspace,
+        "regularizer: {class_path: EntroPIC, init_args: {positive: {class_path: EntropySteps, init_args: {target: 9, "
+        "step: 0.1}}}}\n    clip_ratio_high: {class_path: AdaptiveClip, init_args: {epsilon: 0.1, target: 9}}\n"
+        "    clip_ratio_low: {class_path: Linear, init_args: {start: 0.3, end: 0.1, iterations: 4}}",
+    )
+    fit(recipe, "whole", 4)
+    fit(recipe, "halves", 2)
+    fit(recipe, "halves", 4, "--ckpt_path", "halves/checkpoints/last.ckpt")
+    whole, halves = (curves(workspace / folder) for folder in ("whole", "halves"))
+    for name in ("regularizer/positive", "update/clip_ratio_high", "update/clip_ratio_low"):
+        assert len({value for _, value in whole[name]}) == 4, name
+        assert halves[name] == whole[name]
+    ends = [load_file(workspace / folder / "model" / "model.safetensors") for folder in ("whole", "halves")]
+    assert all(torch.equal(ends[0][weight], ends[1][weight]) for weight in ends[0])
+
+
 def test_the_anchor_of_siren_is_that_of_the_whole_runs_first_step_after_resuming(workspace: Path) -> None:
     recipe = with_settings(workspace, "regularizer: {class_path: SIREN, init_args: {coef: 20.0}}")
     fit(recipe, "whole", 4)

@@ -82,6 +82,13 @@ def test_all_that_follows_entropy_is_given_the_same_entropy_and_the_kl_its_own(m
     assert [metrics["kl/coef"] for metrics in recorder.metrics] == pytest.approx([0.2, 0.21, 0.22], rel=1e-12)
 
 
+def test_a_coefficient_that_serves_twice_moves_once_an_iteration() -> None:
+    shared = Recorder(0.2)
+    train(dapo(regularizer=TwoWeights(0.1, shared), clip_ratio_low=shared, clip_ratio_high=shared), rollouts(2))
+    assert shared.state == pytest.approx({"iterations": 2.0, "now": 0.22})
+    assert len(shared.seen) == 2
+
+
 def test_a_number_has_no_curve_and_no_state_of_its_own() -> None:
     trained = dapo(clip_ratio_low=0.1)
     assert set(trained.policy_loss.coefficients) == {"regularizer"}

@@ -135,6 +135,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "SIREN": ({"regularizer": {"class_path": "SIREN", "init_args": {"coef": 5.0, "fraction": 1.0}}}, {}),
+    "GMPO, MaxRL, a clip that moves": (
+        {
+            "surrogate": "gmpo",
+            "aggregation": "seq-mean-token-mean",
+            "advantage": "maxrl",
+            "clip_ratio_high": {"class_path": "AdaptiveClip", "init_args": {"epsilon": 0.1, "target": 5.0}},
+        },
+        {},
+    ),
 }
 TWO_RANKS = {
     "ddp": "ddp",

@@ -33,7 +33,7 @@ from ibro_lightning.regularizers import (
     TopEntropyTokens,
 )
 from ibro_lightning.regularizers.coefficients import AdaptiveKL, TargetEntropy
-from ibro_lightning.update import ReferenceKL
+from ibro_lightning.update import ReferenceKL, SamplerCorrection
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.slow
@@ -80,9 +80,10 @@ MODULES: dict[str, Callable[[], Any]] = {
     "TargetEntropy": lambda: dapo(regularizer=EntropyBonus(TargetEntropy(target=10.0, step=0.1)), **SETTINGS),
     "weights that move": lambda: dapo(
         regularizer=PositiveAdvantageWeight(EntropySteps(target=10.0, step=0.3)),
-        clip_ratio_high=AdaptiveClip(),
+        clip_ratio_high=AdaptiveClip(target=10.0),
         **SETTINGS,
     ),
+    "mismatched responses": lambda: dapo(sampler_correction=SamplerCorrection(max_difference=3.7), **SETTINGS),
     "EntropyRatioClip": lambda: dapo(regularizer=EntropyRatioClip(1e-3, 1e-3), update_epochs=2, **SETTINGS),
     # The first step scores its own rows; the others are scored before, or have the sampler's log-probs.
     "IB in two passes": lambda: dapo(regularizer=InformationBottleneck(0.5), update_epochs=2, **SETTINGS),
@@ -100,6 +101,7 @@ CASES = [
     *((name, UNEQUAL) for name in ("ClipCov", "KLCov", "IB under sequence means", "AdaptiveKL", "weights that move")),
     *((name, UNEQUAL) for name in ("STEER", "CES", "SIREN", "pass rates", "IB by position")),
     *((name, ONE_HAS_NONE) for name in ("STEER", "SIREN", "IB by position")),
+    ("mismatched responses", IN_TURN),
     *((name, shares) for name in FLOAT32 for shares in (HALVES, IN_TURN, SWAPPED)),
     *((name, ONE_HAS_NONE) for name in ("AdaptiveKL", "REINFORCE++ with AdaptiveKL", "KLCov", "PPO")),
     *((name, shares) for name in OWN_SCORES for shares in (HALVES, IN_TURN, UNEQUAL, ONE_HAS_NONE)),

@@ -187,6 +187,54 @@ def test_two_iterations(run_of: Callable[[str, str], Run], tiny_policy: Path, me
         assert largest_difference(weights, other_weights) > 1e-4, other
 
 
+# What is no regulariser: arguments, and curves of its own.
+OPTIONS: dict[str, tuple[str, list[str]]] = {
+    "gspo": ("--model.surrogate gspo --model.clip_ratio_low 1e-3 --model.clip_ratio_high 1e-3", []),
+    "cispo": ("--model.surrogate cispo", []),
+    "gmpo": ("--model.surrogate gmpo --model.clip_ratio_low 0.01 --model.clip_ratio_high 0.01", []),
+    "dppo": ("--model.surrogate dppo --model.clip_ratio_low 0.001 --model.clip_ratio_high 0.001", []),
+    "sapo": ("--model.surrogate sapo", ["update/gate"]),
+    "adaptive clip": (
+        "--model.clip_ratio_high AdaptiveClip --model.clip_ratio_high.epsilon 0.01 --model.clip_ratio_high.target 5 "
+        "--model.clip_ratio_high.step 0.001",
+        ["update/clip_ratio_high"],
+    ),
+    "a schedule of the clip": (
+        "--model.clip_ratio_low Linear --model.clip_ratio_low.start 0.002 --model.clip_ratio_low.end 0.001 "
+        "--model.clip_ratio_low.iterations 1",
+        ["update/clip_ratio_low"],
+    ),
+    "mismatched": (
+        "--model.sampler_correction.max_difference 1e-12",
+        ["sampler/mismatched_responses", "sampler/masked_share"],
+    ),
+    "quantile": ("--model.advantage QuantileAdvantage --model.advantage.quantile 0.6", []),
+    "maxrl": ("--model.advantage maxrl", []),
+    "asym_grpo": ("--model.advantage asym_grpo", []),
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_two_iterations_of_each_surrogate_clip_and_advantage(
+    workspace: Path, run_of: Callable[[str, str], Run], name: str, module: str
+) -> None:
+    """Finite curves, its own among them, and weights of its own, from the same first rollout."""
+    arguments, own = OPTIONS[name]
+    if module == "PPOModule" and "advantage" in arguments:
+        pytest.skip("its advantages are the critic's")
+    plain, plain_curves = run_of("none", module)
+    weights, curves = fit(workspace, module, "none", *arguments.split())
+    assert all(math.isfinite(value) for values in curves.values() for value in values)
+    assert curves["update/skipped_steps"] == [0.0, 0.0]
+    for curve in own:
+        assert len(curves[curve]) == 2
+        assert all(value > 0 for value in curves[curve])
+    for curve in ("policy/entropy", "rollout/reward", "rollout/length"):
+        assert curves[curve][0] == pytest.approx(plain_curves[curve][0], rel=1e-5), curve
+    assert largest_difference(weights, plain) > 1e-4
+
+
 @pytest.mark.parametrize(
     ("method", "module", "tolerance"),
     [

@@ -8,13 +8,13 @@ KL penalty to a reference.
 
 The relatives are options of the same module: GRPO has equal clips and a KL, Dr.GRPO ``advantage: dr_grpo`` with
 ``aggregation: seq-mean-token-sum-norm``, RLOO ``advantage: rloo``, REINFORCE++ ``advantage: reinforce++`` with a KL in
-the reward, GSPO ``surrogate: gspo`` with ``aggregation: seq-mean-token-mean``, CISPO ``surrogate: cispo``.
+the reward, GSPO ``surrogate: gspo`` with ``aggregation: seq-mean-token-mean``, CISPO ``surrogate: cispo``; further ones
+are in ``docs/methods.md``.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -24,14 +24,13 @@ from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import Experience
 from ibro_lightning.batches.ragged import row_wise
 from ibro_lightning.callbacks.needs import watched
-from ibro_lightning.errors import ConfigError
 from ibro_lightning.functional import AggregationMode, reward_to_go
 from ibro_lightning.models import PolicyLike, PolicyOptions
 from ibro_lightning.modules.policy_module import PolicyModule
 from ibro_lightning.regularizers import EntropyRegularizer
 from ibro_lightning.regularizers.coefficients import Coefficient
 from ibro_lightning.timing import PhaseTimer
-from ibro_lightning.update.advantages import GROUP_RELATIVE, GroupAdvantage
+from ibro_lightning.update.advantages import AdvantageEstimator, GroupAdvantage, group_advantage
 from ibro_lightning.update.correction import SamplerCorrection
 from ibro_lightning.update.diagnostics import experience_metrics, observe
 from ibro_lightning.update.loss import PolicyLoss
@@ -41,8 +40,6 @@ from ibro_lightning.update.steps import TokenBudget
 from ibro_lightning.update.surrogates import Surrogate, loss_class
 from ibro_lightning.update.updater import Updater, update_metrics
 from ibro_lightning.update.whitening import whiten
-
-AdvantageEstimator = Literal["grpo", "dr_grpo", "rloo", "quantile", "maxrl", "asym_grpo", "reinforce++"]
 
 
 class DAPOModule(PolicyModule):
@@ -99,14 +96,8 @@ class DAPOModule(PolicyModule):
             lr_scheduler=lr_scheduler,
             policy_options=policy_options,
         )
-        if not isinstance(advantage, GroupAdvantage) and advantage not in get_args(AdvantageEstimator):
-            names = ", ".join(get_args(AdvantageEstimator))
-            raise ConfigError("advantage", advantage, f"write one of {names}, or an instance of GroupAdvantage")
-        self.advantage = advantage
-        self.group_advantage = advantage if isinstance(advantage, GroupAdvantage) else None
-        if isinstance(advantage, str) and advantage in GROUP_RELATIVE:
-            self.group_advantage = GROUP_RELATIVE[advantage]()
-        if self.group_advantage is None:
+        self.advantage, self.group_advantage = advantage, group_advantage(advantage)
+        if self.group_advantage is None:  # REINFORCE++
             self.min_group_size = 1
         self.policy_loss = loss_class(surrogate)(
             regularizer,
@@ -176,7 +167,7 @@ class DAPOModule(PolicyModule):
         """The advantages ``[N]`` of the configured estimator."""
         assert experience.token_rewards is not None, "the scorer sets them"
         assert experience.rewards is not None
-        if self.group_advantage is None:  # REINFORCE++
+        if self.group_advantage is None:
             (to_go,) = row_wise(
                 lambda _, mask, rewards: reward_to_go(rewards, mask), experience.lengths, experience.token_rewards
             )  # [N]

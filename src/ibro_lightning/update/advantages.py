@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -116,7 +117,7 @@ class MaxRL(GroupAdvantage):
 
     method = Method(
         formula="(R − mean)/mean, 0 where the mean is 0",
-        source="arXiv 2602.02710",
+        source="arXiv 2602.02710; its authors' code",
         certainty="code read",
         recipe="advantage: maxrl",
     )
@@ -138,7 +139,7 @@ class AsymGRPO(GroupAdvantage):
 
     method = Method(
         formula="((1 − p)/p)^β⁺ on right responses, −(p/(1 − p))^β⁻ on wrong ones, p the pass rate; β⁺ 0.9, β⁻ 0.4",
-        source="arXiv 2604.04894",
+        source="arXiv 2604.04894; the note leaves a factor open: 1 here",
         certainty="note",
         recipe="advantage: asym_grpo",
     )
@@ -170,3 +171,14 @@ GROUP_RELATIVE: dict[str, type[GroupAdvantage]] = {
     "asym_grpo": AsymGRPO,
 }
 """The advantages by their names in a recipe, with the papers' numbers."""
+AdvantageEstimator = Literal["grpo", "dr_grpo", "rloo", "quantile", "maxrl", "asym_grpo", "reinforce++"]
+
+
+def group_advantage(advantage: GroupAdvantage | AdvantageEstimator) -> GroupAdvantage | None:
+    """What a recipe's ``advantage`` names, or is; None for ``reinforce++``, which compares with the whole rollout."""
+    if isinstance(advantage, GroupAdvantage):
+        return advantage
+    if advantage not in get_args(AdvantageEstimator):
+        names = ", ".join(get_args(AdvantageEstimator))
+        raise ConfigError("advantage", advantage, f"write one of {names}, or an instance of GroupAdvantage")
+    return None if advantage == "reinforce++" else GROUP_RELATIVE[advantage]()

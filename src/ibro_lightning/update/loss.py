@@ -200,7 +200,7 @@ class PolicyLoss:
 
     def start_iteration(self) -> None:
         """Let the coefficients count the iteration, before the update uses them."""
-        for coefficient in self.coefficients.values():
+        for coefficient in set(self.coefficients.values()):  # one may serve twice
             coefficient.start_iteration()
 
     @property
@@ -221,8 +221,9 @@ class PolicyLoss:
 
     @property
     def given_entropy(self) -> list[Coefficient]:
-        """The coefficients that observe the policy's entropy before an update: all but β, which observes the KL."""
-        return [coefficient for name, coefficient in self.coefficients.items() if name != "kl"]
+        """The coefficients that observe the policy's entropy before an update, each once: all but β, which observes the
+        KL."""
+        return list(dict.fromkeys(c for name, c in self.coefficients.items() if name != "kl"))
 
 
 def checked(result: Any, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:

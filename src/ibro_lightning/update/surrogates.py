@@ -74,8 +74,8 @@ class GMPOLoss(PolicyLoss):
     ratio near 0.4, with the aggregation ``seq-mean-token-mean``. It has no dual clip."""
 
     method = Method(
-        formula="−rA with r the geometric mean of the response's clipped ratios",
-        source="arXiv 2507.20673",
+        formula="−A·(Π clipped r)^(1/T); the clip ratios bound log r",
+        source="arXiv 2507.20673; its authors' and verl's code",
         certainty="code read",
         recipe="surrogate: gmpo",
     )
@@ -99,8 +99,8 @@ class DPPOLoss(PolicyLoss):
     total variation here (arXiv 2602.04879). It has no dual clip."""
 
     method = Method(
-        formula="−rA, without tokens with |π − π_old| beyond the clip ratios (binary total variation)",
-        source="arXiv 2602.04879",
+        formula="−rA, and 0 where π − π_old is above ε_high (A > 0) or below −ε_low (A < 0): binary total variation",
+        source="arXiv 2602.04879; prime-rl, without its further KL",
         certainty="code read",
         recipe="surrogate: dppo",
     )
@@ -125,7 +125,7 @@ class SAPOLoss(PolicyLoss):
 
     method = Method(
         formula="−(4/τ)·σ(τ(r − 1))·A; τ is 1 for A > 0 and 1.05 for A < 0",
-        source="arXiv 2511.20347",
+        source="arXiv 2511.20347; TRL and verl",
         certainty="code read",
         recipe="surrogate: sapo",
     )
