@@ -36,7 +36,8 @@ from ibro_lightning.regularizers import (
     SelfDistillation,
     StepContext,
 )
-from ibro_lightning.regularizers.coefficients import Anchor, Linear
+from ibro_lightning.regularizers.coefficients import Linear
+from ibro_lightning.regularizers.controllers import Anchor
 from ibro_lightning.regularizers.siren import most_uncertain
 from ibro_lightning.regularizers.told_apart import means
 from ibro_lightning.types import Prompt

@@ -298,22 +298,6 @@ class AdaptiveKL(Coefficient):
         self.state["coef"] *= 1.0 + error * min(samples / self.horizon, 1.0)
 
 
-class Anchor(Coefficient):
-    """A number that is measured once, in the run's first optimizer step, and then stays: 0 until :meth:`settle`."""
-
-    def __init__(self) -> None:
-        super().__init__(value=0.0, settled=0.0)
-
-    @property
-    def value(self) -> float:
-        return self.state["value"]
-
-    def settle(self, measured: float) -> None:
-        """Stay at ``measured`` from now on, if it is finite and the first."""
-        if not self.state["settled"] and math.isfinite(measured):
-            self.state |= {"value": measured, "settled": 1.0}
-
-
 def as_coefficient(coef: Coefficient | float, setting: str, measures: Literal["entropy", "KL"]) -> Coefficient:
     """The object for ``coef`` as written in a recipe.
 

@@ -1,6 +1,8 @@
-"""Controllers by the entropy of what is no entropy term: weights of the policy loss, and clip ratios."""
+"""Controllers by the entropy of what is no entropy term: weights of the policy loss, clip ratios, and an anchor."""
 
 from __future__ import annotations
+
+import math
 
 from ibro_lightning.errors import ConfigError, check_at_least, is_number
 from ibro_lightning.methods import Method
@@ -98,3 +100,19 @@ class AdaptiveClip(Coefficient):
     def move(self, measured: float, samples: int) -> None:
         moved = self.state["widening"] + self.step * ((measured < self.target) - (measured > self.target))
         self.state["widening"] = min(max(moved, 0.0), self.maximum)
+
+
+class Anchor(Coefficient):
+    """A number that is measured once, in the run's first optimizer step, and then stays: 0 until :meth:`settle`."""
+
+    def __init__(self) -> None:
+        super().__init__(value=0.0, settled=0.0)
+
+    @property
+    def value(self) -> float:
+        return self.state["value"]
+
+    def settle(self, measured: float) -> None:
+        """Stay at ``measured`` from now on, if it is finite and the first."""
+        if not self.state["settled"] and math.isfinite(measured):
+            self.state |= {"value": measured, "settled": 1.0}

@@ -13,7 +13,8 @@ from ibro_lightning.errors import check_at_least
 from ibro_lightning.functional import HeadFunctional, RestrictedEntropy
 from ibro_lightning.methods import Method
 from ibro_lightning.regularizers.base import EntropyRegularizer, StepContext
-from ibro_lightning.regularizers.coefficients import Anchor, Coefficient, Constant
+from ibro_lightning.regularizers.coefficients import Coefficient, Constant
+from ibro_lightning.regularizers.controllers import Anchor
 from ibro_lightning.regularizers.covariance import check_fraction
 
 

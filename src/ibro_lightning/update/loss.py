@@ -22,7 +22,8 @@ from ibro_lightning.functional import AggregationMode, aggregation_weights, appr
 from ibro_lightning.methods import Method
 from ibro_lightning.regularizers import EntropyRegularizer, NoRegularizer, StepContext
 from ibro_lightning.regularizers.base import does_not_inherit
-from ibro_lightning.regularizers.coefficients import Anchor, Coefficient, Constant
+from ibro_lightning.regularizers.coefficients import Coefficient, Constant
+from ibro_lightning.regularizers.controllers import Anchor
 from ibro_lightning.update.clip_ratios import ClipRatio
 from ibro_lightning.update.correction import SamplerCorrection
 from ibro_lightning.update.reference import ReferenceKL
