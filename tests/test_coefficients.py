@@ -28,9 +28,11 @@ from ibro_lightning.regularizers.coefficients import (
     Cosine,
     EntropyBand,
     Linear,
+    Stages,
     TargetEntropy,
     as_coefficient,
 )
+from ibro_lightning.regularizers.controllers import AdaptiveClip, EntropySteps
 from ibro_lightning.update import ReferenceKL
 
 CONTROLLERS = {
@@ -40,6 +42,10 @@ CONTROLLERS = {
     "target": lambda: TargetEntropy(target=0.2, step=0.01, start=0.02),
     "band": lambda: EntropyBand(proportional=0.3, integral=0.2, start=0.05),
     "adaptive": lambda: AdaptiveKL(start=0.1, target=0.2, horizon=60),
+    "stages": lambda: Stages([0.5, 0.4, 0.3, 0.2], [2, 4, 8]),
+    "falling band": lambda: EntropyBand(proportional=0.3, integral=0.2, start=0.05, raises_entropy=False),
+    "steps": lambda: EntropySteps(target=0.2),
+    "adaptive clip": lambda: AdaptiveClip(target=0.2),
 }
 MEASURED = [0.3, 0.05, 0.1, 0.2, 0.7, 0.0, 0.15, 0.01, 0.4, 0.2]
 
@@ -134,6 +140,43 @@ def test_target_entropy_stops_at_its_maximum_and_comes_down_from_there() -> None
     assert values_over(coefficient, [0.1] * 9)[-1] == 0.025
     coefficient.observe(0.3)
     assert coefficient.state["coef"] == pytest.approx(0.015, rel=1e-12)
+
+
+def test_stages_begin_in_their_iteration() -> None:
+    """0.5 in iterations 1 and 2, 1 in 3 and 4, then 0."""
+    stages = Stages([0.5, 1.0, 0.0], [3, 5])
+    assert stages.value == 0.5
+    assert values_over(stages, [1.0] * 6) == [0.5, 0.5, 1.0, 1.0, 0.0, 0.0]
+    assert stages.bounds == (0.0, 1.0)
+    assert values_over(Stages([0.7], []), [1.0] * 2) == [0.7, 0.7]
+
+
+def test_entropy_steps_go_down_below_the_target_up_above_it_and_rest_at_it() -> None:
+    """Steps of 0.05 from 1, within [0.9, 1.1]."""
+    steps = EntropySteps(target=0.25, minimum=0.9, maximum=1.1)
+    measured = [0.1, 0.1, 0.1, 0.25, 0.3, 0.5, 0.5, 0.5, 0.5, 0.5]
+    expected = [0.95, 0.9, 0.9, 0.9, 0.95, 1.0, 1.05, 1.1, 1.1, 1.1]
+    assert values_over(steps, measured) == pytest.approx(expected, rel=1e-12)
+    assert steps.bounds == (0.9, 1.1)
+
+
+def test_the_adaptive_clip_widens_below_the_target_by_hand() -> None:
+    """ε 0.6: 1/(1 − 0.6) = 2.5, so 1.5 + k with steps of 0.25, from 0 to 2.5; target 0.3."""
+    clip = AdaptiveClip()
+    assert clip.value == pytest.approx(1.5, rel=1e-12)
+    measured = [0.1, 0.2, 0.3, 0.4, 0.5, 0.5, *[0.1] * 11]
+    expected = [1.75, 2.0, 2.0, 1.75, 1.5, 1.5, *[1.75 + 0.25 * k for k in range(10)], 4.0]
+    assert values_over(clip, measured) == pytest.approx(expected, rel=1e-12)
+    assert clip.bounds == pytest.approx((1.5, 4.0), rel=1e-12)
+
+
+def test_a_band_of_what_lowers_entropy_mirrors_the_other_at_its_start() -> None:
+    settings = {"low": 0.1, "high": 0.3, "proportional": 0.5, "integral": 0.1, "start": 1.0, "maximum": 2.0}
+    rising, falling = EntropyBand(**settings), EntropyBand(**settings, raises_entropy=False)
+    for measured in MEASURED:
+        rising.observe(measured)
+        falling.observe(measured)
+        assert falling.value == pytest.approx(2.0 - rising.value, rel=1e-12)
 
 
 def test_entropy_band_adds_a_proportional_and_an_integral_part() -> None:
@@ -326,6 +369,18 @@ def test_a_number_is_a_constant_and_an_object_stays_itself() -> None:
         (lambda: EntropyBand(integral=-1.0), "integral"),
         (lambda: EntropyBand(start=-1.0), "start"),
         (lambda: EntropyBand(start=0.5, maximum=0.4), "maximum"),
+        (lambda: EntropyBand(raises_entropy="yes"), "raises_entropy"),
+        *((lambda v=v: Stages(v, [2]), "values") for v in ([], "12", None, [1.0, -0.1], [1.0, math.nan], ["1", 2])),
+        *(
+            (lambda s=s: Stages([1, 2, 3], s), "starts")
+            for s in ([], [2], "23", None, [3, 2], [2, 2], [1, 2], [2, 3.5])
+        ),
+        *((lambda n=n: EntropySteps(**{n: -0.1}), n) for n in ("target", "step", "start", "minimum")),
+        (lambda: EntropySteps(minimum=1.1), "minimum"),
+        (lambda: EntropySteps(maximum=0.9), "maximum"),
+        *((lambda n=n: AdaptiveClip(**{n: -0.1}), n) for n in ("epsilon", "target", "step", "start", "maximum")),
+        *((lambda e=e: AdaptiveClip(e), "epsilon") for e in (0.0, 1.0, math.nan, "0.6")),
+        (lambda: AdaptiveClip(start=3.0), "maximum"),
         (lambda: AdaptiveKL(start=-0.1), "start"),
         (lambda: AdaptiveKL(target=0.0), "target"),
         (lambda: AdaptiveKL(target=math.nan), "target"),
@@ -388,6 +443,42 @@ def test_a_resumed_run_has_the_same_curves_and_weights_bit_for_bit(workspace: Pa
         assert [step for step, _ in whole[metric]] == [1, 2, 3, 4], "logged in every iteration"
         assert len({value for _, value in whole[metric]}) == 4, "it moves in every iteration"
         assert halves[metric] == whole[metric]
+    ends = [load_file(workspace / folder / "model" / "model.safetensors") for folder in ("whole", "halves")]
+    assert all(torch.equal(ends[0][weight], ends[1][weight]) for weight in ends[0])
+
+
+def test_a_resumed_run_goes_on_with_its_clips_and_weights_bit_for_bit(workspace: Path) -> None:
+    """Entropy is near 3 nats: all of them move in every iteration."""
+    recipe = with_settings(
+        workspace,
+        "regularizer: {class_path: EntroPIC, init_args: {positive: {class_path: EntropySteps, init_args: {target: 9, "
+        "step: 0.1}}}}\n    clip_ratio_high: {class_path: AdaptiveClip, init_args: {epsilon: 0.1, target: 9}}\n"
+        "    clip_ratio_low: {class_path: Linear, init_args: {start: 0.3, end: 0.1, iterations: 4}}",
+    )
+    fit(recipe, "whole", 4)
+    fit(recipe, "halves", 2)
+    fit(recipe, "halves", 4, "--ckpt_path", "halves/checkpoints/last.ckpt")
+    whole, halves = (curves(workspace / folder) for folder in ("whole", "halves"))
+    for name in ("regularizer/positive", "update/clip_ratio_high", "update/clip_ratio_low"):
+        assert len({value for _, value in whole[name]}) == 4, name
+        assert halves[name] == whole[name]
+    ends = [load_file(workspace / folder / "model" / "model.safetensors") for folder in ("whole", "halves")]
+    assert all(torch.equal(ends[0][weight], ends[1][weight]) for weight in ends[0])
+
+
+def test_the_anchor_of_siren_is_that_of_the_whole_runs_first_step_after_resuming(workspace: Path) -> None:
+    recipe = with_settings(workspace, "regularizer: {class_path: SIREN, init_args: {coef: 20.0}}")
+    fit(recipe, "whole", 4)
+    fit(recipe, "halves", 2)
+    fit(recipe, "halves", 4, "--ckpt_path", "halves/checkpoints/last.ckpt")
+    whole, halves = (curves(workspace / folder) for folder in ("whole", "halves"))
+    anchors = [value for _, value in whole["regularizer/anchor"]]
+    assert len(anchors) == 4
+    assert len(set(anchors)) == 1
+    assert anchors[0] > 0
+    for name in ("regularizer/anchor", "regularizer/siren_entropy", "regularizer/siren_pull", "update/regularizer"):
+        assert halves[name] == whole[name], name
+    assert len({value for _, value in whole["regularizer/siren_entropy"]}) == 4, "it moves, the anchor does not"
     ends = [load_file(workspace / folder / "model" / "model.safetensors") for folder in ("whole", "halves")]
     assert all(torch.equal(ends[0][weight], ends[1][weight]) for weight in ends[0])
 
@@ -508,7 +599,13 @@ def test_the_command_line_can_name_a_coefficient(workspace: Path, text: str) -> 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["Nope"], ["Nope", "AdaptiveKL, Constant, Cosine, EntropyBand, Linear, TargetEntropy"]),
+        (
+            ["Nope"],
+            [
+                "Nope",
+                "AdaptiveClip, AdaptiveKL, Constant, Cosine, EntropyBand, EntropySteps, Linear, Stages, TargetEntropy",
+            ],
+        ),
         (["Linear", "--model.regularizer.coef.start", "0.1"], ["coef.end", "missing"]),
         (["TargetEntropy", "--model.regularizer.coef.targt", "0.1"], ["targt", "target"]),
         # Ours is found only behind the first member of the union `Coefficient | float`.

@@ -27,10 +27,15 @@ from ibro_lightning.modules import DAPOModule
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.regularizers import (
     IBRO,
+    SIREN,
+    STEER,
     AEnt,
     ClipCov,
+    ConditionalEntropyShaping,
     CorrectPathEntropySuppression,
+    EntroPIC,
     EntropyBonus,
+    EntropyRatioClip,
     EntropyRegularizer,
     EntropyShapedAdvantage,
     HindsightTemplate,
@@ -38,10 +43,16 @@ from ibro_lightning.regularizers import (
     KLCov,
     NoRegularizer,
     OppositeInformationBottleneck,
+    PassRateInformationBottleneck,
+    PositionCentredInformationBottleneck,
+    PositiveAdvantageWeight,
     RenyiBonus,
+    SelfDistillation,
     StepContext,
     TopEntropyTokens,
 )
+from ibro_lightning.regularizers.coefficients import AdaptiveKL, Constant, EntropyBand
+from ibro_lightning.regularizers.controllers import EntropySteps
 from ibro_lightning.tasks import NumberPath
 from ibro_lightning.types import Prompt
 
@@ -55,6 +66,7 @@ TEXTS = ["3>5:", "1:", "3>5:", "+7>2=11:", "1:", "+7>2=11:", "8>8:", "8>8:"]
 ANSWERS = [5, 10, 5, 2, 10, 2, 8, 8]
 GROUPS = [2, 0, 2, 1, 0, 1, 3, 3]
 REWARDS = [1.0, -1.0, 0.0, 1.0, 1.0, -0.5, 0.1, 0.1]
+OUTCOMES = [1.0, 0.25, 0.0, 1.0, 1.0, 0.75, math.nan, 0.0]  # pass rates: 0.5, 0.625 and 0.875 of groups 2, 0 and 1
 RESPONSES = [[7, 2, 9], [1, 8, 2, 8, 1, 4], [5], [9, 0, 4, 5, 2], [3, 5, 0], [0, 2, 8, 7], [4, 7, 1, 3, 20, 19]]
 RESPONSES += [[5, 2, 18, 2, 6]]
 N = 32
@@ -207,6 +219,8 @@ def experience() -> Experience:
         groups=torch.tensor(GROUPS),
         temperature=TEMPERATURE,
         prompts=prompts,
+        rewards=torch.tensor(REWARDS, dtype=torch.float64),
+        outcomes=torch.tensor(OUTCOMES, dtype=torch.float64),
     )
 
 
@@ -248,6 +262,18 @@ METHODS: dict[str, Callable[[], EntropyRegularizer]] = {
     "shaped": EntropyShapedAdvantage,
     "aent": lambda: AEnt(0.5, dropped=0.4),
     "renyi": lambda: RenyiBonus(0.5),
+    "steer": lambda: STEER(w_min=0.3),
+    "ces": lambda: ConditionalEntropyShaping(0.5),
+    "siren": lambda: SIREN(0.5, fraction=0.4, anchor=0.2),
+    "hard prompts": lambda: PassRateInformationBottleneck(0.5),
+    "easy prompts": lambda: PassRateInformationBottleneck(0.5, prompts="easy"),
+    "mixed prompts": lambda: PassRateInformationBottleneck(0.5, prompts="mixed"),
+    "by position": lambda: PositionCentredInformationBottleneck(0.5),
+    "distilled": lambda: SelfDistillation(0.5, template=TEMPLATE),
+    "distilled forward": lambda: SelfDistillation(0.5, direction="forward", template=TEMPLATE),
+    "positive weight": lambda: PositiveAdvantageWeight(0.3),
+    "entropic": lambda: EntroPIC(0.6, 1.7),
+    "entropy ratio": lambda: EntropyRatioClip(low=0.2, high=0.1),
 }
 MEASURED = {
     **{name: "ib_mean_weight" for name in METHODS if name.startswith(("ib ", "opposite"))},
@@ -257,8 +283,30 @@ MEASURED = {
     "kl-cov": "kl_cov",
     "80/20": "top_entropy",
     "shaped": "advantage_addition",
+    "steer": "steer_weight",
+    "ces": "ces_sign",
+    "siren": "siren_pull siren_entropy",
+    **{name: "ib_weight" for name in METHODS if name.endswith("prompts")},
+    "by position": "ib_weight",
 }
 ACTIVE = [name for name in METHODS if name != "none"]
+
+
+def nucleus(log_p: Tensor, p: float = 0.8) -> Tensor:
+    """The entropy of the likeliest tokens that together reach ``p``, of one distribution ``[V]``."""
+    kept = log_p.sort(descending=True).values
+    count = next(n for n in range(1, VOCAB + 1) if kept[:n].exp().sum() >= p)
+    return likeliest(log_p[None], count)[0]
+
+
+def mean_at_its_position(a: Tensor, step: Experience) -> Tensor:
+    """``[N]`` the mean advantage of the group's valid tokens at each token's position."""
+    token = [(row, t) for row, length in enumerate(step.lengths.tolist()) for t in range(length)]
+    means = []
+    for row, t in token:
+        there = [a[i] for i, (r, s) in enumerate(token) if s == t and GROUPS[r] == GROUPS[row] and step.mask[i]]
+        means.append(sum(there) / max(1, len(there)))
+    return torch.tensor(means, dtype=torch.float64)
 
 
 def clipped_loss(step: Experience, logp: Tensor, advantages: Tensor) -> Tensor:
@@ -291,6 +339,14 @@ def formula(name: str, step: Experience) -> Tensor:
     if name == "80/20":  # 0.2 · 32 = 6.4
         uncertain = step.old_entropy.masked_fill(~mask, -1.0)
         return mean(plain * (uncertain >= uncertain.sort(descending=True).values[5]))
+    if name == "positive weight":
+        return mean(torch.where(a > 0, 0.3 * plain, plain))
+    if name == "entropic":
+        return mean(torch.where(a > 0, 0.6 * plain, 1.7 * plain))
+    if name == "entropy ratio":
+        inside = (entropy > 0.8 * step.old_entropy) & (entropy < 1.1 * step.old_entropy)
+        assert 3 < (inside & mask).sum() < N - 3
+        return mean(torch.where(inside, plain, plain.detach()))
     if name == "shaped":
         return mean(clipped_loss(step, logp, a + torch.minimum(0.4 * step.old_entropy, a.abs() / 2)))
     if name.startswith("ibro"):
@@ -300,6 +356,33 @@ def formula(name: str, step: Experience) -> Tensor:
             return mean(plain) + 0.8 * mean(2.5 * with_answer - entropy)
         lam = 2.5 * (with_answer / entropy).detach().clamp(max=1.0) - 1.0
         return mean(plain) + 0.8 * mean(lam * entropy)
+    if name == "steer":
+        p = step.old_logp.exp()
+        change = (a * (1 - p) * (p.log() + step.old_entropy)).abs()
+        return mean(plain * (math.log(0.3) * change / max(change[mask].max().item(), 0.02)).exp())
+    if name == "ces":  # 0.2 · 32 = 6.4
+        uncertain = step.old_entropy.masked_fill(~mask, -1.0)
+        uncertain = uncertain >= uncertain.sort(descending=True).values[5]
+        sign = torch.tensor([-1, 1, 1, -1, -1, -1, 0, 1]).repeat_interleave(step.lengths)  # right: from 0.5 on
+        return mean(plain) - 0.5 * mean(uncertain * sign * entropy)
+    if name == "siren":
+        chosen = []
+        for row, log_p in enumerate(distributions(tokens_of(text) for text in TEXTS)):
+            values = torch.stack([nucleus(log_p[t]) for t in range(len(log_p)) if row != 3 or t != 2])
+            chosen += sorted(values, reverse=True)[: max(1, math.floor(0.4 * len(values)))]
+        return mean(plain) + 0.5 * (sum(chosen) / len(chosen) - 0.2) ** 2
+    if name.endswith("prompts"):
+        p = torch.tensor([{2: 0.5, 0: 0.625, 1: 0.875, 3: 0.0}[group] for group in GROUPS])
+        scale = {"hard": 1 - p, "easy": p, "mixed": 4 * p * (1 - p)}[name.split()[0]]
+        return mean(plain) - 0.5 * mean(scale.repeat_interleave(step.lengths) * a * entropy)
+    if name == "by position":
+        return mean(plain) - 0.5 * mean((a - mean_at_its_position(a, step)) * entropy)
+    if name.startswith("distilled"):
+        shown = [f"{text}{answer}>{text}" for text, answer in zip(TEXTS, ANSWERS, strict=True)]
+        teacher = torch.cat(list(distributions(tokens_of(text) for text in shown))).detach()
+        policy = torch.cat(list(distributions(tokens_of(text) for text in TEXTS)))
+        of, to = (policy, teacher) if name == "distilled" else (teacher, policy)
+        return mean(plain) + 0.5 * mean((of.exp() * (of - to)).sum(dim=-1))
     if name in ("aent", "renyi"):
         all_of_them = torch.cat(list(distributions(tokens_of(text) for text in TEXTS)))
         kept = round(0.6 * VOCAB)
@@ -334,7 +417,8 @@ def test_the_example_tells_all_methods_apart(experience: Experience) -> None:
     losses = {}
     for name in METHODS:
         module = dapo(METHODS[name]())
-        losses[name] = loss_and_gradients(module, [begin_step(module, experience, seed=11)])[0].item()
+        loss, *gradients = loss_and_gradients(module, [begin_step(module, experience, seed=11)])
+        losses[name] = loss.item() + sum(gradient.abs().sum().item() for gradient in gradients)
     values = sorted(losses.values())
     assert min(b - a for a, b in pairwise(values)) > 1e-4, losses
 
@@ -438,11 +522,12 @@ def test_prepared_tensors_are_logged_as_means_over_valid_tokens(name: str, exper
     if name in MEASURED:
         regularizer = module.policy_loss.regularizer
         raw = isinstance(regularizer, InformationBottleneck) and regularizer.part == "raw"  # a curve, and no tensor
-        measured = regularizer.weight(step.advantages) if raw else step.extra[MEASURED[name]]
-        values = measured.double().numpy()
-        expected[f"regularizer/{MEASURED[name]}"] = values[experience.mask.numpy()].sum() / N
-        assert abs(expected[f"regularizer/{MEASURED[name]}"]) > 1e-3
-    assert step.metrics == pytest.approx(expected, rel=1e-6)
+        for own in MEASURED[name].split():
+            measured = regularizer.weight(step.advantages) if raw else step.extra[own]
+            values = measured.double().numpy()
+            expected[f"regularizer/{own}"] = values[experience.mask.numpy()].sum() / N
+            assert abs(expected[f"regularizer/{own}"]) > 1e-3 or name == "by position"  # whose mean is 0
+    assert step.metrics == pytest.approx(expected, rel=1e-6, abs=1e-8)
     assert not any(values.requires_grad for values in step.extra.values())
 
 
@@ -561,13 +646,13 @@ def test_the_mean_advantage_is_a_curve_and_travels_with_the_tokens_only_where_it
     assert step.metrics["regularizer/ib_mean_weight"] == pytest.approx(mean, rel=1e-6)
 
 
-def test_ces_has_the_opposite_gradient_of_ib(experience: Experience) -> None:
+def test_the_opposite_has_the_opposite_gradient_of_ib(experience: Experience) -> None:
     plain = loss_and_gradients(dapo(NoRegularizer()), [begin_step(dapo(NoRegularizer()), experience)])
-    ib, ces = (
+    ib, opposite = (
         loss_and_gradients(module, [begin_step(module, experience)])
         for module in (dapo(InformationBottleneck(0.5)), dapo(OppositeInformationBottleneck(0.5)))
     )
-    for one, other, none in zip(ib, ces, plain, strict=True):
+    for one, other, none in zip(ib, opposite, plain, strict=True):
         assert (one - none).abs().max() > 1e-4
         torch.testing.assert_close(one - none, none - other, rtol=0, atol=1e-12 * max(1.0, one.abs().max().item()))
 
@@ -1006,6 +1091,11 @@ def test_shaping_takes_the_old_entropy_and_no_gradient(experience: Experience) -
         (lambda: EntropyShapedAdvantage(scale=math.nan), "scale"),
         (lambda: EntropyShapedAdvantage(kappa=0.9), "kappa"),
         (lambda: EntropyShapedAdvantage(kappa=math.nan), "kappa"),
+        *((lambda w=w: PositiveAdvantageWeight(w), "weight") for w in (-0.1, math.nan, math.inf, "1", AdaptiveKL())),
+        (lambda: EntroPIC(positive=-1.0), "positive"),
+        (lambda: EntroPIC(negative=math.nan), "negative"),
+        *((lambda b=b: EntropyRatioClip(low=b), "low") for b in (0.0, -0.1, 1.1, math.nan, "0.1", None)),
+        *((lambda b=b: EntropyRatioClip(high=b), "high") for b in (0.0, -0.1, math.nan, "0.1", None)),
     ],
 )
 def test_bad_settings_are_refused_by_name(build: Callable[[], object], setting: str) -> None:
@@ -1028,6 +1118,66 @@ def test_defaults_are_those_of_the_papers() -> None:
     assert (kl_cov.fraction, kl_cov.kl_coef) == (2e-3, 1.0)
     assert TopEntropyTokens().fraction == 0.2
     assert (shaped.scale, shaped.kappa) == (0.4, 2.0)
+
+
+# Weights by the sign of the advantage, and the entropy ratio.
+
+
+def test_weights_scale_the_policy_loss_by_the_sign_of_the_advantage() -> None:
+    stats = stats_of(step_of([[2.0, -1.0, 0.0]]))
+    loss = tensor(-2.0, 1.0, 0.0)
+    assert PositiveAdvantageWeight(0.5).shape_policy_loss(loss, stats).tolist() == [[-1.0, 1.0, 0.0]]
+    assert EntroPIC(0.5, 2.0).shape_policy_loss(loss, stats).tolist() == [[-1.0, 2.0, 0.0]]
+
+
+def test_the_weights_of_entropic_move_against_each_other_and_both_towards_the_target() -> None:
+    """Target 0.3, kp 1, ki 0.1. Entropy 0.1: e = 0.2, so 1 ∓ (0.2 + 0.02); 0.5: e = −0.2, sum 0, so 1 ± 0.2."""
+    method = EntroPIC()
+    for measured, positive, negative in ((0.1, 0.78, 1.22), (0.5, 1.2, 0.8), (0.3, 1.0, 1.0)):
+        for coefficient in method.coefficients.values():
+            coefficient.observe(measured)
+        values = {name: coefficient.value for name, coefficient in method.coefficients.items()}
+        assert values == pytest.approx({"coef": 0.0, "positive": positive, "negative": negative}, rel=1e-12)
+    assert all(isinstance(weight, EntropyBand) for weight in method.weights.values())
+
+
+def test_the_entropy_ratio_decides_by_hand_and_is_a_curve() -> None:
+    """Old entropy 1: 0.95 and 1.05 are out as the bounds themselves, 0.951 and 1.049 are in. Where both are 0, 1e-8
+    each: ratio 1."""
+    step = step_of([[1.0] * 5], old_entropy=[[1.0, 1.0, 1.0, 1.0, 0.0]])
+    stats = stats_of(step, entropy=tensor(0.9499, 0.951, 1.049, 1.0501, 0.0))
+    method = EntropyRatioClip()
+    assert (method.low, method.high) == (0.05, 0.05)
+    outside = [True, False, False, True, False]
+    assert method.outside(stats).tolist() == [outside]
+    assert method.measure(stats)["entropy_ratio_clipped"].tolist() == [outside]
+    loss = tensor(1.0, 2.0, 3.0, 4.0, 5.0).requires_grad_()
+    shaped = method.shape_policy_loss(loss, stats)
+    assert shaped.tolist() == loss.tolist()
+    (gradient,) = torch.autograd.grad(shaped.sum(), loss)
+    assert gradient.tolist() == [[0.0, 1.0, 1.0, 0.0, 1.0]]
+
+
+def test_the_share_of_clipped_entropy_ratios_is_logged_over_the_steps_tokens(experience: Experience) -> None:
+    module = dapo(EntropyRatioClip(low=0.2, high=0.1))
+    step = begin_step(module, experience)
+    stats, (_, metrics) = token_stats(module, step), micro_loss(module, step)
+    share = (module.regularizer.outside(stats) & stats.mask).sum().item() / N
+    assert 0.1 < share < 0.9
+    assert metrics["regularizer/entropy_ratio_clipped"] == pytest.approx(share, rel=1e-6)
+
+
+def test_entropies_are_computed_for_a_method_that_shapes_by_them(experience: Experience) -> None:
+    for method, has_entropy in ((EntropyRatioClip(), True), (EntroPIC(), False), (NoRegularizer(), False)):
+        module = dapo(method)
+        stats = token_stats(module, begin_step(module, experience))
+        assert (stats.entropy is not None) == has_entropy
+
+
+def test_the_defaults_of_the_weights_are_controllers_and_a_number_is_constant() -> None:
+    assert isinstance(PositiveAdvantageWeight().weight, EntropySteps)
+    assert isinstance(PositiveAdvantageWeight(0.5).weight, Constant)
+    assert PositiveAdvantageWeight().coefficients.keys() == {"coef", "weight"}
 
 
 def test_the_former_name_of_the_opposite_says_that_it_is_no_ces() -> None:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import ibro_lightning.cli.run  # noqa: F401  imports every class that a recipe may name
+from ibro_lightning import regularizers
 from ibro_lightning.callbacks import Heartbeat, IterationCheckpoint, RankWatch, RolloutLog, SamplesTable
 from ibro_lightning.cli.main import main
 from ibro_lightning.cli.parser import OneLineParser
@@ -28,11 +29,21 @@ from ibro_lightning.regularizers.coefficients import AdaptiveKL, Cosine, Entropy
 from ibro_lightning.strategies import FSDP2Strategy
 from ibro_lightning.types import SamplingParams
 
-REGULARIZERS = "one of AEnt, ClipCov, EntropyBonus, EntropyShapedAdvantage, IBRO, "
-REGULARIZERS += "InformationBottleneck, KLCov, NoRegularizer, OppositeInformationBottleneck, "
-REGULARIZERS += "RenyiBonus, TopEntropyTokens, or module.Class of your own"
+NOT_TO_CHOOSE = {"EntropyRegularizer", "PolicyLossMethod", "CorrectPathEntropySuppression"}
+"""Base classes, and a former name."""
+METHODS = {
+    name
+    for name in regularizers.__all__
+    if issubclass(getattr(regularizers, name), regularizers.EntropyRegularizer) and name not in NOT_TO_CHOOSE
+}
+REGULARIZERS = f"one of {', '.join(sorted(METHODS))}, or module.Class of your own"
+ADVANTAGES = "write one of grpo, dr_grpo, rloo, quantile, maxrl, asym_grpo, reinforce++, or one of AsymGRPO, DrGRPO, "
+ADVANTAGES += "GRPO, MaxRL, QuantileAdvantage, RLOO, or module.Class of your own"
 PARTS = "write one of raw, centred, uniform, reversed"
-COEFFICIENTS = "one of AdaptiveKL, Constant, Cosine, EntropyBand, Linear, TargetEntropy, or module.Class of your own"
+COEFFICIENTS = (
+    "one of AdaptiveClip, AdaptiveKL, Constant, Cosine, EntropyBand, EntropySteps, Linear, Stages, TargetEntropy, or "
+    "module.Class of your own"
+)
 
 
 def refusal(make: Callable[[], object]) -> str:
@@ -157,9 +168,9 @@ def test_a_module_names_its_parameters(tiny_policy: Path) -> None:
 COMMAND_LINE = {
     # what is typed: the line
     "--model.clip_ratio_low -1": "model.clip_ratio_low: -1.0 - write a number between 0 and 1, such as 0.2",
-    "--model.clip_ratio_low x": "model.clip_ratio_low: 'x' - write a number",
+    "--model.clip_ratio_low x": f"model.clip_ratio_low: 'x' - write a number, or {COEFFICIENTS}",
     "--model.update_epochs 1.5": "model.update_epochs: '1.5' - write a whole number",
-    "--model.advantage nope": "model.advantage: 'nope' - write one of grpo, dr_grpo, rloo, reinforce++",
+    "--model.advantage nope": f"model.advantage: 'nope' - {ADVANTAGES}",
     "--checkpoint.mode best": "checkpoint.mode: 'best' - write max or min",
     "--model.policy_options.dtype f3": "model.policy_options.dtype: 'f3' - write one of float32, bfloat16, float16",
     "--model.regularizer.part nope": f"model.regularizer.part: 'nope' - {PARTS}",
@@ -200,8 +211,8 @@ COMMAND_LINE = {
     "--model.regularizer.coef ibro_lightning.coefficients.AdaptiveKL": "model.regularizer.coef: "
     "'ibro_lightning.coefficients.AdaptiveKL' - this class has moved: write AdaptiveKL, or "
     "ibro_lightning.regularizers.coefficients.AdaptiveKL",
-    "--model.surrogate grpo": "model.surrogate: 'grpo' - write one of ppo, gspo, cispo, or a subclass of PolicyLoss, "
-    "as module.Class",
+    "--model.surrogate grpo": "model.surrogate: 'grpo' - write one of ppo, gspo, cispo, gmpo, dppo, sapo, or a "
+    "subclass of PolicyLoss, as module.Class",
     "--checkpont.mode min": "checkpont.mode: 'min' - the command line has no such setting: did you mean "
     "checkpoint.mode?",
 }
@@ -221,7 +232,7 @@ def test_the_command_line_is_answered_in_one_line(
 
 
 IN_A_RECIPE = {
-    "model: {init_args: {advantage: nope}}": "model.advantage: 'nope' - write one of grpo, dr_grpo, rloo, reinforce++",
+    "model: {init_args: {advantage: nope}}": f"model.advantage: 'nope' - {ADVANTAGES}",
     "model: {init_args: {regularizer: {init_args: {prat: raw}}}}": "model.regularizer.prat: 'raw' - "
     "InformationBottleneck has no such setting: did you mean part?",
     "data: {init_args: {eval_sets: {starts: {samples: many}}}}": "data.eval_sets.starts.samples: 'many' - write a "

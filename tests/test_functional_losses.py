@@ -408,6 +408,12 @@ MISMATCH_CASES: list[tuple[dict[str, Any], list[list[float]], list[list[int]]]] 
     ({"level": "geometric"}, [[ROOT] * 3, [0.25, 0.25, 0]], [[0, 0, 0], [0, 0, 0]]),
     ({"level": "geometric", "cap": 1.1}, [[1.1] * 3, [0.25, 0.25, 0]], [[0, 0, 0], [0, 0, 0]]),
     ({"level": "geometric", "mode": "mask"}, [[ROOT] * 3, [0, 0, 0]], [[0, 0, 0], [1, 1, 0]]),
+    # Mean absolute log-ratios: 5/3 and 4/2 times log 2, 1.155 and 1.386, where the plain means are 1/3 and -2 times.
+    ({"max_difference": 1.4}, [[2, 0.25, 2], [0.125, 0.5, 0]], [[0, 0, 0], [0, 0, 0]]),
+    ({"max_difference": 1.2}, [[2, 0.25, 2], [0, 0, 0]], [[0, 0, 0], [1, 1, 0]]),
+    ({"max_difference": 1.1}, [[0] * 3, [0] * 3], [[1, 1, 1], [1, 1, 0]]),
+    ({"mode": "mask", "max_difference": 1.2}, [[0, 0, 2], [0, 0, 0]], [[1, 1, 0], [1, 1, 0]]),
+    ({"level": "geometric", "max_difference": 1.2}, [[ROOT] * 3, [0, 0, 0]], [[0, 0, 0], [1, 1, 0]]),
 ]
 
 
@@ -481,6 +487,8 @@ def test_agreement_means_weight_1_also_in_half_precision() -> None:
         ({"floor": 0.5}, "floor is a bound of mode 'mask'"),
         ({"mode": "mask", "cap": 0.5}, "floor 2.0 and cap 0.5"),
         ({"mode": "mask", "floor": 3.0}, "floor 3.0 and cap 2.0"),
+        ({"max_difference": 0.0}, "max_difference must be larger than 0"),
+        ({"max_difference": math.nan}, "max_difference must be larger than 0"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -15,6 +15,7 @@ from ibro_lightning.functional import (
     Collision,
     HeadFunctional,
     KLToHead,
+    KLToLogits,
     Margin,
     RestrictedEntropy,
     TokenProbability,
@@ -88,6 +89,8 @@ def cases(other: Tensor, other_weight: Tensor) -> dict[str, tuple[HeadFunctional
         "tokens": (TokenProbability([3, 60]), lambda z: z.softmax(dim=1)[:, [3, 60]].sum(dim=1)),
         "reverse": (KLToHead(other, other_weight), reverse),
         "forward": (KLToHead(other, other_weight, reverse=False), forward),
+        "reverse, to logits": (KLToLogits(logr), reverse),
+        "forward, to logits": (KLToLogits(logr, reverse=False), forward),
         "a user's": (Fourth(), lambda z: z.softmax(dim=1).pow(4).sum(dim=1)),
     }
 

@@ -39,7 +39,17 @@ from ibro_lightning.callbacks.metrics_log import rollout_metrics
 from ibro_lightning.cli.main import main
 from ibro_lightning.models import Critic, Policy
 from ibro_lightning.modules import DAPOModule, PolicyModule, PPOModule
-from ibro_lightning.regularizers import ClipCov, EntropyBonus, EntropyShapedAdvantage, InformationBottleneck
+from ibro_lightning.regularizers import (
+    SIREN,
+    STEER,
+    ClipCov,
+    ConditionalEntropyShaping,
+    EntropyBonus,
+    EntropyShapedAdvantage,
+    InformationBottleneck,
+    PassRateInformationBottleneck,
+    PositionCentredInformationBottleneck,
+)
 from ibro_lightning.types import Generation, Group, RewardResult
 
 torch.set_num_threads(1)
@@ -211,6 +221,11 @@ REGULARIZERS = {
     "bonus": lambda: EntropyBonus(0.3),
     "clip-cov": lambda: ClipCov(0.2, -100.0, 100.0),
     "shaped": lambda: EntropyShapedAdvantage(),
+    "steer": lambda: STEER(0.3),
+    "ces": lambda: ConditionalEntropyShaping(0.5),
+    "siren": lambda: SIREN(0.5, fraction=0.5),
+    "hard prompts": lambda: PassRateInformationBottleneck(0.5),
+    "by position": lambda: PositionCentredInformationBottleneck(0.5),
 }
 
 

@@ -43,7 +43,9 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.functional import (
     cispo_surrogate,
     clipped_surrogate,
+    dppo_surrogate,
     dr_grpo_advantages,
+    gmpo_surrogate,
     group_advantages,
     gspo_surrogate,
     reinforce_plus_plus_advantages,
@@ -54,6 +56,7 @@ from ibro_lightning.modules import DAPOModule, PolicyModule, PPOModule
 from ibro_lightning.regularizers import EntropyBonus, InformationBottleneck
 from ibro_lightning.tasks import NumberPath
 from ibro_lightning.types import RewardResult
+from ibro_lightning.update.surrogates import LOSSES
 from ibro_lightning.update.whitening import whiten
 
 torch.set_num_threads(1)
@@ -709,13 +712,15 @@ def test_each_surrogate_reaches_the_loss_with_the_modules_clips() -> None:
         "ppo": clipped_surrogate(logp, stats.old_logp, advantages, dual_clip=4.0, **bounds),
         "gspo": gspo_surrogate(logp, stats.old_logp, advantages, mask, dual_clip=4.0, **bounds),
         "cispo": cispo_surrogate(logp, stats.old_logp, advantages, **bounds),
+        "gmpo": gmpo_surrogate(logp, stats.old_logp, advantages, mask, **bounds),
+        "dppo": dppo_surrogate(logp, stats.old_logp, advantages, **bounds),
     }
     for name, result in expected.items():
-        dual_clip = {} if name == "cispo" else {"dual_clip": 4.0}  # CISPO has none
+        dual_clip = {"dual_clip": 4.0} if name in ("ppo", "gspo") else {}  # the others have none
         loss, metrics = dapo(surrogate=name, **dual_clip, **bounds).policy_loss.surrogate(stats)
         torch.testing.assert_close(loss, result.loss)
         assert torch.equal(metrics["update/clipped_high"], result.clipped_high)
-    assert len({tuple(result.loss[0].tolist()) for result in expected.values()}) == 3
+    assert len({tuple(result.loss[0].tolist()) for result in expected.values()}) == len(expected)
 
 
 def off_policy(module: DAPOModule, seed: int = 1) -> Experience:
@@ -727,7 +732,7 @@ def off_policy(module: DAPOModule, seed: int = 1) -> Experience:
     return replace(experience, old_logp=experience.old_logp + 0.5 * noise, mask=mask)
 
 
-@pytest.mark.parametrize("surrogate", ["ppo", "gspo", "cispo"])
+@pytest.mark.parametrize("surrogate", LOSSES)
 @pytest.mark.parametrize(
     "aggregation", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 )
@@ -770,13 +775,13 @@ def test_the_steps_loss_by_hand_for_each_surrogate_and_aggregation(surrogate: An
 def test_the_expected_losses_differ_so_that_none_stands_for_another() -> None:
     """The examples above would be worthless if two options gave the same number."""
     values = set()
-    for surrogate in ("ppo", "gspo", "cispo"):
+    for surrogate in LOSSES:
         for aggregation in ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
             options = {"aggregation": aggregation, "aggregation_max_tokens": 12, "sampler_correction": None}
             module = dapo(surrogate=surrogate, **options)
             step = begin_step(module, off_policy(module))
             values.add(round(micro_loss(module, step)[0].item(), 4))
-    assert len(values) == 12
+    assert len(values) == 4 * len(LOSSES)
 
 
 def test_reinforce_needs_no_groups_in_a_real_run(workspace: Path) -> None:

@@ -130,6 +130,26 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "whitened over the rollout": ({"advantage": "reinforce++"}, {}),
     # Which prompts come depends on what all ranks' groups have shown.
     "curriculum": ({}, {"source": CURRICULUM}),
+    # A forward pass whose hidden states the next one's head reads; and one before each step.
+    "self-distillation": (
+        {
+            "regularizer": {
+                "class_path": "SelfDistillation",
+                "init_args": {"coef": 0.1, "template": "{prompt}{answer}>{prompt}"},
+            }
+        },
+        {},
+    ),
+    "SIREN": ({"regularizer": {"class_path": "SIREN", "init_args": {"coef": 5.0, "fraction": 1.0}}}, {}),
+    "GMPO, MaxRL, a clip that moves": (
+        {
+            "surrogate": "gmpo",
+            "aggregation": "seq-mean-token-mean",
+            "advantage": "maxrl",
+            "clip_ratio_high": {"class_path": "AdaptiveClip", "init_args": {"epsilon": 0.1, "target": 5.0}},
+        },
+        {},
+    ),
 }
 TWO_RANKS = {
     "ddp": "ddp",

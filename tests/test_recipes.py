@@ -17,7 +17,7 @@ from ibro_lightning.cli.training import IbroCLI
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.modules import DAPOModule, PPOModule
 from ibro_lightning.runs.recipes import find_config, recipe_folder, recipe_names
-from ibro_lightning.update import ReferenceKL, SamplerCorrection
+from ibro_lightning.update import ReferenceKL, SamplerCorrection, advantages
 
 RECIPES = recipe_names()
 
@@ -146,6 +146,12 @@ ALGORITHMS = {
     "REINFORCE++": "advantage reinforce++, kl ReferenceKL, kl.placement reward, kl.estimator k1",
     "GSPO": "surrogate gspo, aggregation seq-mean-token-mean, clip_ratio_low 3e-4, clip_ratio_high 4e-4",
     "CISPO": "surrogate cispo, clip_ratio_low 1, clip_ratio_high 4",
+    "GMPO": "surrogate gmpo, aggregation seq-mean-token-mean, clip_ratio_low 0.4, clip_ratio_high 0.4",
+    "DPPO": "surrogate dppo, clip_ratio_low 0.2, clip_ratio_high 0.2",
+    "SAPO": "surrogate sapo, aggregation seq-mean-token-mean",
+    "QAE": "advantage QuantileAdvantage, advantage.quantile 0.4",
+    "MaxRL": "advantage maxrl",
+    "AsymGRPO": "advantage AsymGRPO, advantage.positive_power 0.9, advantage.negative_power 0.4",
 }
 
 
@@ -159,6 +165,9 @@ def test_the_documented_algorithms_are_options_that_parse_and_build(name: str, t
     kl = settings.pop("kl")
     kl = ReferenceKL(**kl["init_args"]) if kl else None
     correction = SamplerCorrection(**settings.pop("sampler_correction"))
+    if isinstance(advantage := settings["advantage"], dict):
+        kind = getattr(advantages, advantage["class_path"].rpartition(".")[2])
+        settings["advantage"] = kind(**advantage["init_args"])
     for setting in ("policy", "policy_options", "regularizer", "optimizer"):
         del settings[setting]
     DAPOModule(str(tiny_policy), kl=kl, sampler_correction=correction, **settings)

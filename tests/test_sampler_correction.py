@@ -52,6 +52,7 @@ from ibro_lightning.regularizers import (
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult
 from ibro_lightning.update import ReferenceKL
 from ibro_lightning.update.correction import SamplerCorrection, refuse_missing_logp, sampled_tokens
+from ibro_lightning.update.surrogates import LOSSES
 
 torch.set_num_threads(1)
 LEVELS, MODES = ("token", "sequence", "geometric"), ("truncate", "mask")
@@ -91,6 +92,8 @@ def weights_by_hand(old: np.ndarray, sampler: np.ndarray, valid: np.ndarray, set
     elif settings["level"] == "geometric":
         log_ratio = np.full_like(log_ratio, log_ratio[valid].mean())
     ratio, cap = np.exp(log_ratio), settings.get("cap", 2.0)
+    if np.abs(old - sampler)[valid].mean() > settings.get("max_difference", np.inf):
+        return np.zeros_like(ratio)
     if settings["mode"] == "truncate":
         return np.minimum(ratio, cap)
     floor = settings.get("floor") if settings.get("floor") is not None else 1 / cap
@@ -117,9 +120,12 @@ SETTINGS: list[dict[str, Any]] = [
     {"level": level, "mode": mode, "cap": cap} for level, mode, cap in itertools.product(LEVELS, MODES, [1.2, 2.0])
 ]
 SETTINGS += [{"level": level, "mode": "mask", "cap": 1.5, "floor": 0.9} for level in LEVELS]
+SETTINGS += [
+    {"level": level, "mode": "truncate", "cap": 1.1, "max_difference": 0.25} for level in ("token", "sequence")
+]
 
 
-@pytest.mark.parametrize("surrogate", ["ppo", "gspo", "cispo"])
+@pytest.mark.parametrize("surrogate", LOSSES)
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
 def test_the_steps_loss_by_hand_for_each_level_and_mode(settings: dict[str, Any], surrogate: Any) -> None:
     """Σ w·L / N − 0.3·Σ H / N: the bonus has no weight, and dropped tokens still count in N. The same for any cut."""
@@ -456,6 +462,46 @@ def test_how_far_sampler_and_policy_are_apart_is_measured_with_and_without(
     )
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_mismatched_responses_are_counted_and_have_no_policy_loss(steps: int) -> None:
+    """By hand: those whose mean absolute difference is above the bound; their tokens are ``masked_share``. Two of them
+    differ by 0.28 in either direction, and by 0.15 in the plain mean."""
+    module = dapo(SamplerCorrection(max_difference=0.25), mini_batch_prompts=None if steps == 1 else 2)
+    rollout = apart(module)
+    differences = [
+        np.abs(rollout.sampler_logp[span(LENGTHS, row)].numpy() - logp) for row, (logp, _) in enumerate(scores())
+    ]
+    above = [difference.mean() > 0.25 for difference in differences]
+    assert 0 < sum(above) < 8
+    _, recorder = fit(module, [rollout])
+    (metrics,) = recorder.metrics
+    assert metrics["sampler/mismatched_responses"] == sum(above)
+    tokens = sum(len(d) for d, dropped in zip(differences, above, strict=True) if dropped)
+    assert metrics["sampler/masked_share"] == pytest.approx(tokens / sum(map(len, differences)), rel=1e-9)
+
+
+def test_a_bound_that_nothing_exceeds_changes_nothing_but_that_it_is_counted() -> None:
+    runs = [
+        fit(module, [apart(module)])[1]
+        for module in (dapo(SamplerCorrection()), dapo(SamplerCorrection(max_difference=5.0)))
+    ]
+    assert runs[1].metrics[0].pop("sampler/mismatched_responses") == 0
+    timeless = [{n: v for n, v in run.metrics[0].items() if not n.startswith("time")} for run in runs]
+    assert timeless[0] == timeless[1]
+    assert all(torch.equal(runs[0].weights[-1][n], value) for n, value in runs[1].weights[-1].items())
+
+
+def test_a_response_with_a_broken_token_is_judged_by_the_others() -> None:
+    old, sampler = torch.tensor([[-1.0, -1.0, -1.0]]), torch.tensor([[-1.2, math.nan, -1.0]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    kept = SamplerCorrection(max_difference=0.11)(old, sampler, mask)  # (0.2 + 0)/2
+    dropped = SamplerCorrection(max_difference=0.09)(old, sampler, mask)
+    assert kept.masked.tolist() == [[False] * 3]
+    assert dropped.masked.tolist() == [[True, False, True]]
+    assert not dropped.weights.any()
+    assert kept.non_finite.tolist() == dropped.non_finite.tolist() == [[False, True, False]]
+
+
 def test_log_probs_that_are_not_finite_are_counted_and_the_step_is_taken() -> None:
     module = dapo(SamplerCorrection())
     rollout = apart(module)
@@ -500,6 +546,11 @@ def test_ppos_policy_loss_is_weighted_and_its_value_loss_is_not() -> None:
         ({"mode": "mask", "floor": math.nan}, "floor: nan"),
         ({"level": "word"}, "level: 'word'"),
         ({"mode": "cut"}, "mode: 'cut'"),
+        ({"max_difference": 0.0}, "max_difference: 0.0"),
+        ({"max_difference": -1.0}, "max_difference: -1.0"),
+        ({"max_difference": math.nan}, "max_difference: nan"),
+        ({"max_difference": math.inf}, "max_difference: inf"),
+        ({"max_difference": "0.5"}, "max_difference: '0.5'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(settings: Any, name: str) -> None:

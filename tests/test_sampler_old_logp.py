@@ -22,8 +22,10 @@ from ibro_lightning.engines.weight_check import WeightCheck
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.modules import DAPOModule, PolicyModule, PPOModule
 from ibro_lightning.regularizers import (
+    AdaptiveClip,
     ClipCov,
     EntropyBonus,
+    EntropyRatioClip,
     EntropyRegularizer,
     InformationBottleneck,
     TopEntropyTokens,
@@ -180,6 +182,8 @@ NEEDED: dict[str, Any] = {
     "a moving coefficient": {"regularizer": EntropyBonus(TargetEntropy())},
     "ClipCov": {"regularizer": ClipCov()},
     "80/20": {"regularizer": TopEntropyTokens()},
+    "the entropy ratio": {"regularizer": EntropyRatioClip()},
+    "a moving clip": {"clip_ratio_high": AdaptiveClip()},
     "a user's": {"regularizer": ByOldEntropy(0.3)},
     "a reference": {"kl": lambda: ReferenceKL(0.1)},
 }

@@ -27,14 +27,21 @@ from ibro_lightning.models import PolicyOptions
 from ibro_lightning.modules import DAPOModule, PolicyModule, PPOModule
 from ibro_lightning.regularizers import (
     IBRO,
+    SIREN,
+    AdaptiveClip,
     ClipCov,
+    EntroPIC,
     EntropyBonus,
+    EntropyRatioClip,
     EntropyRegularizer,
     EntropyShapedAdvantage,
     InformationBottleneck,
     KLCov,
     NoRegularizer,
     OppositeInformationBottleneck,
+    PassRateInformationBottleneck,
+    PositionCentredInformationBottleneck,
+    PositiveAdvantageWeight,
     StepContext,
     TopEntropyTokens,
 )
@@ -76,6 +83,9 @@ REGULARIZERS = {
     "opposite": lambda: OppositeInformationBottleneck(0.5),
     "bonus": lambda: EntropyBonus(0.3),
     "a user's": lambda: ByOldEntropy(0.3),
+    "siren": lambda: SIREN(0.5, fraction=0.5),
+    "hard prompts": lambda: PassRateInformationBottleneck(0.5),
+    "by position": lambda: PositionCentredInformationBottleneck(0.5),
 }
 
 
@@ -143,6 +153,9 @@ def test_the_update_and_its_curves_are_those_of_scoring_first(kind: type[PolicyM
 OPTIONS: dict[str, dict[str, Any]] = {
     "gspo": {"surrogate": "gspo", "aggregation": "seq-mean-token-mean"},
     "cispo": {"surrogate": "cispo"},
+    "gmpo": {"surrogate": "gmpo", "aggregation": "seq-mean-token-mean"},
+    "dppo": {"surrogate": "dppo"},
+    "sapo": {"surrogate": "sapo", "aggregation": "seq-mean-token-mean"},
     "dr_grpo": {"advantage": "dr_grpo", "aggregation": "seq-mean-token-sum-norm", "aggregation_max_tokens": 6},
     "reinforce++": {"advantage": "reinforce++"},
     "all groups in one step": {"mini_batch_prompts": 4},
@@ -326,6 +339,10 @@ CASES: dict[str, tuple[type[PolicyModule], dict[str, Any], float]] = {
     "KLCov": (DAPOModule, {"regularizer": KLCov()}, 1.0),
     "80/20": (PPOModule, {"regularizer": TopEntropyTokens()}, 1.0),
     "shaped": (DAPOModule, {"regularizer": EntropyShapedAdvantage()}, 1.0),
+    "the entropy ratio": (DAPOModule, {"regularizer": EntropyRatioClip()}, 0.0),
+    "weights": (PPOModule, {"regularizer": EntroPIC(0.5, 1.5)}, 0.0),
+    "a weight that moves": (PPOModule, {"regularizer": PositiveAdvantageWeight()}, 1.0),
+    "a clip that moves": (DAPOModule, {"clip_ratio_high": AdaptiveClip()}, 1.0),
     "IBRO": (DAPOModule, {"regularizer": IBRO(template=SHOWN)}, 1.0),
     "a prepare of one's own": (DAPOModule, {"regularizer": ReadsOldEntropy()}, 1.0),
     "a subclass's prepare": (OwnPrepareDAPO, {}, 1.0),

@@ -114,6 +114,9 @@ MODULES = {
     ),
     "gspo": lambda **cut: dapo(surrogate="gspo", aggregation="seq-mean-token-mean", **cut),
     "cispo": lambda **cut: dapo(surrogate="cispo", aggregation="seq-mean-token-sum", **cut),
+    "gmpo": lambda **cut: dapo(surrogate="gmpo", aggregation="seq-mean-token-mean", **cut),
+    "dppo": lambda **cut: dapo(surrogate="dppo", **cut),
+    "sapo": lambda **cut: dapo(surrogate="sapo", aggregation="seq-mean-token-mean", **cut),
     "PPO with a critic": lambda **cut: ppo(critic_optimizer=sgd, **cut),
 }
 

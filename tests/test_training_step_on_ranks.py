@@ -16,9 +16,24 @@ from helpers.rollouts import make_rollout, share_of
 from helpers.sharded import on_ranks
 from helpers.updates import Verified, dapo, fit, ppo, sgd
 from ibro_lightning.batches import Rollout
-from ibro_lightning.regularizers import ClipCov, EntropyBonus, InformationBottleneck, KLCov, TopEntropyTokens
+from ibro_lightning.regularizers import (
+    SIREN,
+    STEER,
+    AdaptiveClip,
+    ClipCov,
+    ConditionalEntropyShaping,
+    EntropyBonus,
+    EntropyRatioClip,
+    EntropySteps,
+    InformationBottleneck,
+    KLCov,
+    PassRateInformationBottleneck,
+    PositionCentredInformationBottleneck,
+    PositiveAdvantageWeight,
+    TopEntropyTokens,
+)
 from ibro_lightning.regularizers.coefficients import AdaptiveKL, TargetEntropy
-from ibro_lightning.update import ReferenceKL
+from ibro_lightning.update import ReferenceKL, SamplerCorrection
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.slow
@@ -53,9 +68,23 @@ MODULES: dict[str, Callable[[], Any]] = {
     "IB under sequence means": lambda: dapo(
         regularizer=InformationBottleneck(0.5, part="centred"), aggregation="seq-mean-token-mean", **SETTINGS
     ),
+    "STEER": lambda: dapo(regularizer=STEER(0.3), **SETTINGS),
+    "CES": lambda: dapo(regularizer=ConditionalEntropyShaping(0.5, fraction=0.3), **SETTINGS),
+    "SIREN": lambda: dapo(regularizer=SIREN(5.0, fraction=0.5), **SETTINGS),
+    "pass rates": lambda: dapo(regularizer=PassRateInformationBottleneck(0.5), **SETTINGS),
+    "IB by position": lambda: dapo(
+        regularizer=PositionCentredInformationBottleneck(0.5), aggregation="seq-mean-token-mean", **SETTINGS
+    ),
     "AdaptiveKL": lambda: dapo(kl=adaptive_kl(), **SETTINGS),
     "REINFORCE++ with AdaptiveKL": reinforce,
     "TargetEntropy": lambda: dapo(regularizer=EntropyBonus(TargetEntropy(target=10.0, step=0.1)), **SETTINGS),
+    "weights that move": lambda: dapo(
+        regularizer=PositiveAdvantageWeight(EntropySteps(target=10.0, step=0.3)),
+        clip_ratio_high=AdaptiveClip(target=10.0),
+        **SETTINGS,
+    ),
+    "mismatched responses": lambda: dapo(sampler_correction=SamplerCorrection(max_difference=3.7), **SETTINGS),
+    "EntropyRatioClip": lambda: dapo(regularizer=EntropyRatioClip(1e-3, 1e-3), update_epochs=2, **SETTINGS),
     # The first step scores its own rows; the others are scored before, or have the sampler's log-probs.
     "IB in two passes": lambda: dapo(regularizer=InformationBottleneck(0.5), update_epochs=2, **SETTINGS),
     "the sampler's log-probs": lambda: dapo(
@@ -68,8 +97,11 @@ IN_TURN, SWAPPED = ([0, 2], [1, 3]), ([2, 3], [0, 1])
 OWN_SCORES = ("IB in two passes", "the sampler's log-probs")
 FLOAT32 = [name for name in MODULES if name.endswith("float32")]
 CASES = [
-    *((name, HALVES) for name in ("ClipCov", "TopEntropyTokens", "TargetEntropy", "PPO")),
-    *((name, UNEQUAL) for name in ("ClipCov", "KLCov", "IB under sequence means", "AdaptiveKL")),
+    *((name, HALVES) for name in ("ClipCov", "TopEntropyTokens", "TargetEntropy", "PPO", "EntropyRatioClip")),
+    *((name, UNEQUAL) for name in ("ClipCov", "KLCov", "IB under sequence means", "AdaptiveKL", "weights that move")),
+    *((name, UNEQUAL) for name in ("STEER", "CES", "SIREN", "pass rates", "IB by position")),
+    *((name, ONE_HAS_NONE) for name in ("STEER", "SIREN", "IB by position")),
+    ("mismatched responses", IN_TURN),
     *((name, shares) for name in FLOAT32 for shares in (HALVES, IN_TURN, SWAPPED)),
     *((name, ONE_HAS_NONE) for name in ("AdaptiveKL", "REINFORCE++ with AdaptiveKL", "KLCov", "PPO")),
     *((name, shares) for name in OWN_SCORES for shares in (HALVES, IN_TURN, UNEQUAL, ONE_HAS_NONE)),

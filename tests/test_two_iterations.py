@@ -47,18 +47,66 @@ METHODS: dict[str, tuple[str, str, list[str], str]] = {
     "shaped": ("EntropyShapedAdvantage", "scale: 4.0", ["regularizer/advantage_addition"], "none"),
     "aent": ("AEnt", "coef: 0.5", ["update/regularizer", "regularizer/restricted_entropy"], "naive"),
     "renyi": ("RenyiBonus", "coef: 0.5", ["update/regularizer", "regularizer/collision"], "naive"),
+    "steer": ("STEER", "w_min: 0.1", ["regularizer/steer_weight"], "80/20"),
+    "ces": ("ConditionalEntropyShaping", "coef: 2.0", ["update/regularizer", "regularizer/ces_sign"], "opposite"),
+    "siren": (
+        "SIREN",
+        "coef: 20.0",
+        ["update/regularizer", *(f"regularizer/{name}" for name in ("siren_pull", "siren_entropy", "top_p_entropy"))],
+        "aent",
+    ),
+    "hard prompts": ("PassRateInformationBottleneck", "coef: 0.5", ["regularizer/ib_weight"], "ib"),
+    "mixed prompts": ("PassRateInformationBottleneck", "coef: 1.0, prompts: mixed", ["regularizer/ib_weight"], "ib"),
+    "by position": ("PositionCentredInformationBottleneck", "coef: 1.0", ["update/regularizer"], "ib centred"),
+    "distilled": (
+        "SelfDistillation",
+        f"coef: 0.5, {SHOWN}",
+        ["update/regularizer", "regularizer/kl_to_hindsight"],
+        "ibro two-term",
+    ),
+    "distilled forward": (
+        "SelfDistillation",
+        f"coef: 0.5, direction: forward, {SHOWN}",
+        ["update/regularizer", "regularizer/kl_to_hindsight"],
+        "distilled",
+    ),
+    "positive weight": (
+        "PositiveAdvantageWeight",
+        "weight: {class_path: EntropySteps, init_args: {target: 5.0, step: 0.4}}",
+        ["regularizer/weight"],
+        "none",
+    ),
+    "entropic": (
+        "EntroPIC",
+        "positive: 0.4, negative: {class_path: EntropyBand, init_args: {low: 5, high: 6, start: 1, maximum: 3}}",
+        ["regularizer/positive", "regularizer/negative"],
+        "positive weight",
+    ),
+    "entropy ratio": (
+        "EntropyRatioClip",
+        "low: 1.0e-3, high: 1.0e-3",
+        ["regularizer/entropy_ratio_clipped"],
+        "none",
+    ),
 }
 MODULES = ["DAPOModule", "PPOModule"]
+WITH_GROUPS = " with groups"
+NEED_GROUPS = {"mixed prompts", "by position"}
+"""With one response per prompt they add nothing."""
+ALSO_LOGGED = {"siren": {"regularizer/anchor"}, "by position": {"regularizer/ib_weight"}}
+"""A further coefficient; a mean of 0."""
 
 
 def fit(workspace: Path, module: str, method: str, *arguments: str) -> Run:
     """Train in ``workspace`` with the settings of ``method`` → (weights, curves)."""
     name, settings, _, _ = METHODS[method]
     changes = {
-        "class_path: DAPOModule": f"class_path: {module}",
+        "class_path: DAPOModule": f"class_path: {module.removesuffix(WITH_GROUPS)}",
         "regularizer: {class_path: InformationBottleneck}": f"regularizer: {{class_path: {name}, "
         f"init_args: {{{settings}}}}}",
     }
+    if module.endswith(WITH_GROUPS):
+        changes["dynamic_sampling: {max_rounds: 2, on_exhausted: fill, max_skips: 1000000}"] = "dynamic_sampling: null"
     if module == "PPOModule":  # which needs no groups: twelve prompts, six to an optimizer step
         changes |= {
             "mini_batch_prompts: 2": "mini_batch_prompts: 6",
@@ -116,6 +164,7 @@ def run_of(workspace: Path, finished: dict[tuple[str, str], Run]) -> Callable[[s
 @pytest.mark.parametrize("method", METHODS)
 def test_two_iterations(run_of: Callable[[str, str], Run], tiny_policy: Path, method: str, module: str) -> None:
     """Finite curves, another policy than before, the method's own metrics, and a policy of its own."""
+    module += WITH_GROUPS if method in NEED_GROUPS and module == "PPOModule" else ""
     weights, curves = run_of(method, module)
     _, _, own, relative = METHODS[method]
     for name, values in curves.items():
@@ -127,7 +176,8 @@ def test_two_iterations(run_of: Callable[[str, str], Run], tiny_policy: Path, me
     for name in own:
         assert all(value != 0 for value in curves[name]), name
     logged = {name for name in curves if name.startswith("regularizer/")}
-    assert logged - {"regularizer/coef"} == {name for name in own if name.startswith("regularizer/")}
+    expected = {name for name in own if name.startswith("regularizer/")} | ALSO_LOGGED.get(method, set())
+    assert logged - {"regularizer/coef"} == expected
     assert largest_difference(weights, load_file(tiny_policy / "model.safetensors")) > 1e-3
     for other in {relative, "none"} - {method, ""}:
         other_weights, other_curves = run_of(other, module)
@@ -135,6 +185,54 @@ def test_two_iterations(run_of: Callable[[str, str], Run], tiny_policy: Path, me
             # The same rollout; to rounding, as methods differ in which of its rows are scored before the update.
             assert curves[name][0] == pytest.approx(other_curves[name][0], rel=1e-5), name
         assert largest_difference(weights, other_weights) > 1e-4, other
+
+
+# What is no regulariser: arguments, and curves of its own.
+OPTIONS: dict[str, tuple[str, list[str]]] = {
+    "gspo": ("--model.surrogate gspo --model.clip_ratio_low 1e-3 --model.clip_ratio_high 1e-3", []),
+    "cispo": ("--model.surrogate cispo", []),
+    "gmpo": ("--model.surrogate gmpo --model.clip_ratio_low 0.01 --model.clip_ratio_high 0.01", []),
+    "dppo": ("--model.surrogate dppo --model.clip_ratio_low 0.001 --model.clip_ratio_high 0.001", []),
+    "sapo": ("--model.surrogate sapo", ["update/gate"]),
+    "adaptive clip": (
+        "--model.clip_ratio_high AdaptiveClip --model.clip_ratio_high.epsilon 0.01 --model.clip_ratio_high.target 5 "
+        "--model.clip_ratio_high.step 0.001",
+        ["update/clip_ratio_high"],
+    ),
+    "a schedule of the clip": (
+        "--model.clip_ratio_low Linear --model.clip_ratio_low.start 0.002 --model.clip_ratio_low.end 0.001 "
+        "--model.clip_ratio_low.iterations 1",
+        ["update/clip_ratio_low"],
+    ),
+    "mismatched": (
+        "--model.sampler_correction.max_difference 1e-12",
+        ["sampler/mismatched_responses", "sampler/masked_share"],
+    ),
+    "quantile": ("--model.advantage QuantileAdvantage --model.advantage.quantile 0.6", []),
+    "maxrl": ("--model.advantage maxrl", []),
+    "asym_grpo": ("--model.advantage asym_grpo", []),
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_two_iterations_of_each_surrogate_clip_and_advantage(
+    workspace: Path, run_of: Callable[[str, str], Run], name: str, module: str
+) -> None:
+    """Finite curves, its own among them, and weights of its own, from the same first rollout."""
+    arguments, own = OPTIONS[name]
+    if module == "PPOModule" and "advantage" in arguments:
+        pytest.skip("its advantages are the critic's")
+    plain, plain_curves = run_of("none", module)
+    weights, curves = fit(workspace, module, "none", *arguments.split())
+    assert all(math.isfinite(value) for values in curves.values() for value in values)
+    assert curves["update/skipped_steps"] == [0.0, 0.0]
+    for curve in own:
+        assert len(curves[curve]) == 2
+        assert all(value > 0 for value in curves[curve])
+    for curve in ("policy/entropy", "rollout/reward", "rollout/length"):
+        assert curves[curve][0] == pytest.approx(plain_curves[curve][0], rel=1e-5), curve
+    assert largest_difference(weights, plain) > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,15 @@ def dapo(dtype: torch.dtype = torch.float64, **settings: Any) -> DAPOModule:
 def token_losses(name: str, logp: np.ndarray, old: np.ndarray, valid: np.ndarray, a: float) -> np.ndarray:
     """One response's policy loss, written out: bounds [0.8, 1.28], c = 10."""
     ratio = np.exp(logp - old)
+    if name == "gmpo":  # the log-ratio's bounds are [-0.2, 0.28]
+        log_ratio = np.minimum(logp - old, 0.28) if a > 0 else np.maximum(logp - old, -0.2)
+        return np.full_like(ratio, -a * np.exp(log_ratio[valid].mean()))
+    if name == "dppo":
+        moved = np.exp(logp) - np.exp(old)
+        return np.where(moved > 0.28 if a > 0 else moved < -0.2, 0.0, -ratio * a)
+    if name == "sapo":
+        temperature = 1.0 if a > 0 else 1.05
+        return -4 * a / temperature / (1 + np.exp(-temperature * (ratio - 1)))
     if name == "gspo":
         ratio = np.full_like(ratio, np.exp((logp - old)[valid].mean()))
     clipped = ratio.clip(0.8, 1.28)

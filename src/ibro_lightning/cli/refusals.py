@@ -37,12 +37,12 @@ OURS = "ibro_lightning"
 BAD_YAML = "Problems parsing config: "
 MISSING = "missing - "
 """In place of the value of a required setting that is not given."""
-NOT_OFFERED = ("PolicyLossMethod", "CorrectPathEntropySuppression", "GoldTrial")
-"""A base class, a former name, and what the pool builds itself: no message names them among those to choose from."""
+NOT_OFFERED = ("PolicyLossMethod", "CorrectPathEntropySuppression", "GoldTrial", "Anchor")
+"""A base class, a former name, and what the pool and SIREN build: no message names them among those to choose from."""
 DEMOS = "lightning.pytorch.demos"
 """Lightning's examples, known once somebody imports them."""
 MANY = 16
-"""Above this number, classes are not listed."""
+"""Above this number, classes of other packages are not listed."""
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _WORDS |= {NoneType: "null", Path: "a path", timedelta: "a time, such as 00:30:00", Any: "another value"}
 
@@ -164,7 +164,7 @@ def expected(hint: Any, settings: Sequence[str] = ()) -> str:
 
 def _classes(bases: list[type]) -> str:
     names = _names(bases)
-    if 0 < len(names) <= MANY:
+    if names and (len(names) <= MANY or bases[0].__module__.partition(".")[0] == OURS):
         return f"{_either(names)}, or module.Class of your own"
     return f"a {bases[0].__name__}, as module.Class"
 

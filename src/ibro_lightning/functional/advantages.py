@@ -56,21 +56,34 @@ def group_advantages(
     >>> group_advantages(wrong, torch.zeros(4, dtype=torch.long), outcomes=torch.zeros(4), outcome_span=2.0)
     tensor([ 0.0250,  0.0250,  0.0250, -0.0750])
     """
-    centred, count = _centre(rewards, groups)
+    centred, _ = centre_groups(rewards, groups)
+    deviation, _ = group_deviations(rewards, groups, outcomes, outcome_span)
+    return (centred / (deviation[groups] + epsilon)).to(float_dtype(rewards))
+
+
+def group_deviations(
+    rewards: Tensor, groups: Tensor, outcomes: Tensor | None, outcome_span: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """What :func:`group_advantages` divides by, but for its ε, and the groups' sizes; ``[G]`` float64 each."""
+    centred, count = centre_groups(rewards, groups)
     variance = torch.zeros_like(count).index_add_(0, groups, centred**2) / (count - 1).clamp(min=1)  # [G]
     deviation = variance.sqrt()
     if outcomes is not None:
-        deviation = torch.maximum(deviation, _least_deviation(outcomes, outcome_span, groups, len(count)))
-    return (centred / (deviation[groups] + epsilon)).to(_float_dtype(rewards))
+        deviation = torch.maximum(deviation, least_deviation(outcomes, outcome_span, groups, len(count)))
+    return deviation, count
 
 
-def _least_deviation(outcomes: Tensor, span: Tensor | float, groups: Tensor, size: int) -> Tensor:
+def least_deviation(outcomes: Tensor, span: Tensor | float, groups: Tensor, size: int) -> Tensor:
     """``[G]`` float64: half the span where a group's outcomes are all equal, otherwise 0."""
     has_outcome = ~outcomes.isnan()
     differ = informative_groups(outcomes[has_outcome], groups[has_outcome], size)  # [G]
+    return torch.where(differ, 0.0, widest_spans(span, groups, size) / 2)
+
+
+def widest_spans(span: Tensor | float, groups: Tensor, size: int) -> Tensor:
+    """``[G]`` float64: the largest span of each group's responses, of one number or ``[B]``."""
     spans = torch.as_tensor(span, dtype=torch.float64, device=groups.device).expand(groups.shape)
-    widest = torch.zeros(size, dtype=torch.float64, device=groups.device).scatter_reduce(0, groups, spans, "amax")
-    return torch.where(differ, 0.0, widest / 2)
+    return torch.zeros(size, dtype=torch.float64, device=groups.device).scatter_reduce(0, groups, spans, "amax")
 
 
 def dr_grpo_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
@@ -80,8 +93,8 @@ def dr_grpo_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
     >>> dr_grpo_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]))
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
     """
-    centred, _ = _centre(rewards, groups)
-    return centred.to(_float_dtype(rewards))
+    centred, _ = centre_groups(rewards, groups)
+    return centred.to(float_dtype(rewards))
 
 
 def rloo_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
@@ -94,8 +107,8 @@ def rloo_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
     >>> rloo_advantages(torch.tensor([1.0, 0.0, 0.0, 5.0]), torch.tensor([0, 0, 0, 1]))
     tensor([ 1.0000, -0.5000, -0.5000,  0.0000])
     """
-    centred, count = _centre(rewards, groups)
-    return (centred * (count / (count - 1).clamp(min=1))[groups]).to(_float_dtype(rewards))
+    centred, count = centre_groups(rewards, groups)
+    return (centred * (count / (count - 1).clamp(min=1))[groups]).to(float_dtype(rewards))
 
 
 def reward_to_go(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
@@ -172,7 +185,7 @@ def length_adaptive_lambda(lengths: Tensor, *, alpha: float = 0.05) -> Tensor:
     """
     if not alpha > 0:
         raise ValueError(f"alpha must be larger than 0, got {alpha}")
-    return (1.0 - 1.0 / (alpha * lengths.to(_float_dtype(lengths)))).clamp(0.0, 1.0)
+    return (1.0 - 1.0 / (alpha * lengths.to(float_dtype(lengths)))).clamp(0.0, 1.0)
 
 
 def reinforce_plus_plus_advantages(
@@ -232,11 +245,11 @@ def _working_dtype(*tensors: Tensor) -> torch.dtype:
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
-def _float_dtype(x: Tensor) -> torch.dtype:
+def float_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.is_floating_point() else torch.get_default_dtype()
 
 
-def _centre(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+def centre_groups(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     """``R − mean_group R`` ``[B]``, exactly 0 in groups of equal rewards, and the groups' sizes ``[G]``; float64."""
     size = int(groups.max()) + 1 if groups.numel() else 0
     # In float64: equal rewards such as 0.1 must centre to 0, not to a rounding error divided by epsilon.

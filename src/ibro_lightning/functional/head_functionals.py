@@ -206,7 +206,30 @@ class TokenProbability(HeadFunctional):
         return out
 
 
-class KLToHead(HeadFunctional):
+class _KL(HeadFunctional):
+    """The exact KL divergence between this head's distribution and another one, over the whole vocabulary."""
+
+    reverse: bool
+
+    @abstractmethod
+    def _other(self, logits: Tensor, rows: slice) -> Tensor:
+        """``[n, V]`` log-probs of the other distribution."""
+
+    def value(self, logits: Tensor, rows: slice) -> Tensor:
+        logp, logr = logits.log_softmax(dim=1), self._other(logits, rows)
+        log_of, log_to = (logp, logr) if self.reverse else (logr, logp)
+        return (log_of.exp() * (log_of - log_to)).sum(dim=1)
+
+    def gradient(self, logits: Tensor, rows: slice, grad: Tensor, *saved: Tensor) -> Tensor:
+        """p_j (log p_j − log r_j − KL) in reverse, p_j − r_j otherwise."""
+        logp, logr = logits.log_softmax(dim=1), self._other(logits, rows)
+        if not self.reverse:
+            return (logp.exp_() - logr.exp_()).mul_(grad.unsqueeze(1))
+        inner = (logp - logr).sub_(saved[0].unsqueeze(1))
+        return inner.mul_(logp.exp_()).mul_(grad.unsqueeze(1))
+
+
+class KLToHead(_KL):
     """The exact KL divergence between this head's distribution and another's, over the whole vocabulary.
 
     Args:
@@ -236,21 +259,24 @@ class KLToHead(HeadFunctional):
         self.bias = None if bias is None else bias.detach()
         self.temperature, self.reverse = temperature, reverse
 
-    def value(self, logits: Tensor, rows: slice) -> Tensor:
-        logp, logr = logits.log_softmax(dim=1), self._other(logits, rows)
-        log_of, log_to = (logp, logr) if self.reverse else (logr, logp)
-        return (log_of.exp() * (log_of - log_to)).sum(dim=1)
-
-    def gradient(self, logits: Tensor, rows: slice, grad: Tensor, *saved: Tensor) -> Tensor:
-        """p_j (log p_j − log r_j − KL) in reverse, p_j − r_j otherwise."""
-        logp, logr = logits.log_softmax(dim=1), self._other(logits, rows)
-        if not self.reverse:
-            return (logp.exp_() - logr.exp_()).mul_(grad.unsqueeze(1))
-        inner = (logp - logr).sub_(saved[0].unsqueeze(1))
-        return inner.mul_(logp.exp_()).mul_(grad.unsqueeze(1))
-
     def _other(self, logits: Tensor, rows: slice) -> Tensor:
         other = self.hidden[rows].to(logits.dtype) @ self.weight.to(logits.dtype).T
         if self.bias is not None:
             other += self.bias.to(logits.dtype)
         return (other / self.temperature).clamp(min=_IMPOSSIBLE).log_softmax(dim=1)
+
+
+class KLToLogits(_KL):
+    """:class:`KLToHead` where the other head is not plainly linear, so that its logits are there whole.
+
+    Args:
+        logits: ``[N, V]`` of the other distribution, row by row of this head's; no gradients reach them.
+        reverse: as for :class:`KLToHead`.
+    """
+
+    def __init__(self, logits: Tensor, reverse: bool = True) -> None:
+        check_instance("logits", logits, Tensor)
+        self.logits, self.reverse = logits.detach(), reverse
+
+    def _other(self, logits: Tensor, rows: slice) -> Tensor:
+        return self.logits[rows].to(logits.dtype).clamp(min=_IMPOSSIBLE).log_softmax(dim=1)

@@ -35,6 +35,7 @@ def mismatch_weights(
     mode: MismatchMode = "truncate",
     cap: float = 2.0,
     floor: float | None = None,
+    max_difference: float | None = None,
 ) -> MismatchWeights:
     """Importance weights ``w = π_trainer / π_sampler`` for a policy gradient on the sampler's tokens.
 
@@ -52,11 +53,18 @@ def mismatch_weights(
         mode: ``truncate``: ``min(w, cap)``. ``mask``: ``w`` inside ``[floor, cap]`` and 0 outside.
         cap: upper bound of a ratio.
         floor: lower bound in mode ``mask``, which alone has one; ``1 / cap`` if None.
+        max_difference: a row whose ``mean_t |log w_t|`` over its valid tokens is above this, in nats, is dropped whole,
+            whatever ``level`` and ``mode`` are. Unlike the mean of ``geometric``, that of absolute values does not let
+            tokens of either sign cancel. None: no row is.
     """
-    _check(level, mode, cap, floor)
+    _check(level, mode, cap, floor, max_difference)
     mask = mask.bool()
     log_ratio, non_finite = _log_ratio(train_logp, sampler_logp, mask)
     mask = mask & ~non_finite
+    dropped = torch.zeros_like(mask)
+    if max_difference is not None:
+        differs = log_ratio.abs().sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)  # [B, 1]
+        dropped = mask & (differs > max_difference)
     if level != "token":
         row = log_ratio.sum(dim=1, keepdim=True)  # [B, 1]
         if level == "geometric":
@@ -64,8 +72,8 @@ def mismatch_weights(
         log_ratio = row.expand_as(log_ratio)  # [B, T]
     ratio = log_ratio.clamp(-20.0, 20.0).exp()
     if mode == "truncate":
-        return MismatchWeights(torch.where(mask, ratio.clamp(max=cap), 0.0), torch.zeros_like(mask), non_finite)
-    outside = (ratio < (1.0 / cap if floor is None else floor)) | (ratio > cap)
+        return MismatchWeights(torch.where(mask & ~dropped, ratio.clamp(max=cap), 0.0), dropped, non_finite)
+    outside = (ratio < (1.0 / cap if floor is None else floor)) | (ratio > cap) | dropped
     return MismatchWeights(torch.where(mask & ~outside, ratio, 0.0), mask & outside, non_finite)
 
 
@@ -116,7 +124,7 @@ def mismatch_diagnostics(
     }
 
 
-def _check(level: str, mode: str, cap: float, floor: float | None) -> None:
+def _check(level: str, mode: str, cap: float, floor: float | None, max_difference: float | None) -> None:
     for name, value, allowed in (("level", level, MismatchLevel), ("mode", mode, MismatchMode)):
         if value not in get_args(allowed):
             raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}; got {value!r}")
@@ -124,6 +132,8 @@ def _check(level: str, mode: str, cap: float, floor: float | None) -> None:
         raise ValueError(f"cap must be larger than 0, got {cap}")
     if floor is not None and mode == "truncate":
         raise ValueError(f"floor is a bound of mode 'mask'; mode 'truncate' has only a cap (got floor {floor})")
+    if max_difference is not None and not max_difference > 0:
+        raise ValueError(f"max_difference must be larger than 0, got {max_difference}")
     lowest = 1.0 / cap if floor is None else floor
     if mode == "mask" and lowest > cap:
         raise ValueError(f"floor must not be larger than cap, got floor {lowest} and cap {cap}")

@@ -1,4 +1,4 @@
-"""The clipped policy-gradient objective of PPO and DAPO, per token."""
+"""The clipped policy-gradient objective of PPO and DAPO, per token, and its variants."""
 
 from __future__ import annotations
 
@@ -107,6 +107,97 @@ def cispo_surrogate(
     low, high = 1.0 - clip_ratio_low, 1.0 + clip_ratio_high
     loss = -ratio.clamp(low, high) * advantages * possible
     return ClippedSurrogate(loss, ratio < low, ratio > high, torch.zeros_like(ratio, dtype=torch.bool))
+
+
+def gmpo_surrogate(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_ratio_low: float = 0.4,
+    clip_ratio_high: float = 0.4,
+) -> ClippedSurrogate:
+    """One ratio per response, the geometric mean of its tokens' *clipped* ratios: GMPO (arXiv 2507.20673).
+
+    A token's log-ratio is cut to ``[−ε_low, ε_high]``, pessimistically as in PPO: from above where A > 0, from below
+    where A < 0. Otherwise as :func:`gspo_surrogate`, which clips the mean and not the tokens: of its tokens only the
+    clipped ones lose their gradient. Aggregate with ``seq-mean-token-mean``.
+
+    Args:
+        logp, old_logp, advantages, mask: as in :func:`gspo_surrogate`.
+        clip_ratio_low, clip_ratio_high: bounds of the *log*-ratio; 0.4 in the paper.
+
+    Returns:
+        All fields ``[B, T]``, with loss 0, no flags and no gradient under a zero mask. ``clipped_dual`` is all False.
+    """
+    mask = mask.bool()
+    logp, old_logp = (_finite(torch.where(mask, x, 0.0)) for x in (logp, old_logp))
+    advantages = torch.where(mask, advantages, 0.0)
+    log_ratio = (logp - old_logp).clamp(-20.0, 20.0)  # [B, T]
+    high, low = (advantages > 0) & (log_ratio > clip_ratio_high), (advantages < 0) & (log_ratio < -clip_ratio_low)
+    log_ratio = torch.where(high, clip_ratio_high, torch.where(low, -clip_ratio_low, log_ratio))
+    fixed = log_ratio.detach()
+    sequence = (fixed.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)).exp()
+    ratio = sequence * (log_ratio - fixed).exp()  # [B, T]
+    return ClippedSurrogate(-ratio * advantages, low, high, torch.zeros_like(low))
+
+
+def dppo_surrogate(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip_ratio_low: float = 0.2, clip_ratio_high: float = 0.2
+) -> ClippedSurrogate:
+    """``−rA`` where the probability itself has not moved too far: DPPO with binary total variation (arXiv 2602.04879).
+
+    The total variation between π and π_old of "this token or another one" is ``|π − π_old|``. A token leaves the loss
+    where ``π − π_old > ε_high`` and A > 0, or ``π − π_old < −ε_low`` and A < 0. Unlike a clip of the ratio, this lets
+    unlikely tokens change by large factors, and likely ones by small ones only. verl and TRL cap the ratio at 20,
+    prime-rl does not, nor is it done here.
+
+    Args:
+        logp, old_logp, advantages: as in :func:`clipped_surrogate`.
+        clip_ratio_low, clip_ratio_high: bounds of the change of the *probability*; 0.2 in prime-rl.
+
+    Returns:
+        All fields ``[B, T]``; flagged tokens have loss 0. ``clipped_dual`` is all False.
+    """
+    logp, old_logp = _finite(logp), _finite(old_logp)
+    moved = (logp.exp() - old_logp.exp()).detach()
+    high, low = (advantages > 0) & (moved > clip_ratio_high), (advantages < 0) & (moved < -clip_ratio_low)
+    loss = -(logp - old_logp).clamp(-20.0, 20.0).exp() * advantages
+    return ClippedSurrogate(torch.where(high | low, 0.0, loss), low, high, torch.zeros_like(low))
+
+
+class SoftSurrogate(NamedTuple):
+    """Per-token result of :func:`sapo_surrogate`; both fields ``[B, T]``."""
+
+    loss: Tensor
+    """To be minimised; carries the gradient."""
+    gate: Tensor
+    """The factor of the gradient, between 0 and 1: that of ``−rA`` times this."""
+
+
+def sapo_surrogate(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    *,
+    positive_temperature: float = 1.0,
+    negative_temperature: float = 1.05,
+) -> SoftSurrogate:
+    """``−(4/τ)·σ(τ(r − 1))·A``: SAPO (arXiv 2511.20347), a soft gate in place of a clip.
+
+    The gradient is that of ``−rA`` times ``4σ(1 − σ)``: 1 on policy, and smaller the further r is from 1. Aggregate
+    with ``seq-mean-token-mean``, as its authors do.
+
+    Args:
+        logp, old_logp, advantages: as in :func:`clipped_surrogate`.
+        positive_temperature, negative_temperature: τ where A > 0, and elsewhere: a larger one fades sooner.
+    """
+    ratio = (_finite(logp) - _finite(old_logp)).clamp(-20.0, 20.0).exp()
+    positive, negative = ratio.new_tensor(positive_temperature), ratio.new_tensor(negative_temperature)
+    temperature = torch.where(advantages > 0, positive, negative)  # [B, T]
+    soft = (temperature * (ratio - 1.0)).sigmoid()
+    return SoftSurrogate(-soft * 4.0 / temperature * advantages, (4.0 * soft * (1.0 - soft)).detach())
 
 
 def _finite(logp: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, overload
 
+import torch
 from torch import Tensor
 
 from ibro_lightning.batches.sequences import Sequences
-from ibro_lightning.functional import HeadFunctional, logprob_and_entropy
+from ibro_lightning.functional import HeadFunctional, KLToHead, KLToLogits, logprob_and_entropy
 from ibro_lightning.models.compiled import compile_in_place
 from ibro_lightning.models.head import LinearHead, find_linear_head
 from ibro_lightning.models.hf_folder import full_weights
@@ -105,6 +106,27 @@ class Policy(ResponseNetwork):
         scattered = {name: scatter_rows(values, mask) for name, values in told.items()}
         return scatter_rows(logp, mask), None if entropy is None else scatter_rows(entropy, mask), scattered
 
+    @torch.no_grad()
+    def kl_to(self, sequences: Sequences, *, temperature: float, reverse: bool) -> HeadFunctional:
+        """A functional for a pass over the same responses after other prompts: the exact KL divergence to this policy's
+        present distribution after ``sequences``' own, token by token, over the whole vocabulary, in nats. One forward
+        pass; no gradients reach it.
+
+        Args:
+            sequences: ``[B, L]`` with the responses of that pass, row by row.
+            reverse: KL(that pass ‖ this one); otherwise KL(this one ‖ that pass).
+        """
+        return self.without_draws(lambda: self._kl_to(sequences, temperature, reverse))
+
+    def _kl_to(self, sequences: Sequences, temperature: float, reverse: bool) -> HeadFunctional:
+        head = self._linear_head()
+        if head is None:
+            logits = self.response_states(self.model, sequences, "logits")
+            return KLToLogits(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, reverse)
+        hidden = self.response_states(head.backbone, sequences, "last_hidden_state")
+        hidden, weight = (_under_autocast(x) for x in (hidden, head.linear.weight))  # rounded as in that pass
+        return KLToHead(hidden, weight, head.linear.bias, temperature / head.scale, reverse)
+
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Detached weights under their Hugging Face names, adapters merged; tied ones appear under each of their names.
 
@@ -118,3 +140,10 @@ class Policy(ResponseNetwork):
             self.model = compile_in_place(self.model)
             self._head = (find_linear_head(self.model) if self._fused_head else None,)
         return self._head[0]
+
+
+def _under_autocast(x: Tensor) -> Tensor:
+    """In the dtype of autocast, if that is on."""
+    device = x.device.type
+    is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if is_cast else x

@@ -87,8 +87,9 @@ def shard(network: nn.Module, sharding: Sharding) -> None:
     if embedding is not None and not _is_shared(embedding, model):
         fully_shard(embedding, **common)
     fully_shard(network, **common)
-    for method in ("check_packing", "settle_sharing", "ensure_deterministic"):
-        register_fsdp_forward_method(network, method)
+    for method in ("check_packing", "settle_sharing", "ensure_deterministic", "kl_to"):
+        if hasattr(network, method):
+            register_fsdp_forward_method(network, method)
 
 
 def decoder_blocks(model: Any) -> list[nn.Module]:

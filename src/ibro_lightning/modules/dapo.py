@@ -8,13 +8,13 @@ KL penalty to a reference.
 
 The relatives are options of the same module: GRPO has equal clips and a KL, Dr.GRPO ``advantage: dr_grpo`` with
 ``aggregation: seq-mean-token-sum-norm``, RLOO ``advantage: rloo``, REINFORCE++ ``advantage: reinforce++`` with a KL in
-the reward, GSPO ``surrogate: gspo`` with ``aggregation: seq-mean-token-mean``, CISPO ``surrogate: cispo``.
+the reward, GSPO ``surrogate: gspo`` with ``aggregation: seq-mean-token-mean``, CISPO ``surrogate: cispo``; further ones
+are in ``docs/methods.md``.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -24,29 +24,22 @@ from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import Experience
 from ibro_lightning.batches.ragged import row_wise
 from ibro_lightning.callbacks.needs import watched
-from ibro_lightning.errors import ConfigError
-from ibro_lightning.functional import (
-    AggregationMode,
-    dr_grpo_advantages,
-    group_advantages,
-    reward_to_go,
-    rloo_advantages,
-)
+from ibro_lightning.functional import AggregationMode, reward_to_go
 from ibro_lightning.models import PolicyLike, PolicyOptions
 from ibro_lightning.modules.policy_module import PolicyModule
 from ibro_lightning.regularizers import EntropyRegularizer
+from ibro_lightning.regularizers.coefficients import Coefficient
 from ibro_lightning.timing import PhaseTimer
+from ibro_lightning.update.advantages import AdvantageEstimator, GroupAdvantage, group_advantage
 from ibro_lightning.update.correction import SamplerCorrection
 from ibro_lightning.update.diagnostics import experience_metrics, observe
-from ibro_lightning.update.loss import PolicyLoss, Surrogate, loss_class
+from ibro_lightning.update.loss import PolicyLoss
 from ibro_lightning.update.reference import ReferenceKL
 from ibro_lightning.update.scoring import OldLogp, Scorer
 from ibro_lightning.update.steps import TokenBudget
+from ibro_lightning.update.surrogates import Surrogate, loss_class
 from ibro_lightning.update.updater import Updater, update_metrics
 from ibro_lightning.update.whitening import whiten
-
-AdvantageEstimator = Literal["grpo", "dr_grpo", "rloo", "reinforce++"]
-GROUP_RELATIVE = {"grpo": group_advantages, "dr_grpo": dr_grpo_advantages, "rloo": rloo_advantages}
 
 
 class DAPOModule(PolicyModule):
@@ -56,9 +49,11 @@ class DAPOModule(PolicyModule):
 
     Args:
         advantage: ``grpo``: reward less the group's mean, over its standard deviation (DAPO too); ``dr_grpo``: not
-            divided; ``rloo``: less the mean of the others; ``reinforce++``: reward to go, whitened over the rollout,
-            which needs no groups. Where accuracy does not differ, ``grpo`` and ``reinforce++`` do not scale other
-            parts of the reward up to the size of right and wrong (``docs/rewards.md``).
+            divided; ``rloo``: less the mean of the others; ``quantile``: less the group's 0.4-quantile; ``maxrl``:
+            over the pass rate; ``asym_grpo``: powers of its odds; a :class:`.GroupAdvantage`, for other numbers or one
+            of your own; ``reinforce++``: reward to go, whitened over the rollout, which needs no groups. Where
+            accuracy does not differ, ``grpo``, ``quantile`` and ``reinforce++`` do not scale other parts of the reward
+            up to the size of right and wrong (``docs/rewards.md``).
     """
 
     policy_loss: PolicyLoss
@@ -70,11 +65,11 @@ class DAPOModule(PolicyModule):
         self,
         policy: PolicyLike,
         *,
-        advantage: AdvantageEstimator = "grpo",
+        advantage: GroupAdvantage | AdvantageEstimator = "grpo",
         regularizer: EntropyRegularizer | None = None,
         surrogate: Surrogate | type[PolicyLoss] = "ppo",
-        clip_ratio_low: float = 0.2,
-        clip_ratio_high: float = 0.28,
+        clip_ratio_low: Coefficient | float = 0.2,
+        clip_ratio_high: Coefficient | float = 0.28,
         dual_clip: float | None = 10.0,
         aggregation: AggregationMode = "token-mean",
         aggregation_max_tokens: int | None = None,
@@ -101,10 +96,8 @@ class DAPOModule(PolicyModule):
             lr_scheduler=lr_scheduler,
             policy_options=policy_options,
         )
-        if advantage not in get_args(AdvantageEstimator):
-            raise ConfigError("advantage", advantage, f"write one of {', '.join(get_args(AdvantageEstimator))}")
-        self.advantage = advantage
-        if advantage not in GROUP_RELATIVE:
+        self.advantage, self.group_advantage = advantage, group_advantage(advantage)
+        if self.group_advantage is None:  # REINFORCE++
             self.min_group_size = 1
         self.policy_loss = loss_class(surrogate)(
             regularizer,
@@ -140,7 +133,7 @@ class DAPOModule(PolicyModule):
         loss.start_iteration()
         with timer("prepare"), torch.no_grad():
             experience = self.prepare(rollout)  # score → advantages [N]
-            observe(self.regularizer.coefficient, experience.old_entropy, experience, self.ranks)
+            observe(loss.given_entropy, experience.old_entropy, experience, self.ranks)
         further = watched(self, rollout, experience)
         with timer("update"):
             steps = updater.steps(experience, loss, context)
@@ -153,7 +146,7 @@ class DAPOModule(PolicyModule):
         self.report_skipped_steps(rollout)
         curves = {**update_metrics(experience, measured, self.ranks), **self.experience_metrics(scored, rollout)}
         if self.kl is not None:  # for the next iteration: the logged coefficient is the one used in this
-            observe(self.kl.coefficient, scored.extra["reference_kl"], scored, self.ranks)
+            observe([self.kl.coefficient], scored.extra["reference_kl"], scored, self.ranks)
         return {**curves, **further, **shift, **timer.metrics()}
 
     def prepare(self, rollout: Rollout) -> Experience:
@@ -174,17 +167,13 @@ class DAPOModule(PolicyModule):
         """The advantages ``[N]`` of the configured estimator."""
         assert experience.token_rewards is not None, "the scorer sets them"
         assert experience.rewards is not None
-        if self.advantage not in GROUP_RELATIVE:
+        if self.group_advantage is None:
             (to_go,) = row_wise(
                 lambda _, mask, rewards: reward_to_go(rewards, mask), experience.lengths, experience.token_rewards
             )  # [N]
             return whiten(to_go, experience, self.ranks)
-        rewards, groups = experience.rewards, experience.groups  # [B] each
-        if self.advantage == "grpo" and experience.outcomes is not None:  # the one that divides by a deviation
-            span = 1.0 if experience.outcome_span is None else experience.outcome_span
-            advantages = group_advantages(rewards, groups, outcomes=experience.outcomes, outcome_span=span)
-        else:
-            advantages = GROUP_RELATIVE[self.advantage](rewards, groups)
+        span = 1.0 if experience.outcome_span is None else experience.outcome_span
+        advantages = self.group_advantage(experience.rewards, experience.groups, experience.outcomes, span)  # [B]
         return experience.per_token(advantages)  # [N]
 
     def experience_metrics(self, experience: Experience, rollout: Rollout) -> dict[str, float]:

@@ -58,11 +58,12 @@ class PolicyModule(pl.LightningModule):
         policy: a Hugging Face folder or hub name, a transformers model, ``(model, tokenizer)``, or a ``PolicySource``.
         regularizer: an entropy method; None: none.
         surrogate: the policy loss. ``ppo``: each token's clipped ratio (PPO, GRPO, DAPO); ``gspo``: one clipped ratio
-            per sequence (with clip ratios near 3e-4 and aggregation ``seq-mean-token-mean``); ``cispo``: the clipped
-            ratio as a weight, no token loses its gradient; or a subclass of :class:`.PolicyLoss`.
-        clip_ratio_low: the probability ratio is clipped to at least 1 − this.
-        clip_ratio_high: the probability ratio is clipped to at most 1 + this.
-        dual_clip: bounds the loss of negative advantages by c·|A|; None switches it off. Not in ``cispo``.
+            per sequence; ``cispo``: the clipped ratio as a weight, no token loses its gradient; ``gmpo``: the mean of
+            clipped ratios; ``dppo``: bounds of the probability; ``sapo``: a soft gate (``docs/methods.md``); or a
+            subclass of :class:`.PolicyLoss`.
+        clip_ratio_low: the probability ratio is clipped to at least 1 − this; a number, or a coefficient that moves it.
+        clip_ratio_high: the probability ratio is clipped to at most 1 + this; likewise.
+        dual_clip: bounds the loss of negative advantages by c·|A|; None switches it off. In ``ppo`` and ``gspo``.
         aggregation: how token losses become one number; denominators count the whole optimizer step.
         aggregation_max_tokens: the constant length of ``seq-mean-token-sum-norm`` (Dr.GRPO).
         kl: a KL penalty to a reference policy; None, as in DAPO and in the paper, has none.
@@ -228,9 +229,10 @@ class PolicyModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.updater.nonfinite.load_state_dict(checkpoint.get("nonfinite", {}))
         saved = checkpoint.get("coefficients", {})
+        # One that the checkpoint has not, such as a clip ratio's, counts the run's iterations as the others do.
+        new = {name: count for name, count in saved.get("regularizer", {}).items() if name == "iterations"}
         for name, coefficient in (self.policy_loss.coefficients if self.policy_loss else {}).items():
-            if name in saved:
-                coefficient.load_state_dict(saved[name])
+            coefficient.load_state_dict(saved.get(name, new))
 
     def report_skipped_steps(self, rollout: Rollout | None = None) -> None:
         """Report the skipped optimizer steps of an iteration, and stop if there were too many in a row."""

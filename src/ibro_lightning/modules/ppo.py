@@ -43,14 +43,16 @@ from ibro_lightning.models import (
 from ibro_lightning.models.pretrained import local_folders
 from ibro_lightning.modules.policy_module import PolicyModule
 from ibro_lightning.regularizers import EntropyRegularizer
+from ibro_lightning.regularizers.coefficients import Coefficient
 from ibro_lightning.timing import PhaseTimer
 from ibro_lightning.update.correction import SamplerCorrection
 from ibro_lightning.update.diagnostics import experience_metrics, observe
-from ibro_lightning.update.loss import PolicyLoss, Surrogate, loss_class
+from ibro_lightning.update.loss import PolicyLoss
 from ibro_lightning.update.optimizer import check_optimizer
 from ibro_lightning.update.reference import ReferenceKL
 from ibro_lightning.update.scoring import OldLogp, Scorer
 from ibro_lightning.update.steps import TokenBudget
+from ibro_lightning.update.surrogates import Surrogate, loss_class
 from ibro_lightning.update.updater import Updater, update_metrics
 from ibro_lightning.update.value_loss import ValueLoss
 from ibro_lightning.update.whitening import whiten
@@ -101,8 +103,8 @@ class PPOModule(PolicyModule):
         critic_warmup_iterations: int = 0,
         regularizer: EntropyRegularizer | None = None,
         surrogate: Surrogate | type[PolicyLoss] = "ppo",
-        clip_ratio_low: float = 0.2,
-        clip_ratio_high: float = 0.28,
+        clip_ratio_low: Coefficient | float = 0.2,
+        clip_ratio_high: Coefficient | float = 0.28,
         dual_clip: float | None = 10.0,
         aggregation: AggregationMode = "token-mean",
         aggregation_max_tokens: int | None = None,
@@ -194,7 +196,7 @@ class PPOModule(PolicyModule):
         with timer("prepare"), torch.no_grad():
             experience = self.prepare(rollout)  # score → values → advantages [N]
             if trains_policy:
-                observe(self.regularizer.coefficient, experience.old_entropy, experience, self.ranks)
+                observe(loss.given_entropy, experience.old_entropy, experience, self.ranks)
         further = watched(self, rollout, experience)
         with timer("update"):
             steps = updater.steps(experience, loss, context)
@@ -208,7 +210,7 @@ class PPOModule(PolicyModule):
         self.report_skipped_steps(rollout)
         curves = {**update_metrics(experience, measured, self.ranks), **self.experience_metrics(scored, rollout)}
         if self.kl is not None and trains_policy:  # for the next iteration: this one has used the logged coefficient
-            observe(self.kl.coefficient, scored.extra["reference_kl"], scored, self.ranks)
+            observe([self.kl.coefficient], scored.extra["reference_kl"], scored, self.ranks)
         return {**curves, **further, **shift, **timer.metrics()}
 
     def prepare(self, rollout: Rollout) -> Experience:

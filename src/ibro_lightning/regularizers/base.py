@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,11 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.functional import HeadFunctional
 from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.regularizers.coefficients import Coefficient, as_coefficient
+from ibro_lightning.regularizers.method import Method
+
+
+def _nobody_tells(*_: Any, **__: Any) -> dict[str, Tensor]:
+    raise NotImplementedError("this context comes from no Scorer: give StepContext a function tell")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,15 @@ class StepContext:
     """The policy's number of positions; None: not in its configuration."""
     ranks: Ranks = ALONE
     """Sums and means over the tokens of all ranks that share the step."""
+    tell: Callable[..., dict[str, Tensor]] = _nobody_tells
+    """``tell(sequences, temperature, functionals)`` → ``{name: [N]}``: what these functionals give under the present
+    policy, without gradients, for any number of sequences without padding."""
+    micro: MicroBatch | None = None
+    """The micro-batch over which the policy is about to run, in :meth:`EntropyRegularizer.functionals`."""
+
+
+HARMLESS = ("prepare", "functionals", "statistics", "measure", "coefficients")
+"""Methods of a regulariser that move no policy by themselves."""
 
 
 class EntropyRegularizer(ABC):
@@ -46,17 +60,21 @@ class EntropyRegularizer(ABC):
             def objective(self, stats):
                 return stats.entropy * (stats.old_entropy > 0.5)
 
-    Four further hooks do nothing unless overridden. In the order in which a step calls them: :meth:`prepare` (once per
+    Five further hooks do nothing unless overridden. In the order in which a step calls them: :meth:`prepare` (once per
     optimizer step), then for every micro-batch :meth:`functionals`, :meth:`statistics`, :meth:`shape_policy_loss`,
-    :meth:`objective`.
+    :meth:`objective`, :meth:`measure`.
 
     Args:
         coef: α ≥ 0, or a :class:`~ibro_lightning.regularizers.coefficients.Coefficient` that moves it during training.
             While it is 0, the term is not computed.
     """
 
+    method: ClassVar[Method | None] = None
+    """What the table of ``docs/methods.md`` says of the class; the package's own have one each."""
     needs_entropy: bool = True
     """Whether :meth:`objective` reads ``stats.entropy``; otherwise entropies have no gradient."""
+    shaping_needs_entropy: bool = False
+    """Whether :meth:`shape_policy_loss` reads ``stats.entropy``, whatever α is."""
     prepare_needs_scores: bool = False
     """Whether :meth:`prepare` reads ``step.old_logp`` or ``step.old_entropy``. Otherwise they may be None
     there: a rollout's first optimizer step takes them from its own forward pass."""
@@ -68,7 +86,7 @@ class EntropyRegularizer(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        does_not_inherit(cls, "zero_without_advantage", harmless=("prepare", "functionals", "statistics"))
+        does_not_inherit(cls, "zero_without_advantage", harmless=HARMLESS)
 
     def __init__(self, coef: Coefficient | float) -> None:
         self.coefficient = as_coefficient(coef, "coef", "entropy")
@@ -78,6 +96,13 @@ class EntropyRegularizer(ABC):
         """The present α."""
         return self.coefficient.value
 
+    @property
+    def coefficients(self) -> dict[str, Coefficient]:
+        """All numbers of the method that may move, by name: α is ``coef``, and a method with further weights adds them.
+        They count the iterations, observe the policy's entropy before every update, are part of the checkpoint, and are
+        the curves ``regularizer/name``."""
+        return {"coef": self.coefficient}
+
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         """Called without gradients before the step is split into micro-batches: for statistics of the whole step, for
         another advantage, and for ``step.with_extra(name=…)``, whose mean is logged as ``regularizer/name``. The step's
@@ -86,7 +111,8 @@ class EntropyRegularizer(ABC):
 
     def functionals(self, context: StepContext) -> Mapping[str, HeadFunctional]:
         """Further numbers of each token's distribution that the policy's head computes in its pass, *with* gradients,
-        ``[B, T]`` each, for ``stats.extra``; only if α > 0. What nobody asks for costs nothing."""
+        ``[B, T]`` each, for ``stats.extra``; only if α > 0. What nobody asks for costs nothing. Those that hold
+        something per token find the micro-batch in ``context.micro``."""
         return {}
 
     def statistics(self, micro: MicroBatch, context: StepContext) -> Mapping[str, Tensor]:
@@ -100,6 +126,10 @@ class EntropyRegularizer(ABC):
     def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:
         """The policy loss ``[B, T]`` in place of ``loss``. Tokens set to 0 still count in the denominator."""
         return loss
+
+    def measure(self, stats: TokenStats) -> Mapping[str, Tensor]:
+        """Further curves ``regularizer/name``: values ``[B, T]`` whose mean over the step's tokens is logged."""
+        return {}
 
 
 def does_not_inherit(cls: type, promise: str, harmless: Sequence[str] = ()) -> None:

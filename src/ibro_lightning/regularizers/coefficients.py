@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
-from ibro_lightning.errors import ConfigError, check_at_least, check_count, is_number
+from ibro_lightning.errors import ConfigError, check_at_least, check_count, check_instance, is_number
+from ibro_lightning.regularizers.method import Method
 
 
 class Coefficient(ABC):
@@ -27,6 +31,12 @@ class Coefficient(ABC):
     @abstractmethod
     def value(self) -> float:
         """The present factor of the term."""
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The least and the largest value that it can take; None: not known. A setting that allows only some values,
+        such as a clip ratio, refuses a coefficient that could leave them."""
+        return None
 
     def start_iteration(self) -> None:
         """Count an iteration, before its first use of the value."""
@@ -61,6 +71,10 @@ class Constant(Coefficient):
     def value(self) -> float:
         return self.coef
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.coef, self.coef
+
 
 class Schedule(Coefficient):
     """From one value in the first iteration to another, then constant.
@@ -83,6 +97,10 @@ class Schedule(Coefficient):
         """0 in the first iteration, 1 after ``iterations``."""
         return min(1.0, max(0.0, self.state["iterations"] - 1) / self.iterations)
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return min(self.start, self.end), max(self.start, self.end)
+
 
 class Linear(Schedule):
     """A straight line from ``start`` to ``end``."""
@@ -100,6 +118,37 @@ class Cosine(Schedule):
         return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * self.progress))
 
 
+class Stages(Coefficient):
+    """One value after another, each from a given iteration on.
+
+    Args:
+        values: of the stages.
+        starts: the first iteration (from 1) of each stage but the first, in order: one less than ``values``.
+    """
+
+    def __init__(self, values: list[float], starts: list[int]) -> None:
+        super().__init__()
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ConfigError("values", values, "write a list of numbers, such as [1.0, 0.5]")
+        for value in values:
+            check_at_least("values", value, 0)
+        if isinstance(starts, str) or not isinstance(starts, Sequence) or len(starts) != len(values) - 1:
+            raise ConfigError("starts", starts, f"write the first iterations of stages 2 to {len(values)} as a list")
+        for start in starts:
+            check_count("starts", start, 2)
+        if any(later <= earlier for earlier, later in pairwise(starts)):
+            raise ConfigError("starts", starts, "write iterations that increase, such as [100, 200]")
+        self.values, self.starts = list(values), list(starts)
+
+    @property
+    def value(self) -> float:
+        return self.values[bisect_right(self.starts, self.state["iterations"])]
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return min(self.values), max(self.values)
+
+
 class TargetEntropy(Coefficient):
     """Skywork-OR1's controller (arXiv 2505.22312): one step up while entropy is below its target, otherwise one down;
     the term is active only while entropy is at or below the target.
@@ -113,6 +162,12 @@ class TargetEntropy(Coefficient):
         maximum: upper limit.
     """
 
+    method = Method(
+        formula="α one step up while H is below its target, one down while above; active while H ≤ target",
+        source="arXiv 2505.22312",
+        certainty="paper",
+        recipe="coef: {class_path: TargetEntropy, init_args: {target: 0.2, step: 0.005}}",
+    )
     measures = "entropy"
 
     def __init__(self, target: float = 0.2, step: float = 0.005, start: float = 0.0, maximum: float = math.inf) -> None:
@@ -127,6 +182,10 @@ class TargetEntropy(Coefficient):
     def value(self) -> float:
         return self.state["coef"] * self.state["active"]
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return 0.0, self.maximum
+
     def move(self, measured: float, samples: int) -> None:
         moved = self.state["coef"] + (self.step if measured < self.target else -self.step)
         self.state["coef"] = min(max(moved, 0.0), self.maximum)
@@ -136,9 +195,9 @@ class TargetEntropy(Coefficient):
 class EntropyBand(Coefficient):
     """A proportional-integral controller that keeps entropy between two bounds; inside them the integral holds.
 
-    ``coef = start + kp·e + ki·Σe``, cut to [0, maximum], with ``e`` how far entropy is below ``low`` (positive) or
-    above ``high`` (negative), in nats. Meant for a term that raises entropy. While the coefficient is at a limit,
-    errors that push further against it are not summed (anti-windup).
+    ``coef = start + kp·e + ki·Σe``, cut to [minimum, maximum], with ``e`` how far entropy is below ``low`` (positive)
+    or above ``high`` (negative), in nats; with ``raises_entropy: false``, ``e`` has the other sign. While the
+    coefficient is at a limit, errors that push further against it are not summed (anti-windup).
 
     Args:
         low: lower end of the band, nats per token.
@@ -147,8 +206,17 @@ class EntropyBand(Coefficient):
         integral: gain, coefficient per nat and iteration.
         start: the initial coefficient inside the band.
         maximum: upper limit.
+        minimum: lower limit; a clip ratio needs one above 0.
+        raises_entropy: whether what the coefficient multiplies raises entropy; False for what lowers it, such as the
+            policy loss of right responses.
     """
 
+    method = Method(
+        formula="start + kp·e + ki·Σe, e how far H is out of a band; anti-windup",
+        source="–",
+        certainty="ours",
+        recipe="coef: {class_path: EntropyBand, init_args: {low: 0.1, high: 0.3}}",
+    )
     measures = "entropy"
 
     def __init__(
@@ -159,6 +227,8 @@ class EntropyBand(Coefficient):
         integral: float = 0.001,
         start: float = 0.0,
         maximum: float = 1.0,
+        minimum: float = 0.0,
+        raises_entropy: bool = True,
     ) -> None:
         check_at_least("high", high, 0)
         if not (is_number(low) and 0 <= low <= high):
@@ -166,20 +236,28 @@ class EntropyBand(Coefficient):
         for name, number in (("proportional", proportional), ("integral", integral), ("start", start)):
             check_at_least(name, number, 0)
         check_at_least("maximum", maximum, start)
+        if not (is_number(minimum) and 0 <= minimum <= start):
+            raise ConfigError("minimum", minimum, f"write a number between 0 and start ({start})")
         super().__init__(coef=start, sum=0.0)
-        self.low, self.high, self.start, self.maximum = low, high, start, maximum
+        self.low, self.high, self.start, self.minimum, self.maximum = low, high, start, minimum, maximum
         self.proportional, self.integral = proportional, integral
+        check_instance("raises_entropy", raises_entropy, bool)
+        self.sign = 1.0 if raises_entropy else -1.0
 
     @property
     def value(self) -> float:
         return self.state["coef"]
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.minimum, self.maximum
+
     def move(self, measured: float, samples: int) -> None:
-        error = max(self.low - measured, 0.0) - max(measured - self.high, 0.0)
+        error = self.sign * (max(self.low - measured, 0.0) - max(measured - self.high, 0.0))
         summed = self.state["sum"] + error
         target = self.start + self.proportional * error + self.integral * summed
-        self.state["coef"] = min(max(target, 0.0), self.maximum)
-        pushes_against_limit = (target > self.maximum and error > 0) or (target < 0 and error < 0)
+        self.state["coef"] = min(max(target, self.minimum), self.maximum)
+        pushes_against_limit = (target > self.maximum and error > 0) or (target < self.minimum and error < 0)
         if not pushes_against_limit:
             self.state["sum"] = summed
 
@@ -193,6 +271,12 @@ class AdaptiveKL(Coefficient):
         horizon: responses over which β may change by about 20 %.
     """
 
+    method = Method(
+        formula="β ← β·(1 + clip(KL/target − 1, ±0.2)·n/horizon)",
+        source="arXiv 1909.08593",
+        certainty="paper",
+        recipe="coef: {class_path: AdaptiveKL, init_args: {start: 0.001, target: 0.01, horizon: 10000}}",
+    )
     measures = "KL"
 
     def __init__(self, start: float = 0.001, target: float = 0.01, horizon: int = 10_000) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ibro_lightning.batches.experience import Experience, TokenStats
 from ibro_lightning.errors import ConfigError, check_at_least, is_number
 from ibro_lightning.regularizers.base import PolicyLossMethod, StepContext
+from ibro_lightning.regularizers.method import Method
 
 
 def token_covariance(step: Experience, context: StepContext) -> Tensor:
@@ -33,6 +34,12 @@ class ClipCov(PolicyLossMethod):
         high: see ``low``.
     """
 
+    method = Method(
+        formula="a few random tokens of those with 1 < (A − Ā)(log π − mean log π) < 5 get no policy gradient",
+        source="arXiv 2505.22617",
+        certainty="code read",
+        recipe="regularizer: {class_path: ClipCov, init_args: {fraction: 2.0e-4, low: 1.0, high: 5.0}}",
+    )
     prepare_needs_scores = True
     zero_without_advantage = True
 
@@ -72,6 +79,12 @@ class KLCov(PolicyLossMethod):
         kl_coef: β of the penalty.
     """
 
+    method = Method(
+        formula="the tokens whose A and log π vary together most pay kl_coef·|log r|",
+        source="arXiv 2505.22617",
+        certainty="code read",
+        recipe="regularizer: {class_path: KLCov, init_args: {fraction: 2.0e-3, kl_coef: 1.0}}",
+    )
     prepare_needs_scores = True
 
     def __init__(self, fraction: float = 2e-3, kl_coef: float = 1.0) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from ibro_lightning.batches.experience import TokenStats
 from ibro_lightning.regularizers.base import EntropyRegularizer
 from ibro_lightning.regularizers.coefficients import Coefficient
+from ibro_lightning.regularizers.method import Method
 
 
 class EntropyBonus(EntropyRegularizer):
@@ -16,6 +17,12 @@ class EntropyBonus(EntropyRegularizer):
         coef: α of ``L = L_PG − α·agg(H_t)``; 0.001 in arXiv 2507.18391.
     """
 
+    method = Method(
+        formula="−α·agg(H): every token alike; the naive bonus",
+        source="arXiv 1602.01783",
+        certainty="paper",
+        recipe="regularizer: {class_path: EntropyBonus, init_args: {coef: 0.001}}",
+    )
     reads_old_entropy = False
 
     def __init__(self, coef: Coefficient | float = 0.001) -> None:

@@ -12,6 +12,7 @@ from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.regularizers.base import EntropyRegularizer, StepContext
 from ibro_lightning.regularizers.coefficients import Coefficient
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
+from ibro_lightning.regularizers.method import Method
 
 Form = Literal["weighted", "two-term"]
 
@@ -26,6 +27,9 @@ class IBRO(EntropyRegularizer):
     itself, with gradients through both entropies: one more forward *and backward* pass, on prompts longer than those
     that ``micro_batch_tokens`` counts.
 
+    Both entropies are exact, over the whole vocabulary, straight from the head: ``H_t`` from the pass of the loss,
+    ``Hᵃ_t`` from the further one, which no functional of the head can save, since it needs the other prompt.
+
     Args:
         coef: α of ``L = L_PG − α·J``.
         beta: β ≥ 2 of ``I(q; r) − β·I(r; a)``.
@@ -36,6 +40,13 @@ class IBRO(EntropyRegularizer):
             entropy on average, but it may on a token, and ``H_t`` may be near 0. For ``weighted`` only.
     """
 
+    method = Method(
+        formula="+α·agg(λ·H), λ = β·Hᵃ/H − 1, Hᵃ behind a prompt that shows the answer; "
+        "`form: two-term` is β·Hᵃ − H with both gradients",
+        source="arXiv 2507.18391; the closed form of λ is our reading",
+        certainty="paper",
+        recipe="regularizer: {class_path: IBRO, init_args: {coef: 0.005, beta: 2.0, form: weighted}}",
+    )
     prepare_needs_scores = True
 
     def __init__(

@@ -13,6 +13,7 @@ from ibro_lightning.errors import ConfigError, is_number
 from ibro_lightning.functional.regularization import Part, part_of
 from ibro_lightning.regularizers.base import EntropyRegularizer, StepContext
 from ibro_lightning.regularizers.coefficients import Coefficient
+from ibro_lightning.regularizers.method import Method
 
 AdvantageTransform = Literal["none", "sign", "clip"]
 
@@ -37,6 +38,13 @@ class InformationBottleneck(EntropyRegularizer):
         clip: bound for ``transform: clip``.
     """
 
+    method = Method(
+        formula="−α·agg(A·H); `part: centred` (A − Ā)·H, the covariance alone; `uniform` Ā·H, the rest; "
+        "`reversed` (A − 2Ā)·H",
+        source="arXiv 2507.18391; the parts are ours",
+        certainty="paper",
+        recipe="regularizer: {class_path: InformationBottleneck, init_args: {coef: 0.005, part: raw}}",
+    )
     reads_old_entropy = False
 
     def __init__(
@@ -87,6 +95,12 @@ class OppositeInformationBottleneck(InformationBottleneck):
     (arXiv 2605.19358), which chooses the uncertain tokens, it treats all tokens alike.
     """
 
+    method = Method(
+        formula="+α·agg(A·H): IB with the opposite sign",
+        source="–",
+        certainty="ours",
+        recipe="regularizer: {class_path: OppositeInformationBottleneck, init_args: {coef: 0.005}}",
+    )
     zero_without_advantage = InformationBottleneck.zero_without_advantage
 
     def objective(self, stats: TokenStats) -> Tensor:

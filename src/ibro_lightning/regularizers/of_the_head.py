@@ -11,11 +11,12 @@ from ibro_lightning.errors import ConfigError, is_number
 from ibro_lightning.functional import Collision, HeadFunctional, RestrictedEntropy
 from ibro_lightning.regularizers.base import EntropyRegularizer, StepContext
 from ibro_lightning.regularizers.coefficients import Coefficient, EntropyBand
+from ibro_lightning.regularizers.method import Method
 
 
 class AEnt(EntropyRegularizer):
     """``J = agg(H̃_t)``, the entropy of the distribution renormalised over the likeliest tokens: a bonus that cannot be
-    earned by spreading probability over the tail of the vocabulary.
+    earned by spreading probability over the tail of the vocabulary (arXiv 2509.03493).
 
     The paper's coefficient keeps entropy between two bounds; its rule was not seen, so :class:`.EntropyBand` with the
     constants here is ours.
@@ -25,6 +26,12 @@ class AEnt(EntropyRegularizer):
         dropped: the share of the vocabulary that is left out, the least likely tokens; 0.3 in the paper.
     """
 
+    method = Method(
+        formula="−α·agg(H̃), H̃ of the likeliest 70 % of the vocabulary, renormalised; α keeps entropy in a band",
+        source="arXiv 2509.03493; the rule of α is ours",
+        certainty="note",
+        recipe="regularizer: {class_path: AEnt, init_args: {dropped: 0.3}}",
+    )
     needs_entropy = False
     reads_old_entropy = False
 
@@ -52,6 +59,12 @@ class RenyiBonus(EntropyRegularizer):
         coef: α; the constant is ours.
     """
 
+    method = Method(
+        formula="+α·agg(log Σp²), Rényi's entropy of order 2",
+        source="–",
+        certainty="ours",
+        recipe="regularizer: {class_path: RenyiBonus, init_args: {coef: 0.001}}",
+    )
     needs_entropy = False
     reads_old_entropy = False
 

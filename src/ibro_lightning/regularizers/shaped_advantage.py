@@ -9,6 +9,7 @@ import torch
 from ibro_lightning.batches.experience import Experience
 from ibro_lightning.errors import ConfigError, check_at_least, is_number
 from ibro_lightning.regularizers.base import PolicyLossMethod, StepContext
+from ibro_lightning.regularizers.method import Method
 
 
 class EntropyShapedAdvantage(PolicyLossMethod):
@@ -22,6 +23,12 @@ class EntropyShapedAdvantage(PolicyLossMethod):
         kappa: the addition is at most 1/kappa of the advantage; 2 in the paper.
     """
 
+    method = Method(
+        formula="A + min(scale·H, |A|/kappa)",
+        source="arXiv 2506.14758",
+        certainty="paper",
+        recipe="regularizer: {class_path: EntropyShapedAdvantage, init_args: {scale: 0.4, kappa: 2.0}}",
+    )
     prepare_needs_scores = True
 
     def __init__(self, scale: float = 0.4, kappa: float = 2.0) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ibro_lightning.batches.experience import Experience, TokenStats
 from ibro_lightning.regularizers.base import PolicyLossMethod, StepContext
 from ibro_lightning.regularizers.covariance import check_fraction, top_tokens
+from ibro_lightning.regularizers.method import Method
 
 
 class TopEntropyTokens(PolicyLossMethod):
@@ -20,6 +21,12 @@ class TopEntropyTokens(PolicyLossMethod):
         fraction: share of tokens to learn from; 0.2 in the paper.
     """
 
+    method = Method(
+        formula="the policy loss of the 20 % most uncertain tokens of the step alone (80/20)",
+        source="arXiv 2506.01939",
+        certainty="paper",
+        recipe="regularizer: {class_path: TopEntropyTokens, init_args: {fraction: 0.2}}",
+    )
     prepare_needs_scores = True
     zero_without_advantage = True
 

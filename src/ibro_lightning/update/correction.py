@@ -34,12 +34,18 @@ class SamplerCorrection:
         mode: ratios out of bounds are cut (``truncate``), or their tokens dropped (``mask``).
         cap: largest ratio.
         floor: smallest one of ``mask``; None means 1 / cap.
+        max_difference: a response whose log-probs differ by more than this from the policy's, in nats, as the mean
+            absolute value over its tokens, has no policy loss; it still counts in the denominator, and
+            ``sampler/mismatched_responses`` counts it. None: all have one. ``level: geometric`` with ``mode: mask`` is
+            not the same: in its mean, differences of either sign cancel, and responses that stay are weighted. Under
+            ``old_logp: sampler`` only the responses of the first optimizer step can differ.
     """
 
     level: MismatchLevel = "token"
     mode: MismatchMode = "truncate"
     cap: float = 2.0
     floor: float | None = None
+    max_difference: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("level", MismatchLevel), ("mode", MismatchMode)):
@@ -50,11 +56,21 @@ class SamplerCorrection:
         bound = self.floor
         if bound is not None and not (self.mode == "mask" and is_number(bound) and 0 <= bound <= 1):
             raise ConfigError("floor", self.floor, "it is a bound of mode mask: write a number from 0 to 1, or null")
+        most = self.max_difference
+        if most is not None and not (is_number(most) and 0 < most < float("inf")):
+            raise ConfigError("max_difference", most, "write a positive number of nats per token, or null for no bound")
 
     def __call__(self, old_logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> MismatchWeights:
         """Weights and dropped tokens; all ``[B, T]``."""
         return mismatch_weights(
-            old_logp, sampler_logp, mask, level=self.level, mode=self.mode, cap=self.cap, floor=self.floor
+            old_logp,
+            sampler_logp,
+            mask,
+            level=self.level,
+            mode=self.mode,
+            cap=self.cap,
+            floor=self.floor,
+            max_difference=self.max_difference,
         )
 
 
@@ -79,6 +95,10 @@ def mismatch_metrics(
         )
     measured = mismatch_diagnostics(old_logp, sampler_logp, mask, result, mean=ranks.mean, largest=ranks.largest)
     measured["non_finite"] = ranks.sum(measured["non_finite"])
+    if correction is not None and correction.max_difference is not None:
+        difference = (old_logp - sampler_logp).abs()  # [N]
+        differs = _row_means(difference, mask & difference.isfinite(), lengths) > correction.max_difference  # [B]
+        measured["mismatched_responses"] = ranks.sum(differs.sum().to(difference.dtype))
     return {f"sampler/{name}": value for name, value in measured.items()}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -58,18 +60,20 @@ def experience_metrics(
     coefficients = {} if loss is None else loss.coefficients
     return {
         **{name: value.item() for name, value in metrics.items()},
-        **{f"{term}/coef": coefficient.value for term, coefficient in coefficients.items()},
+        **{name if "/" in name else f"{name}/coef": c.value for name, c in coefficients.items()},
     }
 
 
-def observe(coefficient: Coefficient, measured: Tensor | None, experience: Experience, ranks: Ranks) -> None:
-    """Pass a coefficient the mean of ``measured`` ``[N]`` over the rollout's response tokens on all ranks; None: it
-    is not measured yet, which suits a coefficient that follows nothing."""
+def observe(coefficients: Iterable[Coefficient], measured: Tensor | None, experience: Experience, ranks: Ranks) -> None:
+    """Pass coefficients the mean of ``measured`` ``[N]`` over the rollout's response tokens on all ranks; None: it
+    is not measured yet, which suits coefficients that follow nothing."""
     if measured is None:
         return
     mean = ranks.mean(measured, experience.responses).item()
     count = 0 if experience.placeholder else len(experience)
-    coefficient.observe(mean, int(ranks.sum(torch.tensor(count, device=measured.device))))
+    samples = int(ranks.sum(torch.tensor(count, device=measured.device)))
+    for coefficient in coefficients:
+        coefficient.observe(mean, samples)
 
 
 def _or_zero(largest: Tensor) -> Tensor:

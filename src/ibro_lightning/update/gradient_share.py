@@ -18,13 +18,14 @@ from ibro_lightning.update.updater import Updater
 def regularizer_share(updater: Updater, step: Experience, loss: PolicyLoss, context: StepContext) -> float | None:
     """``‖∇ α·agg(J)‖ / ‖∇ L‖`` over the policy's parameters, where ``step`` is an optimizer step of its own; None
     without a term in the loss (α is 0). Collective. Two forward and backward passes; parameters, and gradients, which
-    must be None before, are left as they were.
+    must be None before, are left as they were, and so is the state of the coefficients.
 
     The share may be above 1, where the two parts of the loss pull against each other. Gradients of few responses are
     mostly noise, of which the regulariser's has less: the share in a step on many is larger, as a rule.
     """
     if not loss.regularizer.coef:
         return None
+    states = {name: coefficient.state_dict() for name, coefficient in loss.coefficients.items()}
     step = loss.prepare(step, context)
 
     def term(stats: TokenStats, micro: MicroBatch) -> Tensor:
@@ -34,6 +35,8 @@ def regularizer_share(updater: Updater, step: Experience, loss: PolicyLoss, cont
         return loss(stats, micro)[0]
 
     parts = [_norm(updater, step, loss, context, value) for value in (term, whole)]
+    for name, coefficient in loss.coefficients.items():
+        coefficient.load_state_dict(states[name])
     return parts[0] / parts[1] if parts[1] else None
 
 

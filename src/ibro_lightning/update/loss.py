@@ -1,4 +1,5 @@
-"""The policy loss, from the ratio to one number: PPO's with DAPO's clips, and its variants GSPO and CISPO.
+"""The policy loss, from the ratio to one number: PPO's with DAPO's clips. :mod:`~ibro_lightning.update.surrogates` has
+its variants.
 
 Notation: A advantage, r = π/π_old the probability ratio, ε its clip ratios, c the dual clip, w = π_old/π_sampler the
 importance weight of an engine that is not quite the policy, H the policy's entropy, J what the regulariser maximises.
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,21 +18,17 @@ from torch import Tensor
 from ibro_lightning.batches.experience import Experience, MicroBatch, TokenStats
 from ibro_lightning.batches.ragged import row_wise
 from ibro_lightning.errors import ConfigError, check_count, check_instance, is_number
-from ibro_lightning.functional import (
-    AggregationMode,
-    ClippedSurrogate,
-    aggregation_weights,
-    approximate_kl,
-    cispo_surrogate,
-    gspo_surrogate,
-    token_mean,
-)
+from ibro_lightning.functional import AggregationMode, aggregation_weights, approximate_kl, token_mean
 from ibro_lightning.regularizers import EntropyRegularizer, NoRegularizer, StepContext
 from ibro_lightning.regularizers.base import does_not_inherit
 from ibro_lightning.regularizers.coefficients import Coefficient, Constant
+from ibro_lightning.regularizers.controllers import Anchor
+from ibro_lightning.regularizers.method import Method
+from ibro_lightning.update.clip_ratios import ClipRatio
 from ibro_lightning.update.correction import SamplerCorrection
 from ibro_lightning.update.reference import ReferenceKL
 
+CLIP_RATIO_LOW, CLIP_RATIO_HIGH = 0.2, 0.28
 DUAL_CLIP = 10.0
 """A bound so far from 1 that it acts only on tokens that have become much more likely."""
 
@@ -44,7 +41,8 @@ class PolicyLoss:
 
     Args:
         regularizer: an entropy method, with α.
-        clip_ratio_low, clip_ratio_high: ε of PPO (arXiv 1707.06347); different values are DAPO's clip-higher.
+        clip_ratio_low, clip_ratio_high: ε of PPO (arXiv 1707.06347); different values are DAPO's clip-higher. A
+            :class:`~ibro_lightning.regularizers.coefficients.Coefficient` moves it during training.
         dual_clip: c of dual-clip PPO (arXiv 1912.09729), larger than 1; None switches it off.
         aggregation: how token losses become one number; denominators count the whole optimizer step.
         aggregation_max_tokens: the constant length of ``seq-mean-token-sum-norm`` (Dr.GRPO).
@@ -52,7 +50,14 @@ class PolicyLoss:
         kl: a penalty to a reference policy, with β.
     """
 
+    method = Method(
+        formula="max(−rA, −clip(r, 1 − ε_low, 1 + ε_high)·A), at most −cA for A < 0",
+        source="arXiv 1707.06347, 2503.14476, 1912.09729",
+        certainty="paper",
+        recipe="surrogate: ppo",
+    )
     clip_ratio_low_may_be_one = False
+    has_clip_ratios = True
     has_dual_clip = True
     must_be_finite = ("update/policy_loss",)
     zero_without_advantage = True
@@ -67,8 +72,8 @@ class PolicyLoss:
         self,
         regularizer: EntropyRegularizer | None = None,
         *,
-        clip_ratio_low: float = 0.2,
-        clip_ratio_high: float = 0.28,
+        clip_ratio_low: Coefficient | float = CLIP_RATIO_LOW,
+        clip_ratio_high: Coefficient | float = CLIP_RATIO_HIGH,
         dual_clip: float | None = DUAL_CLIP,
         aggregation: AggregationMode = "token-mean",
         aggregation_max_tokens: int | None = None,
@@ -78,15 +83,31 @@ class PolicyLoss:
         check_instance("regularizer", regularizer, EntropyRegularizer, optional=True)
         check_instance("sampler_correction", sampler_correction, SamplerCorrection, optional=True)
         check_instance("kl", kl, ReferenceKL, optional=True)
-        _check_clips(clip_ratio_low, clip_ratio_high, dual_clip, low_may_be_one=self.clip_ratio_low_may_be_one)
+        low = ClipRatio("clip_ratio_low", clip_ratio_low, 1.0, included=self.clip_ratio_low_may_be_one)
+        high = ClipRatio("clip_ratio_high", clip_ratio_high)
+        if dual_clip is not None and not (is_number(dual_clip) and dual_clip > 1):
+            raise ConfigError("dual_clip", dual_clip, "write a number above 1, such as 10, or null to switch it off")
+        for clip, default in ((low, CLIP_RATIO_LOW), (high, CLIP_RATIO_HIGH)):
+            if not self.has_clip_ratios and clip.ratio != default:
+                raise ConfigError(clip.setting, clip.ratio, f"{type(self).__name__} has no clip ratios: leave it out")
         if not self.has_dual_clip and dual_clip not in (None, DUAL_CLIP):
             raise ConfigError("dual_clip", dual_clip, f"{type(self).__name__} has no dual clip: leave it out")
         _check_aggregation(aggregation, aggregation_max_tokens)
         self.regularizer = regularizer or NoRegularizer()
-        self.clip_ratio_low, self.clip_ratio_high, self.dual_clip = clip_ratio_low, clip_ratio_high, dual_clip
+        self._clips, self.dual_clip = {"low": low, "high": high}, dual_clip
         self.aggregation: AggregationMode = aggregation
         self.aggregation_max_tokens = aggregation_max_tokens
         self.sampler_correction, self.kl = sampler_correction, kl
+
+    @property
+    def clip_ratio_low(self) -> float:
+        """The present ε_low."""
+        return self._clips["low"].value
+
+    @property
+    def clip_ratio_high(self) -> float:
+        """The present ε_high."""
+        return self._clips["high"].value
 
     def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss ``[B, T]``, and metrics ``[B, T]`` by name, of which the mean over the step's tokens is logged."""
@@ -115,8 +136,8 @@ class PolicyLoss:
             total = total - self.regularizer.coef * objective
             metrics["update/regularizer"] = objective.item()
         per_token["update/approx_kl"] = approximate_kl(stats.logp.detach(), stats.old_logp)
-        added = [name for name in stats.extra if name not in micro.extra]
-        per_token |= {f"regularizer/{name}": stats.extra[name] for name in added}
+        added = {name: values for name, values in stats.extra.items() if name not in micro.extra}
+        per_token |= {f"regularizer/{n}": values for n, values in {**added, **self.regularizer.measure(stats)}.items()}
         for name, values in per_token.items():
             metrics[name] = token_mean(values.detach().float(), stats.mask, micro.num_tokens).item()
         return total, metrics
@@ -133,11 +154,11 @@ class PolicyLoss:
         """Run the policy over a micro-batch, with gradients. If it has no old scores, this is the rollout's first
         optimizer step: the policy is still the one that sampled, so its scores serve as the old ones."""
         active, unscored = bool(self.regularizer.coef), micro.old_logp is None
-        with_entropy = unscored or (active and self.regularizer.needs_entropy)
-        asked = self.regularizer.functionals(context) if active else {}
+        read = self.regularizer.shaping_needs_entropy or (active and self.regularizer.needs_entropy)
+        asked = self.regularizer.functionals(replace(context, micro=micro)) if active else {}
         options: dict[str, Any] = {"functionals": asked} if asked else {}  # a policy of one's own need not know them
         answer: Any = context.policy(
-            micro.sequences, temperature=micro.temperature, with_entropy=with_entropy, **options
+            micro.sequences, temperature=micro.temperature, with_entropy=unscored or read, **options
         )
         logp, entropy, *of_the_head = answer
         if unscored:
@@ -180,72 +201,30 @@ class PolicyLoss:
 
     def start_iteration(self) -> None:
         """Let the coefficients count the iteration, before the update uses them."""
-        for coefficient in self.coefficients.values():
+        for coefficient in set(self.coefficients.values()):  # one may serve twice
             coefficient.start_iteration()
 
     @property
     def needs_scores(self) -> bool:
         """Whether an update needs the old log-probs and entropies of the whole rollout before it begins."""
-        moves = not isinstance(self.regularizer.coefficient, Constant)
+        moves = not all(isinstance(coefficient, Constant | Anchor) for coefficient in self.given_entropy)
         return moves or self.kl is not None or self.regularizer.prepare_needs_scores
 
     @property
     def coefficients(self) -> dict[str, Coefficient]:
-        """α and β, whose state is part of a checkpoint."""
+        """α and the regulariser's further weights, β, and the clip ratios that move, by their names in a checkpoint. A
+        curve has the same name, or ``name/coef``."""
+        of_term = {"regularizer": self.regularizer.coefficient}
+        of_term |= {f"regularizer/{name}": c for name, c in self.regularizer.coefficients.items() if name != "coef"}
         kl = {} if self.kl is None else {"kl": self.kl.coefficient}
-        return {"regularizer": self.regularizer.coefficient, **kl}
+        clips = {f"update/{c.setting}": c.ratio for c in self._clips.values() if isinstance(c.ratio, Coefficient)}
+        return {**of_term, **kl, **clips}
 
-
-class GSPOLoss(PolicyLoss):
-    """One clipped ratio per response, the geometric mean of its tokens' ratios (arXiv 2507.18071): clip ratios near
-    3e-4, with the aggregation ``seq-mean-token-mean``."""
-
-    zero_without_advantage = True
-
-    def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
-        result = gspo_surrogate(
-            stats.logp,
-            stats.old_logp,
-            stats.advantages,
-            stats.mask,
-            clip_ratio_low=self.clip_ratio_low,
-            clip_ratio_high=self.clip_ratio_high,
-            dual_clip=self.dual_clip,
-        )
-        return _named(result)
-
-
-class CISPOLoss(PolicyLoss):
-    """``−sg(clip(r))·A·log π`` (arXiv 2506.13585): the clipped ratio is a weight, and no token loses its gradient. It
-    has no dual clip; ``clip_ratio_low`` 1 means no lower bound, as in the paper."""
-
-    clip_ratio_low_may_be_one = True
-    has_dual_clip = False
-    zero_without_advantage = True
-
-    def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
-        result = cispo_surrogate(
-            stats.logp,
-            stats.old_logp,
-            stats.advantages,
-            clip_ratio_low=self.clip_ratio_low,
-            clip_ratio_high=self.clip_ratio_high,
-        )
-        return _named(result)
-
-
-Surrogate = Literal["ppo", "gspo", "cispo"]
-LOSSES: dict[str, type[PolicyLoss]] = {"ppo": PolicyLoss, "gspo": GSPOLoss, "cispo": CISPOLoss}
-"""The losses by their names in a recipe's ``surrogate``."""
-
-
-def loss_class(surrogate: Surrogate | type[PolicyLoss]) -> type[PolicyLoss]:
-    """The class that a recipe's ``surrogate`` names, or is."""
-    if isinstance(surrogate, type) and issubclass(surrogate, PolicyLoss):
-        return surrogate
-    if surrogate not in LOSSES:
-        raise ConfigError("surrogate", surrogate, f"write one of {', '.join(LOSSES)}, or a subclass of PolicyLoss")
-    return LOSSES[surrogate]
+    @property
+    def given_entropy(self) -> list[Coefficient]:
+        """The coefficients that observe the policy's entropy before an update, each once: all but β, which observes the
+        KL."""
+        return list(dict.fromkeys(c for name, c in self.coefficients.items() if name != "kl"))
 
 
 def checked(result: Any, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
@@ -271,19 +250,6 @@ def _check_per_token(name: str, values: Tensor, step: Experience) -> None:
     if values.shape != step.mask.shape:
         shapes = f"[N] = {list(step.mask.shape)}, got {list(values.shape)}"
         raise ValueError(f"{name} of a step are {shapes}: per_token(values) repeats [B] over each response's tokens")
-
-
-def _named(result: ClippedSurrogate) -> tuple[Tensor, dict[str, Tensor]]:
-    return result.loss, {f"update/{name}": tokens for name, tokens in result._asdict().items() if name != "loss"}
-
-
-def _check_clips(low: float, high: float, dual: float | None, *, low_may_be_one: bool) -> None:
-    if not is_number(low) or not (0 < low < 1 or (low == 1 and low_may_be_one)):
-        raise ConfigError("clip_ratio_low", low, "write a number between 0 and 1, such as 0.2")
-    if not is_number(high) or not high > 0:
-        raise ConfigError("clip_ratio_high", high, "write a positive number, such as 0.28")
-    if dual is not None and not (is_number(dual) and dual > 1):
-        raise ConfigError("dual_clip", dual, "write a number above 1, such as 10, or null to switch it off")
 
 
 def _check_aggregation(mode: AggregationMode, max_tokens: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -13,6 +14,7 @@ from ibro_lightning.batches.experience import Experience, OldScores
 from ibro_lightning.batches.ragged import Places, per_token, put_tokens, row_sums
 from ibro_lightning.batches.sequences import FlatSequences
 from ibro_lightning.errors import ConfigError, check_instance
+from ibro_lightning.functional import HeadFunctional
 from ibro_lightning.models import Critic
 from ibro_lightning.ranks import rank_zero_warn
 from ibro_lightning.regularizers import StepContext
@@ -134,6 +136,23 @@ class Scorer:
         return logp, entropy
 
     @torch.no_grad()
+    def tell(
+        self, sequences: FlatSequences, temperature: float, functionals: Mapping[str, HeadFunctional]
+    ) -> dict[str, Tensor]:
+        """What functionals of the head give for each response token under the present policy, ``{name: [N]}``, without
+        gradients."""
+        told = {name: self._zeros(sequences) for name in functionals}
+        for rows, _ in self.budget.micro_batches(sequences, self.loop.ranks, self.policy):
+            with self.budget.advice("prepare", micro := sequences.pad(rows), self.policy):
+                _, _, padded = self.policy(
+                    micro, temperature=temperature, with_entropy=False, functionals=functionals
+                )  # [b, t] each
+            places = Places.of(sequences.response_lengths, rows)
+            for name, values in padded.items():
+                places.put(values, told[name])
+        return told
+
+    @torch.no_grad()
     def values(self, critic: Critic, sequences: FlatSequences) -> tuple[Tensor, Tensor]:
         """A critic's values before each response token ``[N]``, and after the last of each response ``[B]``, without
         gradients."""
@@ -148,7 +167,8 @@ class Scorer:
 
     def context(self, tokenizer: Any = None, max_length: int | None = None) -> StepContext:
         """The context of losses and regularisers, with the present policy."""
-        return StepContext(self.policy, self.score, tokenizer, max_length=max_length, ranks=self.loop.ranks)
+        ranks = self.loop.ranks
+        return StepContext(self.policy, self.score, tokenizer, max_length=max_length, ranks=ranks, tell=self.tell)
 
     @property
     def policy(self) -> nn.Module:
