@@ -57,7 +57,7 @@ class PolicyModule(pl.LightningModule):
     Args:
         policy: a Hugging Face folder or hub name, a transformers model, ``(model, tokenizer)``, or a ``PolicySource``.
         regularizer: an entropy method; None: none.
-        surrogate: the policy loss (``docs/methods.md``). ``ppo`` clips each token's ratio (PPO, GRPO, DAPO), ``gspo`` one
+        surrogate: the policy loss (``docs/methods.md``). ``ppo`` clips each token (PPO, GRPO, DAPO), ``gspo`` once
             per sequence; ``cispo`` clips a weight, and no token loses its gradient; ``gmpo`` takes the mean of clipped
             ratios; ``dppo`` bounds probabilities; ``sapo`` is a soft gate; or a subclass of :class:`.PolicyLoss`.
         clip_ratio_low: the probability ratio is clipped to at least 1 − this; a number, or a coefficient that moves it.
