@@ -57,10 +57,9 @@ class PolicyModule(pl.LightningModule):
     Args:
         policy: a Hugging Face folder or hub name, a transformers model, ``(model, tokenizer)``, or a ``PolicySource``.
         regularizer: an entropy method; None: none.
-        surrogate: the policy loss. ``ppo``: each token's clipped ratio (PPO, GRPO, DAPO); ``gspo``: one clipped ratio
-            per sequence; ``cispo``: the clipped ratio as a weight, no token loses its gradient; ``gmpo``: the mean of
-            clipped ratios; ``dppo``: bounds of the probability; ``sapo``: a soft gate (``docs/methods.md``); or a
-            subclass of :class:`.PolicyLoss`.
+        surrogate: the policy loss (``docs/methods.md``). ``ppo`` clips each token (PPO, GRPO, DAPO), ``gspo`` once
+            per sequence; ``cispo`` clips a weight, and no token loses its gradient; ``gmpo`` takes the mean of clipped
+            ratios; ``dppo`` bounds probabilities; ``sapo`` is a soft gate; or a subclass of :class:`.PolicyLoss`.
         clip_ratio_low: the probability ratio is clipped to at least 1 − this; a number, or a coefficient that moves it.
         clip_ratio_high: the probability ratio is clipped to at most 1 + this; likewise.
         dual_clip: bounds the loss of negative advantages by c·|A|; None switches it off. In ``ppo`` and ``gspo``.
