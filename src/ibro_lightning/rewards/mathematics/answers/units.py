@@ -96,7 +96,7 @@ _BARE = words(
 _TIGHT = words(
     "cm mm km kg mph kmh kph miles mile hours hour minutes minute seconds days years dollars cents inches feet"
 )
-_ALSO_WORDS = words("in second seconds man men ton child person k n v w j l rad foot pound day")
+_ALSO_WORDS = words("in second k n v w j l")
 
 
 def is_unit_word(word: str, spaced: bool) -> bool:
