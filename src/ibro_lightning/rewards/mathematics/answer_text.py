@@ -12,7 +12,7 @@ from ibro_lightning.rewards.mathematics.answers.units import is_known, is_unit_w
 from ibro_lightning.rewards.mathematics.answers.vocabulary import words
 from ibro_lightning.rewards.mathematics.boxes import boxed_answer
 from ibro_lightning.rewards.mathematics.dapo_rule import tidied
-from ibro_lightning.rewards.mathematics.gold_text import BOX, THOUSANDS, canonical_gold
+from ibro_lightning.rewards.mathematics.gold_text import BOX, THOUSANDS, boxed, canonical_gold
 
 
 _SPECIAL_TOKEN = re.compile(r"<\|[^|<>\s]{1,64}\|>")
@@ -80,9 +80,9 @@ def final_answer(text: str) -> str:
     text = text.translate(ASCII)
     line = answer_line(text)
     if line is None:
-        return boxed_answer(text) if BOX.search(text) else _last_formula(text)
+        return _boxed(text) if BOX.search(text) else _last_formula(text)
     if BOX.search(line):
-        return boxed_answer(line)
+        return _boxed(line)
     formulas = list(_FORMULA.finditer(line))
     if len(formulas) == 1:  # "The largest n is $34$", if nothing else on the line could be the answer
         others = line[: formulas[0].start()] + line[formulas[0].end() :]
@@ -111,6 +111,11 @@ def same_answer(answer: str, gold: str) -> bool:
 def is_quantity(answer: str) -> bool:
     """Whether the answer is one number, with or without a name (``x = 5``) or a unit (``5 cm``)."""
     return _NUMBER.fullmatch(spelled(answer)) is not None
+
+
+def _boxed(text: str) -> str:
+    """The answer in the last boxes; "" if the last one is not closed."""
+    return "" if boxed(text) is None else boxed_answer(text)
 
 
 def _content(formula: re.Match[str]) -> str:

@@ -14,20 +14,22 @@ from ibro_lightning.rewards.mathematics.gold_text import BOX, closing_brace
 from ibro_lightning.rewards.mathematics.sentences import answer_in
 
 _SPACE = r"(?:\s|\\[,;:! ]|~|\\q?quad(?![A-Za-z])|\\(?:left|right|displaystyle)(?![A-Za-z]))*"
-_BETWEEN = re.compile(r"(?:[\s,;.$&]|\\[,;:! ()\[\]]|\\q?quad|\\text\s*\{\s*,?\s*(?:and|or)?\s*\}|\band\b|\bor\b)*")
+_BETWEEN = re.compile(r"(?:[\s,;.$&]|\\[,;:! ()\[\]]|\\q?quad|\\text\s*\{\s*,?\s*(?:and|or)?\s*\}|\band\b|\bor\b|[-+*~]{3,}|\\$)*")
 _LISTED = re.compile(r"[,;]|and|or")
 _TEXT = r"\\(?:text|mathrm|textrm|textbf|mbox|textnormal)\s*\{[^{}]*\}"
 _ARROWS = r"\\(?:implies|iff|to|therefore|because|in|approx|(?:[lL]ong)?(?:[lL]eft)?[rR]ightarrow)(?![A-Za-z])"
 _WORDS = r"(?<![A-Za-z\\])[A-Za-z]{2,}"
 # A box is a term of its own behind these, and before those; any other neighbour makes it a part of a formula.
 _BEGINS = re.compile(
-    rf"(?:^|\n|(?<![<>!])=|[$:,;.?&`#\"“]|\\[()\[\]]|\\\\|(?<![0-9A-Za-z)}}\]])\*{{1,3}}|(?<=[A-Za-z]{{2}})\*\*|(?<!\w)__?"
-    rf"|\\begin\s*\{{[a-z*]+\}}|\\(?:text[a-z]*|underline|mathbf|bm|boldsymbol)\s*\{{|{_ARROWS}|{_TEXT}|{_WORDS}){_SPACE}$"
+    rf"(?:^|\n|(?<![<>!])(?<!\\not)=|[$:,;.?&`#\"“]|\\[()\[\]]|\\\\|\\n|(?<![0-9A-Za-z)}}\]])\*{{1,3}}|(?<=[A-Za-z]{{2}})\*\*|(?<!\w)__?"
+    rf"|\\begin\s*\{{[a-z*]+\}}|\\(?:text[a-z]*|underline|mathbf|bm|boldsymbol)\s*\{{|{_ARROWS}|{_TEXT}|{_WORDS}){_SPACE}\\?$"
 )
+"""A single backslash may end it: that of a text whose backslashes were escaped once too often."""
 _ENDS = re.compile(
     rf"{_SPACE}(?:$|\n|[$=:;?&*_`\"”}}—]|[.,](?![0-9])|\\[()\[\]]|\\\\|\\(?:end|tag|qed|blacksquare|square|checkmark)(?![a-z])"
     rf"|{_ARROWS})|[ \t]+(?:[A-Za-z]{{2,}}|[aI]\s|\([A-Za-z]{{2,}})"
 )
+_STRUCTURE = re.compile(rf"{_SPACE}(?:[=&]|\\\\|\\(?:end|tag|qed|blacksquare|square|checkmark)(?![a-z])|{_ARROWS})")
 _SIGN = re.compile(rf"(?:[-+−]|\\[pm][pm](?![A-Za-z])){_SPACE}$")
 _BULLET = re.compile(r"(?:^|\n)\s*[-+*•]\s+$")
 _UNIT = re.compile(rf"{_SPACE}({_TEXT}(?:\^\{{?[23]\}}?)?|\\?%|\^\s*\{{?\s*\\circ\s*\}}?|°)")
@@ -78,6 +80,7 @@ def _with_surroundings(text: str, start: int, end: int, content: str) -> str:
     if not (_BULLET.search(before) or _BEGINS.search(lead)) or not _ENDS.match(behind):
         left, right = _since(_START, before), _until(_END, after)
         return f"{left}({content}){right}".strip() if (left + right).strip() else f"{content} ?"
+    behind = "" if _STRUCTURE.match(behind) else behind
     answer = content
     if sign:
         answer = sign[0].strip() + (f"({content})" if re.search(r"[-+,]", content) else f" {content}".lstrip())

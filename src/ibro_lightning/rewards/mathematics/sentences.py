@@ -26,13 +26,13 @@ _WORD = re.compile(r"[A-Za-z]+(?:['’]t)?")
 _SUBJECT = r"(?:the|there|this|that|these|those|it|he|she|they|we|you|I|a|an|his|her|our|their|its|each|[A-Z][a-z]+)\b"
 # Where the statement begins that holds the answer, and where a part of it that has its own subject.
 _ASSERTION = re.compile(
-    rf"[\n;!?]|\.(?![0-9])|\b(?:so|thus|hence|therefore|then|but)\b|(?:,|\band|\bwhile)\s+(?={_SUBJECT})"
+    rf"[\n;!?]|\.(?![0-9])|\b(?:so|thus|hence|therefore|then)\b|(?:,|\band|\bwhile|\bbut)\s+(?={_SUBJECT})"
 )
 _SUBORDINATE = re.compile(r"\b(?:that|which|who)\b")
 _BULLET = re.compile(r"\s*[-+*•]\s+")
 _OPEN_TERM = re.compile(
-    r"(?:[0-9π²³%!],?|[A-Za-z][*(]|[<>≤≥±−^/√+|∓≠≈×·÷-]"
-    r"|\\(?!text|mathbf|boxed|displaystyle|quad|left|implies|therefore|to(?![a-z])|[Rr]ightarrow)[A-Za-z]+\{?)"
+    r"(?:[0-9π²³%!],?|(?<![A-Za-z])[A-Za-z](?:\*(?!\*)|\()|[<>≤≥±−^/√+|∓≠≈×·÷-]"
+    r"|\\(?!n(?![a-z])|text|mathbf|boxed|displaystyle|quad|left|implies|therefore|to(?![a-z])|[Rr]ightarrow)[A-Za-z]+\{?)"
     rf"{_MARKUP}*$"
 )
 """What ends in the middle of a term or a list, so that the answer is a part of it."""
@@ -66,6 +66,14 @@ _AFTER_COMMA = re.compile(
     rf"\s*(?:(?:which|who|so|as|because|since|where|when|thus|hence|therefore|making|giving|meaning|leaving|respectively|"
     rf"and\s+(?:so|thus|hence|therefore|{_SUBJECT})|by|in|{_SUBJECT})\b|\n|$)"
 )
+_DEFINITE = re.compile(r"\b(?:the|his|her|their|its|these|those|all)\s+[0-9]+\b")
+_HAS_UNIT = re.compile(r"[$€£¥%°]|\\(?:text|mathrm|circ)(?![a-z])")
+_DIGIT = re.compile(r"[0-9?!]")
+_OPERAND = re.compile(r"(?:^|\b(?:and|or|to|by|through|till|until|of|x)\b)\W*[0-9]|[?!]|[0-9]\s*[-+*/^=<>]")
+_RELATIVE = re.compile(r"\b(?:who|which|that|where)\b")
+_WHERE = words("before after until within between top bottom down first third")
+"""What bounds a number that is behind it, and tells of one before it where it is."""
+_DISPLAY_END = re.compile(r"\$\$|\\\]|\*\*")
 _CLOSING = re.compile(r"(?:[ \t]?(?:\$+|\\\)|\\\]|\*+|`|[\"'”’)}\]]))*")
 _BEFORE_UNIT = "|".join(sorted(ADJECTIVES | words("square cubic sq cu")))
 _AMOUNT = re.compile(
@@ -87,8 +95,10 @@ def answer_in(text: str, start: int, end: int, answer: str, *, boxed: bool = Fal
     currency = re.search(r"([€£¥]|\\\$)\s*$", before)
     if currency:
         before, answer = before[: currency.start()], currency[1] + answer
+    money = bool(currency or re.search(r"\$\s?$", before)) and "$" not in after.split("\n")[0]
     after, unit = _measured(after, before) if number else (after, "")
-    if _leads(before, strict=number and not boxed) and _follows(after, bool(unit), number):
+    has_unit = money or bool(unit) or _HAS_UNIT.search(answer) is not None
+    if _leads(before, strict=number and not boxed) and _follows(after, boxed or has_unit, number and not has_unit):
         return answer + unit
     ending = _END.search(text, end)
     rest = text[end : ending.start() if ending else len(text)]
@@ -157,34 +167,45 @@ def _measured(after: str, before: str) -> tuple[str, str]:
 
 
 def _follows(after: str, measured: bool, number: bool) -> bool:
-    """Whether what is behind an answer, and its unit, leaves it as it is."""
+    """Whether what is behind an answer, and its unit, leaves it as it is. ``measured``: it has a unit or is marked, so
+    that a number behind it counts something else, unless a word such as "and" or "to" joins them."""
     closing = _CLOSING.match(after)
     rest = after[closing.end() :] if closing else after
     spaced = rest[:1].isspace()
     text = rest.lstrip(" \t~")
-    if not text or text[0] == "\n" or re.match(r"\.(?![0-9])|\\\\|\\end|&", text):
+    if not text or text[0] == "\n" or re.match(r"\.(?![0-9.])", text):
         return True
+    if closing and _DISPLAY_END.search(closing[0]) and text[0].isupper():  # the next sentence
+        return not _changed(text.split()[0], False)
     if text[0] == "!":
         return bool(closing and closing[0].strip())
     if text[0] == "(":
-        return text[1:2].isalpha() and not _changed(text[1:].partition(")")[0])
+        return text[1:2].isalpha() and not _changed(text[1:].partition(")")[0], False)
     if text[0] in ",;—":
         return _AFTER_COMMA.match(text, 1) is not None
-    if text[0].isalpha() and not (spaced or measured):
+    if text[0].isalpha() and number and not spaced:
         return False
     if re.match(r"(?:is|are|was|were)\b", text):
-        return _SAID.match(text) is not None and not _changed(text)
+        return _SAID.match(text) is not None and not _changed(text, measured)
     if _REASON.match(text):
-        return True
+        return _DOUBT.search(_until_comma(text)) is None
     if not text[0].isalpha():
         return False
-    if number and not measured and not _GOES_ON.match(text):
+    if number and not _GOES_ON.match(text):
         return False
-    return not _changed(text)
+    return not _changed(text, measured)
 
 
-def _changed(text: str) -> bool:
-    """Whether the rest of a clause has a number in it, or a word that changes one or denies."""
+def _changed(text: str, measured: bool) -> bool:
+    """Whether the rest of a clause has a number in it, or a word that changes one or denies. "The 4 hours" are known,
+    and who or which they are is told for them alone."""
+    clause = _until_comma(text)
+    told = _RELATIVE.split(_DEFINITE.sub("", clause), maxsplit=1)[0]
+    if _DOUBT.search(clause) or (_OPERAND if measured else _DIGIT).search(told):
+        return True
+    return any(changes(word) and word.lower() not in _WHERE for word in _WORD.findall(told))
+
+
+def _until_comma(text: str) -> str:
     ending = re.search(r"[\n;,(]|\.(?![0-9])", text)
-    clause = text[: ending.start() if ending else len(text)]
-    return bool(re.search(r"[0-9?!]", clause)) or any(map(changes, _WORD.findall(clause)))
+    return text[: ending.start() if ending else len(text)]

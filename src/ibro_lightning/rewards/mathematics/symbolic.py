@@ -292,7 +292,7 @@ def _unreadable(gold: str) -> str:
 
 def _answer(text: str, match_types: tuple[str, ...], golds: Sequence[Reading]) -> Reading | None:
     """The answer in a response: where a gold is in words, and nothing is marked, what "the answer is" in words, too."""
-    in_words = any(gold.node is not None and gold.node.op == "text" for gold in golds)
+    in_words = any(gold.node is not None and gold.node.op in ("text", "symbol") for gold in golds)
     if in_words and not _BOXED.search(text) and (words := words_in(text)):
         try:
             return Reading(words, read(words))
