@@ -1,7 +1,7 @@
 r"""What is in a ``\boxed{}``, with what belongs to it outside: signs, factors, a unit, other boxes, words.
 
->>> [boxed_answer(text) for text in (r"$x = \boxed{5}$ cm", r"$2\boxed{5}$", r"$\boxed{5}^2$", r"\boxed{1} or \boxed{2}")]
-['5\\text{ cm}', '2(5)', '(5)^2', '1, 2']
+>>> [boxed_answer(text) for text in (r"$x = \boxed{5}$ cm", r"$2\boxed{\pi}$", r"$\boxed{5}^2$", r"\boxed{1} or \boxed{2}")]
+['5\\text{ cm}', '2(\\pi)', '(5)^2', '1, 2']
 >>> [boxed_answer(text) for text in (r"$-\boxed{5}$", r"$x \ne \boxed{5}$", r"\boxed{5} million", r"not \boxed{5}")]
 ['-5', 'x \\ne (5)', '5 million', 'not 5']
 """
@@ -70,7 +70,7 @@ def _with_surroundings(text: str, start: int, end: int, content: str) -> str:
     delimiters = _DISPLAY.findall(text[:start])
     if delimiters and (delimiters[-1] == r"\[" or delimiters.count("$$") % 2):  # line breaks count for nothing there
         before, after = before.replace("\n", " "), after.replace("\n", " ")
-    if re.match(r"[.,]?[0-9]", after) or re.search(r"[0-9][.,]$", before):
+    if re.match(r"[.,]?[0-9]", after) or (re.search(r"[0-9][.,]?$", before) and content[:1].isdigit()):
         return f"{content} ?"
     after = _REMARK.sub(r"\1 \2 ", after, count=1) if _REMARK.match(after) else after
     sign = None if _BULLET.search(before) else _SIGN.search(before)

@@ -43,7 +43,9 @@ _COPULA = re.compile(r"(?:\b(?:is|are|was|were)\b(?!n)|(?<![0-9]):|(?<![<>!\\])=
 _EQUALS = re.compile(r"\b(?:equals?|be|been)\b")
 _DOUBT = re.compile(
     r"(?:\bnot|n['’]t|\bnever|\bcannot)\s+(?:\w+\s+)?(?:true|think|believe|case|say|mean|claim|correct|follow|right)\b"
-    r"|\b(?:doubt|false|wrong|incorrect|impossible|unlikely)\b"
+    r"|\b(?:doubt|false|wrong|incorrect|impossible|unlikely|maybe|perhaps|possibly|nobody|no one|falsely|wrongly"
+    r"|incorrectly|mistakenly)\b",
+    re.IGNORECASE,
 )
 _LEADING = words(
     "the a an final answer exactly precisely simply just only therefore thus then also indeed hence so total of equal "
@@ -60,7 +62,7 @@ _SAID = re.compile(
 _REASON = re.compile(r"(?:because|since|so|as|which|where|hence|thus|therefore)\b")
 _GOES_ON = re.compile(
     r"(?:for|when|per|at|on|from|with|in (?:the|this|that|a|his|her|their|its|our|total|all|each|every)|altogether|total"
-    r"|overall|each|left|remaining|to (?:the|a|his|her|their)|if|respectively|a|an)\b"
+    r"|overall|each|left|remaining|to (?:the|a|his|her|their)|if|respectively|an? [a-z]{2,})\b"
 )
 _AFTER_COMMA = re.compile(
     rf"\s*(?:(?:which|who|so|as|because|since|where|when|thus|hence|therefore|making|giving|meaning|leaving|respectively|"
@@ -74,7 +76,7 @@ _RELATIVE = re.compile(r"\b(?:who|which|that|where)\b")
 _WHERE = words("before after until within between top bottom down first third")
 """What bounds a number that is behind it, and tells of one before it where it is."""
 _DISPLAY_END = re.compile(r"\$\$|\\\]|\*\*")
-_CLOSING = re.compile(r"(?:[ \t]?(?:\$+|\\\)|\\\]|\*+|`|[\"'”’)}\]]))*")
+_CLOSING = re.compile(r"(?:[ \t]?(?:\$+|\\\)|\\\]|\*+|`|[\"”)}\]]))*")
 _BEFORE_UNIT = "|".join(sorted(ADJECTIVES | words("square cubic sq cu")))
 _AMOUNT = re.compile(
     rf"[ ~\t]{{0,2}}((?:(?:{_BEFORE_UNIT}) ){{0,3}})([A-Za-z]{{1,14}})(\^\{{?[23]\}}?|[²³])?((?: per |/)[A-Za-z]{{1,14}})?"

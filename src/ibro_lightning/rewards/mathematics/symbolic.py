@@ -312,7 +312,7 @@ def _reading(text: str, match_types: tuple[str, ...], explicit: bool = False) ->
         try:
             return Reading(extract.text, read(extract.text), extract)
         except Ambiguous:
-            pass
+            return Reading(extract.text, None)
         except Unread:
             if (found := _quietly(extract)) is not None:
                 return Reading(extract.text, None, extract, found)

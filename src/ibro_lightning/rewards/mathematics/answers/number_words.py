@@ -27,7 +27,7 @@ _OPERATIONS = words(
 )
 _BOUNDS = words(
     "more less fewer greater larger smaller higher lower bigger over under above below beyond up least most minimum "
-    "maximum exceeding exceeds than within between until before after down top bottom bound near"
+    "maximum exceeding exceeds than within between until before after down top bottom bound near short shy"
 )
 _HEDGES = words(
     "about approximately roughly around nearly almost either or maybe perhaps possibly probably likely might may could "

@@ -96,7 +96,7 @@ _BARE = words(
 _TIGHT = words(
     "cm mm km kg mph kmh kph miles mile hours hour minutes minute seconds days years dollars cents inches feet"
 )
-_ALSO_WORDS = words("in second k n v w j l")
+_ALSO_WORDS = words("in second k n v w j l K")
 
 
 def is_unit_word(word: str, spaced: bool) -> bool:
@@ -137,8 +137,12 @@ def measured(parts: list[tuple[str, int]]) -> tuple[Fraction, Dimension] | None:
     """
     size, dimension = Fraction(1), Counter[str]()
     pending, named = 1, False
-    for word, power in parts:
+    for place, (word, power) in enumerate(parts):
         name = word.rstrip(".")
+        if name == "ordered" and place + 1 < len(parts):  # the one kind of pairs that are no two things each
+            continue
+        if name.startswith("pair") and place and parts[place - 1][0] == "ordered":
+            name = "tuple"
         name = name if name in _UNITS or len(name) <= 3 else name.lower()
         if name in _POWERS:
             pending = _POWERS[name]
