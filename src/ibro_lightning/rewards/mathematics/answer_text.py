@@ -14,7 +14,6 @@ from ibro_lightning.rewards.mathematics.boxes import boxed_answer
 from ibro_lightning.rewards.mathematics.dapo_rule import tidied
 from ibro_lightning.rewards.mathematics.gold_text import BOX, THOUSANDS, boxed, canonical_gold
 
-
 _SPECIAL_TOKEN = re.compile(r"<\|[^|<>\s]{1,64}\|>")
 # "**Answer:** 34", "Final answer**: 34", "\textbf{Answer:} 34". The value is the rest of the line or, if that is empty,
 # the next non-empty line; or a displayed formula, which may take several lines.

@@ -1,6 +1,6 @@
 r"""What is in a ``\boxed{}``, with what belongs to it outside: signs, factors, a unit, other boxes, words.
 
->>> [boxed_answer(text) for text in (r"$x = \boxed{5}$ cm", r"$2\boxed{\pi}$", r"$\boxed{5}^2$", r"\boxed{1} or \boxed{2}")]
+>>> [boxed_answer(text) for text in (r"$x = \boxed{5}$ cm", r"$2\boxed{\pi}$", r"$\boxed{5}^2$", r"\boxed{1} \boxed{2}")]
 ['5\\text{ cm}', '2(\\pi)', '(5)^2', '1, 2']
 >>> [boxed_answer(text) for text in (r"$-\boxed{5}$", r"$x \ne \boxed{5}$", r"\boxed{5} million", r"not \boxed{5}")]
 ['-5', 'x \\ne (5)', '5 million', 'not 5']
@@ -14,7 +14,9 @@ from ibro_lightning.rewards.mathematics.gold_text import BOX, closing_brace
 from ibro_lightning.rewards.mathematics.sentences import answer_in
 
 _SPACE = r"(?:\s|\\[,;:! ]|~|\\q?quad(?![A-Za-z])|\\(?:left|right|displaystyle)(?![A-Za-z]))*"
-_BETWEEN = re.compile(r"(?:[\s,;.$&]|\\[,;:! ()\[\]]|\\q?quad|\\text\s*\{\s*,?\s*(?:and|or)?\s*\}|\band\b|\bor\b|[-+*~]{3,}|\\$)*")
+_BETWEEN = re.compile(
+    r"(?:[\s,;.$&]|\\[,;:! ()\[\]]|\\q?quad|\\text\s*\{\s*,?\s*(?:and|or)?\s*\}|\band\b|\bor\b|[-+*~]{3,}|\\$)*"
+)
 _LISTED = re.compile(r"[,;]|and|or")
 _TEXT = r"\\(?:text|mathrm|textrm|textbf|mbox|textnormal)\s*\{[^{}]*\}"
 _ARROWS = r"\\(?:implies|iff|to|therefore|because|in|approx|(?:[lL]ong)?(?:[lL]eft)?[rR]ightarrow)(?![A-Za-z])"
@@ -33,7 +35,10 @@ _STRUCTURE = re.compile(rf"{_SPACE}(?:[=&]|\\\\|\\(?:end|tag|qed|blacksquare|squ
 _SIGN = re.compile(rf"(?:[-+−]|\\[pm][pm](?![A-Za-z])){_SPACE}$")
 _BULLET = re.compile(r"(?:^|\n)\s*[-+*•]\s+$")
 _UNIT = re.compile(rf"{_SPACE}({_TEXT}(?:\^\{{?[23]\}}?)?|\\?%|\^\s*\{{?\s*\\circ\s*\}}?|°)")
-_REMARK = re.compile(rf"({_SPACE})\\[a-z]+\s*\{{(\s*(?:is|are|because|since|so|which|where|for|when|as|in)\b[^{{}}]*)\}}")
+_REMARK = re.compile(
+    rf"({_SPACE})\\[a-z]+\s*\{{(\s*(?:is|are|because|since|so|which|where|for|when|as|in)\b[^{{}}]*)\}}"
+)
+"""Text behind a box that is no unit, but goes on with the sentence."""
 # Where the formula begins and ends that a box is a part of.
 _START = re.compile(rf"\n|\$|\\[(\[]|\\\\|&|(?<![<>!])=|[:;]|, |\\begin\s*\{{[a-z*]+\}}|{_WORDS}\s|{_ARROWS}|{_TEXT}")
 _END = re.compile(rf"\n|(?<!\\)\$|\\[)\]]|\\\\|&|[=;]|,\s|\.(?![0-9])|\\end|{_ARROWS}")
@@ -43,7 +48,7 @@ _NEAR = 200
 
 def boxed_answer(text: str) -> str:
     """The answer in the last boxes of ``text``, which has one: the content of one that stands alone, all of them, with
-    commas, where nothing but "and" or a comma is between; otherwise the formula or the clause that the box is a part of.
+    commas, where nothing but "and" or a comma is between; otherwise the formula or the clause that they are a part of.
     """
     boxes: list[tuple[int, str, int]] = []
     for opening in BOX.finditer(text):

@@ -61,8 +61,8 @@ _SAID = re.compile(
 )
 _REASON = re.compile(r"(?:because|since|so|as|which|where|hence|thus|therefore)\b")
 _GOES_ON = re.compile(
-    r"(?:for|when|per|at|on|from|with|in (?:the|this|that|a|his|her|their|its|our|total|all|each|every)|altogether|total"
-    r"|overall|each|left|remaining|to (?:the|a|his|her|their)|if|respectively|an? [a-z]{2,})\b"
+    r"(?:for|when|per|at|on|from|with|in (?:the|this|that|a|his|her|their|its|our|total|all|each|every)|altogether"
+    r"|total|overall|each|left|remaining|to (?:the|a|his|her|their)|if|respectively|an? [a-z]{2,})\b"
 )
 _AFTER_COMMA = re.compile(
     rf"\s*(?:(?:which|who|so|as|because|since|where|when|thus|hence|therefore|making|giving|meaning|leaving|respectively|"
@@ -79,10 +79,13 @@ _DISPLAY_END = re.compile(r"\$\$|\\\]|\*\*")
 _CLOSING = re.compile(r"(?:[ \t]?(?:\$+|\\\)|\\\]|\*+|`|[\"”)}\]]))*")
 _BEFORE_UNIT = "|".join(sorted(ADJECTIVES | words("square cubic sq cu")))
 _AMOUNT = re.compile(
-    rf"[ ~\t]{{0,2}}((?:(?:{_BEFORE_UNIT}) ){{0,3}})([A-Za-z]{{1,14}})(\^\{{?[23]\}}?|[²³])?((?: per |/)[A-Za-z]{{1,14}})?"
-    r"(?![A-Za-z0-9(=_^])"
+    rf"[ ~\t]{{0,2}}((?:(?:{_BEFORE_UNIT}) ){{0,3}})([A-Za-z]{{1,14}})(\^\{{?[23]\}}?|[²³])?"
+    r"((?: per |/)[A-Za-z]{1,14})?(?![A-Za-z0-9(=_^])"
 )
-_SYMBOLS = re.compile(r"[=<>|]|\\(?:le|ge|in|ne|neq|leq|geq|lt|gt|cup|begin)(?![A-Za-z])|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
+_SYMBOLS = re.compile(
+    r"[=<>|]|\\(?:le|ge|in|ne|neq|leq|geq|lt|gt|cup|begin)(?![A-Za-z])|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])"
+)
+"""What only formulas have that are no single number."""
 
 
 def answer_in(text: str, start: int, end: int, answer: str, *, boxed: bool = False) -> str:

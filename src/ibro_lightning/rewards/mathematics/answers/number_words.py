@@ -41,10 +41,11 @@ CHANGING = DENIALS | _HEDGES | _BOUNDS | _OPERATIONS | _NUMBERS | _MANY | MULTIP
 
 _SIGNS = {"plus": "+", "minus": "-", "times": r"\times ", "divided by": "/", "over": "/"}
 _POWERS = {"squared": "^2", "cubed": "^3", "factorial": "!"}
-_OPEN, _CLOSE = r"(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*)?", r"\s*\}?\s*"
+_OPEN = r"(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*)?"
+_AT_NUMBER = r"(?=[-0-9.(]|\\(?:frac|sqrt|pi))"
 _ANY = re.compile(r"negative|minus|plus|times|divided|over|squared|cubed|factorial")
-_SIGN_BEFORE = re.compile(rf"(?:^|(?<=[\s(=,{{]))({_OPEN})(?:negative|minus)\b(\s*\}}?)\s*(?=[0-9.(]|\\(?:frac|sqrt|pi)|[a-z]\b)")
-_BETWEEN = re.compile(rf"(?<=[0-9)}}])\s*({_OPEN})\b(plus|minus|times|divided by|over)\b(\s*\}}?)\s*(?=[-0-9.(]|\\(?:frac|sqrt|pi))")
+_SIGN_BEFORE = re.compile(rf"(?:^|(?<=[\s(=,{{]))({_OPEN})(?:negative|minus)\b(\s*\}}?)\s*(?:(?=[a-z]\b)|{_AT_NUMBER})")
+_BETWEEN = re.compile(rf"(?<=[0-9)}}])\s*({_OPEN})\b(plus|minus|times|divided by|over)\b(\s*\}}?)\s*{_AT_NUMBER}")
 _BEHIND = re.compile(rf"(?<=[0-9)}}a-z])\s*({_OPEN})\b(?<![a-z])(squared|cubed|factorial)\b(\s*\}}?)")
 
 

@@ -15,6 +15,7 @@ _SAME_WORDS = {
 }  # fmt: skip
 
 
+_WORD = re.compile(r"[A-Z]{2,}|[a-z]{3}")
 _BESIDE = re.compile(r"[^\w+*/=<>.-]+|(?<![0-9])\.|\.(?![0-9])|_")
 """What is between words: white space and punctuation, but no point in a number, and no letter of any alphabet."""
 
@@ -52,9 +53,7 @@ def as_written(gold: Node, answer: Node) -> tuple[Node, Node]:
 
 def is_word(node: Node) -> bool:
     """Whether an answer is one word in plain letters, which the tokens hold as one symbol."""
-    return node.op == "symbol" and len(node.args[0]) > 1 and bool(re.fullmatch(r"[A-Z]{2,}|[a-z]{3}", node.args[0])) and (
-        node.args[0] not in GREEK
-    )
+    return node.op == "symbol" and node.args[0] not in GREEK and bool(_WORD.fullmatch(node.args[0]))
 
 
 def _product(node: Node) -> Node:

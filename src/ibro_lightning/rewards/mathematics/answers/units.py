@@ -110,16 +110,17 @@ def is_unit_symbol(word: str) -> bool:
 
 
 def is_unit(word: str) -> bool:
-    """Whether a word of a sentence is a unit, and nothing else in English."""
-    return word not in _ALSO_WORDS and (any(singular in _UNITS for singular in singulars(word)) or noun(word) is not None)
+    """Whether a word of a sentence is a unit, or a noun that is counted, and nothing else in English."""
+    known = noun(word) is not None or any(singular in _UNITS for singular in singulars(word))
+    return known and word not in _ALSO_WORDS
 
 
 def is_known(dimension: Dimension) -> bool:
     """Whether a unit is one that does not change the number before it, so that it may be left out: all its words are
     known, and they are not adjectives alone.
 
-    >>> is_known((("apple", 1),)), is_known((("apple", 1), ("red", 1))), is_known((("red", 1),)), is_known((("lakh", 1),))
-    (True, True, False, False)
+    >>> [is_known(tuple((name, 1) for name in names.split())) for names in ("apple", "apple red", "red", "lakh")]
+    [True, True, False, False]
     """
     names = {name for name, _ in dimension}
     return not names - _BASES - NOUNS - ADJECTIVES and (not names or bool(names - ADJECTIVES))
