@@ -1,6 +1,6 @@
 r"""What is in a ``\boxed{}``, with what belongs to it outside: signs, factors, a unit, other boxes, words.
 
->>> [boxed_answer(text) for text in (r"$x = \boxed{5}$ cm", r"$2\boxed{\pi}$", r"$\boxed{5}^2$", r"\boxed{1} \boxed{2}")]
+>>> [boxed_answer(text) for text in (r"$x = \boxed{5}$ cm", r"$2\boxed{\pi}$", r"$\boxed{5}^2$", r"\boxed{1}\boxed{2}")]
 ['5\\text{ cm}', '2(\\pi)', '(5)^2', '1, 2']
 >>> [boxed_answer(text) for text in (r"$-\boxed{5}$", r"$x \ne \boxed{5}$", r"\boxed{5} million", r"not \boxed{5}")]
 ['-5', 'x \\ne (5)', '5 million', 'not 5']
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 from ibro_lightning.rewards.mathematics.gold_text import BOX, closing_brace
-from ibro_lightning.rewards.mathematics.sentences import answer_in
+from ibro_lightning.rewards.mathematics.sentences import answer_in, since
 
 _SPACE = r"(?:\s|\\[,;:! ]|~|\\q?quad(?![A-Za-z])|\\(?:left|right|displaystyle)(?![A-Za-z]))*"
 _BETWEEN = re.compile(
@@ -23,12 +23,12 @@ _ARROWS = r"\\(?:implies|iff|to|therefore|because|in|approx|(?:[lL]ong)?(?:[lL]e
 _WORDS = r"(?<![A-Za-z\\])[A-Za-z]{2,}"
 # A box is a term of its own behind these, and before those; any other neighbour makes it a part of a formula.
 _BEGINS = re.compile(
-    rf"(?:^|\n|(?<![<>!])(?<!\\not)=|[$:,;.?&`#\"“]|\\[()\[\]]|\\\\|\\n|(?<![0-9A-Za-z)}}\]])\*{{1,3}}|(?<=[A-Za-z]{{2}})\*\*|(?<!\w)__?"
+    rf"(?:^|\n|</?[A-Za-z_]+>|(?<![<>!])(?<!\\not)=|[$:,;.?&`#\"“]|\\[()\[\]]|\\\\|\\n|(?<![0-9A-Za-z)}}\]])\*{{1,3}}|(?<=[A-Za-z]{{2}})\*\*|(?<!\w)__?"
     rf"|\\begin\s*\{{[a-z*]+\}}|\\(?:text[a-z]*|underline|mathbf|bm|boldsymbol)\s*\{{|{_ARROWS}|{_TEXT}|{_WORDS}){_SPACE}\\?$"
 )
 """A single backslash may end it: that of a text whose backslashes were escaped once too often."""
 _ENDS = re.compile(
-    rf"{_SPACE}(?:$|\n|[$=:;?&*_`\"”}}—]|[.,](?![0-9])|\\[()\[\]]|\\\\|\\(?:end|tag|qed|blacksquare|square|checkmark)(?![a-z])"
+    rf"{_SPACE}(?:$|\n|</?[A-Za-z_]+>|[✅✓✔🎉]|[$=:;?&*_`\"”}}—]|[.,](?![0-9])|\\[()\[\]]|\\\\|\\(?:end|tag|qed|blacksquare|square|checkmark)(?![a-z])"
     rf"|{_ARROWS})|[ \t]+(?:[A-Za-z]{{2,}}|[aI]\s|\([A-Za-z]{{2,}})"
 )
 _STRUCTURE = re.compile(rf"{_SPACE}(?:[=&]|\\\\|\\(?:end|tag|qed|blacksquare|square|checkmark)(?![a-z])|{_ARROWS})")
@@ -83,17 +83,13 @@ def _with_surroundings(text: str, start: int, end: int, content: str) -> str:
     unit = _UNIT.match(after)
     behind = after[unit.end() :] if unit else after
     if not (_BULLET.search(before) or _BEGINS.search(lead)) or not _ENDS.match(behind):
-        left, right = _since(_START, before), _until(_END, after)
+        left, right = since(_START, before), _until(_END, after)
         return f"{left}({content}){right}".strip() if (left + right).strip() else f"{content} ?"
     behind = "" if _STRUCTURE.match(behind) else behind
     answer = content
     if sign:
         answer = sign[0].strip() + (f"({content})" if re.search(r"[-+,]", content) else f" {content}".lstrip())
     return answer_in(lead + behind, len(lead), len(lead), answer + (f" {unit[1]}" if unit else ""), boxed=True)
-
-
-def _since(pattern: re.Pattern[str], text: str) -> str:
-    return text[max((match.end() for match in pattern.finditer(text)), default=0) :]
 
 
 def _until(pattern: re.Pattern[str], text: str) -> str:

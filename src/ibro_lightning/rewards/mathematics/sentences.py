@@ -37,8 +37,9 @@ _OPEN_TERM = re.compile(
 )
 """What ends in the middle of a term or a list, so that the answer is a part of it."""
 _OTHER = re.compile(rf"(?!{_MARKUP}|[A-Za-z.,’]).", re.DOTALL)
-_ORDER = words("first third one two three")
-"""Numbers that count what an answer belongs to: "for the first one we get 5"."""
+_JOINTS = words("of than to by from the a an as for value be been equal")
+_EXTREME = words("maximum minimum remainder")
+"""What a number is "of" that it leaves as it is."""
 _COPULA = re.compile(r"(?:\b(?:is|are|was|were)\b(?!n)|(?<![0-9]):|(?<![<>!\\])=)")
 _EQUALS = re.compile(r"\b(?:equals?|be|been)\b")
 _DOUBT = re.compile(
@@ -62,7 +63,8 @@ _SAID = re.compile(
 _REASON = re.compile(r"(?:because|since|so|as|which|where|hence|thus|therefore)\b")
 _GOES_ON = re.compile(
     r"(?:for|when|per|at|on|from|with|in (?:the|this|that|a|his|her|their|its|our|total|all|each|every)|altogether"
-    r"|total|overall|each|left|remaining|to (?:the|a|his|her|their)|if|respectively|an? [a-z]{2,})\b"
+    r"|total|overall|each|left|remaining"
+    r"|of (?:the|them|these|those|his|her|their)|to (?:the|a|his|her|their)|if|respectively|an? [a-z]{2,})\b"
 )
 _AFTER_COMMA = re.compile(
     rf"\s*(?:(?:which|who|so|as|because|since|where|when|thus|hence|therefore|making|giving|meaning|leaving|respectively|"
@@ -73,10 +75,17 @@ _HAS_UNIT = re.compile(r"[$€£¥%°]|\\(?:text|mathrm|circ)(?![a-z])")
 _DIGIT = re.compile(r"[0-9?!]")
 _OPERAND = re.compile(r"(?:^|\b(?:and|or|to|by|through|till|until|of|x)\b)\W*[0-9]|[?!]|[0-9]\s*[-+*/^=<>]")
 _RELATIVE = re.compile(r"\b(?:who|which|that|where)\b")
-_WHERE = words("before after until within between top bottom down first third")
+_WHERE = words("than before after until within between top bottom down first third")
 """What bounds a number that is behind it, and tells of one before it where it is."""
+_MEANT = words(
+    "power root remainder maximum minimum percent percentage exponent inverse square cube pair couple half quarter "
+    "point one two three four five six seven eight nine ten twelve dozen hundred thousand pairs squares least most"
+)
+"""What is said of other things, a few words behind a number that has its unit."""
+_NEAR = 2
+_TAG = re.compile(r"</?[A-Za-z_]+>")
 _DISPLAY_END = re.compile(r"\$\$|\\\]|\*\*")
-_CLOSING = re.compile(r"(?:[ \t]?(?:\$+|\\\)|\\\]|\*+|`|[\"”)}\]]))*")
+_CLOSING = re.compile(r"(?:[ \t]?(?:\$+|\\\)|\\\]|\*+|`|[\"”)}\]✅✓✔🎉]))*")
 _BEFORE_UNIT = "|".join(sorted(ADJECTIVES | words("square cubic sq cu")))
 _AMOUNT = re.compile(
     rf"[ ~\t]{{0,2}}((?:(?:{_BEFORE_UNIT}) ){{0,3}})([A-Za-z]{{1,14}})(\^\{{?[23]\}}?|[²³])?"
@@ -95,7 +104,7 @@ def answer_in(text: str, start: int, end: int, answer: str, *, boxed: bool = Fal
     Args:
         boxed: it is marked as the answer, so that any sentence may lead to it that does not change or deny it.
     """
-    before, after = text[max(0, start - _SEEN) : start], text[end : end + _SEEN]
+    before, after = (_TAG.sub("\n", part) for part in (text[max(0, start - _SEEN) : start], text[end : end + _SEEN]))
     number = not _SYMBOLS.search(re.sub(r"\\text\s*\{[^{}]*\}", "", answer))
     currency = re.search(r"([€£¥]|\\\$)\s*$", before)
     if currency:
@@ -128,10 +137,10 @@ def _clause(before: str) -> str:
 
 def _leads(before: str, *, strict: bool) -> bool:
     """Whether what is before an answer leaves it as it is: behind "is", ``strict`` allows known words alone."""
-    asserted = _since(_ASSERTION, before)
+    asserted = since(_ASSERTION, before)
     if _DOUBT.search(asserted):
         return False
-    statement = _since(_SUBORDINATE, asserted)
+    statement = since(_SUBORDINATE, asserted)
     copula = [match.end() for match in _COPULA.finditer(statement)]
     lead = statement[max(copula, default=0) :]
     if not copula and _BULLET.fullmatch(lead):
@@ -143,10 +152,13 @@ def _leads(before: str, *, strict: bool) -> bool:
         return False
     if copula and strict:
         return not _OTHER.search(lead) and all(word in _LEADING for word in found)
-    return not any(word in CHANGING - _ORDER for word in found[-4:])
+    while found and found[-1] in _JOINTS:
+        found.pop()
+    return not (found and found[-1] in CHANGING - _EXTREME)
 
 
-def _since(pattern: re.Pattern[str], text: str) -> str:
+def since(pattern: re.Pattern[str], text: str) -> str:
+    """What is behind the last match of ``pattern``; all of ``text`` without one."""
     return text[max((match.end() for match in pattern.finditer(text)), default=0) :]
 
 
@@ -185,15 +197,17 @@ def _follows(after: str, measured: bool, number: bool) -> bool:
     if text[0] == "!":
         return bool(closing and closing[0].strip())
     if text[0] == "(":
-        return text[1:2].isalpha() and not _changed(text[1:].partition(")")[0], False)
+        inside = text[1:].partition(")")[0]
+        return not _denied(inside) if _REASON.match(inside) else inside[:1].isalpha() and not _changed(inside, False)
     if text[0] in ",;—":
         return _AFTER_COMMA.match(text, 1) is not None
     if text[0].isalpha() and number and not spaced:
         return False
     if re.match(r"(?:is|are|was|were)\b", text):
-        return _SAID.match(text) is not None and not _changed(text, measured)
+        said = _SAID.match(text)
+        return said is not None and not _denied(text[said.end() :])
     if _REASON.match(text):
-        return _DOUBT.search(_until_comma(text)) is None
+        return not _DOUBT.search(_until_comma(text))
     if not text[0].isalpha():
         return False
     if number and not _GOES_ON.match(text):
@@ -208,7 +222,18 @@ def _changed(text: str, measured: bool) -> bool:
     told = _RELATIVE.split(_DEFINITE.sub("", clause), maxsplit=1)[0]
     if _DOUBT.search(clause) or (_OPERAND if measured else _DIGIT).search(told):
         return True
-    return any(changes(word) and word.lower() not in _WHERE for word in _WORD.findall(told))
+    found = [word.lower() for word in _WORD.findall(told)]
+    near = found[:_NEAR] if measured else found
+    return any(changes(word) and word not in _WHERE for word in near) or any(
+        changes(word) and word not in _WHERE | _MEANT for word in found[_NEAR:]
+    )
+
+
+def _denied(text: str) -> bool:
+    """Whether what is said of an answer, which is named as such, changes or denies it."""
+    clause = _until_comma(text)
+    found = [word.lower() for word in _WORD.findall(_RELATIVE.split(clause, maxsplit=1)[0])]
+    return _DOUBT.search(clause) is not None or any(map(changes, found[:_NEAR])) or any(map(denies, found))
 
 
 def _until_comma(text: str) -> str:

@@ -23,6 +23,8 @@ _BESIDE = re.compile(r"[^\w+*/=<>.-]+|(?<![0-9])\.|\.(?![0-9])|_")
 def same_words(gold: Node, answer: Node) -> Judgement:
     """Whether two answers, at least one in words, say the same: "no solutions" and an empty set do."""
     spoken = [_spoken(node) for node in (gold, answer)]
+    if gold.op == answer.op and spoken[0][:1] == spoken[1][:1] != [""]:
+        return yes("exact")
     return yes("text") if set(spoken[0]) & set(spoken[1]) - {""} else no("other words")
 
 
