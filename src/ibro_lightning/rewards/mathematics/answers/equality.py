@@ -16,7 +16,14 @@ from ibro_lightning.rewards.mathematics.answers.names import (
     without_signs,
 )
 from ibro_lightning.rewards.mathematics.answers.node import Decimal, Node, is_term, mapped, size, symbols
-from ibro_lightning.rewards.mathematics.answers.quantities import as_angle, same_quantities
+from ibro_lightning.rewards.mathematics.answers.parameters import (
+    has_constant,
+    is_congruence,
+    same_antiderivatives,
+    same_congruences,
+    with_names_of,
+)
+from ibro_lightning.rewards.mathematics.answers.quantities import as_angle, same_quantities, without_units
 from ibro_lightning.rewards.mathematics.answers.rationals import Uncertain, exact
 from ibro_lightning.rewards.mathematics.answers.rules import Judgement, Rules, no, weakest, yes
 from ibro_lightning.rewards.mathematics.answers.same_terms import same_relations, same_terms
@@ -26,12 +33,14 @@ from ibro_lightning.rewards.mathematics.answers.texts import as_written, same_wo
 from ibro_lightning.rewards.mathematics.answers.values import Evaluation, context
 
 _MAX_ITEMS = 100
+_OF_NUMBERS = {"relation", "any", "all", "interval", "union", "intersection", "difference"}
 
 
 def compare(gold: Node, answer: Node, rules: Rules) -> Judgement:
     """Whether two answers are the same by ``rules``."""
     if not rules.names:
         gold, answer = renamed(gold), renamed(answer)
+    answer = with_names_of(gold, answer)
     if rules.simplified and size(of_equations(answer)) > size(of_equations(gold)):
         return no("not simplified")
     if (gold.op == "set") != (answer.op == "set"):  # {5} for 5
@@ -63,6 +72,11 @@ def _same(gold: Node, answer: Node, rules: Rules) -> Judgement:
         gold = conditions(gold)
     if is_subset(gold) or gold.op == "list":
         answer = conditions(answer)
+    if {gold.op, answer.op} & _OF_NUMBERS:
+        plain = without_units(gold, answer, rules)
+        if plain is None:
+            return no("another unit")
+        gold, answer = plain
     if "relation" in (gold.op, answer.op) or {gold.op, answer.op} & {"any", "all"}:
         return _relations(gold, answer, rules)
     if is_subset(gold) or is_subset(answer):
@@ -70,26 +84,52 @@ def _same(gold: Node, answer: Node, rules: Rules) -> Judgement:
     for op, compared in _BY_KIND.items():
         if op in (gold.op, answer.op):
             return compared(gold, answer, rules)
-    return same_terms(gold, answer, rules)
+    found = same_terms(gold, answer, rules)
+    return found if found.same or not has_constant(gold) else same_antiderivatives(gold, answer)
 
 
 def _relations(gold: Node, answer: Node, rules: Rules) -> Judgement:
     if gold.op == answer.op and gold.op in ("any", "all") and len(symbols(gold)) > 1:
         return _unordered(gold.args, answer.args, rules, "relation")
+    if is_congruence(gold) and is_congruence(answer):
+        return same_congruences(gold, answer, rules)
+    intervals = _with_ends(gold), _with_ends(answer)
+    if rules.relations_as_sets and all(node.op == "interval" and symbols(node) for node in intervals):
+        return yes("set") if _alike(*intervals, rules) else no("another set")
     if is_subset(gold) or is_subset(answer):
         if not rules.relations_as_sets and _is_relation(answer) and not _is_relation(gold):
             return no("a relation for a set")
+        inequalities = gold.op == answer.op == "relation" and "in" not in (gold.args[1], answer.args[1])
+        if inequalities and (found := _same_sides(_ascending(gold), _ascending(answer), rules)).same:
+            return found
         return _subsets(gold, answer, rules)
     if gold.op == answer.op and gold.op in ("any", "all"):
         return _unordered(gold.args, answer.args, rules, "relation")
     if gold.op == answer.op == "relation":
-        gold, answer = _ascending(gold), _ascending(answer)
-        if len(gold.args) == len(answer.args) == 3 and all(map(is_term, (*gold.args[::2], *answer.args[::2]))):
-            return same_relations(gold, answer)
-        if gold.args[1::2] == answer.args[1::2]:
-            judged = [_same(left, right, rules) for left, right in zip(gold.args[::2], answer.args[::2], strict=True)]
-            return weakest(judged, "relation")
+        return _same_sides(_ascending(gold), _ascending(answer), rules)
     return no("another form")
+
+
+def _same_sides(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    if len(gold.args) == len(answer.args) == 3 and all(map(is_term, (*gold.args[::2], *answer.args[::2]))):
+        return same_relations(gold, answer)
+    if gold.args[1::2] != answer.args[1::2]:
+        return no("another form")
+    sides = zip(gold.args[::2], answer.args[::2], strict=True)
+    return weakest([_same(left, right, rules) for left, right in sides], "relation")
+
+
+def _with_ends(node: Node) -> Node:
+    """``a ≤ x < b``, ``(a, b)`` and ``[a, b]`` as intervals with their brackets; anything else unchanged."""
+    if node.op in ("tuple", "closed") and len(node.args) == 2:
+        opening, closing = ("(", ")") if node.op == "tuple" else ("[", "]")
+        return Node("interval", (opening, *node.args, closing))
+    if node.op == "relation" and len(node.args) == 5:
+        low, first, name, second, high = _ascending(node).args
+        between = {first, second} <= {"<", "<="} and name.op == "symbol"
+        if between and name.args[0] not in symbols(low) | symbols(high):
+            return Node("interval", ("(" if first == "<" else "[", low, high, ")" if second == "<" else "]"))
+    return node
 
 
 def _ascending(node: Node) -> Node:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import product
 
 from ibro_lightning.rewards.mathematics.answers.node import STRUCTURES, Node, mapped, symbols
-from ibro_lightning.rewards.mathematics.answers.rationals import exact
+from ibro_lightning.rewards.mathematics.answers.rationals import Uncertain, exact
+
+_MAX_SIGNS = 4
 
 
 def without_signs(node: Node) -> Node:
@@ -21,12 +25,35 @@ def without_signs(node: Node) -> Node:
         return Node("list", tuple(Node("relation", (name, "=", one)) for one in values)) if len(values) > 1 else node
     if node.op in STRUCTURES - {"matrix", "tuple"}:
         return node
+    if _signs(node) > 1:  # ±1 ± 2: each by itself, where there is no ∓ to go with
+        return Node("list", tuple(_independent(node)))
     upper, lower = _one_sign(node, True), _one_sign(node, False)
     return upper if exact(upper) is not None and exact(upper) == exact(lower) else Node("list", (upper, lower))
 
 
 def _one_sign(node: Node, upper: bool) -> Node:
     return mapped(node, lambda part: _with_sign(part, upper))
+
+
+def _signs(node: Node) -> int:
+    """How many ±, if there are no ∓; else 0."""
+    if node.op == "minusplus":
+        return -_MAX_SIGNS
+    return (node.op == "plusminus") + sum(map(_signs, node.nodes()))
+
+
+def _independent(node: Node) -> Iterator[Node]:
+    """The term with each ± as + and as −."""
+    count = _signs(node)
+    if count > _MAX_SIGNS:
+        raise Uncertain("too many signs")
+    for choice in product((True, False), repeat=count):
+        signs = iter(choice)
+        yield mapped(node, partial(_with_next_sign, signs))
+
+
+def _with_next_sign(signs: Iterator[bool], node: Node) -> Node:
+    return _with_sign(node, next(signs)) if node.op == "plusminus" else node
 
 
 def _elements(changed: Node, before: Node) -> Sequence[Node]:

@@ -12,14 +12,12 @@ STRUCTURES = frozenset(
         "list",
         "set",
         "tuple",
-        "open",
         "closed",
         "interval",
         "union",
         "intersection",
         "difference",
         "relation",
-        "member",
         "matrix",
         "ratio",
         "based",
@@ -118,6 +116,12 @@ def symbols(node: Node) -> frozenset[str]:
     if node.op == "symbol":
         return frozenset(node.args[:1])
     return frozenset().union(*(symbols(part) for part in node.nodes()))
+
+
+def calls(node: Node) -> frozenset[str]:
+    """Names of all functions."""
+    own = frozenset(node.args[:1]) if node.op == "call" else frozenset()
+    return own.union(*(calls(part) for part in node.nodes()))
 
 
 def size(node: Node) -> int:

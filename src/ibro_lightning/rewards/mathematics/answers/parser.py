@@ -33,7 +33,8 @@ _TIME = re.compile(
     r"\s*([0-9]{1,2})(?:\s*:\s*([0-9]{2}))?(?:\s|~|\\[,;: ])*(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*)?"
     r"([aApP])\.?\s?[mM]\b\.?\s*\}?\s*$"
 )
-_FOREIGN = re.compile(r"\s*(?=.*[\u00c0-\u024f])[A-Za-z\u00c0-\u024f]{3,}\s*\.?\s*")
+_NAME = re.compile(r"\s*(?:[A-Z](?=[a-z]*[aeiouy])[a-z]{2,}|(?=.*[\u00c0-\u024f])[A-Za-z\u00c0-\u024f]{3,})\s*\.?\s*")
+"""Monday and café; but Mgh is a product."""
 _CONDITIONS = words("if for when where")
 _IN_TEXT = words("text letter and or . , - ' \" ! ( ) { }")
 
@@ -54,8 +55,10 @@ def _read(text: str) -> Node:
     if (time := _TIME.match(text)) and 1 <= int(time[1]) <= 12:
         hour, minute = int(time[1]) % 12, int(time[2] or 0)
         return Node("time", (hour + 12 * (time[3] in "pP"), minute))
-    if re.fullmatch(r"\s*[A-Z][A-Za-z]{2,}\s*\.?\s*", text) or _FOREIGN.fullmatch(text):
+    if _NAME.fullmatch(text):
         return Node("text", (text.strip(" .\t\n"),))
+    if re.fullmatch(r"\s*[A-Z]{3,4}\s*", text):  # a triangle, or a theorem such as SAS
+        return Node("symbol", (text.strip(),))
     if based_numeral := numeral(text):
         return based_numeral
     found = tokens(text)
@@ -90,6 +93,8 @@ class _Parser(TermParser):
 
     def answer(self) -> Node:
         items, separators = self.items(until=())
+        if self.accept(r"\pmod"):
+            return _listed(_congruences(items, self.power()), separators)
         if ";" in separators:  # "p=5, q=2; p=7, q=2": a list of lists
             groups: list[list[Node]] = [[items[0]]]
             for separator, item in zip(separators, items[1:], strict=True):
@@ -366,6 +371,20 @@ class _Parser(TermParser):
 
 def _is_inequality(node: Node) -> bool:
     return node.op == "relation" and "=" not in node.args[1::2]
+
+
+def _congruences(items: list[Node], modulus: Node) -> list[Node]:
+    """``n ≡ 0, 1 (mod 4)``: every residue with the name and the modulus."""
+    name, found = None, list[Node]()
+    for item in items:
+        if item.op == "relation" and item.args[1::2] == ("==",):
+            name, residue = item.args[0], item.args[2]
+        elif name is not None and is_term(item):
+            residue = item
+        else:
+            raise Unread("a modulus of no congruence")
+        found.append(Node("relation", (name, "==", Node("call", ("mod", residue, modulus)))))
+    return found
 
 
 def _listed(items: list[Node], separators: list[str]) -> Node:

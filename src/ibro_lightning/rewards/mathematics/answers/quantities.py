@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from ibro_lightning.rewards.mathematics.answers.names import of_equations
-from ibro_lightning.rewards.mathematics.answers.node import Decimal, Node, is_term
+from ibro_lightning.rewards.mathematics.answers.node import Decimal, Node, is_term, mapped
 from ibro_lightning.rewards.mathematics.answers.rationals import exact
 from ibro_lightning.rewards.mathematics.answers.rules import Judgement, Rules, no
 from ibro_lightning.rewards.mathematics.answers.same_terms import same_terms
@@ -27,6 +27,8 @@ def as_angle(node: Node) -> Node:
 
 def same_quantities(gold: Node, answer: Node, rules: Rules) -> Judgement:
     """Whether two numbers, at least one with a unit, are the same amount; units as ``rules.units`` says."""
+    if _is_percent(gold) != _is_percent(answer):
+        return no("another unit")
     first, second = _measured(gold), _measured(answer)
     if first is None or second is None:
         return no("another form")
@@ -44,6 +46,34 @@ def same_quantities(gold: Node, answer: Node, rules: Rules) -> Judgement:
     if (len(gold.args) > 1 and gold.op == "quantity") or (len(answer.args) > 1 and answer.op == "quantity"):
         return no("no unit")
     return same_terms(_plain(gold), _plain(answer), rules)
+
+
+def _is_percent(node: Node) -> bool:
+    return _plain(node).op == "percent"
+
+
+def without_units(gold: Node, answer: Node, rules: Rules) -> tuple[Node, Node] | None:
+    """Two relations or sets of numbers in base units, or without units if one of them has none; None where their units
+    differ, or are required and left out."""
+    dimensions = [_dimensions(node) for node in (gold, answer)]
+    if dimensions[0] and dimensions[1] and rules.units != "ignored":
+        return (
+            (mapped(gold, _in_base_units), mapped(answer, _in_base_units)) if dimensions[0] == dimensions[1] else None
+        )
+    if dimensions[0] and rules.units == "required":
+        return None
+    return mapped(gold, _plain), mapped(answer, _plain)
+
+
+def _dimensions(node: Node) -> frozenset[Dimension]:
+    if node.op == "quantity":
+        return frozenset(dimension for _, _, dimension in node.args)
+    return frozenset().union(*map(_dimensions, node.nodes()))
+
+
+def _in_base_units(node: Node) -> Node:
+    measured = _measured(node) if node.op == "quantity" else None
+    return node if measured is None else measured[0]
 
 
 def _plain(node: Node) -> Node:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 from functools import reduce
 
-from ibro_lightning.rewards.mathematics.answers.node import Node
+from ibro_lightning.rewards.mathematics.answers.node import Node, integer, mapped, symbols
 
 MAX_BITS = 50_000  # about 15,000 digits
 
 
 class Uncertain(ArithmeticError):
     """A value cannot be computed: too large, undefined, or of what has no value."""
+
+
+class TooLarge(Uncertain):
+    """A value that exists, but takes too long."""
 
 
 def exact(node: Node) -> Fraction | None:
@@ -46,7 +51,7 @@ def _exact(node: Node) -> Fraction:
 
 def _bounded(value: Fraction) -> Fraction:
     if value.numerator.bit_length() + value.denominator.bit_length() > MAX_BITS:
-        raise Uncertain("too large")
+        raise TooLarge("too large")
     return value
 
 
@@ -57,7 +62,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
         return Fraction(base ** int(exponent)) if base else _zero_power(exponent)
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
     if abs(exponent) * bits > MAX_BITS:
-        raise Uncertain("too large")
+        raise TooLarge("too large")
     return base ** int(exponent)
 
 
@@ -78,7 +83,7 @@ def _rational_root(base: Fraction, exponent: Fraction) -> Fraction:
 def _integer_root(value: int, degree: int) -> int:
     """The root of a whole number, if it is a whole number."""
     if value.bit_length() > 4000:
-        raise Uncertain("too large")
+        raise TooLarge("too large")
     low, high = 0, 1 << (value.bit_length() // degree + 1)
     while low < high:
         middle = (low + high) // 2
@@ -130,3 +135,22 @@ def _whole(name: str, values: list[int]) -> int:
     if not 0 <= n <= 3000:
         raise Uncertain("factorial")
     return math.factorial(n) if name == "factorial" else math.prod(range(n, 0, -2))
+
+
+_MAX_EXPONENT = 200
+
+
+def is_rational_expression(node: Node) -> bool:
+    """Whether a term is a quotient of polynomials in its symbols, with rational coefficients."""
+    if node.op in ("number", "symbol"):
+        return True
+    if node.op == "pow":
+        exponent = None if symbols(node.args[1]) else exact(node.args[1])
+        whole = exponent is not None and exponent.denominator == 1 and abs(exponent) <= _MAX_EXPONENT
+        return whole and is_rational_expression(node.args[0])
+    return node.op in ("add", "mul", "div", "neg", "percent") and all(map(is_rational_expression, node.nodes()))
+
+
+def exact_at(node: Node, assignment: Mapping[str, int]) -> Fraction | None:
+    """:func:`exact` where symbols are whole numbers."""
+    return exact(mapped(node, lambda part: integer(assignment[part.args[0]]) if part.op == "symbol" else part))

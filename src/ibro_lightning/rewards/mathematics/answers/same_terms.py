@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
 from ibro_lightning.rewards.mathematics.answers.decimals import half_unit, shown
-from ibro_lightning.rewards.mathematics.answers.node import Node, is_term, symbols
-from ibro_lightning.rewards.mathematics.answers.rationals import Uncertain, exact
+from ibro_lightning.rewards.mathematics.answers.node import Node, calls, is_term, symbols
+from ibro_lightning.rewards.mathematics.answers.rationals import Uncertain, exact, exact_at, is_rational_expression
 from ibro_lightning.rewards.mathematics.answers.rules import Judgement, Rules, no, yes
 from ibro_lightning.rewards.mathematics.answers.sampling import points
 from ibro_lightning.rewards.mathematics.answers.values import (
+    DIGITS,
     Evaluation,
     agree,
     context,
+    digits,
+    hashed,
     is_rational,
     same_value,
 )
 
+_TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
+_DIGITS_OF_RELATIONS = 4 * DIGITS
+"""So many that 2^n − 10^200 and 2^n − 10^201 are not proportional at a small n."""
 _ENOUGH = 3
 """At so many points two terms must have been compared before they count as the same."""
 
@@ -38,8 +45,14 @@ def _must_show(op: str, gold: Node, answer: Node) -> bool:
     """Whether leaving the sign out, or adding it, makes another value: 0.2 % is not 0.2, nor 90 radians 90 degrees."""
     if any(node.op == "call" and node.args[0] == "radians" for node in (gold, answer)):
         return True
+    if op == "degree" and any(_has_pi(node) for node in (gold, answer)):  # π/6 is an angle without the sign
+        return True
     value = exact(gold)
     return op == "percent" and answer.op == op and (value is None or value.denominator != 1 or abs(value) <= 1)
+
+
+def _has_pi(node: Node) -> bool:
+    return node == Node("constant", ("pi",)) or any(map(_has_pi, node.nodes()))
 
 
 def _values(gold: Node, answer: Node, rules: Rules) -> Judgement:
@@ -100,11 +113,7 @@ def _numeric(gold: Node, answer: Node) -> Judgement:
 
 def _bases(*nodes: Node) -> tuple[str, ...]:
     """The bases that ``\\log`` may have: e or 10, one for both sides."""
-    return ("e", "10") if any(_calls(node, "log") for node in nodes) else ("e",)
-
-
-def _calls(node: Node, name: str) -> bool:
-    return (node.op == "call" and node.args[0] == name) or any(_calls(part, name) for part in node.nodes())
+    return ("e", "10") if any("log" in calls(node) for node in nodes) else ("e",)
 
 
 def _has_i(node: Node) -> bool:
@@ -112,6 +121,8 @@ def _has_i(node: Node) -> bool:
 
 
 def _identity(gold: Node, answer: Node) -> Judgement:
+    if (pairs := _exact_pairs(gold, answer)) is not None:
+        return yes("identity") if all(first == second for first, second in pairs) else no("another expression")
     real = not (_has_i(gold) or _has_i(answer))
     for log in _bases(gold, answer):
         compared = 0
@@ -124,6 +135,22 @@ def _identity(gold: Node, answer: Node) -> Judgement:
         if compared >= _ENOUGH:
             return yes("identity")
     return no("another expression")
+
+
+def _exact_pairs(gold: Node, answer: Node) -> list[tuple[Fraction, Fraction]] | None:
+    """The exact values of two rational expressions at random whole numbers below 2^31; None for other terms. Two that
+    differ, of degree d, agree at all three with a probability of at most (d/2^31)^3 (Schwartz and Zippel)."""
+    if not (is_rational_expression(gold) and is_rational_expression(answer)):
+        return None
+    names, found = symbols(gold) | symbols(answer), list[tuple[Fraction, Fraction]]()
+    for place in range(4 * _ENOUGH):
+        assignment = {name: hashed(f"{name} exact {place}", 1)[0] % 2**31 - 2**30 for name in names}
+        first, second = exact_at(gold, assignment), exact_at(answer, assignment)
+        if first is not None and second is not None:
+            found.append((first, second))
+        if len(found) == _ENOUGH:
+            return found
+    return None
 
 
 def _compared(gold: Node, answer: Node) -> Iterator[tuple[Any, Any, Any]]:
@@ -143,12 +170,18 @@ def _compared(gold: Node, answer: Node) -> Iterator[tuple[Any, Any, Any]]:
 def same_relations(gold: Node, answer: Node) -> Judgement:
     """Relations of two sides: equal if their differences are proportional, by a factor of the right sign."""
     operator, other = gold.args[1], answer.args[1]
-    turned = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
-    if operator != other and turned.get(operator) != other:
+    if operator != other and _TURNED.get(operator) != other:
         return no("another relation")
     left, right = (Node("add", (node.args[0], Node("neg", (node.args[2],)))) for node in (gold, answer))
     if not (symbols(left) or symbols(right)):
         return no("no symbols")
+    if (pairs := _exact_pairs(left, right)) is not None:
+        return _proportional(pairs, operator, other)
+    with digits(_DIGITS_OF_RELATIONS):
+        return _proportional_at_points(left, right, operator, other)
+
+
+def _proportional_at_points(left: Node, right: Node, operator: str, other: str) -> Judgement:
     quotients = []
     for first, second, scale in _compared(left, right):
         if max(abs(first), abs(second)) < scale * context().mpf(10) ** -50:
@@ -160,8 +193,16 @@ def same_relations(gold: Node, answer: Node) -> Judgement:
             quotients.append(first / second)
     if len(quotients) < _ENOUGH or not all(agree(a, b, 0) for a, b in pairwise(quotients)):
         return no("another relation")
-    if operator in turned and (
+    if operator in _TURNED and (
         context().im(quotients[0]) != 0 or (context().re(quotients[0]) > 0) != (operator == other)
     ):
+        return no("another relation")
+    return yes("identity")
+
+
+def _proportional(pairs: list[tuple[Fraction, Fraction]], operator: str, other: str) -> Judgement:
+    quotients = {first / second if second else None for first, second in pairs}
+    quotient = quotients.pop()
+    if quotients or not quotient or (operator in _TURNED and (quotient > 0) != (operator == other)):
         return no("another relation")
     return yes("identity")

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-from ibro_lightning.rewards.mathematics.answers.node import Node, symbols
+from ibro_lightning.rewards.mathematics.answers.node import Node, calls, symbols
 from ibro_lightning.rewards.mathematics.answers.rationals import Uncertain
 from ibro_lightning.rewards.mathematics.answers.values import Evaluation, context, hashed
 
-_PLAIN = 25
 _OF_CONSTANTS = 8
 _GRID = 80
 _BROKEN = frozenset(["abs", "max", "min", "floor", "ceil", "sgn", "root", "arg"])
-_WHOLE = frozenset(["gcd", "lcm", "mod", "floor", "ceil", "factorial", "binom"])
+_WHOLE = frozenset(["gcd", "lcm", "mod", "floor", "ceil", "factorial", "factorial2", "binom"])
+_PERIODIC = frozenset(["sin", "cos", "tan", "cot", "sec", "csc", "cis"])
 # Numbers with many divisors, and with few.
 _WHOLE_NUMBERS = (12, 18, 24, 30, 36, 45, 48, 60, 7, 8, 9, 10, 11, 13, 14, 15, 20, 21, 22, 25, 28, 33, 35, 77, 96, 120)
+_SMALLEST, _LARGEST = 10.0**-40, 10.0**40
+_LARGEST_DIVISOR = 10**9
 
 
 def points(*terms: Node) -> list[dict[str, Any]]:
-    """Twenty-five assignments of positive numbers, numbers of both signs, consecutive whole numbers, numbers between −1
-    and 1, and large ones; beside each constant of the terms; and more where a function has breaks or is of whole
-    numbers."""
+    """Assignments of positive numbers, numbers of both signs, whole numbers, 0, numbers between −1 and 1, and large
+    ones; beside each constant of the terms; and more where powers or functions are of whole numbers, or have breaks."""
     names = sorted(frozenset().union(*map(symbols, terms)))
-    calls = frozenset().union(*map(_calls, terms))
+    called = frozenset().union(*map(calls, terms))
     assignments = _plain(names)
-    if names:
-        assignments += _beside(names, _constants(terms))
-    if calls & _BROKEN:
+    if not names:
+        return assignments
+    constants = _constants(terms)
+    assignments += _beside(names, constants)
+    if called & (_WHOLE | _PERIODIC) or any(map(_has_symbolic_exponent, terms)):
+        assignments += _of_all_parities(names)
+    if called & _BROKEN:
         assignments += [{name: _share(name, place) * 140 - 70 for name in names} for place in range(30, 30 + _GRID)]
-    if calls & _WHOLE:
+    if called & _WHOLE:
         assignments += [{name: _whole(name, place) for name in names} for place in range(30)]
+        assignments += _multiples(names, constants)
     return assignments
 
 
@@ -44,24 +50,45 @@ def _whole(name: str, place: int) -> Any:
 
 def _plain(names: list[str]) -> list[dict[str, Any]]:
     mp = context()
-    assignments: list[dict[str, Any]] = [{} for _ in range(_PLAIN)]
-    for name in names:
-        first = hashed(name, 1)[0]
-        for place, assignment in enumerate(assignments):
-            share = _share(name, place)
-            if place < 4:
-                assignment[name] = share * 3 + mp.mpf(1) / 7
-            elif place < 9:
-                assignment[name] = (share - mp.mpf(1) / 2) * 7
-            elif place < 15:  # of all residues of 2, 3 and 6
-                assignment[name] = mp.mpf(1 + first % 5 + (place - 9))
-            elif place < 19:
-                assignment[name] = (share - mp.mpf(1) / 2) * mp.mpf("1.8")
-            elif place < 22:
-                assignment[name] = share * mp.mpf("0.55") + mp.mpf("0.02")
-            else:
-                assignment[name] = (6 + share * 40) * (-1 if place == 24 else 1)
-    return assignments
+    zero, half = mp.mpf(0), mp.mpf(1) / 2
+    ranges = [  # how many, and what becomes of a number from 0 to 1
+        (4, lambda share: share * 3 + mp.mpf(1) / 7),
+        (5, lambda share: (share - half) * 7),
+        (6, lambda share: mp.floor(share * 6) + 1),
+        (4, lambda share: (share - half) * mp.mpf("1.8")),
+        (3, lambda share: share * mp.mpf("0.55") + mp.mpf("0.02")),
+        (2, lambda share: 6 + share * 40),
+        (1, lambda share: -6 - share * 40),
+        (1, lambda share: zero),
+    ]
+    changes = [change for count, change in ranges for _ in range(count)]
+    return [{name: change(_share(name, place)) for name in names} for place, change in enumerate(changes)]
+
+
+def _of_all_parities(names: list[str]) -> list[dict[str, Any]]:
+    """Whole numbers from 1 to 6: up to four symbols are odd and even in all ways, any two of fifteen are."""
+    masks = sorted(range(1, 16), key=lambda mask: (mask.bit_count(), mask))
+    return [
+        {
+            name: context().mpf(
+                1
+                + 2 * (hashed(f"{name} third {place}", 1)[0] % 3)
+                + (place & masks[index % len(masks)]).bit_count() % 2
+            )
+            for index, name in enumerate(names)
+        }
+        for place in range(16)
+    ]
+
+
+def _multiples(names: list[str], constants: list[Any]) -> list[dict[str, Any]]:
+    """Small multiples of each whole constant, which other whole numbers hardly ever share a divisor with."""
+    divisors = [constant for constant in constants if constant == int(constant) and 1 < constant <= _LARGEST_DIVISOR]
+    return [
+        {name: divisor * (1 + hashed(f"{name} multiple {place}", 1)[0] % 4) for name in names}
+        for divisor in divisors
+        for place in range(4)
+    ]
 
 
 def _beside(names: list[str], constants: list[Any]) -> list[dict[str, Any]]:
@@ -70,13 +97,14 @@ def _beside(names: list[str], constants: list[Any]) -> list[dict[str, Any]]:
     found = []
     for place, edge in enumerate(edges):
         for sign in (-1, 1):
-            for side in (-1, 1):
+            for side in (-1, 1, 2, 3):  # more of them above, where roots and logarithms have values
                 distance = {name: _share(name, 200 + place) * (1 + abs(edge)) / 9 for name in names}
                 found.append({name: sign * edge + side * distance[name] for name in names})
     return found
 
 
 def _constants(terms: tuple[Node, ...]) -> list[Any]:
+    """The sizes of up to eight real numbers in the terms."""
     found: list[Any] = []
     for term in terms:
         _collect(term, found)
@@ -94,10 +122,11 @@ def _collect(node: Node, found: list[Any]) -> None:
         return
     mp = context()
     size = abs(value)
-    if mp.im(value) == 0 and mp.mpf(10) ** -6 < size < mp.mpf(10) ** 9 and size not in found:
+    if mp.im(value) == 0 and _SMALLEST < size < _LARGEST and size not in found:
         found.append(mp.re(size))
 
 
-def _calls(node: Node) -> frozenset[str]:
-    own = frozenset([node.args[0]]) if node.op == "call" else frozenset()
-    return own.union(*(_calls(part) for part in node.nodes()))
+def _has_symbolic_exponent(node: Node) -> bool:
+    if node.op == "pow" and symbols(node.args[1]):
+        return True
+    return any(map(_has_symbolic_exponent, node.nodes()))

@@ -1,7 +1,7 @@
 """Sets of real numbers, however they are written: intervals, unions, inequalities, conditions on one symbol.
 
-Two descriptions are the same set if they agree on every number at which one of them could change: each number in either
-of them, its negative, both sides of it, and the middle between two such numbers.
+Two descriptions are the same set if they agree on each number in either of them and its negative, on the roots that are
+found in their inequalities, on both sides of these, and between and beyond them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from itertools import pairwise
 from typing import Any
 
 from ibro_lightning.rewards.mathematics.answers.node import Node, is_term, symbols
-from ibro_lightning.rewards.mathematics.answers.rationals import Uncertain
-from ibro_lightning.rewards.mathematics.answers.values import Evaluation, agree, context
+from ibro_lightning.rewards.mathematics.answers.rationals import TooLarge, Uncertain
+from ibro_lightning.rewards.mathematics.answers.roots import roots
+from ibro_lightning.rewards.mathematics.answers.values import Evaluation, agree, context, real_value
 
 Predicate = Callable[[Any], bool]
 _INEQUALITIES = {"<", ">", "<=", ">=", "!="}
@@ -34,14 +35,25 @@ def is_subset(node: Node) -> bool:
 def same_subset(first: Node, second: Node) -> bool:
     """Whether both describe the same numbers. Raises :class:`Uncertain` for what describes none."""
     critical = list(_distinct([*_numbers(first), *_numbers(second)]))
-    if len(critical) > _MAX_CRITICAL:
+    if len(critical) > _MAX_CRITICAL or max(_conditions(first), _conditions(second)) > _MAX_CONDITIONS:
         raise Uncertain("too many numbers")
-    for root in (*_roots(first), *_roots(second)):
+    for root in (*roots(first), *roots(second)):
         if not any(abs(root - number) < context().mpf(10) ** -30 * (1 + abs(number)) for number in critical):
             critical.append(root)
     tests = _tests(sorted({*critical, *(-number for number in critical)}))
     contains_first, contains_second = predicate(first), predicate(second)
-    return all(contains_first(number) == contains_second(number) for number in tests)
+    return all(_agree_at(number, contains_first, contains_second) for number in tests)
+
+
+def _agree_at(number: Any, first: Predicate, second: Predicate) -> bool:
+    try:
+        return first(number) == second(number)
+    except TooLarge:  # such as 2^x at a number that only the roots' grid reaches
+        return True
+
+
+def _conditions(node: Node) -> int:
+    return 1 if node.op == "relation" else sum(map(_conditions, node.nodes()))
 
 
 def symbols_of_subset(node: Node) -> frozenset[str]:
@@ -62,78 +74,9 @@ def conditions(node: Node) -> Node:
     if len(frozenset().union(*map(symbols_of_subset, items))) != 1 or len(items) > _MAX_CONDITIONS:
         return node
     every = Node("all", items)
-    critical = sorted({*_distinct([number for item in items for number in (*_numbers(item), *_roots(item))])})
+    critical = sorted({*_distinct([number for item in items for number in (*_numbers(item), *roots(item))])})
     contains = predicate(every)
     return every if any(contains(number) for number in _tests(critical)) else Node("any", items)
-
-
-def _roots(node: Node) -> Iterator[Any]:
-    """Where the two sides of an inequality meet, if neither is the symbol alone: by changes of sign on a grid."""
-    if node.op in ("any", "all", "union", "intersection", "difference"):
-        for part in node.nodes():
-            yield from _roots(part)
-        return
-    if node.op != "relation" or node.args[1] == "in" or len(symbols(node)) != 1:
-        return
-    name, terms = next(iter(symbols(node))), node.args[::2]
-    for left, right in pairwise(terms):
-        if {left.op, right.op} & {"symbol"} and not (symbols(left) and symbols(right)):
-            continue
-        yield from _meeting(Node("add", (left, Node("neg", (right,)))), name)
-
-
-def _meeting(difference: Node, name: str) -> Iterator[Any]:
-    mp = context()
-
-    def value(number: Any) -> Any:
-        try:
-            return _value(difference, Evaluation({name: number}))
-        except Uncertain:
-            return None
-
-    grid = [sign * mp.mpf(step) ** 3 / 40 + mp.mpf("0.0137") for sign in (-1, 1) for step in range(26)]
-    grid.sort()
-    values = [value(number) for number in grid]
-    for low, high in pairwise(range(len(grid))):
-        if values[low] is not None and values[high] is not None and (values[low] < 0) != (values[high] < 0):
-            yield _crossing(value, grid[low], grid[high])
-    for place in range(1, len(grid) - 1):
-        around = values[place - 1 : place + 2]
-        if None in around or len({number < 0 for number in around}) > 1 or abs(around[1]) > min(map(abs, around)):
-            continue
-        lowest = _nearest_zero(value, grid[place - 1], grid[place + 1])
-        at_lowest = value(lowest)
-        if at_lowest is None:
-            continue
-        if abs(at_lowest) < mp.mpf(10) ** -30:  # the sides touch
-            yield lowest
-        elif (at_lowest < 0) != (around[0] < 0):  # two roots between two points of the grid
-            yield _crossing(value, grid[place - 1], lowest)
-            yield _crossing(value, lowest, grid[place + 1])
-
-
-def _crossing(value: Callable[[Any], Any], low: Any, high: Any) -> Any:
-    """The number between two at which the sign changes."""
-    negative = value(low) < 0
-    for _ in range(220):
-        middle = (low + high) / 2
-        at_middle = value(middle)
-        if at_middle is None:
-            break
-        low, high = (middle, high) if (at_middle < 0) == negative else (low, middle)
-    return (low + high) / 2
-
-
-def _nearest_zero(value: Callable[[Any], Any], low: Any, high: Any) -> Any:
-    """Where, between two numbers of one sign, the value is nearest to 0, or beyond it."""
-    sign = -1 if value(low) < 0 else 1
-    for _ in range(260):
-        first, second = low + (high - low) / 3, high - (high - low) / 3
-        at_first, at_second = value(first), value(second)
-        if at_first is None or at_second is None:
-            break
-        low, high = (low, second) if sign * at_first < sign * at_second else (first, high)
-    return (low + high) / 2
 
 
 def _is_field(node: Node) -> bool:
@@ -195,14 +138,14 @@ def predicate(node: Node) -> Predicate:
         inside, outside = predicate(args[0]), predicate(args[1])
         return lambda number: inside(number) and not outside(number)
     if op in ("set", "list"):
-        values = [_value(part) for part in args]
+        values = [real_value(part) for part in args]
         return lambda number: any(agree(number, value, 0) for value in values)
     if op in ("interval", "tuple", "closed"):
         return _between(node)
     if op == "symbol" and args[0] == "R+":
         return lambda number: bool(number > 0)
     if is_term(node) and not symbols(node):
-        value = _value(node)
+        value = real_value(node)
         return lambda number: agree(number, value, 0)
     if op == "relation":
         if args[1] == "in":
@@ -221,7 +164,7 @@ def _between(node: Node) -> Predicate:
             raise Uncertain("more than two ends")
         start, end = node.args
         opening, closing = ("(", ")") if node.op == "tuple" else ("[", "]")
-    low, high = _value(start), _value(end)
+    low, high = real_value(start), real_value(end)
 
     def contains(number: Any) -> bool:
         at_low, at_high = (bool(context().isfinite(end)) and agree(number, end, 0) for end in (low, high))
@@ -236,11 +179,15 @@ def _condition(node: Node) -> Predicate:
     name = next(iter(symbols(node)), "")
     if any(operator not in _INEQUALITIES | {"="} for operator in node.args[1::2]):
         raise Uncertain("a relation of another kind")
+    if not all(is_term(part) for part in node.args[::2]):
+        raise Uncertain("a relation of what is no number")
 
     def contains(number: Any) -> bool:
         evaluation = Evaluation({name: number})
         try:
-            values = [_value(part, evaluation) for part in node.args[::2]]
+            values = [real_value(part, evaluation) for part in node.args[::2]]
+        except TooLarge:
+            raise
         except Uncertain:  # where a side has no value, the condition does not hold
             return False
         return all(
@@ -249,18 +196,6 @@ def _condition(node: Node) -> Predicate:
         )
 
     return contains
-
-
-def _value(node: Node, evaluation: Evaluation | None = None) -> Any:
-    mp = context()
-    if node.op == "constant" and node.args[0] == "inf":
-        return mp.inf
-    if node.op == "neg" and node.args[0].op == "constant" and node.args[0].args[0] == "inf":
-        return -mp.inf
-    value = (evaluation or Evaluation())(node)
-    if mp.im(value) != 0:
-        raise Uncertain("complex numbers have no order")
-    return mp.re(value)
 
 
 def _holds(left: Any, operator: str, right: Any, scale: Any) -> bool:

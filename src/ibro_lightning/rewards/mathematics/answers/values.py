@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ibro_lightning.rewards.mathematics.answers.node import Node
-from ibro_lightning.rewards.mathematics.answers.rationals import MAX_BITS, Uncertain, exact
+from ibro_lightning.rewards.mathematics.answers.rationals import MAX_BITS, TooLarge, Uncertain, exact
 
 DIGITS = 110
 _STEPS = (DIGITS, 4 * DIGITS, 1600)
@@ -23,6 +23,8 @@ _CERTAIN = 80
 _SPARE = 25
 """Of the digits that are computed, so many may be lost to rounding."""
 _MAX_EXPONENT = 10**7
+SLOW = frozenset(["factorial", "factorial2", "binom", "Gamma"])
+"""Functions whose values between whole numbers take milliseconds."""
 _PERIODIC = frozenset(["sin", "cos", "tan", "cot", "sec", "csc", "cis"])
 
 
@@ -66,7 +68,7 @@ class Evaluation:
         if op == "number":
             value = args[0].value
             if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
-                raise Uncertain("too large")
+                raise TooLarge("too large")
             return mp.mpf(value.numerator) / value.denominator
         if op == "symbol":
             if args[0] not in self.assignment:
@@ -101,7 +103,7 @@ class Evaluation:
                 raise Uncertain("1/0")
             return self.mp.mpf(int(exponent == 0))
         if abs(exponent) * abs(self.mp.log(abs(base))) > _MAX_EXPONENT:
-            raise Uncertain("too large")
+            raise TooLarge("too large")
         if self.real and self.mp.im(base) == 0 and self.mp.re(base) < 0:
             power = exact(node.args[1])
             if power is not None and power.denominator % 2 == 1:  # an odd root of a negative number is real
@@ -123,23 +125,21 @@ class Evaluation:
             return mp.sqrt(radicand) if degree == 2 else mp.power(radicand, 1 / degree)
         if name == "log":
             return mp.log(args[0]) if self.log == "e" else mp.log(args[0]) / mp.log(10)
-        if name in ("factorial", "factorial2", "binom", "Gamma") and any(abs(arg) > 10**5 for arg in args):
-            raise Uncertain("too large")
+        if name in SLOW and any(abs(arg) > 10**5 for arg in args):
+            raise TooLarge("too large")
         if name in _PERIODIC and any(abs(arg) > 10**9 for arg in args):
-            raise Uncertain("too large")
+            raise TooLarge("too large")
         if name in ("gcd", "lcm", "floor", "ceil", "mod") and any(abs(arg) > mp.mpf(10) ** 40 for arg in args):
-            raise Uncertain("too large")
-        gamma = name in ("factorial", "factorial2", "binom", "Gamma") and any(
-            arg != mp.floor(mp.re(arg)) for arg in args
-        )
+            raise TooLarge("too large")
+        gamma = name in SLOW and any(arg != mp.floor(mp.re(arg)) for arg in args)
         if gamma and mp.dps > 4 * DIGITS:
-            raise Uncertain("so many digits take too long")
+            raise TooLarge("so many digits take too long")
         if name == "cis":
             return mp.expj(args[0])
         if name == "radians":
             return args[0]
         if name in ("exp", "sinh", "cosh") and abs(args[0]) > _MAX_EXPONENT:
-            raise Uncertain("too large")
+            raise TooLarge("too large")
         if name in ("floor", "ceil", "max", "min", "gcd", "lcm", "sgn", "mod") and any(mp.im(arg) != 0 for arg in args):
             raise Uncertain("of complex numbers")
         if name in ("gcd", "lcm"):
@@ -220,6 +220,19 @@ def _functions(mp: Any) -> dict[str, Callable[..., Any]]:
         }
     functions: dict[str, Callable[..., Any]] = _LOCAL.functions
     return functions
+
+
+def real_value(node: Node, evaluation: Evaluation | None = None) -> Any:
+    """The value of a term that has a real one, or infinity. Raises :class:`Uncertain` for any other."""
+    mp = context()
+    if node.op == "constant" and node.args[0] == "inf":
+        return mp.inf
+    if node.op == "neg" and node.args[0].op == "constant" and node.args[0].args[0] == "inf":
+        return -mp.inf
+    value = (evaluation or Evaluation())(node)
+    if mp.im(value) != 0:
+        raise Uncertain("complex numbers have no order")
+    return mp.re(value)
 
 
 def hashed(name: str, count: int) -> list[int]:
