@@ -92,7 +92,7 @@ _AMOUNT = re.compile(
     r"((?: per |/)[A-Za-z]{1,14})?(?![A-Za-z0-9(=_^])"
 )
 _SYMBOLS = re.compile(
-    r"[=<>|]|\\(?:le|ge|in|ne|neq|leq|geq|lt|gt|cup|begin)(?![A-Za-z])|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])"
+    r"[=<>|]|^\s*[(\[].*,|\\(?:le|ge|in|ne|neq|leq|geq|lt|gt|cup|begin)(?![A-Za-z])|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])"
 )
 """What only formulas have that are no single number."""
 
