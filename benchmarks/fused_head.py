@@ -1,26 +1,43 @@
 """Time, memory and gradient error of ``linear_logprob_entropy``; see README.md.
 
     python benchmarks/fused_head.py [--bf16] [--n 2048 --d 512 --v 32000] [--chunk_size ROWS] [--repeats 7]
+    python benchmarks/fused_head.py --functionals [--before COMMIT] …
 
-Processor time of one thread. The variants take turns in one process, and each figure is the median over the turns of
-the ratio within a turn, so that what else the machine does falls on all of them.
+The first compares with full logits and with the bare products; the second with the head of another commit, which it
+loads beside ours, and shows what functionals cost.
+
+Processor time of one thread. The variants take turns in one process, each turn beginning with another one, and each
+ratio is of two times in the same turn, so that what else the machine does falls on all of them; medians and quartiles.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ibro_lightning.functional.fused_head import linear_logprob_entropy
+from ibro_lightning.functional import HeadFunctional, RestrictedEntropy, TokenProbability
+from ibro_lightning.functional.fused_head import linear_head, linear_logprob_entropy
 from ibro_lightning.functional.logprobs import logprob_and_entropy
 
 MIB = 1 << 20
+WITHOUT_FUNCTIONALS = "94cdc23~1"
+"""The commit before the head had functionals."""
+FUNCTIONALS: dict[str, dict[str, HeadFunctional]] = {
+    "top-p 0.8 entropy": {"entropy": RestrictedEntropy(top_p=0.8)},
+    "top 70 % entropy": {"entropy": RestrictedEntropy(top_fraction=0.7)},
+    "P(EOS)": {"end": TokenProbability([2])},
+    "top-p entropy and P(EOS)": {"entropy": RestrictedEntropy(top_p=0.8), "end": TokenProbability([2])},
+}
 
 
 class Problem:
@@ -47,11 +64,25 @@ class Problem:
             linear_logprob_entropy(self.hidden, self.weight, self.targets, chunk_size=self.chunk_size)
         )
 
+    def fused_by(self, module: ModuleType) -> list[Tensor]:
+        """By another version of the head."""
+        return self.with_gradients(
+            module.linear_logprob_entropy(self.hidden, self.weight, self.targets, chunk_size=self.chunk_size)
+        )
+
+    def told(self, functionals: Mapping[str, HeadFunctional]) -> list[Tensor]:
+        """With functionals, and gradients arriving for them too."""
+        logp, entropy, told = linear_head(
+            self.hidden, self.weight, self.targets, functionals, chunk_size=self.chunk_size
+        )
+        return self.with_gradients((logp, entropy, *told.values()))
+
     def naive(self) -> list[Tensor]:
         return self.with_gradients(logprob_and_entropy(self.hidden @ self.weight.T, self.targets))
 
     def with_gradients(self, outputs: tuple[Any, ...]) -> list[Tensor]:
-        gradients = torch.autograd.grad(outputs, (self.hidden, self.weight), self.upstream)
+        upstream = [self.upstream[number % 2] for number in range(len(outputs))]
+        gradients = torch.autograd.grad(outputs, (self.hidden, self.weight), upstream)
         return [*(x.detach() for x in outputs), *gradients]
 
     @torch.no_grad()
@@ -94,6 +125,56 @@ def cpu_seconds(run: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+def in_turns(variants: Mapping[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
+    """CPU seconds of each variant in each turn."""
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(turns + 1):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            taken = cpu_seconds(variants[name])
+            if turn:  # The first one warms up.
+                seconds[name].append(taken)
+    return seconds
+
+
+def quartiles(ratios: list[float]) -> str:
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{middle:.3f} ({low:.3f} - {high:.3f})"
+
+
+def head_of(commit: str) -> ModuleType:
+    """The head as ``commit`` has it; what it imports of the package is today's."""
+    path = "src/ibro_lightning/functional/fused_head.py"
+    root = Path(__file__).parent.parent
+    shown = subprocess.run(["git", "show", f"{commit}:{path}"], cwd=root, capture_output=True, text=True, check=True)
+    module = ModuleType(f"fused_head_{commit}")
+    exec(compile(shown.stdout, f"{commit}:{path}", "exec"), vars(module))
+    return module
+
+
+def show_functionals(problem: Problem, commit: str, turns: int) -> None:
+    """Time and memory of the plain head beside that of ``commit``, in three times as many turns, and of functionals."""
+    before = head_of(commit)
+    plain: dict[str, Callable[[], object]] = {"plain": problem.fused, "before": lambda: problem.fused_by(before)}
+    alike = all(map(torch.equal, problem.fused(), problem.fused_by(before)))
+    bytes_of = {name: peak_bytes(run) - problem.weight.nbytes for name, run in plain.items()}
+    ours, theirs = in_turns(plain, 3 * turns).values()
+    ratio = quartiles([a / b for a, b in zip(ours, theirs, strict=True)])
+    print(f"plain head / that of {commit}: time {ratio}, memory {bytes_of['plain'] / bytes_of['before']:.3f}", end="")
+    print(f", outputs and gradients {'the same bit for bit' if alike else 'NOT the same'}")
+
+    variants: dict[str, Callable[[], object]] = {"plain": problem.fused}
+    variants |= {name: functools.partial(problem.told, told) for name, told in FUNCTIONALS.items()}
+    seconds = in_turns(variants, turns)
+    peaks = {name: peak_bytes(run) - problem.weight.nbytes for name, run in variants.items()}
+    full = peak_bytes(problem.naive) - problem.weight.nbytes
+    print(f"{'':26}{'CPU s':>7}{'/ plain':>24}{'peak MiB':>10}{'/ full logits':>15}")
+    for name, own in seconds.items():
+        over = quartiles([a / b for a, b in zip(own, seconds["plain"], strict=True)])
+        print(f"{name:26}{statistics.median(own):7.2f}{over:>24}{peaks[name] / MIB:10.0f}{peaks[name] / full:15.3f}")
+
+
 def error_sizes(got: list[Tensor], exact: list[Any]) -> dict[str, float]:
     """Of the outputs, the largest error in nats; of the gradients, its norm and its largest entry, relative to those of
     the exact gradient."""
@@ -119,10 +200,15 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 inputs, instead of float32")
     parser.add_argument("--chunk_size", type=int, help="rows of logits at a time; by default the function's own choice")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--functionals", action="store_true", help="what functionals cost, and the head without them")
+    parser.add_argument("--before", default=WITHOUT_FUNCTIONALS, help="the commit whose head is compared then")
     args = parser.parse_args()
     torch.set_num_threads(1)
     problem = Problem(args.n, args.d, args.v, torch.bfloat16 if args.bf16 else torch.float32, args.chunk_size)
     print(f"N={args.n} D={args.d} V={args.v} {problem.hidden.dtype}, torch {torch.__version__}")
+    if args.functionals:
+        show_functionals(problem, args.before, args.repeats)
+        return
 
     variants: dict[str, Callable[[], object]] = {
         "fused": problem.fused,
@@ -130,12 +216,7 @@ def main() -> None:
         "four products": problem.products,
         "four products, 256 rows": lambda: problem.products(256),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(args.repeats + 1):
-        for name, run in variants.items():
-            taken = cpu_seconds(run)
-            if turn:  # The first one warms up.
-                seconds[name].append(taken)
+    seconds = in_turns(variants, args.repeats)
     # The gradient of the weights is there whatever is done, and not counted.
     peaks = {name: peak_bytes(variants[name]) - problem.weight.nbytes for name in ("fused", "naive")}
     print(f"{'':25}{'CPU s':>8}{'/ products':>12}{'/ naive':>9}{'peak MiB':>10}{'/ naive':>9}")

@@ -13,7 +13,7 @@ import pytest
 
 from helpers.crash import Moment, Reference, go_on, kill, phases, write_recipe
 from helpers.crash_trials import FOREIGN, KINDS, LAST, OVERLAP, Bench, Foreign
-from helpers.run_comparison import differences, unequal
+from helpers.run_comparison import curves, differences, unequal
 from helpers.user_code import USER_CODE
 from ibro_lightning.runs.checkpoints.index import ABOUT
 from ibro_lightning.runs.checkpoints.plugin import read_about
@@ -97,6 +97,24 @@ def test_killed_while_a_rollout_is_in_flight(algorithm: str, ranks: int, tiny_po
         assert kill(tmp_path, moment, *settings, *LAST, ranks=ranks, fresh=not number), f"{moment} never came"
     go_on(tmp_path, *settings, ranks=ranks)
     check(tmp_path, f"{algorithm} with overlap")
+
+
+@pytest.mark.parametrize("overlap", [(), OVERLAP], ids=["", "overlap"])
+def test_killed_with_a_curriculum(overlap: tuple[str, ...], tiny_policy: Path, tmp_path: Path) -> None:
+    """The outcomes of the rollouts before a checkpoint, and with overlap of the one in flight, decide what comes."""
+    settings = (*overlap, "--trainer.max_epochs", "5", "--data.source", "DifficultyPools")
+    settings += ("--data.source.source", "user_code.Starts", "--data.source.low", "0.25", "--data.source.high", "0.5")
+    write_recipe(tmp_path, "DAPOModule", tiny_policy, USER_CODE)
+    Reference.make(tmp_path, *settings)
+    assert min(value for _, value in curves(tmp_path / "reference")["curriculum/admitted"]) < 1
+    engine = (
+        "ibro_lightning.engines.EngineProcess.generate" if overlap else "ibro_lightning.engines.hf.HFEngine.generate"
+    )
+    moments = [Moment("half", 2), Moment(engine, 2), Moment(UPDATES, 3), Moment(UPDATES, 1, stop=True)]
+    for number, moment in enumerate(moments):
+        assert kill(tmp_path, moment, *settings, *LAST, fresh=not number), f"{moment} never came"
+    go_on(tmp_path, *settings)
+    check(tmp_path, "with a curriculum")
 
 
 SHARDS = "torch.distributed.checkpoint.filesystem._write_item"

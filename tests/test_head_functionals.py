@@ -18,6 +18,7 @@ from ibro_lightning.functional import (
     Margin,
     RestrictedEntropy,
     TokenProbability,
+    head_functionals,
     linear_head,
     linear_logprob_entropy,
 )
@@ -121,6 +122,51 @@ def test_values_and_gradients_are_those_of_full_logits(name: str, n: int) -> Non
         ours = torch.autograd.grad(told[name], leaves, upstream, retain_graph=True)
         theirs = torch.autograd.grad(expected, leaves, upstream)
         assert max(relative(a, b) for a, b in zip(ours, theirs, strict=True)) < 1e-10
+
+
+@pytest.mark.parametrize("first", [1, 2, 7, 60, 61, 1000])
+@pytest.mark.parametrize("share", [0.3, 0.8, 1.0])
+def test_top_p_is_the_same_however_many_candidates_are_tried_first(
+    monkeypatch: pytest.MonkeyPatch, first: int, share: float
+) -> None:
+    """Also where many tokens tie with the last candidate: logits are multiples of a half."""
+    monkeypatch.setattr(head_functionals, "_FIRST_TOP", first)
+    logits = (torch.randn(40, V, generator=torch.Generator().manual_seed(8), dtype=F64) * 4).round() / 2
+    logits[0], logits[1, 5] = 0.0, 50.0  # all alike, and one alone
+    functional, upstream = RestrictedEntropy(top_p=share), torch.linspace(-1, 1, 40, dtype=F64)
+    leaf = logits.clone().requires_grad_()
+    p = leaf.detach().softmax(dim=1)
+    edge = torch.where(in_top_p(logits, share), p, 2.0).amin(dim=1, keepdim=True)
+    expected = restricted(leaf, p >= edge)
+    found = functional.forward(logits, slice(0, 40))
+    assert torch.allclose(found[0], expected, rtol=1e-12, atol=1e-12)
+    (gradient,) = torch.autograd.grad(expected, leaf, upstream)
+    assert torch.allclose(functional.gradient(logits, slice(0, 40), upstream, *found), gradient, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("count", [1, 5, 300, 2999, 3000])
+def test_numpys_selection_is_that_of_topk(dtype: torch.dtype, count: int) -> None:
+    logits = torch.randn(3, 3000, generator=torch.Generator().manual_seed(9), dtype=dtype)
+    logits[1] = logits[1].round()
+    expected = logits.topk(count, dim=1).values
+    assert torch.equal(head_functionals._largest(logits, count), expected)
+    assert torch.equal(head_functionals._kth_largest(logits, count), expected[:, -1])
+
+
+@pytest.mark.parametrize("functional", [RestrictedEntropy(top_p=0.8), RestrictedEntropy(top_fraction=0.7)])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_what_is_left_out_gets_no_gradient_to_speak_of(functional: RestrictedEntropy, dtype: torch.dtype) -> None:
+    """And nothing underflows: a CPU takes twenty times as long for denormal numbers."""
+    logits = torch.randn(9, 4000, generator=torch.Generator().manual_seed(10), dtype=dtype) * 3
+    entropy, lowest, total = functional.forward(logits, slice(0, 9))
+    outside = logits < lowest.unsqueeze(1)
+    assert outside.any(dim=1).all()
+    gradient = functional.gradient(logits, slice(0, 9), torch.ones(9, dtype=dtype), entropy, lowest, total)
+    assert gradient[outside].abs().max() < 1e-34
+    exps = head_functionals._inside(logits, lowest, total).exp()
+    assert exps.min() >= torch.finfo(dtype).tiny
+    assert torch.allclose(exps.sum(dim=1), torch.ones(9, dtype=dtype), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from helpers.collecting import IsOne, Paths, Provider, ScriptedEngine, build
+from helpers.collecting import IsOne, Paths, ScriptedEngine, build, through_a_file, trainer_of
 from helpers.forked import engine_processes, fork_engines
 from helpers.models import TinyQwen2
 from helpers.run_comparison import differences, unequal
@@ -32,24 +30,6 @@ from ibro_lightning.rewards import VerifiableReward
 from ibro_lightning.timing import PhaseTimer
 
 torch.set_num_threads(1)
-
-
-class Learner(Provider):
-    learns_off_policy = True
-
-
-def trainer_of(tokenizer: Any, **settings: Any) -> Any:
-    """As much of a Trainer as the datamodule asks; by default it never ends."""
-    ready = SimpleNamespace(current=SimpleNamespace(ready=0))
-    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=ready))
-    defaults = {"max_epochs": -1, "max_steps": -1, "num_training_batches": 1, "current_epoch": 0, "global_step": 0}
-    return SimpleNamespace(
-        fast_dev_run=1,
-        lightning_module=Learner(tokenizer),
-        predicting=True,
-        fit_loop=loop,
-        **{**defaults, **settings},
-    )
 
 
 def overlapped(tokenizer: Any, rights: Sequence[int] | None = None, **settings: Any) -> RolloutDataModule:
@@ -221,14 +201,6 @@ class Numpys(VerifiableReward):
         import numpy
 
         return numpy.float64(completion.text == "1")
-
-
-def through_a_file(state: Any) -> Any:
-    """As Lightning reads it: nothing but plain values and tensors."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 class TestState:

@@ -105,6 +105,10 @@ PPO = {
     "micro_batch_tokens": 40,
     "mini_batch_prompts": 7,
 }
+CURRICULUM = {
+    "class_path": "DifficultyPools",
+    "init_args": {"source": {"class_path": "scripted.Starts"}, "low": 0.25, "high": 0.5, "easy_share": 0.2},
+}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "DAPO": ({}, {}),
     "PPO": (PPO, {"group_size": 1, "prompts_per_rollout": 20, "dynamic_sampling": None}),
@@ -124,6 +128,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "whitened over the rollout": ({"advantage": "reinforce++"}, {}),
+    # Which prompts come depends on what all ranks' groups have shown.
+    "curriculum": ({}, {"source": CURRICULUM}),
 }
 TWO_RANKS = {
     "ddp": "ddp",
@@ -189,7 +195,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, policy: Path) -> Mapping[str
     return Runs()
 
 
-QUICK = {("DAPO", "ddp"), ("DAPO", "fsdp2"), ("DAPO", "tensor parallel"), ("PPO", "fsdp2")}
+QUICK = {("DAPO", "ddp"), ("curriculum", "ddp"), ("DAPO", "fsdp2"), ("DAPO", "tensor parallel"), ("PPO", "fsdp2")}
 # Ranks of a tensor-parallel group share their data: nothing is split, so two cases are enough.
 PAIRS = [
     pytest.param(case, name, marks=() if (case, name) in QUICK else pytest.mark.slow)

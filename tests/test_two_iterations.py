@@ -156,6 +156,46 @@ def test_a_coefficient_of_zero_is_no_regularisation(
     assert "update/regularizer" not in curves
 
 
+OWN = """
+from ibro_lightning.functional import HeadFunctional
+from ibro_lightning.regularizers import EntropyRegularizer
+
+
+class SumOfSquares(HeadFunctional):
+    def value(self, logits, rows):
+        return logits.softmax(dim=1).square().sum(dim=1)
+
+
+class OwnRenyi(EntropyRegularizer):
+    needs_entropy = False
+    reads_old_entropy = False
+
+    def __init__(self, coef: float):
+        super().__init__(coef)
+
+    def functionals(self, context):
+        return {"collision": SumOfSquares()}
+
+    def objective(self, stats):
+        return -stats.extra["collision"].log()
+"""
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_users_own_regulariser_on_a_functional_of_their_own_does_what_ours_does(
+    workspace: Path, run_of: Callable[[str, str], Run], monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    """From a recipe and a file outside the package; autograd differentiates their functional."""
+    (workspace / "own_renyi.py").write_text(OWN)
+    monkeypatch.setitem(METHODS, "own", ("own_renyi.OwnRenyi", "coef: 0.5", [], ""))
+    weights, curves = fit(workspace, module, "own")
+    our_weights, our_curves = run_of("renyi", module)
+    assert largest_difference(weights, our_weights) < 1e-5
+    assert largest_difference(weights, run_of("none", module)[0]) > 1e-4
+    for name in ("regularizer/collision", "update/regularizer"):
+        assert curves[name] == pytest.approx(our_curves[name], rel=1e-4), name
+
+
 SGD = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1.0", "--model.mini_batch_prompts", "null"]
 
 

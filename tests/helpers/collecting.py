@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -119,3 +121,29 @@ def build(tokenizer, rights: Sequence[int] | None = None, *, attach: bool = True
         data.trainer = SimpleNamespace(fast_dev_run=1, lightning_module=Provider(tokenizer), predicting=True)
         data.setup("fit")
     return data
+
+
+class Learner(Provider):
+    learns_off_policy = True
+
+
+def trainer_of(tokenizer: Any, **settings: Any) -> Any:
+    """As much of a Trainer as the datamodule asks; by default it never ends."""
+    ready = SimpleNamespace(current=SimpleNamespace(ready=0))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=ready))
+    defaults = {"max_epochs": -1, "max_steps": -1, "num_training_batches": 1, "current_epoch": 0, "global_step": 0}
+    return SimpleNamespace(
+        fast_dev_run=1,
+        lightning_module=Learner(tokenizer),
+        predicting=True,
+        fit_loop=loop,
+        **{**defaults, **settings},
+    )
+
+
+def through_a_file(state: Any) -> Any:
+    """As Lightning reads it: nothing but plain values and tensors."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)

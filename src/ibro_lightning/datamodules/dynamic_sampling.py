@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +12,7 @@ import torch
 from ibro_lightning.errors import check_count
 from ibro_lightning.functional import informative_groups
 from ibro_lightning.ranks import Ranks
+from ibro_lightning.sources.pass_rates import Outcome
 from ibro_lightning.timing import PhaseTimer
 from ibro_lightning.types import Group, check_choice
 
@@ -49,6 +51,8 @@ class SampledGroups:
         self.kept: list[int] = []
         self.uninformative: dict[int, bool] = {}
         """``{position: all right?}`` of the groups without variance."""
+        self.outcomes: dict[int, Outcome] = {}
+        """Of all ranks' groups."""
         self.zero_variance = self.rounds = 0
 
     def add(self, groups: dict[int, Group], ranks: Ranks, *, filtered: bool) -> None:
@@ -59,10 +63,12 @@ class SampledGroups:
         index = torch.tensor([i for i, group in enumerate(groups.values()) for _ in group.results], dtype=torch.long)
         informative = informative_groups(accuracy, index).tolist() if groups else []
         first_right = [group.results[0].parts["accuracy"] > 0 for group in groups.values()]
-        own = dict(zip(groups, zip(informative, first_right, strict=True), strict=True))
+        outcomes = map(_outcome, groups.values())
+        own = dict(zip(groups, zip(informative, first_right, outcomes, strict=True), strict=True))
         everyone = dict(sorted(pair for part in ranks.gather(own) for pair in part.items()))
-        self.zero_variance += sum(not useful for useful, _ in everyone.values())
-        for position, (useful, right) in everyone.items():
+        self.zero_variance += sum(not useful for useful, _, _ in everyone.values())
+        for position, (useful, right, outcome) in everyone.items():
+            self.outcomes[position] = outcome
             if useful or not filtered:
                 self.kept.append(position)
             else:
@@ -85,3 +91,10 @@ class SampledGroups:
             **{name: sum(counts[name] for counts, _ in reports) for name in counted},
             **{name: max(times.get(name, 0.0) for _, times in reports) for name in reports[0][1]},
         }
+
+
+def _outcome(group: Group) -> Outcome:
+    """A response that its deadline cut, or whose verifier was stopped, says nothing about its prompt."""
+    pairs = zip(group.completions, group.results, strict=True)
+    judged = [float(result.parts["accuracy"]) for response, result in pairs if not (response.late or result.timed_out)]
+    return (math.fsum(judged) / len(judged) if judged else 0.0), len(judged)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import asdict
 from itertools import accumulate, islice, pairwise
 from typing import Any
 
@@ -68,7 +67,7 @@ class InFlight:
             "total_groups": produced.total_groups,
             "skip_update": produced.skip_update,
             "metrics": {name: value for name, value in produced.metrics.items() if not name.startswith("time/")},
-            "after": asdict(produced.after),
+            "after": produced.after.state(),
         }
 
 
@@ -80,7 +79,7 @@ def restored(state: Mapping[str, Any], prompts: Sequence[Prompt], ranks: Ranks) 
         prompts: of the run; the checkpoint has their ids.
     """
     by_id = {prompt.id: prompt for prompt in prompts}
-    shares, after = state["shares"], Progress(**state["after"])
+    shares, after = state["shares"], Progress.of(state["after"])
     if any(name not in by_id for share in shares for part in ("own", "dropped") for name in share[part]["prompts"]):
         return None
     if len(shares) == ranks.size:

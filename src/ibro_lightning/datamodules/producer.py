@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from ibro_lightning.batches import Rollout
 from ibro_lightning.datamodules.collector import Collector
@@ -14,6 +15,9 @@ from ibro_lightning.errors import RolloutError
 from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.rewards import Reward
 from ibro_lightning.seeding import derive_seed, permutation, run_seed, update_seed
+from ibro_lightning.sources.admission import Draws, draws_of
+from ibro_lightning.sources.curriculum import Curriculum
+from ibro_lightning.sources.pass_rates import PassRates
 from ibro_lightning.sources.prompts import PromptCursor
 from ibro_lightning.timing import PhaseTimer
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult, SamplingParams
@@ -26,11 +30,23 @@ class Progress:
     iteration: int = 0
     """Rollouts so far."""
     position: int = 0
-    """Prompts drawn so far."""
+    """Prompts drawn so far; with a curriculum, those that it passed over included."""
     skips: int = 0
     """Rollouts in a row without an informative group."""
     lost_rollouts: int = 0
     """Rollouts in a row whose verdicts were lost."""
+    seen: PassRates | None = None
+    """How often each prompt has been answered right; None without a curriculum, and before its first rollout."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors, for a checkpoint."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Progress:
+        """Inverse of :meth:`state`."""
+        seen = state.get("seen")
+        return cls(**{**state, "seen": None if seen is None else PassRates(**seen)})
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,7 @@ class RolloutProducer:
     """Arguments: see :class:`RolloutDataModule`.
 
     Args:
+        curriculum: the source of the cursor's prompts, if it is one.
         ahead: rollouts are made in another thread while the policy learns, so the engine stays on its device.
     """
 
@@ -63,6 +80,7 @@ class RolloutProducer:
     prompts_per_rollout: int
     group_size: int
     dynamic_sampling: DynamicSampling | None = None
+    curriculum: Curriculum | None = None
     ahead: bool = False
     ranks: Ranks = field(default=ALONE)
 
@@ -75,18 +93,22 @@ class RolloutProducer:
         """
         self.collector.take_verdicts()  # discard counts of trials and evaluations
         stopped = self.collector.verifications_stopped()
-        sampled, position = self._collect_groups(start, timer)
+        self.cursor.position = start.position
+        draws = draws_of(self.curriculum, self.cursor, start.seen, run_seed())
+        sampled = self._collect_groups(draws, start.iteration, timer)
         if not self.ahead:
             self.collector.engine.offload()
         stopped = {why: count - stopped[why] for why, count in self.collector.verifications_stopped().items()}
         metrics = {**sampled.metrics(), **sampled.totals(self.ranks, stopped, timer), **measured}
+        metrics |= draws.metrics()
         lost = LostVerdicts(self.collector.reward_pool, start.lost_rollouts)
         if self.collector.reward_pool is not None:
             groups, moment = list(sampled.mine.values()), f"iteration {start.iteration + 1}"
             verdicts = self.collector.take_verdicts()
             metrics["verifier/lost_share"] = lost.note(groups, verdicts, moment, self.ranks)
         trained, skip, skips = self._select_groups(sampled, start.skips)
-        after = Progress(start.iteration + 1, position, skips, lost.in_a_row)
+        seen = draws.seen_after(sampled.outcomes)
+        after = Progress(start.iteration + 1, self.cursor.position, skips, lost.in_a_row, seen)
         kept = set(trained)
         return Produced(
             own=self._distribute(sampled, trained, after.iteration),
@@ -113,18 +135,16 @@ class RolloutProducer:
             placeholder=not own,
         )
 
-    def _collect_groups(self, start: Progress, timer: PhaseTimer) -> tuple[SampledGroups, int]:
-        """Sample rounds of groups until enough are informative; one round without dynamic sampling. Returns them, and
-        the number of prompts drawn so far."""
+    def _collect_groups(self, draws: Draws, iteration: int, timer: PhaseTimer) -> SampledGroups:
+        """Sample rounds of groups until enough are informative; one round without dynamic sampling."""
         sampled = SampledGroups()
-        self.cursor.position = start.position
         max_rounds = self.dynamic_sampling.max_rounds if self.dynamic_sampling else 1
         while len(sampled.kept) < self.prompts_per_rollout and sampled.rounds < max_rounds:
-            draws = self.cursor.draw(self._round_size(len(sampled.kept), len(sampled.uninformative)))
+            drawn = draws.draw(self._round_size(len(sampled.kept), len(sampled.uninformative)))
             with self.ranks.all_or_none():
-                groups = self._generate(self.ranks.share(draws), start.iteration, timer)
+                groups = self._generate(self.ranks.share(drawn), iteration, timer)
             sampled.add(groups, self.ranks, filtered=self.dynamic_sampling is not None)
-        return sampled, self.cursor.position
+        return sampled
 
     def _round_size(self, kept: int, uninformative: int) -> int:
         """Number of prompts to sample: those missing, divided by the share that has been informative so far."""

@@ -4,7 +4,7 @@ update ago."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from ibro_lightning.rewards.base import check_reward_object
 from ibro_lightning.seeding import run_seed
 from ibro_lightning.sources.base import PromptSource
 from ibro_lightning.sources.control_text import report_shown
+from ibro_lightning.sources.curriculum import Curriculum
 from ibro_lightning.sources.prompts import PromptCursor, PromptLimits
 from ibro_lightning.timing import PhaseTimer
 from ibro_lightning.types import ControlText, Prompt, SamplingParams
@@ -37,7 +38,7 @@ class RolloutDataModule(EvaluationDataModule):
     See :class:`EvaluationDataModule` for the arguments from ``engine`` on.
 
     Args:
-        source: training problems.
+        source: training problems; a :class:`.Curriculum` asks them by how often they have been answered right.
         reward: judges the responses; its total is the training signal, its "accuracy" part is reported and filtered on.
         sampling: training needs a temperature above 0 and the full distribution (no top_p, top_k, min_p).
         prompts_per_rollout: groups in one rollout, i.e. in one Lightning batch.
@@ -136,6 +137,7 @@ class RolloutDataModule(EvaluationDataModule):
             prompts_per_rollout=self.prompts_per_rollout,
             group_size=self.group_size,
             dynamic_sampling=self.dynamic_sampling,
+            curriculum=self.source if isinstance(self.source, Curriculum) else None,
             ahead=self.max_staleness > 0,
             ranks=self.ranks.for_another_thread() if self.max_staleness else self.ranks,
         )
@@ -202,7 +204,7 @@ class RolloutDataModule(EvaluationDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Waits for a rollout that is being made, which is part of the state. Collective."""
-        state = asdict(self.progress)
+        state = self.progress.state()
         if self._cursor is not None:
             state["prompts"] = self._cursor.digest
         following = self._stored if self._next is None else self._next.state(self.ranks)
@@ -213,7 +215,7 @@ class RolloutDataModule(EvaluationDataModule):
         following, prompts = state.pop("next", None), state.pop("prompts", None)
         if self._cursor is not None and not self.allow_other_prompts:
             self._cursor.refuse_others(prompts)
-        self.progress = Progress(**state)
+        self.progress = Progress.of(state)
         self._stored = following if self.max_staleness else None
 
     def next_rollout(self) -> Rollout:

@@ -9,20 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 from ibro_lightning.sources.base import DemonstrationSource, PromptSource
 from ibro_lightning.sources.contamination import Overlap, overlaps
+from ibro_lightning.sources.curriculum import Curriculum, DifficultyPools
 from ibro_lightning.sources.mixture import MixturePart, MixtureSource
 from ibro_lightning.sources.templates import TEMPLATES, bare_question
 
 if TYPE_CHECKING:
     from ibro_lightning.sources.dataset import DatasetSource, SourceReport
+    from ibro_lightning.sources.pass_rates import PassRates
     from ibro_lightning.sources.prompts import PromptCursor, PromptLimits, encode_prompts
 
 __all__ = [
     "TEMPLATES",
+    "Curriculum",
     "DatasetSource",
     "DemonstrationSource",
+    "DifficultyPools",
     "MixturePart",
     "MixtureSource",
     "Overlap",
+    "PassRates",
     "PromptCursor",
     "PromptLimits",
     "PromptSource",
@@ -32,6 +37,7 @@ __all__ = [
     "overlaps",
 ]
 _LAZY = dict.fromkeys(("DatasetSource", "SourceReport"), "dataset")
+_LAZY["PassRates"] = "pass_rates"
 _LAZY |= dict.fromkeys(("PromptCursor", "PromptLimits", "encode_prompts"), "prompts")
 
 

@@ -10,6 +10,7 @@ from itertools import islice
 
 from ibro_lightning.errors import ConfigError, check_instance, is_number
 from ibro_lightning.sources.base import PromptSource, check_problem
+from ibro_lightning.sources.curriculum import Curriculum
 from ibro_lightning.types import Problem
 
 
@@ -59,6 +60,9 @@ class MixtureSource(PromptSource):
             if isinstance(part.source, MixtureSource):
                 remedy = "mixtures cannot be nested: write its parts here"
                 raise ConfigError(f"parts.{name}.source", "MixtureSource", remedy)
+            if isinstance(part.source, Curriculum):
+                remedy = "a curriculum is around the mixture: write the mixture as its source"
+                raise ConfigError(f"parts.{name}.source", type(part.source).__name__, remedy)
         self.parts = dict(parts)
         total = math.fsum(part.weight for part in parts.values())
         self.weights = {name: part.weight / total for name, part in parts.items()}

@@ -198,6 +198,11 @@ class PromptCursor:
             digest.update(array("q", prompt.token_ids).tobytes())
         return digest.hexdigest()
 
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """The place of each prompt in :attr:`prompts`, by id."""
+        return {prompt.id: number for number, prompt in enumerate(self.prompts)}
+
     def refuse_others(self, then: str | None) -> None:
         """Raise :class:`ConfigError` unless ``then``, the digest in a checkpoint, is None or that of these prompts."""
         if then not in (None, self.digest):
