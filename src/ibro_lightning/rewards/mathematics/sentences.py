@@ -38,8 +38,8 @@ _OPEN_TERM = re.compile(
 """What ends in the middle of a term or a list, so that the answer is a part of it."""
 _OTHER = re.compile(rf"(?!{_MARKUP}|[A-Za-z.,’]).", re.DOTALL)
 _JOINTS = words("of than to by from the a an as for value be been equal")
-_EXTREME = words("maximum minimum remainder")
-"""What a number is "of" that it leaves as it is."""
+_NEUTRAL = words("maximum minimum remainder first third")
+"""What stands before a number, or is what it is "of", and leaves it as it is."""
 _COPULA = re.compile(r"(?:\b(?:is|are|was|were)\b(?!n)|(?<![0-9]):|(?<![<>!\\])=)")
 _EQUALS = re.compile(r"\b(?:equals?|be|been)\b")
 _DOUBT = re.compile(
@@ -154,7 +154,7 @@ def _leads(before: str, *, strict: bool) -> bool:
         return not _OTHER.search(lead) and all(word in _LEADING for word in found)
     while found and found[-1] in _JOINTS:
         found.pop()
-    return not (found and found[-1] in CHANGING - _EXTREME)
+    return not (found and found[-1] in CHANGING - _NEUTRAL)
 
 
 def since(pattern: re.Pattern[str], text: str) -> str:
