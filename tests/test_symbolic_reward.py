@@ -156,8 +156,8 @@ def test_a_gold_that_cannot_be_read_is_an_error_of_the_data(gold: str | None) ->
 def test_only_the_end_of_a_response_is_read_and_formulas_are_not_cut_open() -> None:
     late = "So $a$ and $b$.\n" * 400 + "It is $34$."
     assert math_verify_score(late, "34") == 1.0
-    assert math_verify_score(r"\boxed{34}" + " x" * 3000, "34") == 0.0
-    assert math_verify_score(r"\boxed{34}" + " x" * 3000, "34", last_chars=7000) == 1.0
+    assert math_verify_score(r"\boxed{34}." + " x" * 3000, "34") == 0.0
+    assert math_verify_score(r"\boxed{34}." + " x" * 3000, "34", last_chars=7000) == 1.0
     assert judged("$x=5$\nIt is $34$ of $7 x$", "1", last_chars=25) == judged("It is $34$ of $7 x$", "1")
 
 

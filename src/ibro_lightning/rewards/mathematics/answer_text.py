@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 
+from ibro_lightning.rewards.mathematics.answers.spelling import ASCII
+from ibro_lightning.rewards.mathematics.answers.units import is_known, is_unit_word, measured
+from ibro_lightning.rewards.mathematics.answers.vocabulary import words
+from ibro_lightning.rewards.mathematics.boxes import boxed_answer
 from ibro_lightning.rewards.mathematics.dapo_rule import tidied
 from ibro_lightning.rewards.mathematics.gold_text import BOX, THOUSANDS, boxed, canonical_gold
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
 
 _SPECIAL_TOKEN = re.compile(r"<\|[^|<>\s]{1,64}\|>")
 # "**Answer:** 34", "Final answer**: 34", "\textbf{Answer:} 34". The value is the rest of the line or, if that is empty,
@@ -24,14 +23,7 @@ _FORMULA = re.compile(
     r"\$\$([^$]+)\$\$|(?<!\\)\$((?:\\\$|[^$\n])+)(?<!\\)\$|\\\(((?:[^\\\n]|\\(?!\)))+)\\\)|\\\[((?:[^\\]|\\(?!\]))+)\\\]"
 )
 _STYLE = re.compile(r"\\(?:text|textbf|mathbf|mathrm|textit|boldsymbol|bm)\s*\{([^{}]*)\}")
-_NEAR = 20
-"""Up to so many characters apart, two boxes are one answer in two parts, such as "1 or 2"."""
-_TOUCHING = re.compile(r"\s*(?:[\^+*/]|\\(?:cdot|times)\b)\s*[\w\\({].*")
 _JOINED = re.compile(r"\s*,?\s*(?:or|and|to|-|–)\s*")
-
-# Full-width forms, spaces that are not ASCII, and the true minus sign.
-_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
-_ASCII |= {ord(space): ord(" ") for space in "\u3000\u00a0\u202f\u2009"} | {0x2212: ord("-")}
 
 _QUANTITY = re.compile(
     rf"([-+]?\s?(?:\\?[$€£]\s?)?(?:[0-9]+(?:{THOUSANDS}[0-9]{{3}})*(?:\.[0-9]+)?|\.[0-9]+))(.*)", re.DOTALL
@@ -42,18 +34,7 @@ _UNIT_SIGN = re.compile(r"\s*(?:\\?%|\\?\$|€|°|\^\s*\{?\s*\\circ\s*\}?|\\degr
 _UNIT_TEXT = re.compile(r"\\(?:text|mathrm|mbox|textnormal)\s*\{([^{}]*)\}")
 _UNIT_POWER = re.compile(r"(?:\^\{?[23]\}?|[²³])$")
 _UNIT_SPACE = re.compile(r"\\[,;:! ]|~|(?<=[A-Za-z])\.")
-_SHORT_UNITS = _words(
-    "cm mm km m ft in kg mg g lb lbs oz mi yd ml s h hr hrs min sec mph kmh am pm ha pct men day way pie cup egg box "
-    "cat dog pen car bag a the of per sq cu"
-)
-# Words that change the number before them, or make it uncertain.
-_NOT_UNITS = _words(
-    "more less than over under about nearly almost plus minus times divided modulo squared cubed factorial sqrt root "
-    "half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths tenth tenths hundred hundreds "
-    "hundredth hundredths thousand thousands thousandth thousandths million millions billion billions trillion dozen "
-    "dozens alpha beta gamma delta theta lambda sigma omega epsilon zeta kappa infinity choose base binary either "
-    "maybe else possibly perhaps approximately"
-)
+_SHORT_UNITS = words("ft in am pm pct the of per sq cu")
 _NAME = re.compile(r"(?:\\?[A-Za-z]+(?:_\{?\w{1,9}\}?)?|[A-Za-z]\(\w{1,9}\))\s*=\s*(?=[^=]*$)")
 # The text before the last "=" must not hold another answer: "x = 1 or x = 2", "1, x = 2".
 _HEDGE = re.compile(r"[,;<>≤≥±≠≈]|\\(?:neq?|leq?|geq?|lt|gt|pm|quad|approx)\b|\b(?:or|and|to)\b")
@@ -95,12 +76,12 @@ def final_answer(text: str) -> str:
     Whichever comes last of an "Answer:" line and a box counts; a formula counts only without either, and only if no
     number follows it. Adjacent answers ("1 or 2") stay one answer, which equals neither.
     """
-    text = text.translate(_ASCII)
+    text = text.translate(ASCII)
     line = answer_line(text)
     if line is None:
-        return _box(text) if BOX.search(text) else _last_formula(text)
+        return _boxed(text) if BOX.search(text) else _last_formula(text)
     if BOX.search(line):
-        return _box(line)
+        return _boxed(line)
     formulas = list(_FORMULA.finditer(line))
     if len(formulas) == 1:  # "The largest n is $34$", if nothing else on the line could be the answer
         others = line[: formulas[0].start()] + line[formulas[0].end() :]
@@ -112,7 +93,7 @@ def final_answer(text: str) -> str:
 def spelled(answer: str) -> str:
     """One spelling for all equivalent forms of an answer: numbers without plus sign, thousands separators, unit,
     leading zeros and trailing decimal zeros; other answers as the published rule tidies them. "" stays ""."""
-    value = bare(answer.translate(_ASCII))
+    value = bare(answer.translate(ASCII))
     value = bare(_NAME.sub("", value, count=1)) if _NAME.match(value) else value
     return _quantity(value) or _symbolic(value)
 
@@ -122,13 +103,18 @@ def same_answer(answer: str, gold: str) -> bool:
     value, right = spelled(answer), spelled(gold)
     if value and value == right:
         return True
-    before, _, after = bare(answer.translate(_ASCII)).rpartition("=")
+    before, _, after = bare(answer.translate(ASCII)).rpartition("=")
     return bool(before) and not _HEDGE.search(before) and _quantity(bare(after)) == right != ""
 
 
 def is_quantity(answer: str) -> bool:
     """Whether the answer is one number, with or without a name (``x = 5``) or a unit (``5 cm``)."""
     return _NUMBER.fullmatch(spelled(answer)) is not None
+
+
+def _boxed(text: str) -> str:
+    """The answer in the last boxes; "" if the last one is not closed."""
+    return "" if boxed(text) is None else boxed_answer(text)
 
 
 def _content(formula: re.Match[str]) -> str:
@@ -142,24 +128,6 @@ def _last_formula(text: str) -> str:
     if len(formulas) > 1 and _JOINED.fullmatch(text[formulas[-2].end() : formulas[-1].start()]):
         return f"{_content(formulas[-2])}, {_content(formulas[-1])}"
     return _content(formulas[-1])
-
-
-def _box(text: str) -> str:
-    """The last box with the sign or operator that touches it; and those right before it, if they differ."""
-    contents: list[str] = []
-    next_start = len(text)
-    while (inside := boxed(text)) is not None:
-        start = [opening.start() for opening in BOX.finditer(text)][-1]
-        end = text.find(inside, start) + len(inside) + 1
-        if contents and next_start - end > _NEAR:
-            break
-        whole = f"-{inside}" if text[start - 1 : start] in {"-", "−"} else inside
-        if power := _TOUCHING.match(text, end):
-            whole += power[0]
-        if whole not in contents:
-            contents.append(whole)
-        text, next_start = text[:start], start
-    return ", ".join(reversed(contents))
 
 
 def _quantity(value: str) -> str:
@@ -181,14 +149,12 @@ def _is_unit(text: str) -> bool:
     unit = _UNIT_TEXT.sub(r" \1 ", unit).strip()
     if power := _UNIT_POWER.search(unit):
         unit = unit[: power.start()]
-    words = _UNIT_SPACE.sub(" ", unit).lower().split()
-    if len(words) > 4 or (power and not words):
+    named = _UNIT_SPACE.sub(" ", unit).split()
+    if len(named) > 4 or (power and not named) or (named and not apart and not is_unit_word(named[0], spaced=False)):
         return False
-    return all(
-        word in _SHORT_UNITS
-        or (apart and len(word) > 3 and word.isascii() and word.isalpha() and word not in _NOT_UNITS)
-        for word in words
-    )
+    parts = [(word, 1) for word in named if word.lower() not in _SHORT_UNITS]
+    found = measured(parts) if parts else (1, ())
+    return found is not None and is_known(found[1])
 
 
 def _symbolic(value: str) -> str:

@@ -13,12 +13,10 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
-from ibro_lightning.rewards.mathematics.answers.units import is_unit
 from ibro_lightning.rewards.mathematics.boxes import boxed_answer
 from ibro_lightning.rewards.mathematics.expressions import library, targets
-from ibro_lightning.rewards.mathematics.sentences import answer_around
-
-_UNIT = re.compile(r"[ ~]{0,2}([A-Za-z]{1,12})(?![A-Za-z(=^_])")
+from ibro_lightning.rewards.mathematics.gold_text import BOX
+from ibro_lightning.rewards.mathematics.sentences import answer_in
 
 
 @dataclass(frozen=True)
@@ -58,21 +56,20 @@ def _text(match: re.Match[str], kind: str) -> str:
     if kind == "string":
         return match["string_keys"]
     if kind == "expr":
-        return answer_around(match, _number(groups) + _unit_behind(match))
-    parts = []
+        start = min(match.start(name) for name, value in groups.items() if value)
+        end = max(match.end(name) for name, value in groups.items() if value)
+        end = start + len(match.string[start:end].rstrip(" .\n"))
+        return answer_in(match.string, start, end, _number(groups))
+    parts, start, end = [], len(match.string), 0
     for name, value in groups.items():
         if value and "_latex" in name:
+            if BOX.search(value):
+                return boxed_answer(match.string)
             percent = groups.get(f"{name.split('_')[0]}_percent")
-            before = match.string[: match.start(name)]
-            content = boxed_answer(value, before, alone=name.endswith("latexBoxed"))
-            parts.append(content + (r"\%" if percent else ""))
-    return ", ".join(parts) + (_unit_behind(match) if len(parts) == 1 else "")
-
-
-def _unit_behind(match: re.Match[str]) -> str:
-    """The unit in ``$5$ cm``, which is text behind the formula: only words that are nothing but units."""
-    word = _UNIT.match(match.string, match.end())
-    return rf"\text{{ {word[1]}}}" if word and is_unit(word[1]) else ""
+            parts.append(value + (r"\%" if percent else ""))
+            start, end = min(start, match.start(name)), max(end, match.end(name))
+    end = max([end, *(match.end(name) for name, value in groups.items() if value and name.endswith("_percent"))])
+    return answer_in(match.string, start, end, ", ".join(parts))
 
 
 def _number(groups: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from ibro_lightning.rewards.mathematics.answers.rules import UNITS, Judgement, R
 from ibro_lightning.rewards.mathematics.extraction import Extract, extracts
 from ibro_lightning.rewards.mathematics.gold_text import gold_texts
 from ibro_lightning.rewards.mathematics.perturbed import perturbed
+from ibro_lightning.rewards.mathematics.sentences import words_in
 from ibro_lightning.types import Completion, Prompt
 
 _KINDS = ("latex", "expr", "string")
@@ -159,7 +160,7 @@ class MathVerifyReward(VerifiableReward):
         if self.equality == "library":
             return self._judged_by_the_library(text, golds)
         right = [_gold(gold, self.match_types) for gold in golds]
-        if (found := _reading(text, self.match_types)) is None:
+        if (found := _answer(text, self.match_types, right)) is None:
             return Verdict(0.0, "", "no answer")
         judgements = [self._judgement(gold, found) for gold in right]
         if same := next((judgement for judgement in judgements if judgement.same), None):
@@ -169,7 +170,8 @@ class MathVerifyReward(VerifiableReward):
     def readings(self, response: str, gold: str) -> tuple[Reading, Reading | None]:
         """How a gold and a response's answer are read; None for a response without one."""
         text = _answer_text(response, self.match_types, self.last_chars)
-        return _gold(gold, self.match_types), _reading(text, self.match_types)
+        right = _gold(gold, self.match_types)
+        return right, _answer(text, self.match_types, [right])
 
     def _judgement(self, gold: Reading, answer: Reading) -> Judgement:
         if gold.node is not None and answer.node is not None:
@@ -288,6 +290,17 @@ def _unreadable(gold: str) -> str:
     return f"the gold answer {gold[:200]!r} cannot be read as mathematics: correct it, or drop the row"
 
 
+def _answer(text: str, match_types: tuple[str, ...], golds: Sequence[Reading]) -> Reading | None:
+    """The answer in a response: where a gold is in words, and nothing is marked, what "the answer is" in words, too."""
+    in_words = any(gold.node is not None and gold.node.op in ("text", "symbol") for gold in golds)
+    if in_words and not _BOXED.search(text) and (words := words_in(text)):
+        try:
+            return Reading(words, read(words))
+        except Unread:
+            return Reading(words, None)
+    return _reading(text, match_types)
+
+
 def _reading(text: str, match_types: tuple[str, ...], explicit: bool = False) -> Reading | None:
     """The first of a text's likely answers that can be read; else the first of them, as text; None without any. An
     answer that is ``explicit``, as one in a box, is the answer, whether it can be read or not."""
@@ -299,7 +312,7 @@ def _reading(text: str, match_types: tuple[str, ...], explicit: bool = False) ->
         try:
             return Reading(extract.text, read(extract.text), extract)
         except Ambiguous:
-            pass
+            return Reading(extract.text, None)
         except Unread:
             if (found := _quietly(extract)) is not None:
                 return Reading(extract.text, None, extract, found)

@@ -29,7 +29,7 @@ from ibro_lightning.rewards.mathematics.answers.rules import Judgement, Rules, n
 from ibro_lightning.rewards.mathematics.answers.same_terms import same_relations, same_terms
 from ibro_lightning.rewards.mathematics.answers.sampling import points
 from ibro_lightning.rewards.mathematics.answers.subsets import conditions, is_subset, same_subset, symbols_of_subset
-from ibro_lightning.rewards.mathematics.answers.texts import same_words
+from ibro_lightning.rewards.mathematics.answers.texts import as_written, same_words
 from ibro_lightning.rewards.mathematics.answers.values import Evaluation, context
 
 _MAX_ITEMS = 100
@@ -52,7 +52,7 @@ def compare(gold: Node, answer: Node, rules: Rules) -> Judgement:
 
 
 def _same(gold: Node, answer: Node, rules: Rules) -> Judgement:
-    gold, answer = as_angle(gold), as_angle(answer)
+    gold, answer = as_written(as_angle(gold), as_angle(answer))
     if gold == answer:
         return yes("exact")
     signs = [without_signs(node) for node in (gold, answer)]

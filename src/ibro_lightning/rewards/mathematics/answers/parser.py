@@ -15,6 +15,7 @@ from itertools import pairwise
 
 from ibro_lightning.rewards.mathematics.answers import units
 from ibro_lightning.rewards.mathematics.answers.node import Node, Unread, integer, is_term
+from ibro_lightning.rewards.mathematics.answers.number_words import multiplier
 from ibro_lightning.rewards.mathematics.answers.numerals import based, numeral
 from ibro_lightning.rewards.mathematics.answers.terms import TermParser, quantity
 from ibro_lightning.rewards.mathematics.answers.tokens import Token, tokens
@@ -32,6 +33,8 @@ _TIME = re.compile(
     r"\s*([0-9]{1,2})(?:\s*:\s*([0-9]{2}))?(?:\s|~|\\[,;: ])*(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*)?"
     r"([aApP])\.?\s?[mM]\b\.?\s*\}?\s*$"
 )
+_NAME = re.compile(r"\s*(?:[A-Z](?=[a-z]*[aeiouy])[a-z]{2,}|(?=.*[\u00c0-\u024f])[A-Za-z\u00c0-\u024f]{3,})\s*\.?\s*")
+"""Monday and café; but Mgh is a product."""
 _CONDITIONS = words("if for when where")
 _IN_TEXT = words("text letter and or . , - ' \" ! ( ) { }")
 
@@ -52,8 +55,8 @@ def _read(text: str) -> Node:
     if (time := _TIME.match(text)) and 1 <= int(time[1]) <= 12:
         hour, minute = int(time[1]) % 12, int(time[2] or 0)
         return Node("time", (hour + 12 * (time[3] in "pP"), minute))
-    if re.fullmatch(r"\s*[A-Z](?=[a-z]*[aeiouy])[a-z]{2,}\s*\.?\s*", text):  # Monday, but Mgh is a product
-        return Node("text", (text.strip(" .\t\n").lower(),))
+    if _NAME.fullmatch(text):
+        return Node("text", (text.strip(" .\t\n"),))
     if re.fullmatch(r"\s*[A-Z]{3,4}\s*", text):  # a triangle, or a theorem such as SAS
         return Node("symbol", (text.strip(),))
     if based_numeral := numeral(text):
@@ -79,7 +82,7 @@ def _words(found: list[Token]) -> str:
     kinds = {token.kind for token in found}
     if "text" not in kinds or not kinds <= _IN_TEXT:
         return ""
-    return " ".join(token.text for token in found if token.text not in "{}").lower()
+    return " ".join(token.text for token in found if token.text not in "{}")
 
 
 class _Parser(TermParser):
@@ -297,7 +300,7 @@ class _Parser(TermParser):
         """``\\$5``, ``\\$5 million``, ``\\$5 per hour``."""
         value = self.power()
         word = self.peek()
-        if word is not None and word.kind == "text" and (many := units.multiplier(word.text)):
+        if word is not None and word.kind == "text" and (many := multiplier(word.text)):
             self.take()
             value = Node("mul", (value, integer(many)))
         unit = [(currency, 1)]
@@ -320,7 +323,7 @@ class _Parser(TermParser):
             return value
         if not is_term(value):
             raise Unread(f"the word {token.text!r}")
-        if many := units.multiplier(token.text):
+        if many := multiplier(token.text):
             self.take()
             return self.with_unit(Node("mul", (value, integer(many))))
         unit, power = list[tuple[str, int]](), 1

@@ -27,7 +27,7 @@ def printed(node: Node) -> str:
     if op in ("symbol", "constant"):
         return _NAMES.get(args[0], str(args[0]))
     if op == "text":
-        return f'"{args[0]}"'
+        return f'"{args[0].lower()}"'
     if op in _SIGNS:
         return _SIGNS[op].format(_inner(args[0]))
     if op == "add":

@@ -9,7 +9,7 @@ from ibro_lightning.rewards.mathematics.answers.node import Decimal, Node, is_te
 from ibro_lightning.rewards.mathematics.answers.rationals import exact
 from ibro_lightning.rewards.mathematics.answers.rules import Judgement, Rules, no
 from ibro_lightning.rewards.mathematics.answers.same_terms import same_terms
-from ibro_lightning.rewards.mathematics.answers.units import Dimension
+from ibro_lightning.rewards.mathematics.answers.units import Dimension, is_known
 
 _MAX_SPELLED_BITS = 600
 
@@ -33,6 +33,8 @@ def same_quantities(gold: Node, answer: Node, rules: Rules) -> Judgement:
     if first is None or second is None:
         return no("another form")
     (value, unit), (other, other_unit) = first, second
+    if unit != other_unit and not all(part is None or is_known(part) for part in (unit, other_unit)):
+        return no("an unknown word")
     if unit is not None and other_unit is not None:
         same = same_terms(value, other, rules) if unit == other_unit else no("another unit")
         if same.same or len(gold.args) != len(answer.args):
@@ -99,7 +101,7 @@ def _times_size(value: Node, unit: Fraction) -> Node:
 def spelled(node: Node) -> str:
     """One spelling of a number however it was written, ``x = 1/2`` too; "" for anything else."""
     node = of_equations(node)
-    if node.op == "quantity" and len(node.args) == 1:
+    if node.op == "quantity" and len(node.args) == 1 and is_known(node.args[0][2]):
         node = node.args[0][0]
     if node.op == "degree":
         node = node.args[0]

@@ -94,6 +94,8 @@ _UNICODE = {
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+ASCII = _FULL_WIDTH | {ord(space): " " for space in "\u3000\u00a0\u202f\u2009"} | {0x2212: "-"}
+"""Full-width forms, spaces that are not ASCII, and the true minus sign, as plain text has them."""
 _TABLE = str.maketrans(_UNICODE)
 
 _SIZES = re.compile(

@@ -80,7 +80,7 @@ def conditions(node: Node) -> Node:
 
 
 def _is_field(node: Node) -> bool:
-    return (node.op == "symbol" and node.args[0] == "mathbb R") or (node.op == "text" and node.args[0] in _ALL)
+    return (node.op == "symbol" and node.args[0] == "mathbb R") or (node.op == "text" and node.args[0].lower() in _ALL)
 
 
 _ALL = frozenset({"all real numbers", "all reals", "real numbers", "all real"})

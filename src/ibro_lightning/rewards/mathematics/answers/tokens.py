@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 
 from ibro_lightning.rewards.mathematics.answers.node import Ambiguous, Unread
+from ibro_lightning.rewards.mathematics.answers.number_words import in_signs
 from ibro_lightning.rewards.mathematics.answers.spelling import one_spelling, without_digit_groups
 from ibro_lightning.rewards.mathematics.answers.units import is_unit_symbol, is_unit_word
 from ibro_lightning.rewards.mathematics.answers.vocabulary import FUNCTIONS, JOINING, PLAIN, SHORT_WORDS, words
@@ -55,7 +56,7 @@ def tokens(text: str) -> list[Token]:
     if "\x02" in text or "\x03" in text:  # the marks of styled tokens
         raise Unread("control characters")
     styled: list[Token] = []
-    text = _STYLED.sub(lambda match: _unstyled(match, styled), one_spelling(text))
+    text = _STYLED.sub(lambda match: _unstyled(match, styled), in_signs(one_spelling(text)))
     text = without_digit_groups(text)
     found: list[Token] = []
     position, spaced, depth = 0, False, 0
@@ -66,6 +67,10 @@ def tokens(text: str) -> list[Token]:
         position, kind = match.end(), str(match.lastgroup)
         if kind == "space":
             spaced = True
+            continue
+        if kind == "word" and _stands_alone(match, found):
+            found.append(Token("letter", match[0], spaced))
+            spaced = False
             continue
         found += _tokens_of(kind, match[0], spaced, styled, found)
         depth += (match[0] in ("(", "[", "{", r"\{")) - (match[0] in (")", "]", "}", r"\}"))
@@ -95,6 +100,20 @@ def _tokens_of(kind: str, text: str, spaced: bool, styled: list[Token], before: 
             else Token(kind, text, spaced)
         ]
     return [Token(kind, text, spaced)]
+
+
+_ALONE = re.compile(r"[A-Z]{2,}|(?=[a-z]*[aeiou])(?![abcdwxyz]*$)[a-z]{3}(?![a-z])")
+_ENDS = re.compile(r"\s*(?:$|[,;.]|\\\}|and\b|or\b)")
+
+
+def _stands_alone(match: re.Match[str], before: list[Token]) -> bool:
+    """Whether a word that would be a product of its letters is an entry of its own: ``HT, TH`` and ``dog`` are words
+    whose order matters; ``xyz`` and the ``AB`` of ``2AB`` are products."""
+    word = match[0]
+    if not _ALONE.fullmatch(word) or word in PLAIN or word in JOINING or word.lower() in SHORT_WORDS:
+        return False
+    starts = not before or before[-1].kind in (",", ";", "and", "or") or before[-1].text == r"\{"
+    return starts and _ENDS.match(match.string, match.end()) is not None
 
 
 def _of_word(word: str, spaced: bool, before: list[Token]) -> list[Token]:

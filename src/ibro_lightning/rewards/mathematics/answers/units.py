@@ -6,7 +6,9 @@ import re
 from collections import Counter
 from fractions import Fraction
 
-from ibro_lightning.rewards.mathematics.answers.vocabulary import FUNCTIONS, GREEK, words
+from ibro_lightning.rewards.mathematics.answers.nouns import ADJECTIVES, NOUNS, noun, singulars
+from ibro_lightning.rewards.mathematics.answers.number_words import changes
+from ibro_lightning.rewards.mathematics.answers.vocabulary import CURRENCIES, FUNCTIONS, GREEK, words
 
 Dimension = tuple[tuple[str, int], ...]
 """Base units with their powers, sorted: ``(("m", 1), ("s", -1))``. Unknown things such as apples are their own base."""
@@ -36,7 +38,7 @@ g       1000000         tonne
 ton     1               ton
 lb      1               lb lbs pound
 lb      1/16            oz ounce
-dollar  1               dollar usd buck
+dollar  1               dollar usd USD buck
 dollar  1/100           cent
 euro    1               euro
 degree  1               degree deg
@@ -52,6 +54,8 @@ child   1               child children
 volt    1               V volt
 ampere  1               A ampere amp
 kelvin  1               K kelvin
+degreeC 1               degreeC celsius centigrade
+degreeF 1               degreeF fahrenheit
 """
 _UNITS: dict[str, tuple[Fraction, Dimension]] = {
     name: (Fraction(factor), ((base, 1),))
@@ -81,23 +85,9 @@ _UNITS |= {
 }
 _NAMED = {"newton": "N", "joule": "J", "watt": "W", "pascal": "Pa", "hertz": "Hz", "kilojoule": "kJ", "kilowatt": "kW"}
 _UNITS |= {name: _UNITS[symbol] for name, symbol in _NAMED.items()}
-_MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-_FILLING = words("the a an of total each about")
-_NOT_UNITS = words(
-    "more less than over under nearly almost plus minus times divided modulo squared cubed factorial sqrt root "
-    "infinity choose base binary either maybe else possibly perhaps approximately not or and to is if where "
-    "when for no wrong negative positive below above point doubled tripled halved zero one two three four five "
-    "six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
-    "twenty thirty forty fifty sixty seventy eighty ninety half halves third thirds quarter quarters but "
-    "except without only exactly"
-)
-"""Words that change the number before them, or make it uncertain."""
-# Fourths, hundredths, millions, dozens: other numbers than the one before them.
-_OF_NUMBERS = re.compile(
-    r".*(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|teen|tie|hundred|thousand|illion)ths?|.*illions?|dozens?|tens|"
-    r"hundreds?|thousands?"
-)
+_FILLING = words("the a an of total each")
+_BASES = {base for _, dimension in _UNITS.values() for base, _ in dimension} | set(CURRENCIES.values())
 _BARE = words(
     "cm mm km kg mg ml mph kmh lb lbs oz ft yd hr hrs min sec inch inches feet foot meters meter miles mile hours "
     "hour minutes minute seconds second days day years year dollars dollar cents cent grams gram liters liter sq "
@@ -106,7 +96,7 @@ _BARE = words(
 _TIGHT = words(
     "cm mm km kg mph kmh kph miles mile hours hour minutes minute seconds days years dollars cents inches feet"
 )
-_ALSO_WORDS = words("in second seconds man men ton child person k n v w j l rad foot pound day")
+_ALSO_WORDS = words("in second k n v w j l K")
 
 
 def is_unit_word(word: str, spaced: bool) -> bool:
@@ -120,17 +110,26 @@ def is_unit_symbol(word: str) -> bool:
 
 
 def is_unit(word: str) -> bool:
-    """Whether a word of a sentence is a unit, and nothing else in English."""
-    return word not in _ALSO_WORDS and (word in _UNITS or word.removesuffix("s") in _UNITS)
+    """Whether a word of a sentence is a unit, or a noun that is counted, and nothing else in English."""
+    known = noun(word) is not None or any(singular in _UNITS for singular in singulars(word))
+    return known and word not in _ALSO_WORDS
 
 
-def multiplier(word: str) -> int | None:
-    """The factor of a word such as "million"."""
-    return _MULTIPLIERS.get(word.lower())
+def is_known(dimension: Dimension) -> bool:
+    """Whether a unit is one that does not change the number before it, so that it may be left out: all its words are
+    known, and they are not adjectives alone.
+
+    >>> [is_known(tuple((name, 1) for name in names.split())) for names in ("apple", "apple red", "red", "lakh")]
+    [True, True, False, False]
+    """
+    names = {name for name, _ in dimension}
+    return not names - _BASES - NOUNS - ADJECTIVES and (not names or bool(names - ADJECTIVES))
 
 
 def measured(parts: list[tuple[str, int]]) -> tuple[Fraction, Dimension] | None:
-    """A unit's size and dimension, from words with their powers; None for words that are no unit.
+    """A unit's size and dimension, from words with their powers; None for words that are no unit, or change the number.
+
+    A word that is not known is a dimension of its own (see :func:`is_known`).
 
     >>> measured([("km", 1), ("hour", -1)])
     (Fraction(5, 18), (('m', 1), ('s', -1)))
@@ -138,47 +137,54 @@ def measured(parts: list[tuple[str, int]]) -> tuple[Fraction, Dimension] | None:
     ((Fraction(1, 1), (('apple', 1),)), None)
     """
     size, dimension = Fraction(1), Counter[str]()
-    pending = 1
-    for word, power in parts:
+    pending, named = 1, False
+    for place, (word, power) in enumerate(parts):
         name = word.rstrip(".")
+        if name == "ordered" and place + 1 < len(parts):  # the one kind of pairs that are no two things each
+            continue
+        if name.startswith("pair") and place and parts[place - 1][0] == "ordered":
+            name = "tuple"
         name = name if name in _UNITS or len(name) <= 3 else name.lower()
-        if not _is_possible(name):
-            return None
         if name in _POWERS:
             pending = _POWERS[name]
             continue
         if name in _FILLING:
             continue
+        if not _is_possible(name):
+            return None
         factor, base = _unit(name)
         power *= pending
-        pending = 1
+        pending, named = 1, True
         size *= factor**power
         for unit, exponent in base:
             dimension[unit] += exponent * power
-    for scale in ("celsius", "fahrenheit"):
+    for scale in ("degreeC", "degreeF"):
         if dimension["degree"] == dimension[scale] == 1:
-            del dimension["degree"], dimension[scale]
-            dimension["degree" + scale[0].upper()] = 1
-    return size, tuple(sorted((unit, power) for unit, power in dimension.items() if power))
+            del dimension["degree"]
+    found = tuple(sorted((unit, power) for unit, power in dimension.items() if power))
+    return (size, found) if named and (is_known(found) or not set(dict(found)) <= ADJECTIVES) else None
 
 
 def _is_possible(name: str) -> bool:
-    """Whether a word behind a number can be what it counts or measures, and does not change it."""
-    if name in _UNITS or name.removesuffix("s") in _UNITS or name in _POWERS or name in _FILLING:
+    """Whether a word behind a number can be what it counts or measures, and does not change it as far as we know."""
+    if name in ADJECTIVES or noun(name) or any(singular in _UNITS for singular in singulars(name)):
         return True
     if not re.fullmatch(r"[^\W\d_]{3,}(?:-[^\W\d_]+)*", name):
         return False
-    return name not in _NOT_UNITS | FUNCTIONS | GREEK and not _OF_NUMBERS.fullmatch(name)
+    return name not in FUNCTIONS | GREEK and not any(map(changes, name.split("-")))
 
 
 def _unit(name: str) -> tuple[Fraction, Dimension]:
-    for candidate in (name, name.removesuffix("s"), name.removesuffix("es")):
+    for candidate in singulars(name):
         if candidate in _UNITS:
             return _UNITS[candidate]
-    if name.endswith("ies"):
-        singular = name[:-3] + "y"
-    elif name.endswith(("xes", "ches", "shes", "sses")):
-        singular = name[:-2]
-    else:
-        singular = name if name.endswith("ss") else name.removesuffix("s")
-    return Fraction(1), ((singular, 1),)
+    return Fraction(1), ((name if name in ADJECTIVES else noun(name) or _singular(name), 1),)
+
+
+def _singular(name: str) -> str:
+    """One spelling for the singular and plural of a noun that is not in the list."""
+    if match := re.fullmatch(r"(.*)(?:ies|ie)", name):
+        return match[1] + "y"
+    if match := re.fullmatch(r"(.*(?:ss|x|z|ch|sh|o))es", name):
+        return match[1]
+    return name if name.endswith(("ss", "us", "is")) else name.removesuffix("s")
