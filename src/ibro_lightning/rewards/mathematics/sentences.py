@@ -44,7 +44,8 @@ _COPULA = re.compile(r"(?:\b(?:is|are|was|were)\b(?!n)|(?<![0-9]):|(?<![<>!\\])=
 _EQUALS = re.compile(r"\b(?:equals?|be|been)\b")
 _DOUBT = re.compile(
     r"(?:\bnot|n['’]t|\bnever|\bcannot)\s+(?:\w+\s+)?(?:true|think|believe|case|say|mean|claim|correct|follow|right)\b"
-    r"|\b(?:doubt|false|wrong|incorrect|impossible|unlikely|maybe|perhaps|possibly|nobody|no one|falsely|wrongly"
+    r"|\b(?:doubt|whether|know if|anything|anywhere|something|any number|false|wrong|incorrect|impossible|unlikely"
+    r"|maybe|perhaps|possibly|nobody|no one|falsely|wrongly"
     r"|incorrectly|mistakenly)\b",
     re.IGNORECASE,
 )

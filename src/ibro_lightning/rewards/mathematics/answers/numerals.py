@@ -16,10 +16,14 @@ _DIGITS = r"[0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?"
 _BASE = r"(?:\{\s*(?:\\text\s*\{)?\s*)?([0-9]+|[a-z]+)[\s}]*"
 _NUMERAL = re.compile(rf"\s*\(?\s*(?:\\(?:text|mathrm)\s*\{{)?({_DIGITS})\}}?\s*\)?\s*_\s*{_BASE}$")
 
+_IN_WORDS = re.compile(
+    rf"\s*({_DIGITS})\s*(?:\\(?:text|mathrm)\{{\s*)?\(?\s*(?:in )?base[ -]([0-9]+|[a-z]+)\s*\)?\s*\}}?\s*"
+)
+
 
 def numeral(text: str) -> Node | None:
-    """``52_8``, ``(101)_2``, ``1A_{16}``; None for any other text."""
-    match = _NUMERAL.match(text)
+    """``52_8``, ``(101)_2``, ``1A_{16}`` and "52 in base 8"; None for any other text."""
+    match = _NUMERAL.match(text) or _IN_WORDS.fullmatch(text)
     return based(match[1], match[2]) if match else None
 
 

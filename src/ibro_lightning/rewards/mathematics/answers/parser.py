@@ -30,7 +30,8 @@ from ibro_lightning.rewards.mathematics.answers.vocabulary import (
 )
 
 _TIME = re.compile(
-    r"\s*([0-9]{1,2})(?:\s*:\s*([0-9]{2}))?(?:\s|~|\\[,;: ])*(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*)?"
+    r"\s*(?:\\(?:text|mathrm)\s*\{\s*)?([0-9]{1,2})(?:\s*:\s*([0-9]{2}))?"
+    r"(?:\s|~|\\[,;: ])*(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*)?"
     r"([aApP])\.?\s?[mM]\b\.?\s*\}?\s*$"
 )
 _NAME = re.compile(r"\s*(?:[A-Z](?=[a-z]*[aeiouy])[a-z]{2,}|(?=.*[\u00c0-\u024f])[A-Za-z\u00c0-\u024f]{3,})\s*\.?\s*")
@@ -50,7 +51,7 @@ def read(text: str) -> Node:
 
 
 def _read(text: str) -> Node:
-    text = re.sub(r"\\[()]|(?<!\\)\\\s*$", " ", text)
+    text = re.sub(r"\\[()]|(?<!\\)\\\s*$|\\displaystyle(?![A-Za-z])|(?<=[A-Za-z0-9}])\.\s*$", " ", text)
     text = dollars[1] if (dollars := re.fullmatch(r"\s*\$([^$]+)\$\s*", text)) else text
     if (time := _TIME.match(text)) and 1 <= int(time[1]) <= 12:
         hour, minute = int(time[1]) % 12, int(time[2] or 0)

@@ -33,6 +33,8 @@ def points(*terms: Node) -> list[dict[str, Any]]:
         assignments += _of_all_parities(names)
     if called & _BROKEN:
         assignments += [{name: _share(name, place) * 140 - 70 for name in names} for place in range(30, 30 + _GRID)]
+    if called & {"floor", "ceil"}:
+        assignments += _below_whole(names, constants)
     if called & _WHOLE:
         assignments += [{name: _whole(name, place) for name in names} for place in range(30)]
         assignments += _multiples(names, constants)
@@ -88,6 +90,14 @@ def _multiples(names: list[str], constants: list[Any]) -> list[dict[str, Any]]:
         {name: divisor * (1 + hashed(f"{name} multiple {place}", 1)[0] % 4) for name in names}
         for divisor in divisors
         for place in range(4)
+    ]
+
+
+def _below_whole(names: list[str], constants: list[Any]) -> list[dict[str, Any]]:
+    """Whole numbers less a part of each constant, where a small one lifts a term over the next step."""
+    return [
+        {name: _whole(name, place) - constant * (1 + _share(name, place)) / 2 for name in names}
+        for place, constant in enumerate(constants)
     ]
 
 

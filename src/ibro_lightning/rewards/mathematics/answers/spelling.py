@@ -131,11 +131,14 @@ _COMMANDS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
     (re.compile(r"\\mathstrut(?![A-Za-z])"), ""),
 ]
 _ALIGNED = re.compile(r"\\begin\{(aligned|align\*?|gathered|split)\}(.*?)\\end\{\1\}", re.DOTALL)
+_SPACE = r"(?:\s|\\[,;:! ])*"
+_MOD = r"\\(?:text|mathrm)\{\s*mod\s*\}|\\?b?mod(?![A-Za-z])"
 _IDIOMS = [
     (re.compile(r"(?<![0-9])([0-9]{0,9}\.[0-9]{0,20}?)([0-9])\2{2,20}\s*\\ldots"), r"\1\\overline{\2}"),  # 0.333…
     (re.compile(r"(?<=[0-9])\s*[xX]\s*10(?=\s*\^)"), r"\\times 10"),  # 1.5 x 10^3
     (re.compile(r"(?:\{\})?[_^]\{?([0-9a-z]{1,6})\}?\s?C\s?_\{?([0-9a-z]{1,6})\}?"), r"\\binom{\1}{\2}"),  # {}_5C_2
-    (re.compile(r"\((?:\s|\\[,;:! ])*\\?b?mod(?![A-Za-z])(?:\s|\\[,;:! ])*([0-9]+|[a-z])\s*\)"), r"\\pmod{\1}"),
+    (re.compile(rf"\({_SPACE}(?:{_MOD}){_SPACE}([0-9]+|[a-z])\s*\)"), r"\\pmod{\1}"),
+    (re.compile(r"(?<=[0-9])\s*\\text\s*\{\s*to\s*\}\s*(?=[0-9])"), ":"),  # 3 \text{ to } 4
     (re.compile(r"(?<![\w}])([0-9]+|[a-z])\s+choose\s+([0-9]+|[a-z])(?!\w)"), r"\\binom{\1}{\2}"),
 ]
 _GROUPS = r"[1-9][0-9]{0,2}"

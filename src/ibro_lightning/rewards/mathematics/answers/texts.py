@@ -39,7 +39,8 @@ def _spoken(node: Node) -> list[str]:
         return ["no solution"]
     letters = node.args if node.op == "mul" else (node,)
     if all(part.op == "symbol" or (part.op == "constant" and part.args[0] in ("e", "i")) for part in letters):
-        return ["".join(part.args[0] for part in letters).casefold()]
+        word = "".join(part.args[0] for part in letters)
+        return [word.casefold()] if word.islower() or word.isupper() else []  # BAb is no way to write Bab
     return []
 
 

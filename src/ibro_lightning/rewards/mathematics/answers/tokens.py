@@ -72,7 +72,8 @@ def tokens(text: str) -> list[Token]:
             found.append(Token("letter", match[0], spaced))
             spaced = False
             continue
-        found += _tokens_of(kind, match[0], spaced, styled, found)
+        raised = text.startswith(("^", "_"), position)
+        found += _tokens_of(kind, match[0], spaced, styled, found, raised)
         depth += (match[0] in ("(", "[", "{", r"\{")) - (match[0] in (")", "]", "}", r"\}"))
         if len(found) > _MAX_TOKENS or depth > _MAX_NESTING:
             raise Ambiguous("too long or too deeply nested")
@@ -80,14 +81,16 @@ def tokens(text: str) -> list[Token]:
     return found
 
 
-def _tokens_of(kind: str, text: str, spaced: bool, styled: list[Token], before: list[Token]) -> list[Token]:
+def _tokens_of(
+    kind: str, text: str, spaced: bool, styled: list[Token], before: list[Token], raised: bool
+) -> list[Token]:
     if kind == "styled":
         token = styled[int(text[1:-1])]
         return [Token(token.kind, token.text, True)] if token.text else []
     if kind in ("number", "repeating"):
         return [Token(kind, re.sub(r"\s", "", text).rstrip(".") if kind == "number" else text, spaced)]
     if kind == "word":
-        return _of_word(text, spaced, before)
+        return _of_word(text, spaced, before, raised)
     if kind == "sign":
         return [Token(text, text, spaced)]
     if kind == "command":
@@ -116,21 +119,23 @@ def _stands_alone(match: re.Match[str], before: list[Token]) -> bool:
     return starts and _ENDS.match(match.string, match.end()) is not None
 
 
-def _of_word(word: str, spaced: bool, before: list[Token]) -> list[Token]:
-    """A run of letters: a function, "and", a word, or a product of symbols such as ``ab``."""
+def _of_word(word: str, spaced: bool, before: list[Token], raised: bool) -> list[Token]:
+    """A run of letters: a function, "and", a word, or a product of symbols such as ``ab``, also if it is ``raised`` to
+    a power or has an index."""
     if word in JOINING:
         return [Token(JOINING[word], word, spaced)]
+    last = before[-1] if before else Token("", "")
+    number = last.kind in ("number", "repeating") or last.text in ("}", ")", "%")
+    if number and is_unit_word(word, spaced):  # also "45 min", which is no minimum
+        return [Token("text", word, spaced)]
     if word in PLAIN:
         plain = PLAIN[word]
         return [Token("%", "%", spaced) if plain == r"\%" else Token("command", plain, spaced)]
-    last = before[-1] if before else Token("", "")
-    number = last.kind in ("number", "repeating") or last.text in ("}", ")", "%")
-    if number and is_unit_word(word, spaced):
-        return [Token("text", word, spaced)]
     if last.text != "_" and (found := _glued(word)):
         return found
     tight = bool(before) and not spaced and (len(word) == 2 or (number and len(word) <= 6))
     product = last.text in _TAKES_LETTERS or _is_product(word) or tight or set(word) <= set("abcdwxyz")
+    product = product or (raised and len(word) <= 6 and not is_unit_word(word, True))
     if product and last.text != "_":
         return [Token("letter", letter, spaced and place == 0) for place, letter in enumerate(word)]
     return [Token("text", word, spaced)]

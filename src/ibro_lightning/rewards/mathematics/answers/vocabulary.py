@@ -52,7 +52,7 @@ PLAIN = {
     "acos": r"\arccos",
     "atan": r"\arctan",
     "union": r"\cup",
-    **dict.fromkeys(words("percent percentage pct"), r"\%"),
+    **dict.fromkeys((*words("percent percentage pct"), "per cent"), r"\%"),
     **dict.fromkeys(words("degrees degree deg"), r"\degree"),
 }
 JOINING = {"and": "and", "or": "or", "AND": "and", "OR": "or"}
