@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 import verifiers
 from ibro_lightning.rewards.mathematics.answers.equality import compare
-from ibro_lightning.rewards.mathematics.answers.node import Node, Unread
+from ibro_lightning.rewards.mathematics.answers.node import Unread
 from ibro_lightning.rewards.mathematics.answers.parser import read
 from ibro_lightning.rewards.mathematics.answers.rules import Rules
 from ibro_lightning.rewards.mathematics.symbolic import MathVerifyReward, math_verify_score
+from ibro_lightning.types import Prompt
 from verifier_pairs import pairs_of
 
 DATA = Path(os.environ.get("IBRO_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -103,9 +104,12 @@ def test_the_same_for_real_golds_of_every_kind() -> None:
 @pytest.mark.skipif(not DATA.exists(), reason="needs IBRO_DATA")
 def test_every_real_gold_is_read_and_is_itself() -> None:
     files = [path for path in sorted(DATA.glob("*.jsonl")) if path.name != "verifier_cases.jsonl"]
+    reward = MathVerifyReward()
     for gold in verifiers.distinct_golds(files):
-        node = read(gold)
-        assert compare(node, node, Rules()).same
+        assert read(gold)
+        answers = reward.plain_responses(Prompt("gold", "", (), gold))
+        assert [reward.judged(answer, [gold]).accuracy for answer in answers.right] == [1.0], gold
+        assert not any(reward.judged(answer, [gold]).accuracy for answer in answers.wrong), gold
 
 
 NUMBERS = st.fractions(min_value=-1000, max_value=1000, max_denominator=200)
@@ -137,12 +141,13 @@ def test_lists_have_no_order_and_points_have_one(values: list[object], generator
 
 
 @given(st.text(alphabet=r"0123456789xyzabIie+-*/^_(){}[]|\,;.=<> $%!&~'", max_size=40))
-def test_any_text_is_read_or_refused_and_what_is_read_is_itself(text: str) -> None:
+def test_any_text_is_refused_or_can_be_compared(text: str) -> None:
     try:
         node = read(text)
     except Unread:
         return
-    assert isinstance(node, Node)
+    for gold in ("5", "x^2", r"\{1,2\}", "(0,1)", "x<3", r"5\text{ cm}"):
+        assert compare(read(gold), node, Rules()).same in (True, False)
     assert compare(node, node, Rules()).same
 
 

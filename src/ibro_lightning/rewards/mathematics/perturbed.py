@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+_WORDS = re.compile(r"\\(?:text|mathrm|mbox|begin|end|operatorname)\s*\{[^{}]*\}")
 _COMMAND = re.compile(r"\\[A-Za-z]+|\\.")
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
 _NUMBER_ALONE = re.compile(r"[-+−]?(?:\\?\$)?([0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
@@ -42,6 +43,46 @@ def perturbed(gold: str, *, subscripts: bool = True, letters: bool = True) -> Se
     if sign := re.search(r"[-+](?=.*=)", plain, re.DOTALL):
         others.append(gold[: sign.start()] + "-+"[sign[0] == "-"] + gold[sign.end() :])
     return tuple(dict.fromkeys(others)) or ("7",)
+
+
+_OTHER_UNITS = {
+    "cm": "km", "mm": "km", "km": "m", "m": "km", "inches": "feet", "feet": "inches", "miles": "feet", "kg": "g",
+    "hours": "minutes", "minutes": "hours", "seconds": "hours", "days": "weeks", "years": "days", "grams": "kilograms",
+    "dollars": "cents", "cents": "dollars", "degrees": "radians", "pounds": "ounces", "gallons": "pints",
+}  # fmt: skip
+_UNIT = re.compile(r"(?<=[0-9}~ {])(" + "|".join(_OTHER_UNITS) + r")(?![A-Za-z])")
+_PERCENT = re.compile(r"\\?%$")
+_INTERVAL = re.compile(r"(\\left\s*)?([\[(])([^\[\](){}]*,[^\[\](){}]*)(\\right\s*)?([\])])")
+_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
+
+
+def with_another_meaning(gold: str, *, units: bool = True, names: bool = True) -> Sequence[str]:
+    r"""The gold with another unit, another bracket at an interval, or a letter in the other case: what a verifier that
+    compares digits alone lets pass.
+
+    Args:
+        units: whether units count.
+        names: whether the case of letters counts; those of a formula, not of one letter alone.
+
+    >>> with_another_meaning(r"5\text{ cm}"), with_another_meaning("[0,5)"), with_another_meaning(r"\pi r^2")
+    (('5\\text{ km}',), ('(0,5)',), ('\\pi R^2',))
+    """
+    others = []
+    if units and (unit := _UNIT.search(gold)):
+        others.append(gold[: unit.start()] + _OTHER_UNITS[unit[1]] + gold[unit.end() :])
+    if units and _PERCENT.search(gold):
+        others.append(_PERCENT.sub(lambda _: r"\text{ cm}", gold))
+    if (
+        (interval := _INTERVAL.fullmatch(gold))
+        and interval[2] + interval[5] != "()"
+        and interval[2] + interval[5] != "[]"
+    ):
+        place = interval.start(2)
+        others.append(gold[:place] + "[("[gold[place] == "["] + gold[place + 1 :])
+    plain = _blanked(_COMMAND, _blanked(_WORDS, gold))
+    if names and len(gold) > 1 and (letter := _LETTER.search(plain)):
+        others.append(gold[: letter.start()] + letter[0].swapcase() + gold[letter.end() :])
+    return tuple(others)
 
 
 def _blanked(pattern: re.Pattern[str], text: str) -> str:

@@ -13,16 +13,18 @@ from ibro_lightning.rewards.base import PlainResponses, Verdict, VerifiableRewar
 from ibro_lightning.rewards.mathematics import expressions
 from ibro_lightning.rewards.mathematics.answer_text import answer_line, bare, is_quantity, without_special_tokens
 from ibro_lightning.rewards.mathematics.answers.equality import compare
-from ibro_lightning.rewards.mathematics.answers.node import Ambiguous, Node, Unread
+from ibro_lightning.rewards.mathematics.answers.names import of_equations
+from ibro_lightning.rewards.mathematics.answers.node import Ambiguous, Node, Unread, is_term, symbols
 from ibro_lightning.rewards.mathematics.answers.parser import read
 from ibro_lightning.rewards.mathematics.answers.quantities import spelled
 from ibro_lightning.rewards.mathematics.answers.rules import UNITS, Judgement, Rules
 from ibro_lightning.rewards.mathematics.extraction import Extract, extracts
 from ibro_lightning.rewards.mathematics.gold_text import gold_texts
-from ibro_lightning.rewards.mathematics.perturbed import perturbed
+from ibro_lightning.rewards.mathematics.perturbed import perturbed, with_another_meaning
 from ibro_lightning.rewards.mathematics.sentences import words_in
 from ibro_lightning.types import Completion, Prompt
 
+_MEASURED = ("quantity", "percent")
 _KINDS = ("latex", "expr", "string")
 EQUALITIES = ("rules", "library")
 _MAX_NESTING = 50
@@ -224,7 +226,13 @@ class MathVerifyReward(VerifiableReward):
         counts = _APPROXIMATELY.match(gold)
         value, rest = (gold[: counts.end()], gold[counts.end() :]) if counts else (gold, "")
         letters = self.rules.names and (self.rules.units != "ignored" or not is_quantity(value))
-        others = perturbed(value, subscripts=not _INDEXED.search(value), letters=letters)
+        others = [*perturbed(value, subscripts=not _INDEXED.search(value), letters=letters)]
+        node = _gold(gold, self.match_types).node
+        if node is not None and self.equality == "rules":
+            formula = self.rules.names and is_term(of_equations(node)) and bool(symbols(node))
+            others += with_another_meaning(
+                value, units=self.rules.units != "ignored" and node.op in _MEASURED, names=formula
+            )
         return [other + rest for other in others]
 
     def _plain(self, answer: str) -> str:

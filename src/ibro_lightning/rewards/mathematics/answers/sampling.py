@@ -16,7 +16,7 @@ _PERIODIC = frozenset(["sin", "cos", "tan", "cot", "sec", "csc", "cis"])
 # Numbers with many divisors, and with few.
 _WHOLE_NUMBERS = (12, 18, 24, 30, 36, 45, 48, 60, 7, 8, 9, 10, 11, 13, 14, 15, 20, 21, 22, 25, 28, 33, 35, 77, 96, 120)
 _SMALLEST, _LARGEST = 10.0**-40, 10.0**40
-_LARGEST_DIVISOR = 10**9
+_LARGEST_DIVISOR = 10**12
 
 
 def points(*terms: Node) -> list[dict[str, Any]]:
@@ -67,16 +67,20 @@ def _plain(names: list[str]) -> list[dict[str, Any]]:
     return [{name: change(_share(name, place)) for name in names} for place, change in enumerate(changes)]
 
 
+def _is_odd(index: int, place: int) -> bool:
+    """A bit for each symbol and place: over sixteen places up to four symbols take all combinations, and any two of
+    fifteen do."""
+    return (place & _MASKS[index % len(_MASKS)]).bit_count() % 2 == 1
+
+
+_MASKS = sorted(range(1, 16), key=lambda mask: (mask.bit_count(), mask))
+
+
 def _of_all_parities(names: list[str]) -> list[dict[str, Any]]:
-    """Whole numbers from 1 to 6: up to four symbols are odd and even in all ways, any two of fifteen are."""
-    masks = sorted(range(1, 16), key=lambda mask: (mask.bit_count(), mask))
+    """Whole numbers from 1 to 6, odd and even in all ways."""
     return [
         {
-            name: context().mpf(
-                1
-                + 2 * (hashed(f"{name} third {place}", 1)[0] % 3)
-                + (place & masks[index % len(masks)]).bit_count() % 2
-            )
+            name: context().mpf(1 + 2 * (hashed(f"{name} third {place}", 1)[0] % 3) + _is_odd(index, place))
             for index, name in enumerate(names)
         }
         for place in range(16)
@@ -84,12 +88,16 @@ def _of_all_parities(names: list[str]) -> list[dict[str, Any]]:
 
 
 def _multiples(names: list[str], constants: list[Any]) -> list[dict[str, Any]]:
-    """Small multiples of each whole constant, which other whole numbers hardly ever share a divisor with."""
+    """Small multiples of each whole constant, which other whole numbers hardly ever share a divisor with, for some of
+    the symbols."""
     divisors = [constant for constant in constants if constant == int(constant) and 1 < constant <= _LARGEST_DIVISOR]
     return [
-        {name: divisor * (1 + hashed(f"{name} multiple {place}", 1)[0] % 4) for name in names}
+        {
+            name: divisor * (1 + place % 4) if _is_odd(index, place) else _whole(name, place)
+            for index, name in enumerate(names)
+        }
         for divisor in divisors
-        for place in range(4)
+        for place in range(1, 8)
     ]
 
 
