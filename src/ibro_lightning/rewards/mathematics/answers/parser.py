@@ -69,8 +69,8 @@ def _read(text: str) -> Node:
         del found[0]
     if not found:
         raise Unread("empty")
-    if words := _words(found):
-        return Node("text", (words,))
+    if spoken := _words(found):
+        return Node("text", (spoken,))
     parser = _Parser(found)
     node = parser.answer()
     if parser.here < len(found):

@@ -171,8 +171,7 @@ class TermParser(Cursor, ABC):
             name in FUNCTIONS
             or name in GREEK
             or token.text in CONSTANTS
-            or token.text in ACCENTS
-            or token.text in MARKS
+            or token.text in ACCENTS | MARKS
             or token.text in (r"\frac", r"\sqrt", r"\binom", r"\lfloor", r"\lceil", r"\langle")
             or name.startswith("begin{")
         )
@@ -345,9 +344,7 @@ class TermParser(Cursor, ABC):
             return self.environment(name[6:-1])
         if name in FUNCTIONS:
             return self.function(name)
-        if token.text in ACCENTS:
-            return Node("symbol", (name + " " + self.letters(),))
-        if token.text in MARKS:
+        if token.text in ACCENTS | MARKS:
             return Node("symbol", (name + " " + self.letters(),))
         if name.startswith("mathbb"):
             suffix = ""
