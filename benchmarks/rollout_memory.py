@@ -183,6 +183,7 @@ def measured(
     from ibro_lightning.timing import PhaseTimer
     from ibro_lightning.types import Group, Prompt, SamplingParams
     from ibro_lightning.update import PlainLoop, PolicyLoss, Scorer, Updater
+    from ibro_lightning.update.advantages import GRPO
 
     class Even(VerifiableReward):
         pooled = False
@@ -209,7 +210,7 @@ def measured(
         scorer=scorer,
         updater=updater,
         critic=critic,
-        advantage="grpo",
+        group_advantage=GRPO(),
         ranks=ALONE,
         scores_first=lambda rollout: True,
         bootstrap_truncated=True,

@@ -33,7 +33,7 @@ from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.evaluation.compare import main as compare
 from ibro_lightning.evaluation.record import EvaluationRecord
-from ibro_lightning.runs import contents
+from ibro_lightning.runs import contents, model_folders
 from ibro_lightning.runs.checkpoints.catalog import Written
 from ibro_lightning.runs.checkpoints.keeping import Keeper
 from ibro_lightning.runs.checkpoints.manifest import write_manifest
@@ -747,6 +747,21 @@ def _filled(pattern: str) -> str:
     return pattern
 
 
+def test_what_a_killed_writer_leaves_in_an_unfinished_model_goes(tmp_path: Path) -> None:
+    """safetensors writes each file under another name first; somebody's file beside them stays, and sends the next
+    model elsewhere, also once a second process was killed there."""
+    first = model_folders.begin(tmp_path / "model")
+    write(first, "config.json", ".tmpfqqw8Z", "tokenizer/.tmpAbC123")
+    assert model_folders.begin(tmp_path / "model") == first
+    assert [path.name for path in first.iterdir()] == [model_folders.MANIFEST]
+    write(first, "thesis.tex", ".tmpfqqw8Z")
+    second = model_folders.begin(tmp_path / "model")
+    write(second, ".tmpAbC123")
+    assert model_folders.begin(tmp_path / "model") == second != first
+    assert [path.name for path in first.iterdir()] == ["thesis.tex"]
+    assert [path.name for path in second.iterdir()] == [model_folders.MANIFEST]
+
+
 def undocumented(paths: Collection[str], known: Mapping[str, re.Pattern[str]] | None = None) -> list[str]:
     """Those that have no row, a folder none below it, nor (in the first table, as said there) a name without
     ``.partial`` that has one."""
@@ -794,6 +809,7 @@ def test_every_name_that_a_command_writes_is_in_the_documentation_and_no_other(
     assert len(locks) == 9
     assert {".run.lock", ".run.predict.lock", ".policy.export.lock"} <= made, "as they are"
     made |= {path.relative_to(tmp_path).as_posix() for path in locks}
+    made = {name for name in made if "__pycache__" not in name.split("/")}  # the interpreter's, beside a user's code
     assert undocumented(made) == []
     assert undocumented(["run/x", "run/model.bak/x", ".run.fit.lock", "x", "run/checkpoints/x.foreign"]) != []
     beside = DOCUMENTATION.read_text().split("## Beside")[1]

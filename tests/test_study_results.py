@@ -110,7 +110,8 @@ def test_arms_of_a_grid_are_those_that_were_run() -> None:
 
 def test_the_shipped_studies_can_be_reported_on() -> None:
     for path in sorted(Path(__file__).parents[1].glob("configs/studies/*.yaml")):
-        assert read_reported(path).plan.comparisons
+        plan = read_reported(path).plan
+        assert bool(plan.comparisons) == (path.stem != "methods")  # one seed each, which compares nothing
 
 
 def test_accuracy_is_interpolated_to_an_entropy_and_not_beyond() -> None:

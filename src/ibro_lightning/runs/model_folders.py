@@ -26,6 +26,8 @@ _USUAL = re.compile(
     r"\.(?:json|txt|model|jinja|tiktoken)|[^/]+\.(?:safetensors|safetensors\.index\.json|py|jinja|tiktoken))"
 )
 """File names that count as ours in a folder without a list: an unfinished one, or one of an earlier version."""
+_BEING_WRITTEN = re.compile(r"(?:.*/)?\.tmp[A-Za-z0-9]{6}")
+"""The name under which safetensors writes a file, in an unfinished folder; one that was killed leaves it behind."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -58,7 +60,7 @@ def is_own_file(run: Path, path: str, *, without_manifest: bool) -> bool:
 def _is_own(manifest: dict[str, Any], name: str) -> bool:
     # The list is complete or, while the folder is being written, empty.
     return name in (MANIFEST, MANIFEST + PARTIAL) or name in manifest["files"] or (
-        not manifest["files"] and bool(_USUAL.fullmatch(name))
+        not manifest["files"] and bool(_USUAL.fullmatch(name) or _BEING_WRITTEN.fullmatch(name))
     )  # fmt: skip
 
 
@@ -143,9 +145,11 @@ def begin(folder: Path) -> Path:
     """Create an empty folder, to be filled and passed to :func:`finish`."""
     partial = folder.with_name(folder.name + PARTIAL)
     remove_model(partial)
-    while os.path.lexists(partial):
-        partial = free_name(partial.with_name(partial.name.removesuffix(PARTIAL)))
-        partial = partial.with_name(partial.name + PARTIAL)
+    number = 1
+    while os.path.lexists(partial):  # with somebody's files in it
+        partial = folder.with_name(f"{folder.name}.{number}{PARTIAL}")
+        remove_model(partial)  # of a process that was killed
+        number += 1
     partial.mkdir(parents=True)
     _write_manifest(partial, None, {})
     return partial
