@@ -44,11 +44,25 @@ _COPULA = re.compile(r"(?:\b(?:is|are|was|were)\b(?!n)|(?<![0-9]):|(?<![<>!\\])=
 _EQUALS = re.compile(r"\b(?:equals?|be|been)\b")
 _DOUBT = re.compile(
     r"(?:\bnot|n['’]t|\bnever|\bcannot)\s+(?:\w+\s+)?(?:true|think|believe|case|say|mean|claim|correct|follow|right)\b"
-    r"|\b(?:doubt|whether|know if|anything|anywhere|something|any number|false|wrong|incorrect|impossible|unlikely"
-    r"|maybe|perhaps|possibly|nobody|no one|falsely|wrongly"
-    r"|incorrectly|mistakenly)\b",
+    r"|\b(?:doubt|reject(?:s|ed)?|discard(?:s|ed)?|extraneous|contradiction|rul(?:e|ed|ing) out|fails?|whether|know if"
+    r"|anything|anywhere|something|any number|false|wrong|incorrect|impossible|unlikely|maybe|perhaps|possibly|nobody"
+    r"|no one|falsely|wrongly|incorrectly|mistakenly)\b",
     re.IGNORECASE,
 )
+_OF_THE_ANSWER = re.compile(
+    r"\b(?:of|than|half|twice|double)\s+(?:the|this|my|our)?\s*(?:\w+ )?answer\b", re.IGNORECASE
+)
+"""The answer is something else than what is said of a part of it: "the square of the answer is 5"."""
+_SECOND = re.compile(
+    r"[0-9}$]\s*,?\s*\b(?:and|or)\b(?:\s|\$|\\\()*(?:(?:it(?:'s| is)|[A-Za-z](?:_\w+)?\s*=)(?:\s|\$)*)?(?:\\boxed\{)?$"
+)
+"""An answer is before this one: "x = 5 or x = 6"."""
+_TAKEN_BACK = re.compile(
+    r"\b(?:wait|oops|correction|scratch that|i made a mistake|that(?:'s| is) (?:wrong|not right|incorrect)|should be)\b"
+    r"|\b(?:actually|no|sorry|hmm|instead),?\s+(?:it|the|that|i|we|[0-9$\\])",
+    re.IGNORECASE,
+)
+"""What follows an answer that is no longer the answer."""
 _LEADING = words(
     "the a an final answer exactly precisely simply just only therefore thus then also indeed hence so total of equal "
     "equals to given by found be now clearly obviously finally actually in fact option choice result his her its their "
@@ -106,6 +120,8 @@ def answer_in(text: str, start: int, end: int, answer: str, *, boxed: bool = Fal
         boxed: it is marked as the answer, so that any sentence may lead to it that does not change or deny it.
     """
     before, after = (_TAG.sub("\n", part) for part in (text[max(0, start - _SEEN) : start], text[end : end + _SEEN]))
+    if _TAKEN_BACK.search(after):
+        return f"{answer} ?"
     number = not _SYMBOLS.search(re.sub(r"\\text\s*\{[^{}]*\}", "", answer))
     currency = re.search(r"([€£¥]|\\\$)\s*$", before)
     if currency:
@@ -139,7 +155,7 @@ def _clause(before: str) -> str:
 def _leads(before: str, *, strict: bool) -> bool:
     """Whether what is before an answer leaves it as it is: behind "is", ``strict`` allows known words alone."""
     asserted = since(_ASSERTION, before)
-    if _DOUBT.search(asserted):
+    if _DOUBT.search(asserted) or _OF_THE_ANSWER.search(asserted) or _SECOND.search(before):
         return False
     statement = since(_SUBORDINATE, asserted)
     copula = [match.end() for match in _COPULA.finditer(statement)]

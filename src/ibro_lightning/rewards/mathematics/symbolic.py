@@ -243,7 +243,7 @@ class MathVerifyReward(VerifiableReward):
 
 def _answer_text(response: str, match_types: tuple[str, ...], last_chars: int) -> str:
     """Where the answer is looked for: the end of the response, or the "Answer:" line in dollars if it is a formula."""
-    text = without_special_tokens(response[-last_chars:])
+    text = _in_tex(without_special_tokens(response[-last_chars:]))
     text = _BOX_SPELLINGS.sub(r"\\boxed{", _BOXED_DIGIT.sub(r"\\boxed{\1}", text))
     if len(response) > last_chars and 0 <= (line_end := text.find("\n")) < len(text) - 1:
         text = text[line_end + 1 :]  # a cut within a formula would swap formulas and text in all that follows
@@ -252,6 +252,23 @@ def _answer_text(response: str, match_types: tuple[str, ...], last_chars: int) -
     line = answer_line(text) if "latex" in match_types else None
     value = "" if line is None or _BOXED.search(line) else bare(line)
     return f"${' '.join(value.split())}$" if value and _is_formula(value) else text
+
+
+_MARKUP = [
+    (re.compile(r"<sup>\s*([^<>]{1,40})\s*</sup>"), r"^{\1}"),
+    (re.compile(r"<sub>\s*([^<>]{1,40})\s*</sub>"), r"_{\1}"),
+    (re.compile(r"=/=|(?<![=<>!0-9)}])!=(?!=)"), "≠"),  # but 5!=120
+    (re.compile(r"(?<![<>=])>=(?!=)"), "≥"),
+    (re.compile(r"(?<![<>=])<=(?![=>])"), "≤"),
+    (re.compile(r"~~[^~\n]{1,400}~~"), " "),  # struck out
+]
+
+
+def _in_tex(text: str) -> str:
+    """``text`` with powers, indices and relations as formulas have them, and without what is struck out."""
+    for pattern, written in _MARKUP:
+        text = pattern.sub(written, text)
+    return text
 
 
 def _is_formula(value: str) -> bool:
@@ -353,7 +370,9 @@ def _with_unit(text: str) -> Node | None:
 def _signs(text: str) -> tuple[list[str], list[str]]:
     """Letters, commands and numbers of a formula that only the library reads: it drops units and cases, so that two of
     them are the same only if they consist of the same."""
-    if not _LIBRARYS.search(text) or _DOTS.search(text):
+    letters = [letter for letter in _LETTERS.findall(text) if len(letter) == 1]
+    both_cases = any(letter.swapcase() in letters for letter in letters)  # the library takes them for one
+    if not _LIBRARYS.search(text) or _DOTS.search(text) or both_cases:
         return [text], []
     return sorted(_LETTERS.findall(text)), sorted(re.findall(r"[0-9]+", text))
 

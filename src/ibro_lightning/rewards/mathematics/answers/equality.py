@@ -16,7 +16,7 @@ from ibro_lightning.rewards.mathematics.answers.names import (
     system,
     without_signs,
 )
-from ibro_lightning.rewards.mathematics.answers.node import Decimal, Node, is_term, mapped, size, symbols
+from ibro_lightning.rewards.mathematics.answers.node import Decimal, Node, integer, is_term, mapped, size, symbols
 from ibro_lightning.rewards.mathematics.answers.parameters import (
     has_constant,
     is_congruence,
@@ -86,7 +86,7 @@ def _same(gold: Node, answer: Node, rules: Rules) -> Judgement:
         if op in (gold.op, answer.op):
             return compared(gold, answer, rules)
     found = same_terms(gold, answer, rules)
-    return found if found.same or not has_constant(gold) else same_antiderivatives(gold, answer)
+    return found if found.same or not has_constant(gold) else same_antiderivatives(gold, answer, rules)
 
 
 def _relations(gold: Node, answer: Node, rules: Rules) -> Judgement:
@@ -295,7 +295,7 @@ def _ratios(gold: Node, answer: Node, rules: Rules) -> Judgement:
         return no("another number of entries")
     if _may_be_time(gold):
         return weakest([_same(a, b, rules) for a, b in zip(gold.args, answer.args, strict=True)], "ratio")
-    zeros = [[exact(part) == 0 for part in node.args] for node in (gold, answer)]
+    zeros = [[same_terms(part, integer(0), rules).same for part in node.args] for node in (gold, answer)]
     if zeros[0] != zeros[1] or all(zeros[1]):
         return no("another value")
     place = zeros[0].index(False)

@@ -7,10 +7,14 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
 
-from ibro_lightning.rewards.mathematics.answers.node import STRUCTURES, Node, mapped, symbols
+from ibro_lightning.rewards.mathematics.answers.node import STRUCTURES, Node, is_term, mapped, symbols
+from ibro_lightning.rewards.mathematics.answers.number_words import denies
 from ibro_lightning.rewards.mathematics.answers.rationals import Uncertain, exact
+from ibro_lightning.rewards.mathematics.answers.values import Evaluation
+from ibro_lightning.rewards.mathematics.answers.vocabulary import words
 
 _MAX_SIGNS = 4
+_PARTS = words("half twice double third quarter")
 
 
 def without_signs(node: Node) -> Node:
@@ -95,7 +99,7 @@ def of_equations(node: Node) -> Node:
         return _value(node)
     if node.op == "relation" and node.args[1] == "in" and len(node.args) == 3 and is_name(node.args[0]):
         value: Node = node.args[2]
-        return value
+        return node if is_term(value) and not symbols(value) else value  # no number has elements
     if node.op == "mul" and _names_point(node):
         point: Node = node.args[1]
         return point
@@ -108,16 +112,33 @@ def of_equations(node: Node) -> Node:
 def _value(node: Node) -> Node:
     """The last member of a chain that begins with a name or has no symbols; ``x = y = 2`` as two equations."""
     first, *middle, last = node.args[::2]
+    if first.op == "symbol" and any(denies(word) or word in _PARTS for word in first.args[0].split()):
+        return node  # wrong answer = 5
     if middle and all(term.op == "symbol" for term in (first, *middle)) and not symbols(last):
         return of_equations(Node("list", tuple(Node("relation", (term, "=", last)) for term in (first, *middle))))
-    closed = {exact(term) for term in (first, *middle, last) if not symbols(term)} - {None}
-    if len(closed) > 1:  # 4 = 5
+    if _contradict(
+        [term for term in (first, *middle, last) if not (symbols(term) or is_name(term))]
+    ):  # 4 = 5, and π = 5
         return node
     if not symbols(node) or (is_name(first) and not any(map(is_name, middle)) and not (middle and is_name(last))):
         return of_equations(last)
     if not middle and is_name(last) and not symbols(first):
         return first
     return node
+
+
+def _contradict(closed: list[Node]) -> bool:
+    """Whether members of a chain that are numbers are not all the same; decimals may be rounded to 1 %."""
+    exactly = {exact(term) for term in closed}
+    if None not in exactly:
+        return len(exactly) > 1
+    if not all(map(is_term, closed)):
+        return False
+    try:
+        values = [Evaluation()(term) for term in closed]
+    except Uncertain:
+        return len(closed) > 1
+    return any(abs(value - values[0]) > abs(values[0]) / 100 for value in values[1:])
 
 
 def system(node: Node) -> list[tuple[str, Node]]:

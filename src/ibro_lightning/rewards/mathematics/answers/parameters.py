@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from ibro_lightning.rewards.mathematics.answers.node import Node, is_term, mapped, symbols
-from ibro_lightning.rewards.mathematics.answers.rationals import Uncertain, exact
+from ibro_lightning.rewards.mathematics.answers.rationals import exact
 from ibro_lightning.rewards.mathematics.answers.rules import Judgement, Rules, no, yes
 from ibro_lightning.rewards.mathematics.answers.same_terms import same_terms
-from ibro_lightning.rewards.mathematics.answers.sampling import points
-from ibro_lightning.rewards.mathematics.answers.values import Evaluation, agree
 from ibro_lightning.rewards.mathematics.answers.vocabulary import words
 
 _CONSTANTS = words("C c K k C_1 c_1 C_0 c_0")
 _COUNTING = words("k n m l j")
-_ENOUGH = 3
 
 
 def with_names_of(gold: Node, answer: Node) -> Node:
     """``answer`` with the gold's names where names mean nothing."""
     names = _argument(gold), _argument(answer)
     if names == ("", ""):
-        names = _constant(gold), _constant(answer)
+        names = _constant(gold), _constant(answer, _CONSTANTS)
     if "" in names:
         names = _counter(gold, answer)
     theirs, ours = names[1], names[0]
@@ -36,11 +33,17 @@ def _argument(node: Node) -> str:
     return str(arguments[0].args[0]) if len(function) == 1 and [part.op for part in arguments] == ["symbol"] else ""
 
 
-def _constant(node: Node) -> str:
-    """C of ``… + C``, if it occurs once."""
+def _constant(node: Node, names: frozenset[str] = frozenset("C")) -> str:
+    """C of ``sin x + C``: a summand by itself, beside terms of one other symbol."""
     terms = node.args if node.op == "add" else ()
-    found = [str(part.args[0]) for part in terms if part.op == "symbol" and part.args[0] in _CONSTANTS]
-    return found[0] if len(found) == 1 and found[0] not in symbols(_without(node, found[0])) else ""
+    found = [str(part.args[0]) for part in terms if part.op == "symbol" and part.args[0] in names]
+    if len(found) != 1 or _count(node, found[0]) != 1:
+        return ""
+    return found[0] if len(symbols(node)) == 2 else ""
+
+
+def _count(node: Node, name: str) -> int:
+    return (node == Node("symbol", (name,))) + sum(_count(part, name) for part in node.nodes())
 
 
 def has_constant(node: Node) -> bool:
@@ -48,13 +51,25 @@ def has_constant(node: Node) -> bool:
 
 
 def _counter(gold: Node, answer: Node) -> tuple[str, str]:
-    """k of ``π/2 + kπ`` and n of ``π/2 + nπ``, if they are all that differs."""
-    ours, theirs = symbols(gold) - symbols(answer), symbols(answer) - symbols(gold)
-    if len(ours) != 1 or len(theirs) != 1 or not ours | theirs <= _COUNTING:
-        return "", ""
-    if not (_is_angle(gold) and _is_angle(answer)):
-        return "", ""
-    return next(iter(ours)), next(iter(theirs))
+    """k of ``π/2 + kπ`` and n of ``π/2 + nπ``."""
+    ours, theirs = _counted(gold), _counted(answer)
+    return (ours, theirs) if ours and theirs else ("", "")
+
+
+def _counted(node: Node) -> str:
+    """The symbol that counts solutions: k of "k ∈ ℤ"; or the only symbol, once, in a summand such as ``2kπ`` or
+    ``360°·k``."""
+    for item in node.args if node.op == "list" else ():
+        if item.op == "relation" and item.args[1:] == ("in", Node("symbol", ("mathbb Z",))):
+            return str(item.args[0].args[0]) if item.args[0].op == "symbol" else ""
+    if node.op == "relation" and len(node.args) == 3 and node.args[1] == "=" and node.args[0].op == "symbol":
+        node = node.args[2]
+    names = symbols(node)
+    if node.op != "add" or len(names) != 1 or not names <= _COUNTING or _count(node, name := next(iter(names))) != 1:
+        return ""
+    turns = next(part for part in node.args if symbols(part))
+    turns = turns.args[0] if turns.op == "neg" else turns
+    return name if turns.op == "mul" and Node("symbol", (name,)) in turns.args and _is_angle(turns) else ""
 
 
 def _is_angle(node: Node) -> bool:
@@ -66,23 +81,17 @@ def _without(node: Node, name: str) -> Node:
     return rest[0] if len(rest) == 1 else Node("add", tuple(rest))
 
 
-def same_antiderivatives(gold: Node, answer: Node) -> Judgement:
-    """Whether two terms ``… + C`` differ by a constant."""
+def same_antiderivatives(gold: Node, answer: Node, rules: Rules) -> Judgement:
+    """Whether two terms ``… + C`` differ by a constant: whether their difference is the same for two independent
+    symbols."""
     name = _constant(gold)
     if not name or _constant(answer) != name or not (is_term(gold) and is_term(answer)):
         return no("another expression")
     difference = Node("add", (_without(gold, name), Node("neg", (_without(answer, name),))))
-    found, scale = [], 0
-    for assignment in points(difference):
-        evaluation = Evaluation(assignment)
-        try:
-            value = evaluation(difference)
-        except Uncertain:
-            continue
-        if evaluation.mp.im(value) == 0:
-            found.append(value)
-            scale = max(scale, evaluation.scale)
-    same = len(found) >= _ENOUGH and all(agree(value - found[0], 0, scale) for value in found)
+    elsewhere = mapped(
+        difference, lambda part: Node("symbol", (f"{part.args[0]} elsewhere",)) if part.op == "symbol" else part
+    )
+    same = same_terms(difference, elsewhere, rules).same
     return yes("up to a constant") if same else no("another expression")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
-from ibro_lightning.rewards.mathematics.answers.node import Node, calls, symbols
+from ibro_lightning.rewards.mathematics.answers.node import Node, calls, integer, symbols
 from ibro_lightning.rewards.mathematics.answers.rationals import TooLarge, Uncertain
 from ibro_lightning.rewards.mathematics.answers.values import SLOW, Evaluation, context, real_value
 
@@ -34,9 +34,36 @@ def _sides(node: Node) -> Iterator[tuple[str, Node, Node]]:
             yield from _sides(part)
     elif node.op == "relation" and node.args[1] != "in" and len(symbols(node)) == 1:
         for left, right in pairwise(node.args[::2]):
+            name = next(iter(symbols(node)))
             bare = "symbol" in (left.op, right.op) and not (symbols(left) and symbols(right))
+            inner = [*_inner(left), *_inner(right)]
+            if len(inner) > _MAX_SEARCHES:
+                raise Uncertain("too many factors")
+            for part in dict.fromkeys(inner):  # first: where sides only touch, their own root is less exact
+                yield name, part, integer(0)
             if not bare:
-                yield next(iter(symbols(node))), left, right
+                yield name, left, right
+
+
+def _inner(node: Node) -> Iterator[Node]:
+    """Factors, denominators, bases of powers and what is in ``|…|``: where they are 0, a side may touch the other, or
+    have a pole, without a change of sign."""
+    if not symbols(node) or node.op == "symbol":
+        return
+    parts: tuple[Node, ...] = ()
+    if node.op in ("mul", "div"):
+        parts = node.nodes()
+    elif node.op == "pow":
+        parts = node.args[:1]
+    elif node.op == "call" and node.args[0] in ("abs", "sgn"):
+        parts = node.nodes()
+    yield from (part for part in parts if symbols(part) and part.op != "symbol" and not _is_product(part))
+    for part in node.nodes():
+        yield from _inner(part)
+
+
+def _is_product(node: Node) -> bool:
+    return node.op in ("mul", "div", "pow") or (node.op == "call" and node.args[0] in ("abs", "sgn"))
 
 
 def _meeting(difference: Node, name: str) -> Iterator[Any]:

@@ -201,6 +201,8 @@ def _proportional_at_points(left: Node, right: Node, operator: str, other: str) 
 
 
 def _proportional(pairs: list[tuple[Fraction, Fraction]], operator: str, other: str) -> Judgement:
+    if len({first for first, _ in pairs}) == 1:  # x + 1 = x
+        return no("no condition")
     quotients = {first / second if second else None for first, second in pairs}
     quotient = quotients.pop()
     if quotients or not quotient or (operator in _TURNED and (quotient > 0) != (operator == other)):

@@ -34,21 +34,23 @@ def is_subset(node: Node) -> bool:
 
 def same_subset(first: Node, second: Node) -> bool:
     """Whether both describe the same numbers. Raises :class:`Uncertain` for what describes none."""
-    critical = list(_distinct([*_numbers(first), *_numbers(second)]))
+    critical = list(_distinct([context().mpf(0), *_numbers(first), *_numbers(second)]))
     if len(critical) > _MAX_CRITICAL or max(_conditions(first), _conditions(second)) > _MAX_CONDITIONS:
         raise Uncertain("too many numbers")
     for root in (*roots(first), *roots(second)):
         if not any(abs(root - number) < context().mpf(10) ** -30 * (1 + abs(number)) for number in critical):
             critical.append(root)
-    tests = _tests(sorted({*critical, *(-number for number in critical)}))
+    critical = sorted({*critical, *(-number for number in critical)})
     contains_first, contains_second = predicate(first), predicate(second)
-    return all(_agree_at(number, contains_first, contains_second) for number in tests)
+    return all(contains_first(number) == contains_second(number) for number in _tests(critical)) and all(
+        _agree_beyond(number, contains_first, contains_second) for number in _beyond(critical)
+    )
 
 
-def _agree_at(number: Any, first: Predicate, second: Predicate) -> bool:
+def _agree_beyond(number: Any, first: Predicate, second: Predicate) -> bool:
     try:
         return first(number) == second(number)
-    except TooLarge:  # such as 2^x at a number that only the roots' grid reaches
+    except TooLarge:  # such as 2^x, whose bound is far below; nearer, what cannot be computed is no agreement
         return True
 
 
@@ -76,7 +78,7 @@ def conditions(node: Node) -> Node:
     every = Node("all", items)
     critical = sorted({*_distinct([number for item in items for number in (*_numbers(item), *roots(item))])})
     contains = predicate(every)
-    return every if any(contains(number) for number in _tests(critical)) else Node("any", items)
+    return every if any(contains(number) for number in (*_tests(critical), *_beyond(critical))) else Node("any", items)
 
 
 def _is_field(node: Node) -> bool:
@@ -96,6 +98,10 @@ def _tests(critical: list[Any]) -> Iterator[Any]:
         yield number + step
     for left, right in pairwise(critical):
         yield (left + right) / 2
+
+
+def _beyond(critical: list[Any]) -> Iterator[Any]:
+    mp = context()
     edge = abs(critical[-1]) if critical else mp.mpf(1)
     for factor in (mp.mpf("1.37"), mp.mpf("9.1"), mp.mpf(10) ** 6 + mp.mpf("0.3")):
         yield factor * (edge + 1)
@@ -106,6 +112,8 @@ def _numbers(node: Node) -> Iterator[Any]:
     if is_term(node) and not symbols(node):
         try:
             value = Evaluation()(node)
+        except TooLarge:
+            raise
         except Uncertain:
             return
         if context().im(value) == 0:
@@ -165,6 +173,8 @@ def _between(node: Node) -> Predicate:
         start, end = node.args
         opening, closing = ("(", ")") if node.op == "tuple" else ("[", "]")
     low, high = real_value(start), real_value(end)
+    if low >= high:
+        raise Uncertain("ends that do not ascend")
 
     def contains(number: Any) -> bool:
         at_low, at_high = (bool(context().isfinite(end)) and agree(number, end, 0) for end in (low, high))

@@ -89,7 +89,10 @@ class Evaluation:
         if op == "mul":
             return mp.fprod([self._value(part) for part in args])
         if op == "div":
-            return self._value(args[0]) / self._value(args[1])
+            top, bottom = self._value(args[0]), self._value(args[1])
+            if abs(bottom) <= self.scale * mp.mpf(10) ** (_SPARE - mp.dps) and exact(args[1]) is None:
+                raise Uncertain("1/0")  # what is left is rounding
+            return top / bottom
         if op == "pow":
             return self._power(node)
         if op == "call":
