@@ -243,7 +243,7 @@ class MathVerifyReward(VerifiableReward):
 
 def _answer_text(response: str, match_types: tuple[str, ...], last_chars: int) -> str:
     """Where the answer is looked for: the end of the response, or the "Answer:" line in dollars if it is a formula."""
-    text = _in_tex(without_special_tokens(response[-last_chars:]))
+    text = _in_tex(_tagged(without_special_tokens(response[-last_chars:])))
     text = _BOX_SPELLINGS.sub(r"\\boxed{", _BOXED_DIGIT.sub(r"\\boxed{\1}", text))
     if len(response) > last_chars and 0 <= (line_end := text.find("\n")) < len(text) - 1:
         text = text[line_end + 1 :]  # a cut within a formula would swap formulas and text in all that follows
@@ -254,7 +254,19 @@ def _answer_text(response: str, match_types: tuple[str, ...], last_chars: int) -
     return f"${' '.join(value.split())}$" if value and _is_formula(value) else text
 
 
+_TAGGED = re.compile(r"<answer>((?:[^<]|<(?!/?answer>))*)</answer>\s*(?:</[a-z]+>\s*)*$")
+
+
+def _tagged(text: str) -> str:
+    """What ``<answer>…</answer>`` at the end of a response holds, as if in a box if it is a formula."""
+    if (tagged := _TAGGED.search(text)) is None:
+        return text
+    content = tagged[1].strip()
+    return rf"\boxed{{{content}}}" if not _BOXED.search(content) and _is_formula(bare(content)) else content
+
+
 _MARKUP = [
+    (re.compile("−"), "-"),
     (re.compile(r"<sup>\s*([^<>]{1,40})\s*</sup>"), r"^{\1}"),
     (re.compile(r"<sub>\s*([^<>]{1,40})\s*</sub>"), r"_{\1}"),
     (re.compile(r"=/=|(?<![=<>!0-9)}])!=(?!=)"), "≠"),  # but 5!=120

@@ -34,6 +34,10 @@ _TIME = re.compile(
     r"(?:\s|~|\\[,;: ])*(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*)?"
     r"([aApP])\.?\s?[mM]\b\.?\s*\}?\s*$"
 )
+_CHOICE = re.compile(
+    r"^\s*\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\(?[A-E]\)?[.:]?\s*\}(?:\\[ ,;:]|~|\\q?quad|\s|:)+(?=\S)"
+)
+"""``\\textbf{(B)}\\ 12``: the letter of a choice before its value."""
 _NAME = re.compile(r"\s*(?:[A-Z](?=[a-z]*[aeiouy])[a-z]{2,}|(?=.*[\u00c0-\u024f])[A-Za-z\u00c0-\u024f]{3,})\s*\.?\s*")
 """Monday and café; but Mgh is a product."""
 _CONDITIONS = words("if for when where")
@@ -53,6 +57,7 @@ def read(text: str) -> Node:
 def _read(text: str) -> Node:
     text = re.sub(r"\\[()]|(?<!\\)\\\s*$|\\displaystyle(?![A-Za-z])|(?<=[A-Za-z0-9}])\.\s*$", " ", text)
     text = dollars[1] if (dollars := re.fullmatch(r"\s*\$([^$]+)\$\s*", text)) else text
+    text = _CHOICE.sub("", text)
     if (time := _TIME.match(text)) and 1 <= int(time[1]) <= 12:
         hour, minute = int(time[1]) % 12, int(time[2] or 0)
         return Node("time", (hour + 12 * (time[3] in "pP"), minute))

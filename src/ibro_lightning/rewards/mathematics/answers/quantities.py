@@ -12,6 +12,11 @@ from ibro_lightning.rewards.mathematics.answers.same_terms import same_terms
 from ibro_lightning.rewards.mathematics.answers.units import Dimension, is_known
 
 _MAX_SPELLED_BITS = 600
+_KELVIN: Dimension = (("kelvin", 1),)
+_SCALES: dict[Dimension, tuple[Fraction, Fraction]] = {
+    (("degreeC", 1),): (Fraction("273.15"), Fraction(1)),
+    (("degreeF", 1),): (Fraction("273.15") - Fraction(160, 9), Fraction(5, 9)),
+}
 
 
 def as_angle(node: Node) -> Node:
@@ -87,11 +92,18 @@ def _measured(node: Node) -> tuple[Node, Dimension | None] | None:
         dimensions = {dimension for _, _, dimension in node.args}
         if len(dimensions) != 1:
             return None
+        if len(node.args) == 1 and (scale := _SCALES.get(node.args[0][2])):
+            return _in_kelvin(node.args[0][0], *scale), _KELVIN
         values = tuple(_times_size(value, unit) for value, unit, _ in node.args)
         return (values[0] if len(values) == 1 else Node("add", values)), dimensions.pop()
     if node.op == "degree":
         return node.args[0], (("degree", 1),)
     return (node, None) if is_term(node) else None
+
+
+def _in_kelvin(value: Node, zero: Fraction, size: Fraction) -> Node:
+    """A temperature, from the number of kelvins at 0 degrees and in one."""
+    return Node("add", (_times_size(value, size), Node("number", (Decimal(zero),))))
 
 
 def _times_size(value: Node, unit: Fraction) -> Node:

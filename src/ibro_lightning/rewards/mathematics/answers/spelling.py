@@ -101,7 +101,8 @@ _TABLE = str.maketrans(_UNICODE)
 _SIZES = re.compile(
     r"\\(?:m?left|m?right|middle)\s*\.|\\(?:m?left|m?right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits"
     r"|nolimits|phantom\{[^{}]*\}|hspace\*?\{[^{}]*\}|vspace\*?\{[^{}]*\}|label\{[^{}]*\}|tag\*?\{[^{}]*\}|strut|null"
-    r"|(?:text)?color\{[^{}]*\}|bf|rm|it|sf)(?![A-Za-z])"
+    r"|(?:text)?color\{[^{}]*\}|bf|rm|it|sf|tiny|small|large|Large|LARGE|huge|Huge"
+    r"|checkmark|blacksquare)(?![A-Za-z])"
 )
 _COMMANDS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
