@@ -34,9 +34,10 @@ SIZES = {
         "max_position_embeddings": 2048,
         "initializer_range": 0.02,
     },
-    True: {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 96},
+    True: {"hidden_size": 160, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 96},
 }
-"""By miniature: Qwen2.5-0.5B's, and a model with heads of 32, which vLLM's attention on CPUs takes."""
+"""By miniature: Qwen2.5-0.5B's, and a model with heads of 80, which vLLM's attention on CPUs takes. Those of a multiple
+of 32 would use AMX in bfloat16, which some virtual machines name and do not execute."""
 VOCABULARY = {False: 151936, True: 256}
 ROLLOUT = {False: (32, 8, 512), True: (2, 2, 6)}
 """Prompts, responses to each, and tokens of each; random weights practically never end earlier."""
