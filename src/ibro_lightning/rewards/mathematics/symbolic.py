@@ -91,8 +91,6 @@ class MathVerifyReward(VerifiableReward):
     answer is ...", then the text after the word "answer", then the last formula, then the last number. What our reader
     does not know, such as an integral, the library reads; it counts as the same only if its letters agree, too.
 
-    More lenient than it may look: of ``Answer: $34$ or maybe $35$`` the first formula counts.
-
     Args:
         match_types: what to look for: "latex", "expr" (plain numbers and arithmetic), "string" (a letter A to D).
         strict: names of variables matter, and a tuple is no set.

@@ -138,8 +138,10 @@ def _identity(gold: Node, answer: Node) -> Judgement:
 
 
 def _exact_pairs(gold: Node, answer: Node) -> list[tuple[Fraction, Fraction]] | None:
-    """The exact values of two rational expressions at random whole numbers below 2^31; None for other terms. Two that
-    differ, of degree d, agree at all three with a probability of at most (d/2^31)^3 (Schwartz and Zippel)."""
+    """The exact values of two rational expressions at three points; None for other terms. The points are whole numbers
+    from −2^30 to 2^30 that belong to the symbols' names, as good as random to whoever does not compute them: of random
+    ones, two expressions that differ, of degree d, would agree at all three with a probability of at most (d/2^31)^3
+    (Schwartz and Zippel)."""
     if not (is_rational_expression(gold) and is_rational_expression(answer)):
         return None
     names, found = symbols(gold) | symbols(answer), list[tuple[Fraction, Fraction]]()
