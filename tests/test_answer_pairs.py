@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -140,15 +141,48 @@ def test_lists_have_no_order_and_points_have_one(values: list[object], generator
     assert compare(points[0], points[1], Rules()).same == (values == shuffled)
 
 
+DIFFERENT = [
+    "5",
+    "7",
+    "x^2",
+    "x^3+C",
+    r"\sin x+C",
+    r"\{1,2\}",
+    "(0,1)",
+    "(3,1)",
+    "[3,4]",
+    "x<3",
+    "x>4",
+    r"x\ne 2",
+    "1:2",
+    "3:5",
+]
+# What readers of this verifier have tried in order to be paid for many golds at once.
+FOR_ALL = [
+    "x>9^{9^9}",
+    "x<x",
+    r"x\in\emptyset",
+    "1<x<0",
+    "10^{200}-10^{200}",
+    "10^{200}-10^{200}+C",
+    r"\ln1:\ln1",
+    "|2x-3|>0",
+]
+
+
+def same_as(text: str) -> list[str]:
+    return [gold for gold in DIFFERENT if compare(read(gold), read(text), Rules()).same]
+
+
+@pytest.mark.parametrize("text", FOR_ALL)
+def test_no_answer_is_right_for_golds_that_it_does_not_know(text: str) -> None:
+    assert same_as(text) == []
+
+
 @given(st.text(alphabet=r"0123456789xyzabIie+-*/^_(){}[]|\,;.=<> $%!&~'", max_size=40))
-def test_any_text_is_refused_or_can_be_compared(text: str) -> None:
-    try:
-        node = read(text)
-    except Unread:
-        return
-    for gold in ("5", "x^2", r"\{1,2\}", "(0,1)", "x<3", r"5\text{ cm}"):
-        assert compare(read(gold), node, Rules()).same in (True, False)
-    assert compare(node, node, Rules()).same
+def test_no_text_is_the_same_as_two_different_golds(text: str) -> None:
+    with suppress(Unread):
+        assert len(same_as(text)) <= 1
 
 
 @given(st.text(alphabet="0123456789x+-*/^(){}!.,", max_size=30), st.sampled_from(GOLDS))
