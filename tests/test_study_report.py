@@ -96,6 +96,7 @@ def test_a_report_on_a_whole_study(tmp_path: Path, capsys: pytest.CaptureFixture
         "question: Does IB help a small policy on number paths?",
         "the study file is not committed".capitalize(),
         "By the pilot's standard deviation of paired differences (2.5 points), 8 seeds find a difference of",
+        "Time: the 24 finished trials took 6.0 hours one after the other, and 3.0 CPU hours",
         "at the entropy that DAPO has at temperature 1",
         "Questions that changed most",
         "python -m ibro_lightning study --config studies/invented.yaml",
@@ -123,6 +124,34 @@ def test_a_report_of_a_study_with_a_failing_arm_that_is_still_running(tmp_path: 
     assert "looking early is not in the plan" in text
     assert "| DAPO + naive | 8 | failed | 2 | WeightSyncError: after a sync" in text
     assert "Seeds 7 and 8 have no result in one of the two." in text
+
+
+@pytest.mark.parametrize(("expected", "optimistic"), [(0.001, True), (0.5, False)])
+def test_the_spread_that_was_expected_is_compared_with_the_one_found(
+    tmp_path: Path, expected: float, optimistic: bool
+) -> None:
+    rows = final_rows({"none": [0.80, 0.70, 0.75], "ib": [0.90, 0.75, 0.86]})  # differences 10, 5 and 11 points
+    write_results(tmp_path, rows, study_file([1, 2, 3], paired_sd=expected, comparisons=[["none", "ib"]]))
+    text = write_report([tmp_path]).with_suffix(".md").read_text()
+    assert "In this study it was 3.2 points" in text
+    assert ("the plan expected to find more than it could" in text) is optimistic
+
+
+def test_what_people_wrote_about_the_results_is_a_section_that_says_so(tmp_path: Path) -> None:
+    invented_study(tmp_path)
+    (tmp_path / "discussion.md").write_text("The paper says\nso: a < b.\n\n\nWe would change our mind if not.\n")
+    report = write_report([tmp_path])
+    text, page = report.with_suffix(".md").read_text(), report.read_text()
+    assert "## Discussion" in text
+    assert "Written by people who had seen the results" in text
+    for paragraph in ("The paper says so: a &lt; b.", "We would change our mind if not."):
+        assert f"<p>{paragraph}</p>" in page
+
+
+def test_a_discussion_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (invented_study(tmp_path) / "discussion.md").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"discussion\.md.*cannot be read"):
+        write_report([tmp_path])
 
 
 def test_alarms_of_the_runs_are_listed_by_arm(tmp_path: Path) -> None:

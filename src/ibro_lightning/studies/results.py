@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,12 +21,14 @@ Column = np.ndarray[Any, Any]
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 """``[arms, seeds]`` or ``[arms, seeds, iterations]``; NaN where there is no result."""
 FINISHED, FAILED = "finished", "failed"
-RESULTS, TRIALS, QUESTIONS, VERSIONS, STUDY = (
+RESULTS, TIMINGS, TRIALS, QUESTIONS, VERSIONS, STUDY, DISCUSSION = (
     "results.parquet",
+    "timings.parquet",
     "trials.parquet",
     "questions.parquet",
     "versions.json",
     "study.yaml",
+    "discussion.md",
 )
 
 
@@ -123,6 +126,10 @@ class Results:
     versions: Mapping[str, Any] = field(default_factory=dict)
     planned: bool = True
     """Whether there is a plan from before the results; not so for runs that were not made by ``study``."""
+    hours: Mapping[str, float] = field(default_factory=dict)
+    """``wall`` and ``cpu``: hours of all finished trials together; empty where nothing timed them."""
+    discussion: tuple[str, ...] = ()
+    """Paragraphs that people wrote about the results, in :data:`DISCUSSION` beside them."""
 
     @cached_property
     def arms(self) -> tuple[str, ...]:
@@ -207,7 +214,9 @@ def read_results(folder: Path) -> Results:
         if (points.arm_names[arm], seed) not in known:
             remedy = f"{TRIALS} has no trial {points.arm_names[arm]}/seed_{seed}: run `study` again, which writes both"
             raise ConfigError("report", str(folder / RESULTS), remedy)
-    return Results(folder, study, points, trials, _questions(folder / QUESTIONS), _versions(folder / VERSIONS))
+    questions, versions = _questions(folder / QUESTIONS), _versions(folder / VERSIONS)
+    hours, discussion = _hours(folder / TIMINGS), _paragraphs(folder / DISCUSSION)
+    return Results(folder, study, points, trials, questions, versions, hours=hours, discussion=discussion)
 
 
 def _points(path: Path) -> Points:
@@ -250,6 +259,29 @@ def _questions(path: Path) -> tuple[Question, ...]:
     usual = min(temperatures, key=lambda t: abs(t - 1.0), default=1.0)
     rows = zip(zip(*table.values(), strict=True), temperatures, strict=True)
     return tuple(Question(*row) for row, temperature in rows if temperature == usual)
+
+
+def _hours(path: Path) -> dict[str, float]:
+    """Hours of wall clock and CPU over all trials; none if there is no such file."""
+    if not path.is_file():
+        return {}
+    timings = _table(path, ("metric", "value"))
+    spent = {"trial/wall_s": 0.0, "trial/cpu_s": 0.0}
+    for metric, seconds in zip(timings["metric"], timings["value"], strict=True):
+        if metric in spent:
+            spent[metric] += seconds / 3600
+    return {"wall": spent["trial/wall_s"], "cpu": spent["trial/cpu_s"]}
+
+
+def _paragraphs(path: Path) -> tuple[str, ...]:
+    """The paragraphs of a text; none if there is no such file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError) as error:
+        raise ConfigError("report", str(path), f"this file cannot be read: {error}") from error
+    return tuple(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip())
 
 
 def _versions(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,9 @@ def report_of(results: Results, history: History) -> Report:
     metric = study.plan.metric
     any_finished = bool(results.finished) and bool(results.last_iterations(metric))
     compared = analysis.comparisons(results) if any_finished else []
-    sections = [_plan(results, history)] if results.planned else []
+    sections = [_plan(results, history, compared)] if results.planned else []
+    if results.discussion:
+        sections += [_discussion(results)]
     if any_finished:
         sections += [_final(results, compared, metric), *measured.curves(results), *measured.alarms(results)]
         sections += [*measured.matched(results)]
@@ -57,7 +60,14 @@ def _lead(results: Results, compared: Sequence[Comparison]) -> list[Block]:
     return blocks
 
 
-def _plan(results: Results, history: History) -> Section:
+def _discussion(results: Results) -> Section:
+    written = (
+        "Written by people who had seen the results, unlike the plan; the sentences above are made from the numbers."
+    )
+    return Section("Discussion", [Notice(written), Text(results.discussion)])
+
+
+def _plan(results: Results, history: History, compared: Sequence[Comparison]) -> Section:
     plan = results.study.plan
     said = history.sentences()
     others = [sentence for sentence in said if not sentence.startswith(WARNING)]
@@ -67,12 +77,12 @@ def _plan(results: Results, history: History) -> Section:
         *(Notice(text) for text in warnings),
         Code(plan.text),
     ]
-    blocks.append(Text([f"sha256 of this text, with its last line feed: {plan.digest}", *_power(results)]))
+    blocks.append(Text([f"sha256 of this text, with its last line feed: {plan.digest}", *_power(results, compared)]))
     return Section("The plan", blocks)
 
 
-def _power(results: Results) -> list[str]:
-    """What the plan could expect to find, from the pilot's spread."""
+def _power(results: Results, compared: Sequence[Comparison]) -> list[str]:
+    """What the plan could expect to find, from the pilot's spread, and what the spread turned out to be."""
     plan, seeds = results.study.plan, len(results.study.seeds)
     if plan.paired_sd is None or not seeds:
         return []
@@ -80,11 +90,19 @@ def _power(results: Results) -> list[str]:
     unit, level = unit_of(plan.metric), plan.level / count
     size = unit.size(minimum_detectable_difference(plan.paired_sd, seeds, level))
     shared = f" divided by {count} comparisons" * (count > 1)
-    return [
+    expected = (
         f"By the pilot's standard deviation of paired differences ({unit.size(plan.paired_sd)}), "
         f"{plural(seeds, 'seed')} find a difference of {size} in 80 % of such studies, at the level "
         f"{plan.level:g}{shared}."
-    ]
+    )
+    spreads = [one.paired.sd for one in compared if math.isfinite(one.paired.sd)]
+    if not spreads:
+        return [expected]
+    low, high = (unit.size(spread) for spread in (min(spreads), max(spreads)))
+    found = f"In this study it was {low}" + f" to {high}" * (low != high)
+    if min(spreads) > plan.paired_sd:
+        found += ", so that the plan expected to find more than it could"
+    return [expected, f"{found}: the column detectable under Result goes by that."]
 
 
 def _final(results: Results, compared: Sequence[Comparison], metric: str) -> Section:
@@ -148,7 +166,8 @@ def _failures(results: Results) -> list[Section]:
 
 
 def _repeat(results: Results, history: History) -> Section:
-    blocks: list[Block] = [Text([f"Seeds: {listed(results.seeds)}.", *sentences.of_code(results)])]
+    facts = [f"Seeds: {listed(results.seeds)}.", *sentences.of_hours(results), *sentences.of_code(results)]
+    blocks: list[Block] = [Text(facts)]
     if results.planned:
         file = history.path or f"studies/{results.study.name}.yaml"
         commands = (

@@ -136,6 +136,17 @@ def of_base_policies(results: Results) -> list[str]:
     return [f"{seeds}: not all arms started from the same base policy, so that pairing takes less away."]
 
 
+def of_hours(results: Results) -> list[str]:
+    """How long the finished trials took, all together."""
+    if not results.hours:
+        return []
+    trials, wall, cpu = len(results.finished), results.hours["wall"], results.hours["cpu"]
+    return [
+        f"Time: the {plural(trials, 'finished trial')} took {number(wall, 1)} hours one after the other, and "
+        f"{number(cpu, 1)} CPU hours; warm starts are not counted."
+    ]
+
+
 def of_code(results: Results) -> list[str]:
     """Which code ran the trials."""
     codes: dict[str, int] = {}
