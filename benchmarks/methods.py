@@ -1,6 +1,7 @@
 """Every method on the quick start with one seed: accuracy, entropy, length and CPU seconds, in one table.
 
-python benchmarks/methods.py                                          # studies/methods.yaml as it is: hours
+python benchmarks/methods.py                                          # studies/methods.yaml as it is: an hour or two
+python benchmarks/methods.py --methods NoRegularizer --seeds 1 2 3 4  # how far seeds alone lie apart, in the same table
 python benchmarks/methods.py --methods SIREN STEER --iterations 2     # a part of it
 python benchmarks/methods.py --table                                  # only the table of what is there
 
@@ -13,7 +14,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from statistics import mean, stdev
 
 import pyarrow.parquet as pq
 
@@ -23,58 +24,73 @@ from ibro_lightning.runs.recipes import recipe_folder
 from ibro_lightning.studies.spec import Study, as_yaml, read_study
 
 COLUMNS = {
-    "val/number_path/avg@16": ("accuracy", lambda value: f"{100 * value:.1f} %"),
-    "policy/entropy": ("entropy, nats", lambda value: f"{value:.3f}"),
-    "rollout/length": ("length, tokens", lambda value: f"{value:.1f}"),
-    "trial/cpu_s": ("CPU s", lambda value: f"{value:.0f}"),
+    "val/number_path/avg@16": ("accuracy, %", 100, 1),
+    "policy/entropy": ("entropy, nats", 1, 3),
+    "rollout/length": ("length, tokens", 1, 1),
+    "trial/cpu_s": ("CPU s", 1, 0),
 }
+"""``{metric: (title, scale, digits)}``"""
 
 
-def chosen(study: Study, methods: Sequence[str], iterations: int | None) -> Study:
-    """The study with these arms alone, if any are named, and of this length, with an evaluation at its end."""
+def chosen(study: Study, methods: Sequence[str], seeds: Sequence[int], iterations: int | None) -> Study:
+    """The study with these arms and seeds alone, if any are named, evaluated after this many iterations."""
     for name in methods:
         check_one_of("methods", name, list(study.arms))
     arms = {name: arm for name, arm in study.arms.items() if not methods or name in methods}
+    study = replace(study, arms=arms, seeds=[*seeds] or study.seeds)
     if iterations is None:
-        return replace(study, arms=arms)
+        return study
     lengths = {"trainer.max_epochs": iterations, "trainer.check_val_every_n_epoch": iterations}
     name = f"{study.name}_{iterations}"  # of other settings, and so in another folder
-    return replace(study, name=name, arms=arms, settings={**study.settings, **lengths})
+    return replace(study, name=name, settings={**study.settings, **lengths})
 
 
 def table(results: Path, arms: Sequence[str]) -> str:
-    """The last point of each column for each arm, in the order of the study, in Markdown."""
+    """The last point of each column, in Markdown: a row for the first seed of each arm, in the order of the study, and
+    for arms with several seeds another row with their mean and standard deviation."""
     rows = [row for file in ("results", "timings") for row in pq.read_table(results / f"{file}.parquet").to_pylist()]
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[int, dict[str, float]]] = {}
     for row in sorted(rows, key=lambda row: row["iteration"]):
-        found.setdefault(row["arm"], {})[row["metric"]] = row["value"]
+        found.setdefault(row["arm"], {}).setdefault(row["seed"], {})[row["metric"]] = row["value"]
     lines = [
-        f"| method | {' | '.join(title for title, _ in COLUMNS.values())} |",
+        f"| method | {' | '.join(title for title, *_ in COLUMNS.values())} |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    return "\n".join(lines + [line(arm, found[arm]) for arm in arms if arm in found])
+    there = [arm for arm in arms if arm in found]
+    lines += [line(f"`{arm}`", [found[arm][min(found[arm])]]) for arm in there]
+    repeated = [arm for arm in there if len(found[arm]) > 1]
+    lines += [line(f"`{arm}`, {len(found[arm])} seeds", list(found[arm].values())) for arm in repeated]
+    return "\n".join(lines)
 
 
-def line(arm: str, values: Mapping[str, float]) -> str:
-    cells = (shown(values[metric]) if metric in values else "–" for metric, (_, shown) in COLUMNS.items())
-    return f"| `{arm}` | {' | '.join(cells)} |"
+def line(name: str, trials: Sequence[Mapping[str, float]]) -> str:
+    """One row: values of one trial, or mean ± standard deviation over several."""
+    cells = []
+    for metric, (_, scale, digits) in COLUMNS.items():
+        values = [scale * trial[metric] for trial in trials if metric in trial]
+        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+        cells.append(f"{mean(values):.{digits}f}{spread}" if values else "–")
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=[], help="arms of the study file; all of them by default")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="the study file's by default")
     parser.add_argument("--iterations", type=int, help="of each run; the study file's by default")
     parser.add_argument("--study", type=Path, default=recipe_folder() / "studies" / "methods.yaml")
     parser.add_argument("--output", type=Path, default=Path("runs/studies"), help="a folder of the study goes there")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args(argv)
     whole = read_study(options.study)
-    study = chosen(whole, options.methods, options.iterations)
+    study = chosen(whole, options.methods, options.seeds, options.iterations)
     folder = options.output / study.name
     if not options.table:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "chosen.yaml").write_text(as_yaml(study))
         run_study(["--config", str(folder / "chosen.yaml"), "--output", str(folder)])
+    if not (folder / "results" / "results.parquet").exists():
+        parser.error(f"--table: there are no results in {folder / 'results'} yet; run this without --table first")
     print(table(folder / "results", list(whole.arms)))
 
 

@@ -19,6 +19,7 @@ from ibro_lightning.update.advantages import GROUP_RELATIVE
 from ibro_lightning.update.surrogates import LOSSES
 from method_tables import PAGE, entropy_methods, moving, rows, tables, written
 from methods import chosen
+from methods import main as run_methods
 from methods import table as results_table
 
 METHODS = entropy_methods()
@@ -95,14 +96,15 @@ def test_the_study_of_methods_has_all_of_them_as_they_come() -> None:
 
 def test_a_part_of_the_study_can_be_chosen_and_shortened() -> None:
     study = read_study(recipe_folder() / "studies" / "methods.yaml")
-    part = chosen(study, ["STEER", "SIREN"], 2)
+    part = chosen(study, ["STEER", "SIREN"], [3, 4], 2)
     assert set(part.arms) == {"STEER", "SIREN"}
     assert part.name == "methods_2"
+    assert [trial.seed for trial in part.trials()] == [3, 3, 4, 4]
     for setting in ("trainer.max_epochs", "trainer.check_val_every_n_epoch"):
         assert part.settings[setting] == 2
-    assert chosen(study, [], None) == study
+    assert chosen(study, [], [], None) == study
     with pytest.raises(ConfigError, match=r"methods: 'Siren' - write one of "):
-        chosen(study, ["Siren"], None)
+        chosen(study, ["Siren"], [], None)
 
 
 def test_the_table_has_the_last_point_of_each_method_in_the_studys_order(tmp_path: Path) -> None:
@@ -111,6 +113,8 @@ def test_the_table_has_the_last_point_of_each_method_in_the_studys_order(tmp_pat
         ("b/seed_1", "b", 1, 40, "val/number_path/avg@16", 0.25),
         ("b/seed_1", "b", 1, 120, "val/number_path/avg@16", 0.5),
         ("b/seed_1", "b", 1, 120, "policy/entropy", 0.25),
+        ("b/seed_2", "b", 2, 120, "val/number_path/avg@16", 0.6),
+        ("b/seed_3", "b", 3, 120, "val/number_path/avg@16", 0.7),
         ("a/seed_1", "a", 1, 120, "rollout/length", 20.0),
     ]
     timings = [("a/seed_1", "a", 1, 120, "trial/cpu_s", 99.6), ("base/seed_1", None, 1, 5, "trial/cpu_s", 7.0)]
@@ -119,5 +123,12 @@ def test_the_table_has_the_last_point_of_each_method_in_the_studys_order(tmp_pat
         pq.write_table(table, tmp_path / f"{name}.parquet")
     assert results_table(tmp_path, ["a", "b", "c"]).splitlines()[2:] == [
         "| `a` | – | – | 20.0 | 100 |",
-        "| `b` | 50.0 % | 0.250 | – | – |",
+        "| `b` | 50.0 | 0.250 | – | – |",
+        "| `b`, 3 seeds | 60.0 ± 10.0 | 0.250 | – | – |",
     ]
+
+
+def test_a_table_of_nothing_says_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_methods(["--table", "--output", str(tmp_path)])
+    assert "run this without --table first" in capsys.readouterr().err
