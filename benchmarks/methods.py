@@ -80,18 +80,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--iterations", type=int, help="of each run; the study file's by default")
     parser.add_argument("--study", type=Path, default=recipe_folder() / "studies" / "methods.yaml")
     parser.add_argument("--output", type=Path, default=Path("runs/studies"), help="a folder of the study goes there")
+    parser.add_argument("--results", type=Path, help="the results' folder, from which the study continues elsewhere")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args(argv)
     whole = read_study(options.study)
     study = chosen(whole, options.methods, options.seeds, options.iterations)
     folder = options.output / study.name
+    results = options.results or folder / "results"
     if not options.table:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "chosen.yaml").write_text(as_yaml(study))
-        run_study(["--config", str(folder / "chosen.yaml"), "--output", str(folder)])
-    if not (folder / "results" / "results.parquet").exists():
-        parser.error(f"--table: there are no results in {folder / 'results'} yet; run this without --table first")
-    print(table(folder / "results", list(whole.arms)))
+        run_study(["--config", str(folder / "chosen.yaml"), "--output", str(folder), "--results", str(results)])
+    if not (results / "results.parquet").exists():
+        parser.error(f"--table: there are no results in {results} yet; run this without --table first")
+    print(table(results, list(whole.arms)))
 
 
 if __name__ == "__main__":
