@@ -11,6 +11,8 @@ from jsonargparse import Namespace
 
 from ibro_lightning.errors import ConfigError
 
+CLASH_MARK = "\u200b"
+"""What jsonargparse puts before the name of a setting that is also a method of its ``Namespace``."""
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -29,7 +31,8 @@ class RecipePaths:
         try:
             built = kind(*args, **settings)
         except ConfigError as error:
-            if not error.path and _root(error.field) in settings:
+            # A class of the user's may pass a value on to a base of ours, which has another name for it.
+            if not error.path and (_root(error.field) in settings or not kind.__module__.startswith("ibro_lightning.")):
                 found = (path for path, given in settings_in(self.recipe, groups=True) if _same(given, settings, kind))
                 error.path = next(found, "")
             raise
@@ -110,8 +113,11 @@ def _same(given: Any, settings: Mapping[str, Any], kind: type) -> bool:
 
 
 def _plain(group: Any) -> dict[str, Any]:
-    """A group's own keys; iterating over a ``Namespace`` also yields those of nested groups."""
-    return dict(vars(group) if isinstance(group, Namespace) else group)
+    """A group's own keys; iterating over a ``Namespace`` also yields those of nested groups. It marks names that its
+    own methods have, such as ``values``."""
+    if isinstance(group, Namespace):
+        return {key.removeprefix(CLASH_MARK): value for key, value in vars(group).items()}
+    return dict(group)
 
 
 def _root(field: str) -> str:

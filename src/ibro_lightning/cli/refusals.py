@@ -37,8 +37,8 @@ OURS = "ibro_lightning"
 BAD_YAML = "Problems parsing config: "
 MISSING = "missing - "
 """In place of the value of a required setting that is not given."""
-NOT_OFFERED = ("PolicyLossMethod", "CorrectPathEntropySuppression", "GoldTrial", "Anchor")
-"""A base class, a former name, and what the pool and SIREN build: no message names them among those to choose from."""
+NOT_OFFERED = ("PolicyLossMethod", "CorrectPathEntropySuppression", "GoldTrial")
+"""A base class, a former name, and what the pool builds: no message names them among those to choose from."""
 DEMOS = "lightning.pytorch.demos"
 """Lightning's examples, known once somebody imports them."""
 MANY = 16
@@ -102,6 +102,8 @@ def _unknown(parser: Any, name: str, value: str | None) -> Refused:
         near = [whole for whole in (f"{first}.{rest}" for first in renamed) if whole in names]
         name, value, near = (name, value, near) if near else (group, None, renamed)
     owner = "the command line" if parser.exit_on_error else parser.of_class.__name__
+    if not parser.exit_on_error and (others_have := _owners(parser.of_class, name)):
+        return Refused(_keys(name), value, f"{owner} has no such setting: {_either(others_have)} has it")
     others = ", ".join(name for name in names if "." not in name) or "none"
     hint = f"did you mean {near[0]}?" if near else f"it has {others}"
     return Refused(_keys(name), value, f"{owner} has no such setting: {hint}")
@@ -198,6 +200,17 @@ def _names(bases: list[type]) -> list[str]:
             if public and offered and not inspect.isabstract(kind):
                 found.add(kind.__name__)
     return sorted(found)
+
+
+def _owners(kind: type, name: str) -> list[str]:
+    """The classes of ours that could be written in place of ``kind`` and have a setting of this name; none if these are
+    many, as of a name that says little."""
+    bases = [base for base in kind.__mro__[1:] if base.__module__.startswith(f"{OURS}.") and base.__subclasses__()]
+    others = {other for base in bases for other in _below(base) if other.__module__.startswith(f"{OURS}.")}
+    offered = (other for other in others if other.__name__ not in NOT_OFFERED and _is_exported(other))
+    setting = name.partition(".")[0]
+    names = sorted(other.__name__ for other in offered if setting in inspect.signature(other).parameters)
+    return names if len(names) <= 3 else []
 
 
 def _below(base: type) -> Iterator[type]:
