@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ibro_lightning.functional.advantages import centre_groups, float_dtype, group_deviations, widest_spans
 
+LARGEST_POWER = 10.0
+"""Of the odds of a pass rate: far above any paper's, and 7 wrong responses to a right one are still finite."""
+
 
 def quantile_advantages(
     rewards: Tensor,
@@ -55,7 +58,12 @@ def maxrl_advantages(
     ``(R_i − mean_group R) / (span·p)``.
 
     Args:
-        outcomes: p is their mean over the group, without the unknown ones (nan); None: the rewards are the outcomes.
+        outcomes: from 0 (wrong) to 1 (right), nan where it is unknown: p is the mean of the others over the group.
+            None: the rewards are the outcomes.
+
+    Raises:
+        ValueError: rewards of a group differ, and an outcome is not in [0, 1], such as a reward of −1 without outcomes:
+            their mean is no pass rate.
 
     >>> maxrl_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(4, dtype=torch.long))
     tensor([ 3., -1., -1., -1.])
@@ -82,12 +90,15 @@ def asym_grpo_advantages(
     ``c/p`` times the second elsewhere.
 
     Args:
-        positive_power, negative_power: β⁺ and β⁻.
-        outcomes: as in :func:`maxrl_advantages`.
+        positive_power, negative_power: β⁺ and β⁻, from 0 to 10.
+        outcomes: as in :func:`maxrl_advantages`, which also says which are refused.
 
     >>> asym_grpo_advantages(torch.tensor([1.0, 0.0]), torch.zeros(2, dtype=torch.long))
     tensor([ 1., -1.])
     """
+    for name, power in (("positive_power", positive_power), ("negative_power", negative_power)):
+        if not 0 <= power <= LARGEST_POWER:
+            raise ValueError(f"{name} must be from 0 to {LARGEST_POWER:g}, got {power}")
     centred, rate = _centred_and_rate(rewards, groups, outcomes, outcome_span)
     inside = (rate > 0) & (rate < 1)
     p = torch.where(inside, rate, 0.5)
@@ -105,6 +116,10 @@ def _centred_and_rate(
     widest = widest_spans(span, groups, len(count))  # [G]
     results = (rewards if outcomes is None else outcomes).double()
     known = ~results.isnan()
+    differs = known & (centred != 0)  # elsewhere the advantage is 0, whatever the outcomes are
+    if bool((differs & ((results < 0) | (results > 1 + 1e-6))).any()):
+        what = "outcomes" if outcomes is not None else "without outcomes, rewards"
+        raise ValueError(f"{what} must be from 0 (wrong) to 1 (right): their mean is the pass rate")
     total = torch.zeros_like(count).index_add_(0, groups, torch.where(known, results, 0.0))
     rate = total / torch.zeros_like(count).index_add_(0, groups, known.double()).clamp(min=1)  # [G]
     return torch.where(widest[groups] > 0, centred / widest[groups], 0.0), rate[groups]

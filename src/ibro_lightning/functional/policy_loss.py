@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -193,6 +194,9 @@ def sapo_surrogate(
         logp, old_logp, advantages: as in :func:`clipped_surrogate`.
         positive_temperature, negative_temperature: τ where A > 0, and elsewhere: a larger one fades sooner.
     """
+    for name, value in (("positive", positive_temperature), ("negative", negative_temperature)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}_temperature must be a positive number, got {value}")
     ratio = (_finite(logp) - _finite(old_logp)).clamp(-20.0, 20.0).exp()
     positive, negative = ratio.new_tensor(positive_temperature), ratio.new_tensor(negative_temperature)
     temperature = torch.where(advantages > 0, positive, negative)  # [B, T]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 from torch import Tensor
 
-from ibro_lightning.errors import ConfigError, check_at_least, is_number
+from ibro_lightning.errors import ConfigError, is_number
 from ibro_lightning.functional import (
     asym_grpo_advantages,
     dr_grpo_advantages,
@@ -16,6 +18,7 @@ from ibro_lightning.functional import (
     quantile_advantages,
     rloo_advantages,
 )
+from ibro_lightning.functional.pass_rate_advantages import LARGEST_POWER
 from ibro_lightning.regularizers.method import Method
 
 
@@ -125,7 +128,8 @@ class MaxRL(GroupAdvantage):
     def __call__(
         self, rewards: Tensor, groups: Tensor, outcomes: Tensor | None, outcome_span: Tensor | float
     ) -> Tensor:
-        return maxrl_advantages(rewards, groups, outcomes=outcomes, outcome_span=outcome_span)
+        with _named("maxrl"):
+            return maxrl_advantages(rewards, groups, outcomes=outcomes, outcome_span=outcome_span)
 
 
 class AsymGRPO(GroupAdvantage):
@@ -145,21 +149,33 @@ class AsymGRPO(GroupAdvantage):
     )
 
     def __init__(self, positive_power: float = 0.9, negative_power: float = 0.4) -> None:
-        check_at_least("positive_power", positive_power, 0)
-        check_at_least("negative_power", negative_power, 0)
+        for name, power in (("positive_power", positive_power), ("negative_power", negative_power)):
+            if not (is_number(power) and 0 <= power <= LARGEST_POWER):
+                raise ConfigError(name, power, f"write a number from 0 to {LARGEST_POWER:g}, such as 0.5")
         self.positive_power, self.negative_power = positive_power, negative_power
 
     def __call__(
         self, rewards: Tensor, groups: Tensor, outcomes: Tensor | None, outcome_span: Tensor | float
     ) -> Tensor:
-        return asym_grpo_advantages(
-            rewards,
-            groups,
-            positive_power=self.positive_power,
-            negative_power=self.negative_power,
-            outcomes=outcomes,
-            outcome_span=outcome_span,
-        )
+        with _named("asym_grpo"):
+            return asym_grpo_advantages(
+                rewards,
+                groups,
+                positive_power=self.positive_power,
+                negative_power=self.negative_power,
+                outcomes=outcomes,
+                outcome_span=outcome_span,
+            )
+
+
+@contextmanager
+def _named(advantage: str) -> Iterator[None]:
+    """Turn the refusal of rewards that have no pass rate into an error that names the setting."""
+    try:
+        yield
+    except ValueError as error:
+        remedy = "let the reward report a part accuracy from 0 to 1, or write another advantage, such as grpo"
+        raise ConfigError("advantage", advantage, f"{error}: {remedy}") from error
 
 
 GROUP_RELATIVE: dict[str, type[GroupAdvantage]] = {
