@@ -193,9 +193,34 @@ def test_impossible_tokens_leave_loss_and_gradient_finite(
         assert not gradient.any()
 
 
+@pytest.mark.parametrize("name", LOSSES)
 @quick
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.data())
-def test_gmpo_depends_on_neither_order_nor_padding(lengths: list[int], data: st.DataObject) -> None:
+def test_a_tokens_loss_depends_on_neither_order_nor_padding_nor_the_other_rows(
+    name: Any, lengths: list[int], data: st.DataObject
+) -> None:
+    """Nor is anything else returned for a token: flags, gates."""
+    rows = len(lengths)
+    mask, order = prefix_mask(lengths, 5), torch.tensor(data.draw(st.permutations(range(rows))))
+    logp, old_logp, advantages = doubles(rows, 5), doubles(rows, 5, seed=1), doubles(rows, 1, seed=2).expand(rows, 5)
+
+    def tokens_of(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> list[Tensor]:
+        loss, metrics = loss_class(name)().surrogate(TokenStats(logp, None, old_logp, None, advantages, mask))
+        return [torch.where(mask, values.double(), 0.0) for values in (loss, *metrics.values())]
+
+    whole = tokens_of(logp, old_logp, advantages, mask)
+    part = order[: data.draw(st.integers(1, rows))]
+    for found, values in zip(tokens_of(*(x[part] for x in (logp, old_logp, advantages, mask))), whole, strict=True):
+        torch.testing.assert_close(found, values[part], **closely)
+    wider = [torch.nn.functional.pad(torch.where(mask, x, NAN), (0, 2), value=NAN) for x in (logp, old_logp)]
+    further = torch.nn.functional.pad(advantages, (0, 2)), torch.nn.functional.pad(mask, (0, 2))
+    for found, values in zip(tokens_of(*wider, *further), whole, strict=True):
+        torch.testing.assert_close(found[:, :5], values, **closely)
+
+
+@quick
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.data())
+def test_gmpo_is_zero_on_padding(lengths: list[int], data: st.DataObject) -> None:
     rows = len(lengths)
     mask, order = prefix_mask(lengths, 5), torch.tensor(data.draw(st.permutations(range(rows))))
     inputs = [doubles(rows, 5), doubles(rows, 5, seed=1), doubles(rows, 1, seed=2)]

@@ -138,7 +138,7 @@ def test_the_token_budget_changes_neither_weights_nor_metrics(name: str) -> None
     assert cut_metrics == pytest.approx(metrics, rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["ppo, token mean", "PPO with a critic"])
+@pytest.mark.parametrize("name", MODULES)
 def test_neither_padding_nor_the_order_of_groups_changes_the_update(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Micro-batches padded on the left, with more padding on both sides, of a token that also occurs in the text."""
     rollout = make_rollout(iteration=1)

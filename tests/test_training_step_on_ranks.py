@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,19 @@ import torch
 from torch import Tensor
 
 from helpers.models import TinyQwen2
-from helpers.rollouts import make_rollout, share_of
+from helpers.rollouts import make_rollout, share_of, with_shown_tokens
 from helpers.sharded import on_ranks
 from helpers.updates import Verified, dapo, fit, ppo, sgd
 from ibro_lightning.batches import Rollout
 from ibro_lightning.regularizers import (
+    IBRO,
     SIREN,
     STEER,
     AdaptiveClip,
+    AEnt,
     ClipCov,
     ConditionalEntropyShaping,
+    EntroPIC,
     EntropyBonus,
     EntropyRatioClip,
     EntropySteps,
@@ -30,10 +34,14 @@ from ibro_lightning.regularizers import (
     PassRateInformationBottleneck,
     PositionCentredInformationBottleneck,
     PositiveAdvantageWeight,
+    RenyiBonus,
+    SelfDistillation,
     TopEntropyTokens,
 )
 from ibro_lightning.regularizers.coefficients import AdaptiveKL, TargetEntropy
 from ibro_lightning.update import ReferenceKL, SamplerCorrection
+from ibro_lightning.update.advantages import GROUP_RELATIVE
+from ibro_lightning.update.surrogates import LOSSES
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.slow
@@ -55,6 +63,12 @@ def adaptive_kl(**settings: Any) -> ReferenceKL:
 
 def reinforce() -> Any:
     return dapo(advantage="reinforce++", kl=adaptive_kl(placement="reward"), **SETTINGS)
+
+
+def of_surrogate(surrogate: Any) -> Any:
+    """In two passes with narrow clips, so that the second is off policy and clipped."""
+    narrow = {} if surrogate == "sapo" else {"clip_ratio_low": 0.01, "clip_ratio_high": 0.01}
+    return dapo(surrogate=surrogate, aggregation="seq-mean-token-mean", update_epochs=2, **narrow, **SETTINGS)
 
 
 MODULES: dict[str, Callable[[], Any]] = {
@@ -90,6 +104,13 @@ MODULES: dict[str, Callable[[], Any]] = {
     "the sampler's log-probs": lambda: dapo(
         regularizer=InformationBottleneck(0.5), update_epochs=2, old_logp="sampler", **SETTINGS
     ),
+    "AEnt": lambda: dapo(regularizer=AEnt(0.5), **SETTINGS),
+    "RenyiBonus": lambda: dapo(regularizer=RenyiBonus(0.5), **SETTINGS),
+    "SelfDistillation": lambda: dapo(regularizer=with_shown_tokens(SelfDistillation(0.5)), **SETTINGS),
+    "IBRO": lambda: dapo(regularizer=with_shown_tokens(IBRO(0.5)), **SETTINGS),
+    "EntroPIC": lambda: dapo(regularizer=EntroPIC(), **SETTINGS),
+    **{surrogate: partial(of_surrogate, surrogate) for surrogate in LOSSES},
+    **{advantage: partial(dapo, advantage=advantage, **SETTINGS) for advantage in GROUP_RELATIVE},
     "PPO": lambda: ppo(critic_optimizer=sgd, gae_lambda=0.9, kl=adaptive_kl(), **SETTINGS),
 }
 HALVES, UNEQUAL, ONE_HAS_NONE = ([0, 1], [2, 3]), ([0], [1, 2, 3]), ([0, 1, 2, 3], [])
@@ -101,6 +122,8 @@ CASES = [
     *((name, UNEQUAL) for name in ("ClipCov", "KLCov", "IB under sequence means", "AdaptiveKL", "weights that move")),
     *((name, UNEQUAL) for name in ("STEER", "CES", "SIREN", "pass rates", "IB by position")),
     *((name, ONE_HAS_NONE) for name in ("STEER", "SIREN", "IB by position")),
+    *((name, UNEQUAL) for name in ("AEnt", "RenyiBonus", "SelfDistillation", "IBRO", "EntroPIC")),
+    *((name, UNEQUAL) for name in (*LOSSES, *GROUP_RELATIVE)),
     ("mismatched responses", IN_TURN),
     *((name, shares) for name in FLOAT32 for shares in (HALVES, IN_TURN, SWAPPED)),
     *((name, ONE_HAS_NONE) for name in ("AdaptiveKL", "REINFORCE++ with AdaptiveKL", "KLCov", "PPO")),

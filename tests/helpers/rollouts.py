@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ibro_lightning.batches import Rollout
-from ibro_lightning.batches.sequences import Sequences
+from ibro_lightning.batches.sequences import FlatSequences, Sequences
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult
 
 PROMPTS = [[3, 1, 4], [1, 5], [3, 1, 4], [9, 2, 6, 5], [1, 5], [9, 2, 6, 5], [8], [8]]
@@ -112,3 +112,23 @@ def share_of(rollout: Rollout, numbers: Sequence[int]) -> Rollout:
         total_groups=total,
         placeholder=not numbers,
     )
+
+
+class ShownTokens:
+    """A hindsight template for these prompts, which have tokens and no text: it shows the token 9 before them."""
+
+    def sequences(
+        self, prompts: Sequence[Prompt], responses: FlatSequences, tokenizer: Any = None, max_length: int | None = None
+    ) -> FlatSequences:
+        shown = [[9, *prompt.token_ids] for prompt in prompts]
+        return replace(
+            responses,
+            prompts=torch.tensor([token for tokens in shown for token in tokens], dtype=responses.prompts.dtype),
+            prompt_lengths=torch.tensor([len(tokens) for tokens in shown]),
+        )
+
+
+def with_shown_tokens(method: Any) -> Any:
+    """A method that shows the answer, on rollouts from here."""
+    method.hindsight = ShownTokens()
+    return method
