@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ibro_lightning import regularizers
-from ibro_lightning.regularizers import EntropyRegularizer, coefficients, controllers
+from ibro_lightning.regularizers import EntropyRegularizer, coefficients
 from ibro_lightning.regularizers.coefficients import Coefficient
 from ibro_lightning.regularizers.method import Method, table
 from ibro_lightning.update.advantages import GROUP_RELATIVE
@@ -28,7 +28,7 @@ def entropy_methods() -> dict[str, type]:
 
 def moving() -> dict[str, type]:
     """The coefficients that follow a measurement."""
-    found = {**vars(coefficients), **vars(controllers)}
+    found = {name: getattr(coefficients, name) for name in coefficients.__all__}
     kinds = {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, Coefficient)}
     return {name: kind for name, kind in sorted(kinds.items()) if kind.measures is not None}
 

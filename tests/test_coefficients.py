@@ -22,17 +22,18 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.modules import DAPOModule
 from ibro_lightning.regularizers import AEnt, EntropyBonus, NoRegularizer
 from ibro_lightning.regularizers.coefficients import (
+    AdaptiveClip,
     AdaptiveKL,
     Coefficient,
     Constant,
     Cosine,
     EntropyBand,
+    EntropySteps,
     Linear,
     Stages,
     TargetEntropy,
     as_coefficient,
 )
-from ibro_lightning.regularizers.controllers import AdaptiveClip, EntropySteps
 from ibro_lightning.update import ReferenceKL
 
 CONTROLLERS = {

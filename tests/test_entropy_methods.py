@@ -51,8 +51,7 @@ from ibro_lightning.regularizers import (
     StepContext,
     TopEntropyTokens,
 )
-from ibro_lightning.regularizers.coefficients import AdaptiveKL, Constant, EntropyBand
-from ibro_lightning.regularizers.controllers import EntropySteps
+from ibro_lightning.regularizers.coefficients import AdaptiveKL, Constant, EntropyBand, EntropySteps
 from ibro_lightning.tasks import NumberPath
 from ibro_lightning.types import Prompt
 
@@ -1113,11 +1112,11 @@ def test_defaults_are_those_of_the_papers() -> None:
         EntropyShapedAdvantage(),
     )
     assert (opposite.coef, opposite.part, opposite.transform) == (0.005, "raw", "none")
-    assert (ibro.coef, ibro.beta, ibro.form, ibro.max_ratio) == (0.005, 2.0, "weighted", 1.0)
+    assert (ibro.coef, ibro.beta.value, ibro.form, ibro.max_ratio) == (0.005, 2.0, "weighted", 1.0)
     assert (clip_cov.fraction, clip_cov.low, clip_cov.high) == (2e-4, 1.0, 5.0)
-    assert (kl_cov.fraction, kl_cov.kl_coef) == (2e-3, 1.0)
+    assert (kl_cov.fraction, kl_cov.kl_coef.value) == (2e-3, 1.0)
     assert TopEntropyTokens().fraction == 0.2
-    assert (shaped.scale, shaped.kappa) == (0.4, 2.0)
+    assert (shaped.scale.value, shaped.kappa) == (0.4, 2.0)
 
 
 # Weights by the sign of the advantage, and the entropy ratio.
@@ -1147,7 +1146,7 @@ def test_the_entropy_ratio_decides_by_hand_and_is_a_curve() -> None:
     step = step_of([[1.0] * 5], old_entropy=[[1.0, 1.0, 1.0, 1.0, 0.0]])
     stats = stats_of(step, entropy=tensor(0.9499, 0.951, 1.049, 1.0501, 0.0))
     method = EntropyRatioClip()
-    assert (method.low, method.high) == (0.05, 0.05)
+    assert (method.low.value, method.high.value) == (0.05, 0.05)
     outside = [True, False, False, True, False]
     assert method.outside(stats).tolist() == [outside]
     assert method.measure(stats)["entropy_ratio_clipped"].tolist() == [outside]

@@ -11,10 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from helpers.models import TinySource
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.modules import DAPOModule
+from ibro_lightning.regularizers import AdaptiveClip
 from ibro_lightning.regularizers.method import Method, table
 from ibro_lightning.runs.recipes import recipe_folder
 from ibro_lightning.studies.spec import read_study
+from ibro_lightning.update import PolicyLoss
 from ibro_lightning.update.advantages import GROUP_RELATIVE
 from ibro_lightning.update.surrogates import LOSSES
 from method_tables import PAGE, entropy_methods, moving, rows, tables, written
@@ -48,7 +52,8 @@ CHOICES = {**METHODS, **moving()}
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_recipe_line_builds_the_method_with_its_defaults(name: str) -> None:
     kind = CHOICES[name]
-    (chosen,) = yaml.safe_load(vars(kind)["method"].recipe).values()
+    *others, chosen = yaml.safe_load(vars(kind)["method"].recipe).values()
+    assert others == ([0.6] if name == "AdaptiveClip" else []), "its ε, which is clip_ratio_low, too"
     if name == "NoRegularizer":
         assert chosen is None
         return
@@ -59,10 +64,38 @@ def test_a_recipe_line_builds_the_method_with_its_defaults(name: str) -> None:
     assert isinstance(kind(**chosen["init_args"]), kind)
 
 
-@pytest.mark.parametrize(("setting", "classes"), [("surrogate", LOSSES), ("advantage", GROUP_RELATIVE)])
-def test_a_name_in_a_recipe_line_is_the_one_of_the_class(setting: str, classes: dict[str, type]) -> None:
-    for name, method in rows(classes.items()):
-        assert yaml.safe_load(method.recipe) == {setting: name}
+def test_an_advantages_recipe_line_is_its_name() -> None:
+    for name, method in rows(GROUP_RELATIVE.items()):
+        assert yaml.safe_load(method.recipe) == {"advantage": name}
+
+
+PAPERS: dict[str, dict[str, Any]] = {
+    "ppo": {},
+    "gspo": {"aggregation": "seq-mean-token-mean", "clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4},
+    "cispo": {"clip_ratio_low": 1, "clip_ratio_high": 4},
+    "gmpo": {"aggregation": "seq-mean-token-mean", "clip_ratio_low": 0.4, "clip_ratio_high": 0.4},
+    "dppo": {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2},
+    "sapo": {"aggregation": "seq-mean-token-mean"},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_surrogates_recipe_line_is_the_method_of_its_paper_and_builds_it(name: str) -> None:
+    (line,) = (method.recipe for found, method in rows(LOSSES.items()) if found == name)
+    settings = yaml.safe_load(line)
+    assert settings == {"surrogate": name, **PAPERS[name]}
+    loss = DAPOModule(TinySource(), **settings).policy_loss
+    assert type(loss) is LOSSES[name]
+    defaults = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "aggregation": "token-mean"}
+    assert {setting: getattr(loss, setting) for setting in defaults} == {**defaults, **PAPERS[name]}
+
+
+def test_adaptive_clips_recipe_line_has_one_epsilon_for_both_bounds() -> None:
+    """[1 − 0.6, 1/(1 − 0.6)] before it widens."""
+    settings = yaml.safe_load(AdaptiveClip.method.recipe)
+    clip = AdaptiveClip(**settings["clip_ratio_high"]["init_args"])
+    loss = PolicyLoss(clip_ratio_low=settings["clip_ratio_low"], clip_ratio_high=clip)
+    assert (1 - loss.clip_ratio_low, 1 + loss.clip_ratio_high) == pytest.approx((0.4, 2.5))
 
 
 def test_a_table_is_markdown_whatever_the_formula() -> None:
@@ -89,9 +122,14 @@ def test_the_study_of_methods_has_all_of_them_as_they_come() -> None:
             assert settings["model.regularizer"]["class_path"] == name
             arguments = settings["model.regularizer"].get("init_args", {})
             assert set(arguments) <= {"template"}, "the task's, not the method's"
-    for name, setting in others.items():
-        settings = study.arms[name].settings
-        assert (settings["model.regularizer"], settings[f"model.{setting}"]) == (None, name)
+    lines = dict(rows([*LOSSES.items(), *GROUP_RELATIVE.items()]))
+    for name in others:
+        chosen = {f"model.{setting}": value for setting, value in yaml.safe_load(lines[name].recipe).items()}
+        assert study.arms[name].settings == {"model.regularizer": None, **chosen}
+    clip = study.arms["adaptive_clip"].settings
+    line = yaml.safe_load(AdaptiveClip.method.recipe)
+    assert clip["model.clip_ratio_low"] == line["clip_ratio_low"]
+    assert clip["model.clip_ratio_high"] == {"class_path": line["clip_ratio_high"]["class_path"]}
 
 
 def test_a_part_of_the_study_can_be_chosen_and_shortened() -> None:

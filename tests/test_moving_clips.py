@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from helpers.rollouts import rollouts
-from helpers.updates import dapo, ppo
+from helpers.rollouts import rollouts, with_shown_tokens
+from helpers.updates import dapo, ppo, sgd
 from helpers.updates import fit as train
 from ibro_lightning.batches.experience import TokenStats
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.regularizers import EntropyBonus, EntropyRegularizer
+from ibro_lightning.regularizers import (
+    IBRO,
+    SIREN,
+    STEER,
+    EntropyBonus,
+    EntropyRatioClip,
+    EntropyRegularizer,
+    EntropyShapedAdvantage,
+    KLCov,
+    PositiveAdvantageWeight,
+)
 from ibro_lightning.regularizers.coefficients import (
+    AdaptiveClip,
     AdaptiveKL,
     Coefficient,
     Constant,
     Cosine,
     EntropyBand,
     Linear,
+    Stages,
     TargetEntropy,
+    TrackedNumber,
     as_coefficient,
 )
-from ibro_lightning.update import CISPOLoss, DPPOLoss, GMPOLoss, GSPOLoss, PolicyLoss, ReferenceKL
+from ibro_lightning.regularizers.siren import Anchor
+from ibro_lightning.update import CISPOLoss, DPPOLoss, GMPOLoss, GSPOLoss, PolicyLoss, ReferenceKL, SAPOLoss
 
 
 class Recorder(Coefficient):
@@ -52,7 +67,7 @@ class TwoWeights(EntropyRegularizer):
         self.further = as_coefficient(further, "further", "entropy")
 
     @property
-    def coefficients(self) -> dict[str, Coefficient]:
+    def coefficients(self) -> Mapping[str, TrackedNumber]:
         return {**super().coefficients, "further": self.further}
 
     def objective(self, stats: Any) -> torch.Tensor:
@@ -220,3 +235,111 @@ def test_old_scores_come_first_where_a_clip_follows_entropy() -> None:
     assert PolicyLoss(clip_ratio_high=Recorder(0.3)).needs_scores
     assert PolicyLoss(TwoWeights(0.1, Recorder(0.3))).needs_scores
     assert not PolicyLoss(TwoWeights(0.1, 0.3)).needs_scores
+
+
+# Weights and bounds of methods.
+
+MOVING: dict[str, tuple[Callable[[Any], EntropyRegularizer], Any]] = {
+    # a method with one of its numbers, which falls from 0.8 to 0.4 in two iterations
+    "kl_coef": (lambda number: KLCov(0.5, kl_coef=number), lambda method: method.kl_coef.value),
+    "scale": (lambda number: EntropyShapedAdvantage(scale=number), lambda method: method.scale.value),
+    "beta": (lambda number: with_shown_tokens(IBRO(0.5, beta=number)), lambda method: method.beta.value),
+    "w_min": (lambda number: STEER(number), lambda method: method.w_min.value),
+    "low": (lambda number: EntropyRatioClip(low=number), lambda method: method.low.value),
+    "high": (lambda number: EntropyRatioClip(high=number), lambda method: method.high.value),
+}
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_a_methods_number_moves_is_a_curve_and_survives_in_the_checkpoint(name: str) -> None:
+    build, value_of = MOVING[name]
+    module = dapo(regularizer=build(Linear(0.8, 0.4, 2)), mini_batch_prompts=2)
+    _, recorder = train(module, rollouts(3))
+    assert [metrics[f"regularizer/{name}"] for metrics in recorder.metrics] == pytest.approx([0.8, 0.6, 0.4])
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    resumed = dapo(regularizer=build(Linear(0.8, 0.4, 4)))
+    resumed.on_load_checkpoint(checkpoint)
+    assert value_of(resumed.regularizer) == pytest.approx(0.6), "iteration 3 of 4"
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_an_update_with_a_number_that_moves_is_that_with_what_it_has_come_to(name: str) -> None:
+    build, _ = MOVING[name]
+    settings: dict[str, Any] = {"mini_batch_prompts": 2, "optimizer": sgd, "warmup_steps": 0}
+    moving, fixed = (
+        train(dapo(regularizer=build(number), **settings), rollouts(1))[1].weights[-1]
+        for number in (Linear(0.6, 0.1, 5), 0.6)
+    )
+    for key, value in fixed.items():
+        torch.testing.assert_close(moving[key], value, rtol=1e-10, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("build", "setting", "parts"),
+    [
+        (lambda: KLCov(kl_coef=-1.0), "kl_coef", ["-1.0", "0 or more"]),
+        (lambda: EntropyShapedAdvantage(scale=-1.0), "scale", ["-1.0"]),
+        (lambda: IBRO(beta=AdaptiveKL()), "beta", ["AdaptiveKL", "KL"]),
+        (lambda: STEER(Linear(0.5, 1.5, 3)), "w_min", ["Linear", "come to be 1.5", "above 0 and up to 1"]),
+        (lambda: STEER(TargetEntropy()), "w_min", ["come to be 0"]),
+        (lambda: EntropyRatioClip(low=1.5), "low", ["1.5", "above 0 and up to 1, such as 0.05"]),
+        (lambda: EntropyRatioClip(high=Linear(0.0, 0.1, 3)), "high", ["come to be 0", "positive"]),
+        (lambda: PolicyLoss(dual_clip=Linear(10.0, 1.0, 3)), "dual_clip", ["come to be 1 ", "number above 1"]),
+        # α of a clip would be 1.5, and a number that is measured once is no coefficient.
+        (lambda: EntropyBonus(AdaptiveClip()), "coef", ["AdaptiveClip", "clip_ratio_high"]),
+        (lambda: PolicyLoss(clip_ratio_low=AdaptiveClip()), "clip_ratio_low", ["AdaptiveClip", "clip_ratio_high"]),
+        (lambda: EntropyBonus(Anchor()), "coef", ["0 or more"]),
+        # A coefficient is named by its class.
+        (
+            lambda: SAPOLoss(clip_ratio_high=AdaptiveClip()),
+            "clip_ratio_high",
+            ["'AdaptiveClip' - SAPOLoss"],
+        ),
+        # A probability cannot change by 1.
+        (lambda: DPPOLoss(clip_ratio_high=1.0), "clip_ratio_high", ["1.0", "between 0 and 1, such as 0.2"]),
+        (lambda: DPPOLoss(clip_ratio_high=AdaptiveClip()), "clip_ratio_high", ["come to be 1.5"]),
+    ],
+)
+def test_numbers_of_methods_are_refused_by_name(
+    build: Callable[[], object], setting: str, parts: Sequence[str]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        build()
+    assert refused.value.setting == setting
+    assert all(part in str(refused.value) for part in parts), str(refused.value)
+
+
+def test_a_dual_clip_that_moves_is_a_curve_and_bounds_the_loss() -> None:
+    """Ratio 5 at A = −1: the loss is 5, or c where that is smaller."""
+    module = dapo(dual_clip=Linear(4.0, 2.0, 2))
+    stats = TokenStats(
+        *(torch.tensor([[5.0]]).log(), None, torch.zeros(1, 1), None),
+        *(torch.tensor([[-1.0]]), torch.ones(1, 1, dtype=torch.bool)),
+    )
+    losses = []
+    for _ in range(3):
+        module.policy_loss.start_iteration()
+        losses.append(module.policy_loss.surrogate(stats)[0].item())
+    assert losses == pytest.approx([4.0, 3.0, 2.0])
+    assert list(module.policy_loss.coefficients) == ["regularizer", "update/dual_clip"]
+
+
+@pytest.mark.parametrize("number", [Linear(0.1, 0.3, 5), Cosine(0.1, 0.3, 5), Stages([0.1, 0.3], [2]), 0.1])
+def test_schedules_measure_nothing_and_ask_for_no_scores(number: Any) -> None:
+    for loss in (
+        PolicyLoss(EntropyBonus(number)),
+        PolicyLoss(clip_ratio_high=number),
+        PolicyLoss(PositiveAdvantageWeight(number)),
+        PolicyLoss(SIREN(number)),
+    ):
+        assert not loss.needs_scores
+    assert PolicyLoss(EntropyBonus(EntropyBand())).needs_scores
+
+
+def test_another_epsilon_than_the_lower_clip_ratio_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"clip_ratio_low is 0\.2 and AdaptiveClip's epsilon 0\.6"):
+        PolicyLoss(clip_ratio_high=AdaptiveClip())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PolicyLoss(clip_ratio_low=0.6, clip_ratio_high=AdaptiveClip())

@@ -36,10 +36,9 @@ from ibro_lightning.regularizers import (
     SelfDistillation,
     StepContext,
 )
-from ibro_lightning.regularizers.coefficients import Linear
-from ibro_lightning.regularizers.controllers import Anchor
-from ibro_lightning.regularizers.siren import most_uncertain
-from ibro_lightning.regularizers.told_apart import means
+from ibro_lightning.regularizers.attributed_ib import means
+from ibro_lightning.regularizers.coefficients import Linear, TargetEntropy
+from ibro_lightning.regularizers.siren import Anchor, most_uncertain
 from ibro_lightning.types import Prompt
 from ibro_lightning.update.gradient_share import regularizer_share
 
@@ -124,8 +123,8 @@ def test_ces_looks_at_correctness_and_not_at_the_advantage() -> None:
     stats = TokenStats(entropy, entropy, entropy, entropy, micro.advantages, micro.mask, micro.extra)
     (gradient,) = torch.autograd.grad(method.objective(stats).sum(), entropy)
     assert gradient.flatten().tolist() == [-1, -1]
-    assert not method.zero_without_advantage
-    assert ConditionalEntropyShaping(0.0).zero_without_advantage
+    assert method.needs_rows_without_advantage
+    assert not ConditionalEntropyShaping(0.0).needs_rows_without_advantage
 
 
 # SIREN.
@@ -212,11 +211,27 @@ def test_an_anchor_that_is_given_counts_whatever_a_checkpoint_says() -> None:
     assert method.coefficients["anchor"].value == 0.25
 
 
-def test_siren_asks_for_nothing_while_its_coefficient_is_zero() -> None:
-    method = SIREN(Linear(0.0, 1.0, 2))
+@pytest.mark.parametrize("coef", [Linear(0.0, 1.0, 2), TargetEntropy(target=0.5, start=0.0), 0.0])
+def test_the_anchor_is_the_first_steps_even_where_the_coefficient_is_still_zero(coef: Any) -> None:
+    """After that step, nothing is computed until the coefficient is above 0."""
+    method = SIREN(coef, fraction=1.0)
     step = step_of([2], [0])
+    assert method.prepare(step, told(torch.tensor([1.0, 3.0], dtype=F64))) is step
+    assert method.anchor.value == 2
     assert method.prepare(step, ALONE) is step
-    assert method.zero_without_advantage
+    assert not method.needs_rows_without_advantage
+    assert SIREN(0.0, anchor=0.5).prepare(step, ALONE) is step
+
+
+def test_a_run_whose_coefficient_starts_at_zero_holds_the_entropy_of_its_beginning() -> None:
+    """From iteration 2 on, the anchor and the pull are those of a run that measured it in iteration 1, which it did."""
+    given = [make_rollout(iteration=number) for number in (1, 2)]
+    module = dapo(regularizer=SIREN(Linear(0.0, 5.0, 1)), optimizer=sgd, warmup_steps=0)
+    _, recorder = train(module, given)
+    anchors = [metrics["regularizer/anchor"] for metrics in recorder.metrics]
+    assert 0 < anchors[0] == anchors[1]
+    assert "update/regularizer" not in recorder.metrics[0]
+    assert recorder.metrics[1]["regularizer/siren_entropy"] != anchors[0]
 
 
 def test_measuring_the_share_of_the_gradient_does_not_settle_the_anchor() -> None:
@@ -311,8 +326,8 @@ def test_no_prompt_and_no_position_is_under_uniform_pressure(rows: list[tuple[in
 def test_weights_are_not_computed_while_the_coefficient_is_zero(method: Any) -> None:
     step = step_of([2], [0])
     assert method(0.0).prepare(step, ALONE) is step
-    assert method(0.0).zero_without_advantage
-    assert method(0.1).zero_without_advantage == (method is PassRateInformationBottleneck)
+    assert not method(0.0).needs_rows_without_advantage
+    assert method(0.1).needs_rows_without_advantage == (method is PositionCentredInformationBottleneck)
 
 
 def test_means_of_cells() -> None:
@@ -402,6 +417,7 @@ def test_a_policy_that_cannot_be_a_teacher_is_refused() -> None:
         *((lambda r=r: ConditionalEntropyShaping(right_from=r), "right_from") for r in (math.nan, "1", None)),
         (lambda: ConditionalEntropyShaping(coef=-1.0), "coef"),
         *((lambda f=f: SIREN(fraction=f), "fraction") for f in (0.0, 1.1, math.nan)),
+        *((lambda r=r: ConditionalEntropyShaping(right_from=r), "right_from") for r in (7, 0.0, -1.0, math.nan)),
         *((lambda p=p: SIREN(top_p=p), "top_p") for p in (0.0, 1.1, None, "0.8")),
         *((lambda a=a: SIREN(anchor=a), "anchor") for a in (-0.1, math.inf, "0.5")),
         (lambda: SIREN(coef=-1.0), "coef"),
@@ -421,7 +437,7 @@ def test_bad_settings_are_refused_by_name(build: Callable[[], object], setting: 
 
 def test_defaults_are_those_of_the_papers_or_said_to_be_ours() -> None:
     steer, ces, siren = STEER(), ConditionalEntropyShaping(), SIREN()
-    assert steer.w_min == 0.8
+    assert steer.w_min.value == 0.8
     assert (ces.coef, ces.fraction, ces.right_from) == (0.001, 0.2, 0.5)
     assert (siren.coef, siren.restricted.top_p, siren.fraction) == (0.005, 0.8, 0.2)
     assert (PassRateInformationBottleneck().coef, PassRateInformationBottleneck().prompts) == (0.005, "hard")

@@ -20,6 +20,7 @@ from ibro_lightning.regularizers import (
     IBRO,
     SIREN,
     STEER,
+    AEnt,
     ClipCov,
     ConditionalEntropyShaping,
     EntroPIC,
@@ -35,6 +36,8 @@ from ibro_lightning.regularizers import (
     PolicyLossMethod,
     PositionCentredInformationBottleneck,
     PositiveAdvantageWeight,
+    RenyiBonus,
+    SelfDistillation,
     TopEntropyTokens,
 )
 from ibro_lightning.regularizers.coefficients import Constant
@@ -69,7 +72,11 @@ OTHERS: list[EntropyRegularizer] = [
     SIREN(0.5, anchor=0.1),
     PositionCentredInformationBottleneck(0.5),
 ]
-OFF = (IBRO(0.0), EntropyBonus(0.0), InformationBottleneck(0.0, part="uniform"))
+OFF = (
+    *(IBRO(0.0), EntropyBonus(0.0), AEnt(0.0), RenyiBonus(0.0), SelfDistillation(0.0), SIREN(0.0, anchor=0.1)),
+    *(InformationBottleneck(0.0, part="uniform"), ConditionalEntropyShaping(0.0)),
+    PositionCentredInformationBottleneck(0.0),
+)
 
 
 class EveryRow(PolicyLoss):
@@ -174,6 +181,16 @@ class OwnShape(PolicyLossMethod):
         return loss - stats.logp
 
 
+class OwnTerm(EntropyRegularizer):
+    def objective(self, stats: TokenStats) -> Tensor:
+        return stats.logp
+
+
+class ShapesToo(OwnTerm):
+    def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:
+        return loss - stats.logp
+
+
 class Said(OwnShape):
     zero_without_advantage = True
 
@@ -190,7 +207,9 @@ def test_a_class_with_methods_of_its_own_does_not_inherit_the_promise() -> None:
     assert OwnSurrogate().rows_with_gradient(step).all()
     for regularizer in (OwnWeight(), OwnShape()):
         assert PolicyLoss(regularizer).rows_with_gradient(step).all()
-    for regularizer in (Said(), Renamed()):
+    for regularizer in (OwnTerm(0.1), ShapesToo(0.0)):
+        assert PolicyLoss(regularizer).rows_with_gradient(step).all()
+    for regularizer in (Said(), Renamed(), OwnTerm(0.0)):
         assert not PolicyLoss(regularizer).rows_with_gradient(step)[WITHOUT].any()
 
 

@@ -50,8 +50,9 @@ from ibro_lightning.regularizers import (
     TopEntropyTokens,
 )
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult
-from ibro_lightning.update import ReferenceKL
+from ibro_lightning.update import PlainLoop, ReferenceKL, Updater
 from ibro_lightning.update.correction import SamplerCorrection, refuse_missing_logp, sampled_tokens
+from ibro_lightning.update.gradient_share import regularizer_share
 from ibro_lightning.update.surrogates import LOSSES
 
 torch.set_num_threads(1)
@@ -128,14 +129,16 @@ SETTINGS += [
 @pytest.mark.parametrize("surrogate", LOSSES)
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
 def test_the_steps_loss_by_hand_for_each_level_and_mode(settings: dict[str, Any], surrogate: Any) -> None:
-    """Σ w·L / N − 0.3·Σ H / N: the bonus has no weight, and dropped tokens still count in N. The same for any cut."""
+    """Σ w·L / N − 0.3·Σ H / N: the bonus has no weight, and dropped tokens still count in N. A response that differs by
+    more than ``max_difference`` has no bonus either, and counts in N. The same for any cut."""
     module = dapo(SamplerCorrection(**settings), surrogate=surrogate, regularizer=EntropyBonus(0.3))
     experience = off_policy(module)
     total = tokens = bounded = 0
     for logp, entropy, old, sampler, valid, advantages in rows_by_hand(experience):
         weights = weights_by_hand(old, sampler, valid, settings)
         losses = token_losses(surrogate, logp, old, valid, advantages[0])
-        total += (weights * losses - 0.3 * entropy)[valid].sum()
+        mismatched = np.abs(old - sampler)[valid].mean() > settings.get("max_difference", np.inf)
+        total += (weights * losses - (0.0 if mismatched else 0.3) * entropy)[valid].sum()
         tokens += valid.sum()
         bounded += np.isin(weights, [0.0, settings["cap"]])[valid].sum()
     assert tokens == experience.mask.sum()
@@ -478,6 +481,30 @@ def test_mismatched_responses_are_counted_and_have_no_policy_loss(steps: int) ->
     assert metrics["sampler/mismatched_responses"] == sum(above)
     tokens = sum(len(d) for d, dropped in zip(differences, above, strict=True) if dropped)
     assert metrics["sampler/masked_share"] == pytest.approx(tokens / sum(map(len, differences)), rel=1e-9)
+
+
+def test_mismatched_responses_are_out_of_every_term_of_the_loss() -> None:
+    """Where all responses differ by more, the loss with a bonus and a KL penalty is 0, and so is its gradient."""
+    settings = {"regularizer": EntropyBonus(0.3), "kl": ReferenceKL(0.5, policy=TinyQwen2(seed=1))}
+    module, free = (dapo(SamplerCorrection(max_difference=bound), **settings) for bound in (1e-9, 50.0))
+    values = []
+    for one in (module, free):
+        step = begin_step(one, off_policy(one))
+        value, *gradients = loss_and_gradients(one, step)
+        values.append(value.item())
+        assert any(bool(gradient.any()) for gradient in gradients) == (one is free)
+    assert values[0] == 0
+    assert values[1] != 0
+
+
+def test_the_measured_share_of_the_regularizer_leaves_mismatched_responses_out() -> None:
+    """Without an advantage the bonus is the whole loss: its share of the gradient is 1."""
+    module = dapo(SamplerCorrection(max_difference=0.25), regularizer=EntropyBonus(0.3))
+    step = scored_first(module).prepare(apart(module))
+    step = replace(step, advantages=torch.zeros_like(step.advantages))
+    updater = Updater(PlainLoop({"policy": module.policy}, []), module.updater.budget)
+    share = regularizer_share(updater, step, module.policy_loss, module.context())
+    assert share == pytest.approx(1.0, rel=1e-9)
 
 
 def test_a_bound_that_nothing_exceeds_changes_nothing_but_that_it_is_counted() -> None:

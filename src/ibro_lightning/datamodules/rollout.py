@@ -162,9 +162,10 @@ class RolloutDataModule(EvaluationDataModule):
         if stage != "fit":
             return
         provider = self.provider
-        if self.group_size < provider.min_group_size:
-            remedy = f"compares responses to the same prompt: write {provider.min_group_size} or more"
-            raise ConfigError("group_size", self.group_size, f"{type(provider).__name__} {remedy}")
+        for part in (provider, getattr(provider, "regularizer", None)):
+            if self.group_size < (least := getattr(part, "min_group_size", 1)):
+                remedy = f"{type(part).__name__} compares responses to the same prompt: write {least} or more"
+                raise ConfigError("group_size", self.group_size, remedy)
         if self.max_staleness and not getattr(provider, "learns_off_policy", False):
             reason = f"{type(provider).__name__} would take tokens of earlier weights for the policy's own"
             remedy = "write model.sampler_correction, which weighs them (in a module of your own: weigh them, and set "

@@ -51,6 +51,7 @@ from ibro_lightning.functional.mismatch import (
     MismatchWeights,
     mismatch_diagnostics,
     mismatch_weights,
+    mismatched_rows,
 )
 from ibro_lightning.functional.pass_rate_advantages import (
     asym_grpo_advantages,
@@ -123,6 +124,7 @@ __all__ = [
     "maxrl_advantages",
     "mismatch_diagnostics",
     "mismatch_weights",
+    "mismatched_rows",
     "overlong_penalty",
     "pass_at_k",
     "quantile_advantages",

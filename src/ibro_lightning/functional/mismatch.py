@@ -63,8 +63,7 @@ def mismatch_weights(
     mask = mask & ~non_finite
     dropped = torch.zeros_like(mask)
     if max_difference is not None:
-        differs = log_ratio.abs().sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)  # [B, 1]
-        dropped = mask & (differs > max_difference)
+        dropped = mask & mismatched_rows(train_logp, sampler_logp, mask, max_difference)[:, None]
     if level != "token":
         row = log_ratio.sum(dim=1, keepdim=True)  # [B, 1]
         if level == "geometric":
@@ -75,6 +74,17 @@ def mismatch_weights(
         return MismatchWeights(torch.where(mask & ~dropped, ratio.clamp(max=cap), 0.0), dropped, non_finite)
     outside = (ratio < (1.0 / cap if floor is None else floor)) | (ratio > cap) | dropped
     return MismatchWeights(torch.where(mask & ~outside, ratio, 0.0), mask & outside, non_finite)
+
+
+def mismatched_rows(train_logp: Tensor, sampler_logp: Tensor, mask: Tensor, max_difference: float) -> Tensor:
+    """``[B]`` bool: the rows whose ``mean_t |log w_t|`` over their valid tokens is above ``max_difference``, in nats.
+
+    Args:
+        train_logp, sampler_logp, mask: ``[B, T]``, as for :func:`mismatch_weights`.
+    """
+    mask = mask.bool()
+    log_ratio, non_finite = _log_ratio(train_logp, sampler_logp, mask)
+    return log_ratio.abs().sum(dim=1) / (mask & ~non_finite).sum(dim=1).clamp(min=1) > max_difference
 
 
 def mismatch_diagnostics(

@@ -62,7 +62,8 @@ class PolicyModule(pl.LightningModule):
             ratios; ``dppo`` bounds probabilities; ``sapo`` is a soft gate; or a subclass of :class:`.PolicyLoss`.
         clip_ratio_low: the probability ratio is clipped to at least 1 − this; a number, or a coefficient that moves it.
         clip_ratio_high: the probability ratio is clipped to at most 1 + this; likewise.
-        dual_clip: bounds the loss of negative advantages by c·|A|; None switches it off. In ``ppo`` and ``gspo``.
+        dual_clip: bounds the loss of negative advantages by c·|A|, c a number or a coefficient; None switches it off.
+            In ``ppo`` and ``gspo``.
         aggregation: how token losses become one number; denominators count the whole optimizer step.
         aggregation_max_tokens: the constant length of ``seq-mean-token-sum-norm`` (Dr.GRPO).
         kl: a KL penalty to a reference policy; None, as in DAPO and in the paper, has none.

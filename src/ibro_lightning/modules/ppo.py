@@ -105,7 +105,7 @@ class PPOModule(PolicyModule):
         surrogate: Surrogate | type[PolicyLoss] = "ppo",
         clip_ratio_low: Coefficient | float = 0.2,
         clip_ratio_high: Coefficient | float = 0.28,
-        dual_clip: float | None = 10.0,
+        dual_clip: Coefficient | float | None = 10.0,
         aggregation: AggregationMode = "token-mean",
         aggregation_max_tokens: int | None = None,
         kl: ReferenceKL | None = None,

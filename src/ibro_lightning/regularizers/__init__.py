@@ -1,11 +1,16 @@
 """Entropy regularisers and related methods, one small class each, chosen in YAML by ``class_path``."""
 
+from ibro_lightning.regularizers.attributed_ib import (
+    PassRateInformationBottleneck,
+    PositionCentredInformationBottleneck,
+)
 from ibro_lightning.regularizers.base import EntropyRegularizer, PolicyLossMethod, StepContext
+from ibro_lightning.regularizers.coefficients import AdaptiveClip, EntropySteps
 from ibro_lightning.regularizers.conditional_entropy_shaping import ConditionalEntropyShaping
-from ibro_lightning.regularizers.controllers import AdaptiveClip, EntropySteps
 from ibro_lightning.regularizers.covariance import ClipCov, KLCov
 from ibro_lightning.regularizers.entropy_bonus import EntropyBonus
 from ibro_lightning.regularizers.entropy_ratio import EntropyRatioClip
+from ibro_lightning.regularizers.head_bonuses import AEnt, RenyiBonus
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
 from ibro_lightning.regularizers.ibro import IBRO
 from ibro_lightning.regularizers.information_bottleneck import (
@@ -14,16 +19,11 @@ from ibro_lightning.regularizers.information_bottleneck import (
     OppositeInformationBottleneck,
 )
 from ibro_lightning.regularizers.none import NoRegularizer
-from ibro_lightning.regularizers.of_the_head import AEnt, RenyiBonus
 from ibro_lightning.regularizers.sample_weights import EntroPIC, PositiveAdvantageWeight
 from ibro_lightning.regularizers.self_distillation import SelfDistillation
 from ibro_lightning.regularizers.shaped_advantage import EntropyShapedAdvantage
 from ibro_lightning.regularizers.siren import SIREN
 from ibro_lightning.regularizers.steer import STEER
-from ibro_lightning.regularizers.told_apart import (
-    PassRateInformationBottleneck,
-    PositionCentredInformationBottleneck,
-)
 from ibro_lightning.regularizers.top_entropy import TopEntropyTokens
 
 __all__ = [

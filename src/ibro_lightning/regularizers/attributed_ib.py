@@ -1,4 +1,4 @@
-"""IB where its effect can be told apart: by the pass rate of a prompt, and within a prompt and a position.
+"""IB whose effect can be attributed: to prompts of one difficulty, or to the choice within a prompt and a position.
 
 ``A·H`` mixes what a researcher wants to attribute: which prompts the term acts on, the uniform pressure on entropy that
 comes with a mean advantage, and the choice between the tokens that one state allows.
@@ -33,10 +33,6 @@ class WeightedEntropy(EntropyRegularizer):
     def __init__(self, coef: Coefficient | float = 0.005) -> None:
         super().__init__(coef)
 
-    @property
-    def zero_without_advantage(self) -> bool:  # type: ignore[override]
-        return not self.coef
-
     @abstractmethod
     def weight(self, step: Experience) -> Tensor:
         """``[N]`` the weight of each token's entropy; whole groups are on one rank."""
@@ -54,7 +50,7 @@ class PassRateInformationBottleneck(WeightedEntropy):
 
     The group-normalised advantages of DAPO already weigh prompts: mean |A| is 2√(p(1 − p)) for rewards of two values.
     This says whether IB acts through the hard ones, the easy ones, or those between. p is the mean accuracy of the
-    prompt's verified responses in the step. Without groups (``group_size: 1``) it is 0 or 1, and ``mixed`` is nothing.
+    prompt's verified responses in the step. Without groups (``group_size: 1``) it is 0 or 1, so ``mixed`` needs them.
 
     Args:
         coef: α of ``L = L_PG − α·J``.
@@ -74,6 +70,7 @@ class PassRateInformationBottleneck(WeightedEntropy):
         if prompts not in get_args(Prompts):
             raise ConfigError("prompts", prompts, "write hard, easy or mixed")
         self.prompts = prompts
+        self.min_group_size = 2 if prompts == "mixed" else 1
 
     def weight(self, step: Experience) -> Tensor:
         accuracy = accuracy_of(step).double()  # [B]
@@ -101,7 +98,7 @@ class PositionCentredInformationBottleneck(WeightedEntropy):
         certainty="ours",
         recipe="regularizer: {class_path: PositionCentredInformationBottleneck, init_args: {coef: 0.005}}",
     )
-    zero_without_advantage = WeightedEntropy.zero_without_advantage
+    min_group_size = 2
 
     def weight(self, step: Experience) -> Tensor:
         starts = step.lengths.cumsum(0) - step.lengths  # [B]

@@ -15,7 +15,7 @@ from ibro_lightning.batches.experience import Experience, MicroBatch, TokenStats
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.functional import HeadFunctional
 from ibro_lightning.ranks import ALONE, Ranks
-from ibro_lightning.regularizers.coefficients import Coefficient, as_coefficient
+from ibro_lightning.regularizers.coefficients import Coefficient, TrackedNumber, as_coefficient
 from ibro_lightning.regularizers.method import Method
 
 
@@ -79,10 +79,15 @@ class EntropyRegularizer(ABC):
     """Whether :meth:`prepare` reads ``step.old_logp`` or ``step.old_entropy``. Otherwise they may be None
     there: a rollout's first optimizer step takes them from its own forward pass."""
     zero_without_advantage: bool = False
-    """Whether the term, and what :meth:`shape_policy_loss` makes of a loss of 0, are 0 wherever the advantage is: then
-    responses without an advantage need no backward pass. Subclasses with methods of their own do not inherit it."""
+    """Whether the term, and what :meth:`shape_policy_loss` makes of a loss of 0, are 0 wherever the advantage is,
+    whatever α is (:attr:`needs_rows_without_advantage`). Subclasses with methods of their own do not inherit it."""
     reads_old_entropy: bool = True
     """Whether another hook reads ``old_entropy``. Otherwise a module's ``old_logp: sampler`` may leave it None."""
+    acts_in_first_step: bool = True
+    """Whether it acts in a rollout's first optimizer step, before which the policy has not moved. A method that does
+    not is without an effect where a rollout has one step, of which the :class:`.Updater` warns."""
+    min_group_size: int = 1
+    """The least number of responses to a prompt with which the method acts; the rollout datamodule refuses fewer."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -97,11 +102,18 @@ class EntropyRegularizer(ABC):
         return self.coefficient.value
 
     @property
-    def coefficients(self) -> dict[str, Coefficient]:
+    def coefficients(self) -> Mapping[str, TrackedNumber]:
         """All numbers of the method that may move, by name: α is ``coef``, and a method with further weights adds them.
         They count the iterations, observe the policy's entropy before every update, are part of the checkpoint, and are
         the curves ``regularizer/name``."""
         return {"coef": self.coefficient}
+
+    @property
+    def needs_rows_without_advantage(self) -> bool:
+        """Whether responses whose advantage is 0 may have a gradient, and need a backward pass: through the term, which
+        there is only while α is not 0, or through :meth:`shape_policy_loss`."""
+        shapes = type(self).shape_policy_loss is not EntropyRegularizer.shape_policy_loss
+        return (shapes or bool(self.coef)) and not self.zero_without_advantage
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         """Called without gradients before the step is split into micro-batches: for statistics of the whole step, for
@@ -143,7 +155,6 @@ class PolicyLossMethod(EntropyRegularizer):
     """A method that works through the advantages or the policy loss, and has no term of its own."""
 
     needs_entropy = False
-    zero_without_advantage = True  # of subclasses that leave the policy loss as it is
 
     def __init__(self) -> None:
         if type(self) is PolicyLossMethod:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience, TokenStats
 from ibro_lightning.errors import ConfigError, is_number
+from ibro_lightning.regularizers.attributed_ib import accuracy_of
 from ibro_lightning.regularizers.base import EntropyRegularizer, StepContext
 from ibro_lightning.regularizers.coefficients import Coefficient
 from ibro_lightning.regularizers.covariance import check_fraction, top_tokens
 from ibro_lightning.regularizers.method import Method
-from ibro_lightning.regularizers.told_apart import accuracy_of
 
 
 class ConditionalEntropyShaping(EntropyRegularizer):
@@ -29,7 +27,8 @@ class ConditionalEntropyShaping(EntropyRegularizer):
         coef: α of ``L = L_PG − α·J``.
         fraction: the share of the step's tokens, on all ranks, that is uncertain: those with the highest entropy under
             the policy that the rollout came from.
-        right_from: the least accuracy of a right response. One that was not verified to the end is neither.
+        right_from: the least accuracy of a right response, above 0 and up to 1. One that was not verified to
+            the end is neither.
     """
 
     method = Method(
@@ -43,13 +42,10 @@ class ConditionalEntropyShaping(EntropyRegularizer):
     def __init__(self, coef: Coefficient | float = 0.001, fraction: float = 0.2, right_from: float = 0.5) -> None:
         super().__init__(coef)
         check_fraction(fraction)
-        if not (is_number(right_from) and math.isfinite(right_from)):
-            raise ConfigError("right_from", right_from, "write the least accuracy of a right response, such as 0.5")
+        if not (is_number(right_from) and 0 < right_from <= 1):
+            remedy = "write the least accuracy of a right response, above 0 and up to 1, such as 0.5"
+            raise ConfigError("right_from", right_from, remedy)
         self.fraction, self.right_from = fraction, right_from
-
-    @property
-    def zero_without_advantage(self) -> bool:  # type: ignore[override]
-        return not self.coef
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         assert step.old_entropy is not None

@@ -8,13 +8,15 @@ the current ones, which are equal in the first step of a rollout.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience, TokenStats
-from ibro_lightning.errors import ConfigError, check_at_least, is_number
+from ibro_lightning.errors import ConfigError, is_number
 from ibro_lightning.regularizers.base import PolicyLossMethod, StepContext
+from ibro_lightning.regularizers.coefficients import Coefficient, TrackedNumber, as_coefficient
 from ibro_lightning.regularizers.method import Method
 
 
@@ -76,7 +78,7 @@ class KLCov(PolicyLossMethod):
 
     Args:
         fraction: their share of the step's valid tokens; at least one.
-        kl_coef: β of the penalty.
+        kl_coef: β of the penalty, a number or a coefficient.
     """
 
     method = Method(
@@ -86,18 +88,22 @@ class KLCov(PolicyLossMethod):
         recipe="regularizer: {class_path: KLCov, init_args: {fraction: 2.0e-3, kl_coef: 1.0}}",
     )
     prepare_needs_scores = True
+    acts_in_first_step = False
 
-    def __init__(self, fraction: float = 2e-3, kl_coef: float = 1.0) -> None:
+    def __init__(self, fraction: float = 2e-3, kl_coef: Coefficient | float = 1.0) -> None:
         super().__init__()
         check_fraction(fraction)
-        check_at_least("kl_coef", kl_coef, 0)
-        self.fraction, self.kl_coef = fraction, kl_coef
+        self.fraction, self.kl_coef = fraction, as_coefficient(kl_coef, "kl_coef", "entropy")
+
+    @property
+    def coefficients(self) -> Mapping[str, TrackedNumber]:
+        return {**super().coefficients, "kl_coef": self.kl_coef}
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         return step.with_extra(kl_cov=top_tokens(token_covariance(step, context), step, self.fraction, context))
 
     def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:
-        penalty = self.kl_coef * (stats.logp - stats.old_logp).abs()
+        penalty = self.kl_coef.value * (stats.logp - stats.old_logp).abs()
         return loss + torch.where(stats.extra["kl_cov"], penalty, 0.0)
 
 

@@ -28,10 +28,6 @@ class EntropyBonus(EntropyRegularizer):
     def __init__(self, coef: Coefficient | float = 0.001) -> None:
         super().__init__(coef)
 
-    @property
-    def zero_without_advantage(self) -> bool:  # type: ignore[override]
-        return not self.coef
-
     def objective(self, stats: TokenStats) -> Tensor:
         assert stats.entropy is not None
         return stats.entropy

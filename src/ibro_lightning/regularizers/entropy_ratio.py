@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ibro_lightning.batches.experience import TokenStats
-from ibro_lightning.errors import ConfigError, is_number
 from ibro_lightning.regularizers.base import PolicyLossMethod
+from ibro_lightning.regularizers.coefficients import BoundedSetting, Coefficient, TrackedNumber
 from ibro_lightning.regularizers.method import Method
 
 TINY = 1e-8
@@ -24,7 +24,7 @@ class EntropyRatioClip(PolicyLossMethod):
     ``regularizer/entropy_ratio_clipped`` is the share of these tokens.
 
     Args:
-        low: β_l; 0.05 in the authors' recipe.
+        low: β_l, a number or a coefficient; 0.05 in the authors' recipe.
         high: β_h; likewise.
     """
 
@@ -35,15 +35,17 @@ class EntropyRatioClip(PolicyLossMethod):
         recipe="regularizer: {class_path: EntropyRatioClip, init_args: {low: 0.05, high: 0.05}}",
     )
     shaping_needs_entropy = True
+    acts_in_first_step = False
     zero_without_advantage = True
 
-    def __init__(self, low: float = 0.05, high: float = 0.05) -> None:
+    def __init__(self, low: Coefficient | float = 0.05, high: Coefficient | float = 0.05) -> None:
         super().__init__()
-        if not (is_number(low) and 0 < low <= 1):
-            raise ConfigError("low", low, "write a number above 0 and up to 1, such as 0.05")
-        if not (is_number(high) and high > 0):
-            raise ConfigError("high", high, "write a positive number, such as 0.05")
-        self.low, self.high = low, high
+        self.low = BoundedSetting("low", low, limit=1.0, example="0.05")
+        self.high = BoundedSetting("high", high, example="0.05")
+
+    @property
+    def coefficients(self) -> Mapping[str, TrackedNumber]:
+        return {**super().coefficients, **self.low.coefficients, **self.high.coefficients}
 
     def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:
         return torch.where(self.outside(stats), loss.detach(), loss)
@@ -56,4 +58,4 @@ class EntropyRatioClip(PolicyLossMethod):
         assert stats.entropy is not None
         assert stats.old_entropy is not None
         ratio = (stats.entropy.detach() + TINY) / (stats.old_entropy + TINY)
-        return (ratio <= 1 - self.low) | (ratio >= 1 + self.high)
+        return (ratio <= 1 - self.low.value) | (ratio >= 1 + self.high.value)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ibro_lightning.batches.experience import Experience, MicroBatch, TokenStats
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.regularizers.base import EntropyRegularizer, StepContext
-from ibro_lightning.regularizers.coefficients import Coefficient
+from ibro_lightning.regularizers.coefficients import Coefficient, TrackedNumber, as_coefficient
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
 from ibro_lightning.regularizers.method import Method
 
@@ -32,7 +32,7 @@ class IBRO(EntropyRegularizer):
 
     Args:
         coef: α of ``L = L_PG − α·J``.
-        beta: β ≥ 2 of ``I(q; r) − β·I(r; a)``.
+        beta: β ≥ 2, a number or a coefficient, of ``I(q; r) − β·I(r; a)``.
         form: see above.
         template: how the answer is shown, see :class:`HindsightTemplate`. A model that never saw such prompts may
             be *less* certain with the answer than without.
@@ -52,22 +52,21 @@ class IBRO(EntropyRegularizer):
     def __init__(
         self,
         coef: Coefficient | float = 0.005,
-        beta: float = 2.0,
+        beta: Coefficient | float = 2.0,
         form: Form = "weighted",
         template: str = "{prompt}\n\nThe correct answer is {answer}.",
         max_ratio: float = 1.0,
     ) -> None:
         super().__init__(coef)
-        check_at_least("beta", beta, 0)
         check_at_least("max_ratio", max_ratio, 0)
         if form not in get_args(Form):
             raise ConfigError("form", form, "write weighted or two-term")
-        self.beta, self.form, self.max_ratio = beta, form, max_ratio
-        self.hindsight = HindsightTemplate(template)
+        self.beta = as_coefficient(beta, "beta", "entropy")
+        self.form, self.max_ratio, self.hindsight = form, max_ratio, HindsightTemplate(template)
 
     @property
-    def zero_without_advantage(self) -> bool:  # type: ignore[override]
-        return not self.coef
+    def coefficients(self) -> Mapping[str, TrackedNumber]:
+        return {**super().coefficients, "beta": self.beta}
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         if self.form == "two-term" or not self.coef:
@@ -89,7 +88,7 @@ class IBRO(EntropyRegularizer):
         assert stats.entropy is not None
         with_answer = stats.extra["hindsight_entropy"]
         if self.form == "two-term":
-            return stats.entropy - self.beta * with_answer
+            return stats.entropy - self.beta.value * with_answer
         without = stats.entropy.detach().clamp(min=1e-6)
-        lam = self.beta * (with_answer / without).clamp(max=self.max_ratio) - 1.0
+        lam = self.beta.value * (with_answer / without).clamp(max=self.max_ratio) - 1.0
         return -lam * stats.entropy

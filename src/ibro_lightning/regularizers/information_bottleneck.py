@@ -65,7 +65,7 @@ class InformationBottleneck(EntropyRegularizer):
 
     @property
     def zero_without_advantage(self) -> bool:  # type: ignore[override]
-        return self.part == "raw" or not self.coef
+        return self.part == "raw"
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         weight = self.weight(step.advantages)

@@ -3,13 +3,20 @@ from wrong ones spreads it, so their balance moves entropy."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from ibro_lightning.batches.experience import TokenStats
 from ibro_lightning.regularizers.base import PolicyLossMethod
-from ibro_lightning.regularizers.coefficients import Coefficient, EntropyBand, as_coefficient
-from ibro_lightning.regularizers.controllers import EntropySteps
+from ibro_lightning.regularizers.coefficients import (
+    Coefficient,
+    EntropyBand,
+    EntropySteps,
+    TrackedNumber,
+    as_coefficient,
+)
 from ibro_lightning.regularizers.method import Method
 
 
@@ -30,13 +37,14 @@ class PositiveAdvantageWeight(PolicyLossMethod):
         recipe="regularizer: {class_path: PositiveAdvantageWeight, init_args: {}}",
     )
     zero_without_advantage = True
+    reads_old_entropy = False
 
     def __init__(self, weight: Coefficient | float | None = None) -> None:
         super().__init__()
         self.weight = as_coefficient(EntropySteps() if weight is None else weight, "weight", "entropy")
 
     @property
-    def coefficients(self) -> dict[str, Coefficient]:
+    def coefficients(self) -> Mapping[str, TrackedNumber]:
         return {**super().coefficients, "weight": self.weight}
 
     def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:
@@ -63,6 +71,7 @@ class EntroPIC(PolicyLossMethod):
         recipe="regularizer: {class_path: EntroPIC, init_args: {}}",
     )
     zero_without_advantage = True
+    reads_old_entropy = False
 
     def __init__(
         self, positive: Coefficient | float | None = None, negative: Coefficient | float | None = None
@@ -75,7 +84,7 @@ class EntroPIC(PolicyLossMethod):
         }
 
     @property
-    def coefficients(self) -> dict[str, Coefficient]:
+    def coefficients(self) -> Mapping[str, TrackedNumber]:
         return {**super().coefficients, **self.weights}
 
     def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:

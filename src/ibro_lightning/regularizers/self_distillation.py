@@ -53,10 +53,6 @@ class SelfDistillation(EntropyRegularizer):
             raise ConfigError("direction", direction, "write reverse or forward")
         self.reverse, self.hindsight = direction == "reverse", HindsightTemplate(template)
 
-    @property
-    def zero_without_advantage(self) -> bool:  # type: ignore[override]
-        return not self.coef
-
     def functionals(self, context: StepContext) -> Mapping[str, HeadFunctional]:
         micro, kl_to = context.micro, getattr(context.policy, "kl_to", None)
         assert micro is not None, "PolicyLoss.stats gives the micro-batch"

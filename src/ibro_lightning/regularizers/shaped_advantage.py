@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from ibro_lightning.batches.experience import Experience
-from ibro_lightning.errors import ConfigError, check_at_least, is_number
+from ibro_lightning.errors import ConfigError, is_number
 from ibro_lightning.regularizers.base import PolicyLossMethod, StepContext
+from ibro_lightning.regularizers.coefficients import Coefficient, TrackedNumber, as_coefficient
 from ibro_lightning.regularizers.method import Method
 
 
@@ -19,7 +21,7 @@ class EntropyShapedAdvantage(PolicyLossMethod):
     ``advantage/…`` and ``ib/…`` show the advantage before it is shaped.
 
     Args:
-        scale: a; 0.4 in the paper.
+        scale: a, a number or a coefficient; 0.4 in the paper.
         kappa: the addition is at most 1/kappa of the advantage; 2 in the paper.
     """
 
@@ -31,15 +33,18 @@ class EntropyShapedAdvantage(PolicyLossMethod):
     )
     prepare_needs_scores = True
 
-    def __init__(self, scale: float = 0.4, kappa: float = 2.0) -> None:
+    def __init__(self, scale: Coefficient | float = 0.4, kappa: float = 2.0) -> None:
         super().__init__()
-        check_at_least("scale", scale, 0)
         if not (is_number(kappa) and kappa >= 1):
             raise ConfigError("kappa", kappa, "write 1 or more: below, it would flip signs")
-        self.scale, self.kappa = scale, kappa
+        self.scale, self.kappa = as_coefficient(scale, "scale", "entropy"), kappa
+
+    @property
+    def coefficients(self) -> Mapping[str, TrackedNumber]:
+        return {**super().coefficients, "scale": self.scale}
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         assert step.old_entropy is not None
-        addition = torch.minimum(self.scale * step.old_entropy, step.advantages.abs() / self.kappa)
+        addition = torch.minimum(self.scale.value * step.old_entropy, step.advantages.abs() / self.kappa)
         addition = torch.where(step.mask, addition, 0.0)
         return replace(step.with_extra(advantage_addition=addition), advantages=step.advantages + addition)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -12,15 +13,35 @@ from ibro_lightning.batches.ragged import row_wise
 from ibro_lightning.errors import check_at_least
 from ibro_lightning.functional import HeadFunctional, RestrictedEntropy
 from ibro_lightning.regularizers.base import EntropyRegularizer, StepContext
-from ibro_lightning.regularizers.coefficients import Coefficient, Constant
-from ibro_lightning.regularizers.controllers import Anchor
+from ibro_lightning.regularizers.coefficients import Coefficient, Constant, TrackedNumber
 from ibro_lightning.regularizers.covariance import check_fraction
 from ibro_lightning.regularizers.method import Method
 
 
+class Anchor(TrackedNumber):
+    """A number that is measured once, in the run's first optimizer step, and then stays: 0 until :meth:`settle`."""
+
+    def __init__(self) -> None:
+        super().__init__(value=0.0, settled=0.0)
+
+    @property
+    def value(self) -> float:
+        return self.state["value"]
+
+    @property
+    def settled(self) -> bool:
+        """Whether it has been measured."""
+        return bool(self.state["settled"])
+
+    def settle(self, measured: float) -> None:
+        """Stay at ``measured`` from now on, if it is finite and the first."""
+        if not self.settled and math.isfinite(measured):
+            self.state |= {"value": measured, "settled": 1.0}
+
+
 class SIREN(EntropyRegularizer):
     """``J = −(H̃ − H̃₁)²``, with H̃ the mean of the top-p entropy over each response's most uncertain positions, and H̃₁
-    its value in the run's first optimizer step (arXiv 2509.25133).
+    its value in the run's first optimizer step, even if α is still 0 there (arXiv 2509.25133).
 
     The top-p entropy is that of the distribution renormalised over the likeliest tokens which together have the
     probability p (:class:`.RestrictedEntropy`; the authors' code leaves out the token that reaches p); by it the
@@ -52,21 +73,18 @@ class SIREN(EntropyRegularizer):
         if anchor is not None:
             check_at_least("anchor", anchor, 0)
         self.restricted, self.fraction = RestrictedEntropy(top_p=top_p), fraction
-        self.anchor = Anchor() if anchor is None else Constant(anchor)
+        self.anchor: TrackedNumber = Anchor() if anchor is None else Constant(anchor)
 
     @property
-    def coefficients(self) -> dict[str, Coefficient]:
+    def coefficients(self) -> Mapping[str, TrackedNumber]:
         return {**super().coefficients, "anchor": self.anchor}
-
-    @property
-    def zero_without_advantage(self) -> bool:  # type: ignore[override]
-        return not self.coef
 
     def functionals(self, context: StepContext) -> Mapping[str, HeadFunctional]:
         return {"top_p_entropy": self.restricted}
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
-        if not self.coef:
+        unmeasured = isinstance(self.anchor, Anchor) and not self.anchor.settled
+        if not (self.coef or unmeasured):
             return step
         entropy = context.tell(step.sequences, step.temperature, {"entropy": self.restricted})["entropy"]  # [N]
         chosen = most_uncertain(entropy, step, self.fraction)
@@ -75,6 +93,8 @@ class SIREN(EntropyRegularizer):
         share = context.ranks.sum(counts.sum())
         if isinstance(self.anchor, Anchor) and share > 0:
             self.anchor.settle(present.item())
+        if not self.coef:
+            return step
         pull = (present - self.anchor.value) * chosen / share.clamp(min=1e-30)  # [N] its mean is H̃ − H̃₁
         return step.with_extra(siren_pull=pull, siren_entropy=present.expand(step.mask.shape))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience, TokenStats
-from ibro_lightning.errors import ConfigError, is_number
 from ibro_lightning.regularizers.base import PolicyLossMethod, StepContext
+from ibro_lightning.regularizers.coefficients import BoundedSetting, Coefficient, TrackedNumber
 from ibro_lightning.regularizers.method import Method
 
 LEAST_CHANGE = 0.02
@@ -26,7 +27,7 @@ class STEER(PolicyLossMethod):
     policy's, with Ω times the probability ratio, which is the same in a rollout's first step.
 
     Args:
-        w_min: the smallest weight; 0.8 in the paper.
+        w_min: the smallest weight, a number or a coefficient; 0.8 in the paper, and 1 changes nothing.
     """
 
     method = Method(
@@ -38,11 +39,13 @@ class STEER(PolicyLossMethod):
     prepare_needs_scores = True
     zero_without_advantage = True
 
-    def __init__(self, w_min: float = 0.8) -> None:
+    def __init__(self, w_min: Coefficient | float = 0.8) -> None:
         super().__init__()
-        if not (is_number(w_min) and 0 < w_min <= 1):
-            raise ConfigError("w_min", w_min, "write a number above 0 and up to 1; 1 changes nothing")
-        self.w_min = w_min
+        self.w_min = BoundedSetting("w_min", w_min, limit=1.0, example="0.8; 1 changes nothing")
+
+    @property
+    def coefficients(self) -> Mapping[str, TrackedNumber]:
+        return {**super().coefficients, **self.w_min.coefficients}
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         assert step.old_logp is not None
@@ -50,7 +53,7 @@ class STEER(PolicyLossMethod):
         change = step.advantages * -step.old_logp.expm1() * (step.old_logp + step.old_entropy)  # [N] Ω
         change = torch.where(step.mask, change, 0.0).abs()
         largest = context.ranks.largest(change, step.mask).clamp(min=LEAST_CHANGE)
-        return step.with_extra(steer_weight=(math.log(self.w_min) / largest * change).exp())
+        return step.with_extra(steer_weight=(math.log(self.w_min.value) / largest * change).exp())
 
     def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:
         return loss * stats.extra["steer_weight"]

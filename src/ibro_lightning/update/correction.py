@@ -16,6 +16,7 @@ from ibro_lightning.functional import (
     MismatchWeights,
     mismatch_diagnostics,
     mismatch_weights,
+    mismatched_rows,
 )
 from ibro_lightning.ranks import ALONE, Ranks
 
@@ -35,10 +36,12 @@ class SamplerCorrection:
         cap: largest ratio.
         floor: smallest one of ``mask``; None means 1 / cap.
         max_difference: a response whose log-probs differ by more than this from the policy's, in nats, as the mean
-            absolute value over its tokens, has no policy loss; it still counts in the denominator, and
-            ``sampler/mismatched_responses`` counts it. None: all have one. ``level: geometric`` with ``mode: mask`` is
-            not the same: in its mean, differences of either sign cancel, and responses that stay are weighted. Under
-            ``old_logp: sampler`` only the responses of the first optimizer step can differ.
+            absolute value over its tokens, takes no part in the loss: neither in the policy loss, nor in the
+            regulariser's term, nor in a KL penalty. It still counts in the denominators, statistics of a whole step
+            (such as Ā) still count it, and a critic still learns from it. ``sampler/mismatched_responses`` is their
+            number. None: all take part. ``level: geometric`` with ``mode: mask`` is not the same: in its mean,
+            differences of either sign cancel, and responses that stay are weighted. Under ``old_logp: sampler`` only
+            the responses of the first optimizer step can differ.
     """
 
     level: MismatchLevel = "token"
@@ -73,6 +76,11 @@ class SamplerCorrection:
             max_difference=self.max_difference,
         )
 
+    def mismatched(self, old_logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> Tensor:
+        """``[B]`` bool: the responses that ``max_difference`` leaves out of the loss; of ``[B, T]`` each."""
+        bound = float("inf") if self.max_difference is None else self.max_difference
+        return mismatched_rows(old_logp, sampler_logp, mask, bound)
+
 
 def mismatch_metrics(
     correction: SamplerCorrection | None,
@@ -87,18 +95,18 @@ def mismatch_metrics(
     Args:
         old_logp, sampler_logp, mask: ``[N]``, of responses of ``lengths [B]``.
     """
-    result = None
+    result, tokens = None, (old_logp, sampler_logp, mask)
     if correction is not None:
-        tokens = old_logp, sampler_logp, mask
         result = MismatchWeights(
             *row_wise(lambda _, __, old, sampler, own: tuple(correction(old, sampler, own)), lengths, *tokens)
         )
     measured = mismatch_diagnostics(old_logp, sampler_logp, mask, result, mean=ranks.mean, largest=ranks.largest)
     measured["non_finite"] = ranks.sum(measured["non_finite"])
     if correction is not None and correction.max_difference is not None:
-        difference = (old_logp - sampler_logp).abs()  # [N]
-        differs = _row_means(difference, mask & difference.isfinite(), lengths) > correction.max_difference  # [B]
-        measured["mismatched_responses"] = ranks.sum(differs.sum().to(difference.dtype))
+        (dropped,) = row_wise(
+            lambda _, __, old, sampler, own: correction.mismatched(old, sampler, own)[:, None] & own, lengths, *tokens
+        )  # [N]
+        measured["mismatched_responses"] = ranks.sum((row_sums(dropped, lengths) > 0).sum().to(old_logp.dtype))
     return {f"sampler/{name}": value for name, value in measured.items()}
 
 

@@ -8,6 +8,7 @@ importance weight of an engine that is not quite the policy, H the policy's entr
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
@@ -17,14 +18,13 @@ from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience, MicroBatch, TokenStats
 from ibro_lightning.batches.ragged import row_wise
-from ibro_lightning.errors import ConfigError, check_count, check_instance, is_number
+from ibro_lightning.errors import ConfigError, check_count, check_instance
 from ibro_lightning.functional import AggregationMode, aggregation_weights, approximate_kl, token_mean
+from ibro_lightning.ranks import rank_zero_warn
 from ibro_lightning.regularizers import EntropyRegularizer, NoRegularizer, StepContext
 from ibro_lightning.regularizers.base import does_not_inherit
-from ibro_lightning.regularizers.coefficients import Coefficient, Constant
-from ibro_lightning.regularizers.controllers import Anchor
+from ibro_lightning.regularizers.coefficients import AdaptiveClip, BoundedSetting, Coefficient, TrackedNumber
 from ibro_lightning.regularizers.method import Method
-from ibro_lightning.update.clip_ratios import ClipRatio
 from ibro_lightning.update.correction import SamplerCorrection
 from ibro_lightning.update.reference import ReferenceKL
 
@@ -43,7 +43,7 @@ class PolicyLoss:
         regularizer: an entropy method, with α.
         clip_ratio_low, clip_ratio_high: ε of PPO (arXiv 1707.06347); different values are DAPO's clip-higher. A
             :class:`~ibro_lightning.regularizers.coefficients.Coefficient` moves it during training.
-        dual_clip: c of dual-clip PPO (arXiv 1912.09729), larger than 1; None switches it off.
+        dual_clip: c of dual-clip PPO (arXiv 1912.09729), larger than 1, or a coefficient; None switches it off.
         aggregation: how token losses become one number; denominators count the whole optimizer step.
         aggregation_max_tokens: the constant length of ``seq-mean-token-sum-norm`` (Dr.GRPO).
         sampler_correction: the bounds of w; None leaves it out.
@@ -57,6 +57,8 @@ class PolicyLoss:
         recipe="surrogate: ppo",
     )
     clip_ratio_low_may_be_one = False
+    clip_ratio_high_limit = math.inf
+    """``clip_ratio_high`` is below it."""
     has_clip_ratios = True
     has_dual_clip = True
     must_be_finite = ("update/policy_loss",)
@@ -74,7 +76,7 @@ class PolicyLoss:
         *,
         clip_ratio_low: Coefficient | float = CLIP_RATIO_LOW,
         clip_ratio_high: Coefficient | float = CLIP_RATIO_HIGH,
-        dual_clip: float | None = DUAL_CLIP,
+        dual_clip: Coefficient | float | None = DUAL_CLIP,
         aggregation: AggregationMode = "token-mean",
         aggregation_max_tokens: int | None = None,
         sampler_correction: SamplerCorrection | None = SamplerCorrection(),
@@ -83,21 +85,33 @@ class PolicyLoss:
         check_instance("regularizer", regularizer, EntropyRegularizer, optional=True)
         check_instance("sampler_correction", sampler_correction, SamplerCorrection, optional=True)
         check_instance("kl", kl, ReferenceKL, optional=True)
-        low = ClipRatio("clip_ratio_low", clip_ratio_low, 1.0, included=self.clip_ratio_low_may_be_one)
-        high = ClipRatio("clip_ratio_high", clip_ratio_high)
-        if dual_clip is not None and not (is_number(dual_clip) and dual_clip > 1):
-            raise ConfigError("dual_clip", dual_clip, "write a number above 1, such as 10, or null to switch it off")
-        for clip, default in ((low, CLIP_RATIO_LOW), (high, CLIP_RATIO_HIGH)):
-            if not self.has_clip_ratios and clip.ratio != default:
-                raise ConfigError(clip.setting, clip.ratio, f"{type(self).__name__} has no clip ratios: leave it out")
-        if not self.has_dual_clip and dual_clip not in (None, DUAL_CLIP):
-            raise ConfigError("dual_clip", dual_clip, f"{type(self).__name__} has no dual clip: leave it out")
+        one, most = self.clip_ratio_low_may_be_one, self.clip_ratio_high_limit
+        low = BoundedSetting("clip_ratio_low", clip_ratio_low, limit=1.0, included=one, example="0.2")
+        high_example = "0.28" if most == math.inf else "0.2"
+        high = BoundedSetting(
+            "clip_ratio_high", clip_ratio_high, limit=most, included=most == math.inf, example=high_example
+        )
+        self._clips = {"low": low, "high": high}
+        if dual_clip is not None:
+            remedy = "10, or null to switch it off"
+            self._clips["dual"] = BoundedSetting("dual_clip", dual_clip, above=1.0, example=remedy)
+        self._refuse_clips_without_use()
+        _warn_of_another_epsilon(low, high)
         _check_aggregation(aggregation, aggregation_max_tokens)
         self.regularizer = regularizer or NoRegularizer()
-        self._clips, self.dual_clip = {"low": low, "high": high}, dual_clip
         self.aggregation: AggregationMode = aggregation
         self.aggregation_max_tokens = aggregation_max_tokens
         self.sampler_correction, self.kl = sampler_correction, kl
+
+    def _refuse_clips_without_use(self) -> None:
+        """Raise :class:`ConfigError` for a clip that :meth:`surrogate` does not read, unless it is the default."""
+        used = {"low": self.has_clip_ratios, "high": self.has_clip_ratios, "dual": self.has_dual_clip}
+        defaults = {"low": CLIP_RATIO_LOW, "high": CLIP_RATIO_HIGH, "dual": DUAL_CLIP}
+        for name, clip in self._clips.items():
+            if not used[name] and clip.ratio != defaults[name]:
+                value = type(clip.ratio).__name__ if isinstance(clip.ratio, Coefficient) else clip.ratio
+                what = "dual clip" if name == "dual" else "clip ratios"
+                raise ConfigError(clip.setting, value, f"{type(self).__name__} has no {what}: leave it out")
 
     @property
     def clip_ratio_low(self) -> float:
@@ -108,6 +122,11 @@ class PolicyLoss:
     def clip_ratio_high(self) -> float:
         """The present ε_high."""
         return self._clips["high"].value
+
+    @property
+    def dual_clip(self) -> float | None:
+        """The present c; None: there is no dual clip."""
+        return self._clips["dual"].value if "dual" in self._clips else None
 
     def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss ``[B, T]``, and metrics ``[B, T]`` by name, of which the mean over the step's tokens is logged."""
@@ -123,6 +142,7 @@ class PolicyLoss:
     def __call__(self, stats: TokenStats, micro: MicroBatch) -> tuple[Tensor, dict[str, float]]:
         """The micro-batch's share of the step's loss, a scalar with a gradient, and of the step's metrics."""
         loss, per_token = checked(self.surrogate(stats), stats)  # [B, T]
+        micro = self.without_mismatched(stats, micro)
         if self.sampler_correction is not None and stats.sampler_logp is not None:
             loss = loss * self.sampler_correction(stats.old_logp, stats.sampler_logp, stats.mask).weights  # [B, T] w
         loss = self.regularizer.shape_policy_loss(loss, stats)  # [B, T]
@@ -142,11 +162,20 @@ class PolicyLoss:
             metrics[name] = token_mean(values.detach().float(), stats.mask, micro.num_tokens).item()
         return total, metrics
 
+    def without_mismatched(self, stats: TokenStats, micro: MicroBatch) -> MicroBatch:
+        """The micro-batch, with weights of 0 for responses that ``sampler_correction.max_difference`` leaves out."""
+        correction = self.sampler_correction
+        if correction is None or correction.max_difference is None or stats.sampler_logp is None:
+            return micro
+        assert micro.weights is not None, "PolicyLoss.prepare sets the weights"
+        mismatched = correction.mismatched(stats.old_logp, stats.sampler_logp, stats.mask)  # [B]
+        return replace(micro, weights=torch.where(mismatched[:, None], 0.0, micro.weights))
+
     def rows_with_gradient(self, step: Experience) -> Tensor:
         """``[B]`` bool: the rows whose loss may have a gradient other than 0. In a group of equal rewards, advantages
         are 0, and neither surrogate nor IB moves the policy; a uniform bonus or a KL penalty does."""
         tokens = step.mask
-        if self.kl is None and self.zero_without_advantage and self.regularizer.zero_without_advantage:
+        if self.kl is None and self.zero_without_advantage and not self.regularizer.needs_rows_without_advantage:
             tokens = tokens & (step.advantages != 0)
         return step.row_sums(tokens) > 0
 
@@ -207,24 +236,34 @@ class PolicyLoss:
     @property
     def needs_scores(self) -> bool:
         """Whether an update needs the old log-probs and entropies of the whole rollout before it begins."""
-        moves = not all(isinstance(coefficient, Constant | Anchor) for coefficient in self.given_entropy)
-        return moves or self.kl is not None or self.regularizer.prepare_needs_scores
+        follows = any(coefficient.follows_measurement for coefficient in self.given_entropy)
+        return follows or self.kl is not None or self.regularizer.prepare_needs_scores
 
     @property
-    def coefficients(self) -> dict[str, Coefficient]:
-        """α and the regulariser's further weights, β, and the clip ratios that move, by their names in a checkpoint. A
-        curve has the same name, or ``name/coef``."""
-        of_term = {"regularizer": self.regularizer.coefficient}
+    def coefficients(self) -> dict[str, TrackedNumber]:
+        """α and the regulariser's further weights, β, and the clips that move, by their names in a checkpoint. A curve
+        has the same name, or ``name/coef``."""
+        of_term: dict[str, TrackedNumber] = {"regularizer": self.regularizer.coefficient}
         of_term |= {f"regularizer/{name}": c for name, c in self.regularizer.coefficients.items() if name != "coef"}
         kl = {} if self.kl is None else {"kl": self.kl.coefficient}
-        clips = {f"update/{c.setting}": c.ratio for c in self._clips.values() if isinstance(c.ratio, Coefficient)}
+        clips = {f"update/{name}": c for clip in self._clips.values() for name, c in clip.coefficients.items()}
         return {**of_term, **kl, **clips}
 
     @property
     def given_entropy(self) -> list[Coefficient]:
         """The coefficients that observe the policy's entropy before an update, each once: all but β, which observes the
         KL."""
-        return list(dict.fromkeys(c for name, c in self.coefficients.items() if name != "kl"))
+        others = (c for name, c in self.coefficients.items() if name != "kl")
+        return list(dict.fromkeys(c for c in others if isinstance(c, Coefficient)))
+
+
+def _warn_of_another_epsilon(low: BoundedSetting, high: BoundedSetting) -> None:
+    if isinstance(high.ratio, AdaptiveClip) and low.ratio != high.ratio.epsilon:
+        written = type(low.ratio).__name__ if isinstance(low.ratio, Coefficient) else f"{low.ratio:g}"
+        rank_zero_warn(
+            f"clip_ratio_low is {written} and AdaptiveClip's epsilon {high.ratio.epsilon:g}; its recipe has one ε for "
+            f"both bounds: write clip_ratio_low: {high.ratio.epsilon:g}, unless you mean two"
+        )
 
 
 def checked(result: Any, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:

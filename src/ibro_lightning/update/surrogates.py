@@ -30,7 +30,7 @@ class GSPOLoss(PolicyLoss):
         formula="as ppo, with r = exp(mean log r) of the whole response",
         source="arXiv 2507.18071",
         certainty="paper",
-        recipe="surrogate: gspo",
+        recipe="{surrogate: gspo, aggregation: seq-mean-token-mean, clip_ratio_low: 3.0e-4, clip_ratio_high: 4.0e-4}",
     )
     zero_without_advantage = True
 
@@ -52,7 +52,10 @@ class CISPOLoss(PolicyLoss):
     has no dual clip; ``clip_ratio_low`` 1 means no lower bound, as in the paper."""
 
     method = Method(
-        formula="−sg(clip(r))·A·log π", source="arXiv 2506.13585", certainty="paper", recipe="surrogate: cispo"
+        formula="−sg(clip(r))·A·log π",
+        source="arXiv 2506.13585",
+        certainty="paper",
+        recipe="{surrogate: cispo, clip_ratio_low: 1, clip_ratio_high: 4}",
     )
     clip_ratio_low_may_be_one = True
     has_dual_clip = False
@@ -77,7 +80,7 @@ class GMPOLoss(PolicyLoss):
         formula="−A·(Π clipped r)^(1/T); the clip ratios bound log r",
         source="arXiv 2507.20673; its authors' and verl's code",
         certainty="code read",
-        recipe="surrogate: gmpo",
+        recipe="{surrogate: gmpo, aggregation: seq-mean-token-mean, clip_ratio_low: 0.4, clip_ratio_high: 0.4}",
     )
     has_dual_clip = False
     zero_without_advantage = True
@@ -102,8 +105,9 @@ class DPPOLoss(PolicyLoss):
         formula="−rA, and 0 where π − π_old is above ε_high (A > 0) or below −ε_low (A < 0): binary total variation",
         source="arXiv 2602.04879; prime-rl, without its further KL",
         certainty="code read",
-        recipe="surrogate: dppo",
+        recipe="{surrogate: dppo, clip_ratio_low: 0.2, clip_ratio_high: 0.2}",
     )
+    clip_ratio_high_limit = 1.0  # a probability changes by less than 1
     has_dual_clip = False
     zero_without_advantage = True
 
@@ -127,7 +131,7 @@ class SAPOLoss(PolicyLoss):
         formula="−(4/τ)·σ(τ(r − 1))·A; τ is 1 for A > 0 and 1.05 for A < 0",
         source="arXiv 2511.20347; TRL and verl",
         certainty="code read",
-        recipe="surrogate: sapo",
+        recipe="{surrogate: sapo, aggregation: seq-mean-token-mean}",
     )
     positive_temperature = 1.0
     negative_temperature = 1.05

@@ -129,6 +129,7 @@ class Updater:
         self.mini_batch_prompts, self.update_epochs = mini_batch_prompts, update_epochs
         self.max_grad_norm = max_grad_norm
         self.nonfinite = NonFiniteGuard(max_nonfinite_steps)
+        self._warned_of_single_step = False
 
     def start_iteration(self, rollout: Rollout) -> bool:
         """False if no rank has anything to learn from the iteration's rollout."""
@@ -148,6 +149,7 @@ class Updater:
 
     def steps(self, experience: Experience, loss: PolicyLoss, context: StepContext) -> Steps:
         """The optimizer steps on a rollout: whole groups in random order, with what ``loss`` prepares for them."""
+        self._warn_of_single_step(experience, loss)
         return Steps(experience, self._parts(experience), loss, context)
 
     def _parts(self, experience: Experience) -> Iterator[tuple[Tensor, int]]:
@@ -156,6 +158,20 @@ class Updater:
             seed = update_seed(run_seed(), experience.iteration, epoch)
             parts = mini_batches(experience.groups, self.mini_batch_prompts, seed, experience.num_groups)
             yield from ((rows, derive_seed(seed, index)) for index, rows in enumerate(parts))
+
+    def _warn_of_single_step(self, experience: Experience, loss: PolicyLoss) -> None:
+        """Once, if the regulariser acts from the second step on and there is none."""
+        if loss.regularizer.acts_in_first_step or self._warned_of_single_step:
+            return
+        groups = experience.num_groups or int(experience.groups.max()) + 1
+        if self.num_steps(groups) > 1:
+            return
+        self._warned_of_single_step = True
+        rank_zero_warn(
+            f"iteration {experience.iteration}: {type(loss.regularizer).__name__} has no effect in an update of one "
+            f"optimizer step, before which the policy has not moved: set mini_batch_prompts below the {groups} prompts "
+            "of a rollout, or update_epochs to 2 or more (warned of once)"
+        )
 
     def update(
         self, step: Experience, loss: Loss, context: StepContext, network: str = "policy"

@@ -1,21 +1,23 @@
-"""Clip ratios: numbers, or coefficients that move them."""
+"""Settings with bounds, such as clip ratios: numbers, or coefficients that move within them."""
 
 from __future__ import annotations
 
 import math
 
 from ibro_lightning.errors import ConfigError, is_number
-from ibro_lightning.regularizers.coefficients import Coefficient, as_coefficient
+from ibro_lightning.regularizers.coefficients.base import Coefficient, as_coefficient
 
 
-class ClipRatio:
-    """A clip ratio ε, above 0 and below ``limit``, at every value that it takes.
+class BoundedSetting:
+    """A number that is above one bound and below another at every value that it takes.
 
     Args:
         setting: its name in a recipe.
         ratio: a number, or a coefficient, which is given the policy's entropy before every update.
-        limit: upper limit.
-        included: whether ε may be equal to the limit.
+        above: lower bound, which it may not be equal to.
+        limit: upper bound.
+        included: whether it may be equal to the upper bound.
+        example: a number to suggest where another is refused.
 
     Raises:
         ConfigError: a number is out of these bounds; or a coefficient could come to be (:attr:`.Coefficient.bounds`),
@@ -23,9 +25,16 @@ class ClipRatio:
     """
 
     def __init__(
-        self, setting: str, ratio: Coefficient | float, limit: float = math.inf, *, included: bool = True
+        self,
+        setting: str,
+        ratio: Coefficient | float,
+        *,
+        above: float = 0.0,
+        limit: float = math.inf,
+        included: bool = True,
+        example: str,
     ) -> None:
-        self.setting, self.limit, self.included = setting, limit, included
+        self.setting, self.above, self.limit, self.included, self.example = setting, above, limit, included, example
         if not isinstance(ratio, Coefficient) and not self.allows(ratio):
             raise ConfigError(setting, ratio, self.remedy)
         self.ratio = as_coefficient(ratio, setting, "entropy") if isinstance(ratio, Coefficient) else ratio
@@ -37,7 +46,7 @@ class ClipRatio:
 
     @property
     def value(self) -> float:
-        """The present ε."""
+        """The present number."""
         if not isinstance(self.ratio, Coefficient):
             return self.ratio
         value = self.ratio.value
@@ -50,11 +59,18 @@ class ClipRatio:
         """Whether ``value`` is a number within the bounds."""
         if not is_number(value):
             return False
-        return 0 < value < self.limit or (self.included and math.isclose(value, self.limit))  # schedules round
+        return self.above < value < self.limit or (self.included and math.isclose(value, self.limit))  # schedules round
+
+    @property
+    def coefficients(self) -> dict[str, Coefficient]:
+        """The coefficient by the setting's name; none for a plain number, which has neither state nor curve."""
+        return {self.setting: self.ratio} if isinstance(self.ratio, Coefficient) else {}
 
     @property
     def remedy(self) -> str:
         """What to write instead."""
         if self.limit == math.inf:
-            return "write a positive number, such as 0.28"
-        return f"write a number between 0 and {self.limit:g}, such as 0.2"
+            kind = f"number above {self.above:g}" if self.above else "positive number"
+            return f"write a {kind}, such as {self.example}"
+        span = f"above {self.above:g} and up to" if self.included else f"between {self.above:g} and"
+        return f"write a number {span} {self.limit:g}, such as {self.example}"
