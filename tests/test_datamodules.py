@@ -27,6 +27,11 @@ from ibro_lightning.engines.base import check_length
 from ibro_lightning.engines.sampling import sample_tokens
 from ibro_lightning.errors import ConfigError, RewardError, RolloutError
 from ibro_lightning.evaluation.metrics import SampleAccuracy
+from ibro_lightning.regularizers import (
+    InformationBottleneck,
+    PassRateInformationBottleneck,
+    PositionCentredInformationBottleneck,
+)
 from ibro_lightning.rewards import LastNumberReward, OverlongPenalty, PoolOptions, RewardSum
 from ibro_lightning.sources import DatasetSource, PromptCursor, PromptLimits, encode_prompts
 from ibro_lightning.tasks import NumberPath, NumberPathDemonstrations
@@ -676,6 +681,28 @@ class TestRefusedSettings:
             data.setup("fit")
         else:
             with pytest.raises(ConfigError, match=rf"^group_size: {size} - Provider.*write {minimum} or more"):
+                data.setup("fit")
+
+    @pytest.mark.parametrize(
+        ("regularizer", "allowed"),
+        [
+            (PositionCentredInformationBottleneck(), False),
+            (PassRateInformationBottleneck(prompts="mixed"), False),
+            (PassRateInformationBottleneck(prompts="hard"), True),
+            (InformationBottleneck(), True),
+        ],
+    )
+    def test_a_regulariser_that_compares_responses_refuses_one_to_a_prompt(self, tokenizer, regularizer, allowed):
+        provider = Provider(tokenizer, min_group_size=1)
+        provider.regularizer = regularizer
+        for size, refused in ((1, not allowed), (2, False)):
+            data = build(tokenizer, attach=False, group_size=size)
+            data.trainer = SimpleNamespace(fast_dev_run=1, lightning_module=provider)
+            if refused:
+                name = type(regularizer).__name__
+                with pytest.raises(ConfigError, match=rf"^group_size: 1 - {name} compares .*write 2 or more"):
+                    data.setup("fit")
+            else:
                 data.setup("fit")
 
     def test_a_reward_without_accuracy_is_found_before_the_first_response(self, tokenizer):

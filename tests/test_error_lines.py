@@ -25,7 +25,7 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.models.lora import LoRAOptions
 from ibro_lightning.modules import DAPOModule
 from ibro_lightning.regularizers import IBRO, ClipCov, EntropyShapedAdvantage, InformationBottleneck, KLCov
-from ibro_lightning.regularizers.coefficients import AdaptiveKL, Cosine, EntropyBand, Linear, TargetEntropy
+from ibro_lightning.regularizers.coefficients import AdaptiveKL, Cosine, EntropyBand, Linear, Stages, TargetEntropy
 from ibro_lightning.strategies import FSDP2Strategy
 from ibro_lightning.types import SamplingParams
 
@@ -76,6 +76,9 @@ BOTH: dict[str, tuple[type, dict[str, Any], str, str]] = {
                    "write 1 or more"),
     "band": (EntropyBand, {"low": 2.0, "high": 1.0}, "model.regularizer.coef", "low: 2.0 - write a number between 0 "
              "and high (1.0)"),
+    "stages": (Stages, {"values": [1.0, 0.5], "starts": [1]}, "model.regularizer.coef", "starts: 1 - write 2 or more"),
+    "values": (Stages, {"values": [], "starts": []}, "model.regularizer.coef", "values: [] - write a list of numbers, "
+               "such as [1.0, 0.5]"),
     "start": (AdaptiveKL, {"start": 0.0, "target": 0.1}, "model.regularizer.coef", "start: 0.0 - write a positive "
               "number: 0 would stay 0"),
     "maximum": (TargetEntropy, {"target": 1.0, "start": 0.5, "maximum": 0.1}, "model.regularizer.coef", "maximum: 0.1 "
@@ -109,6 +112,18 @@ def test_python_names_the_parameter_and_the_command_line_adds_where_it_is(case: 
     kind, settings, place, line = BOTH[case]
     assert refusal(lambda: kind(**settings)) == line
     assert refusal(lambda: recipe.build(kind, settings, place)) == f"{place}.{line}"
+
+
+class Falling(Linear):
+    """A user's, whose setting has another name in the base that checks it."""
+
+    def __init__(self, top: float = 0.1) -> None:
+        super().__init__(top, 0.0, 10)
+
+
+def test_what_a_base_of_ours_refuses_in_a_users_class_has_a_place(recipe: Recipe) -> None:
+    line = refusal(lambda: recipe.build(Falling, {"top": -1.0}, "model.regularizer.coef"))
+    assert line == "model.regularizer.coef.start: -1.0 - write 0 or more"
 
 
 class Recipe:
@@ -211,6 +226,9 @@ COMMAND_LINE = {
     "--model.regularizer.coef ibro_lightning.coefficients.AdaptiveKL": "model.regularizer.coef: "
     "'ibro_lightning.coefficients.AdaptiveKL' - this class has moved: write AdaptiveKL, or "
     "ibro_lightning.regularizers.coefficients.AdaptiveKL",
+    "--model.gae_lambda 0.9": "model.gae_lambda: '0.9' - DAPOModule has no such setting: PPOModule has it",
+    "--model.regularizer.prompts hard": "model.regularizer.prompts: 'hard' - InformationBottleneck has no such "
+    "setting: PassRateInformationBottleneck has it",
     "--model.surrogate grpo": "model.surrogate: 'grpo' - write one of ppo, gspo, cispo, gmpo, dppo, sapo, or a "
     "subclass of PolicyLoss, as module.Class",
     "--checkpont.mode min": "checkpont.mode: 'min' - the command line has no such setting: did you mean "

@@ -232,6 +232,13 @@ def test_gmpo_is_zero_on_padding(lengths: list[int], data: st.DataObject) -> Non
     assert (padded[:, 5:] == 0).all()
 
 
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("name", ["positive_temperature", "negative_temperature"])
+def test_sapo_refuses_temperatures_that_are_not_positive(name: str, temperature: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a positive number, got"):
+        sapo_surrogate(f64([0.0]), f64([0.0]), f64([1.0]), **{name: temperature})
+
+
 # The losses that recipes name.
 
 

@@ -326,7 +326,7 @@ def test_a_dual_clip_that_moves_is_a_curve_and_bounds_the_loss() -> None:
 
 
 @pytest.mark.parametrize("number", [Linear(0.1, 0.3, 5), Cosine(0.1, 0.3, 5), Stages([0.1, 0.3], [2]), 0.1])
-def test_schedules_measure_nothing_and_ask_for_no_scores(number: Any) -> None:
+def test_schedules_measure_nothing_and_need_no_scores(number: Any) -> None:
     for loss in (
         PolicyLoss(EntropyBonus(number)),
         PolicyLoss(clip_ratio_high=number),

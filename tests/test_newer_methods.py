@@ -4,6 +4,7 @@ alone, and what is refused. Their formulas on a real model, and their invariance
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -30,7 +31,9 @@ from ibro_lightning.regularizers import (
     STEER,
     ConditionalEntropyShaping,
     EntropyBonus,
+    EntropyRatioClip,
     EntropyRegularizer,
+    KLCov,
     PassRateInformationBottleneck,
     PositionCentredInformationBottleneck,
     SelfDistillation,
@@ -443,6 +446,20 @@ def test_defaults_are_those_of_the_papers_or_said_to_be_ours() -> None:
     assert (PassRateInformationBottleneck().coef, PassRateInformationBottleneck().prompts) == (0.005, "hard")
     assert PositionCentredInformationBottleneck().coef == 0.005
     assert (SelfDistillation().coef, SelfDistillation().reverse) == (0.01, True)
+
+
+@pytest.mark.parametrize("method", [EntropyRatioClip, KLCov])
+@pytest.mark.parametrize("module", [dapo, ppo])
+def test_a_method_that_needs_several_steps_says_once_that_there_is_one(module: Any, method: Any) -> None:
+    single = f"{method.__name__} has no effect in an update of one optimizer step"
+    with pytest.warns(UserWarning, match=single) as warned:
+        train(module(regularizer=method()), rollouts(2))
+    assert sum(single in str(one.message) for one in warned) == 1
+    for several in ({"mini_batch_prompts": 2}, {"update_epochs": 2}):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(module(regularizer=method(), **several), rollouts(1))
+        assert not any(single in str(one.message) for one in caught)
 
 
 LEAVE_ROWS_OUT = {"STEER", "PassRateInformationBottleneck"}

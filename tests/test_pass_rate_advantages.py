@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -244,7 +245,7 @@ def test_only_reinforce_plus_plus_needs_no_groups() -> None:
     ("make", "setting"),
     [
         *((lambda q=q: QuantileAdvantage(q), "quantile") for q in (0.0, -0.1, 1.1, NAN, "0.4", None, True)),
-        *((lambda b=b: AsymGRPO(positive_power=b), "positive_power") for b in (-0.1, NAN, math.inf, "1")),
+        *((lambda b=b: AsymGRPO(positive_power=b), "positive_power") for b in (-0.1, NAN, math.inf, "1", 500.0)),
         *((lambda b=b: AsymGRPO(negative_power=b), "negative_power") for b in (-0.1, NAN, math.inf, None)),
         *((lambda a=a: dapo(advantage=a), "advantage") for a in ("nope", None, 3, MaxRL)),
     ],
@@ -253,6 +254,36 @@ def test_bad_settings_are_refused_by_name(make: Callable[[], object], setting: s
     with pytest.raises(ConfigError) as refused:
         make()
     assert refused.value.setting == setting
+
+
+@pytest.mark.parametrize("power", [-1.0, 500.0, NAN, math.inf])
+@pytest.mark.parametrize("name", ["positive_power", "negative_power"])
+def test_powers_that_have_no_meaning_are_refused_in_a_loop_of_ones_own(name: str, power: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be from 0 to 10, got"):
+        asym_grpo_advantages(torch.tensor([1.0, 0.0]), torch.zeros(2, dtype=torch.long), **{name: power})
+
+
+@pytest.mark.parametrize("function", [maxrl_advantages, asym_grpo_advantages])
+def test_rewards_whose_mean_is_no_pass_rate_are_refused_without_outcomes(function: Callable[..., Tensor]) -> None:
+    """Three of four are right. The mean of 1 and −1 would be 0.5; with outcomes, p is 0.75."""
+    groups = torch.zeros(4, dtype=torch.long)
+    for rewards in (torch.tensor([1.0, 1.0, -1.0, 1.0]), torch.tensor([2.0, 2.0, 0.0, 2.0])):
+        with pytest.raises(ValueError, match=r"without outcomes, rewards must be from 0 \(wrong\) to 1 \(right\)"):
+            function(rewards, groups)
+        outcomes = torch.tensor([1.0, 1.0, 0.0, 1.0])
+        given = function(rewards, groups, outcomes=outcomes, outcome_span=2.0)
+        torch.testing.assert_close(given, function(outcomes, groups))
+    with pytest.raises(ValueError, match="outcomes must be from 0"):
+        function(torch.tensor([1.0, 0.0]), groups[:2], outcomes=torch.tensor([1.0, -1.0]))
+
+
+@pytest.mark.parametrize("name", ["maxrl", "asym_grpo"])
+def test_a_module_names_the_setting_where_rewards_have_no_pass_rate(name: Any) -> None:
+    (rollout,) = rollouts(1)
+    module = dapo(advantage=name)
+    experience = replace(module.prepare(rollout), outcomes=None)
+    with pytest.raises(ConfigError, match=f"^advantage: '{name}' - without outcomes, .* report a part accuracy"):
+        module.advantages(experience)
 
 
 @pytest.mark.parametrize(

@@ -24,13 +24,15 @@ from ibro_lightning.modules import DAPOModule, PolicyModule, PPOModule
 from ibro_lightning.regularizers import (
     AdaptiveClip,
     ClipCov,
+    EntroPIC,
     EntropyBonus,
     EntropyRatioClip,
     EntropyRegularizer,
     InformationBottleneck,
+    PositiveAdvantageWeight,
     TopEntropyTokens,
 )
-from ibro_lightning.regularizers.coefficients import TargetEntropy
+from ibro_lightning.regularizers.coefficients import Linear, Stages, TargetEntropy
 from ibro_lightning.update import ReferenceKL
 from ibro_lightning.update.correction import SamplerCorrection
 
@@ -187,6 +189,25 @@ NEEDED: dict[str, Any] = {
     "a user's": {"regularizer": ByOldEntropy(0.3)},
     "a reference": {"kl": lambda: ReferenceKL(0.1)},
 }
+
+
+MEASURES_NOTHING: dict[str, dict[str, Any]] = {
+    "a schedule of α": {"regularizer": InformationBottleneck(Linear(0.5, 0.1, 5))},
+    "a schedule of a clip": {"clip_ratio_high": Linear(0.2, 0.3, 5)},
+    "a weight in stages": {"regularizer": PositiveAdvantageWeight(Stages([1.0, 0.5], [2]))},
+    "constant weights": {"regularizer": EntroPIC(0.5, 1.5)},
+}
+
+
+@pytest.mark.parametrize("name", MEASURES_NOTHING)
+def test_what_measures_nothing_needs_no_forward_pass_before_the_update(name: str) -> None:
+    module = DAPOModule(TinySource(torch.float64), mini_batch_prompts=2, old_logp="sampler", **MEASURES_NOTHING[name])
+    module.configure_model()
+    passes: list[bool] = []
+    module.policy.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    module.policy_loss.start_iteration()
+    module.prepare(rollout_of(exact()))
+    assert passes == []
 
 
 @pytest.mark.parametrize("name", NEEDED)

@@ -19,7 +19,8 @@ class Method:
         formula: in the notation of :mod:`ibro_lightning.update.loss`.
         source: the paper, such as ``arXiv 2507.18391``, or "–".
         certainty: of the formula.
-        recipe: what chooses it in a recipe's ``model.init_args``, with its defaults, and with the further settings of its paper.
+        recipe: what chooses it in a recipe's ``model.init_args``, with its defaults, and the further settings of its
+            paper.
     """
 
     formula: str
