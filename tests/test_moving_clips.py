@@ -264,6 +264,11 @@ def test_a_methods_number_moves_is_a_curve_and_survives_in_the_checkpoint(name: 
 
 
 @pytest.mark.parametrize("name", MOVING)
+def test_a_plain_number_of_a_method_is_no_curve(name: str) -> None:
+    assert list(MOVING[name][0](0.5).coefficients) == ["coef"]
+
+
+@pytest.mark.parametrize("name", MOVING)
 def test_an_update_with_a_number_that_moves_is_that_with_what_it_has_come_to(name: str) -> None:
     build, _ = MOVING[name]
     settings: dict[str, Any] = {"mini_batch_prompts": 2, "optimizer": sgd, "warmup_steps": 0}

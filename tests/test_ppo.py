@@ -713,11 +713,12 @@ def test_each_surrogate_reaches_the_loss_with_the_modules_clips() -> None:
         "gspo": gspo_surrogate(logp, stats.old_logp, advantages, mask, dual_clip=4.0, **bounds),
         "cispo": cispo_surrogate(logp, stats.old_logp, advantages, **bounds),
         "gmpo": gmpo_surrogate(logp, stats.old_logp, advantages, mask, **bounds),
-        "dppo": dppo_surrogate(logp, stats.old_logp, advantages, **bounds),
+        "dppo": dppo_surrogate(logp, stats.old_logp, advantages, clip_ratio_low=0.5, clip_ratio_high=0.9),
     }
     for name, result in expected.items():
         dual_clip = {"dual_clip": 4.0} if name in ("ppo", "gspo") else {}  # the others have none
-        loss, metrics = dapo(surrogate=name, **dual_clip, **bounds).policy_loss.surrogate(stats)
+        own = {"clip_ratio_high": 0.9} if name == "dppo" else {}  # a probability changes by less than 1
+        loss, metrics = dapo(surrogate=name, **dual_clip, **{**bounds, **own}).policy_loss.surrogate(stats)
         torch.testing.assert_close(loss, result.loss)
         assert torch.equal(metrics["update/clipped_high"], result.clipped_high)
     assert len({tuple(result.loss[0].tolist()) for result in expected.values()}) == len(expected)

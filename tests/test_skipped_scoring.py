@@ -332,7 +332,7 @@ CASES: dict[str, tuple[type[PolicyModule], dict[str, Any], float]] = {
     "two unequal steps": (DAPOModule, {"mini_batch_prompts": 3}, 0.25),
     "a penalty in the loss": (DAPOModule, {"kl": lambda: ReferenceKL(0.1)}, 1.0),
     "a penalty in the reward": (PPOModule, {"kl": lambda: ReferenceKL(0.1, "reward")}, 1.0),
-    "a schedule": (DAPOModule, {"regularizer": EntropyBonus(Linear(0.1, 0.2, 5))}, 1.0),
+    "a schedule": (DAPOModule, {"regularizer": EntropyBonus(Linear(0.1, 0.2, 5))}, 0.0),
     "a target": (DAPOModule, {"regularizer": EntropyBonus(TargetEntropy())}, 1.0),
     "a band": (PPOModule, {"regularizer": InformationBottleneck(EntropyBand())}, 1.0),
     "ClipCov": (DAPOModule, {"regularizer": ClipCov()}, 1.0),

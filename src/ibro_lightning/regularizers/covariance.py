@@ -16,7 +16,7 @@ from torch import Tensor
 from ibro_lightning.batches.experience import Experience, TokenStats
 from ibro_lightning.errors import ConfigError, is_number
 from ibro_lightning.regularizers.base import PolicyLossMethod, StepContext
-from ibro_lightning.regularizers.coefficients import Coefficient, TrackedNumber, as_coefficient
+from ibro_lightning.regularizers.coefficients import Coefficient, TrackedNumber, as_coefficient, moving
 from ibro_lightning.regularizers.method import Method
 
 
@@ -97,7 +97,7 @@ class KLCov(PolicyLossMethod):
 
     @property
     def coefficients(self) -> Mapping[str, TrackedNumber]:
-        return {**super().coefficients, "kl_coef": self.kl_coef}
+        return {**super().coefficients, **moving(kl_coef=self.kl_coef)}
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         return step.with_extra(kl_cov=top_tokens(token_covariance(step, context), step, self.fraction, context))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ibro_lightning.batches.experience import Experience, MicroBatch, TokenStats
 from ibro_lightning.errors import ConfigError, check_at_least
 from ibro_lightning.regularizers.base import EntropyRegularizer, StepContext
-from ibro_lightning.regularizers.coefficients import Coefficient, TrackedNumber, as_coefficient
+from ibro_lightning.regularizers.coefficients import Coefficient, TrackedNumber, as_coefficient, moving
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
 from ibro_lightning.regularizers.method import Method
 
@@ -66,7 +66,7 @@ class IBRO(EntropyRegularizer):
 
     @property
     def coefficients(self) -> Mapping[str, TrackedNumber]:
-        return {**super().coefficients, "beta": self.beta}
+        return {**super().coefficients, **moving(beta=self.beta)}
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         if self.form == "two-term" or not self.coef:

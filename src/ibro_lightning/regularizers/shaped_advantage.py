@@ -10,7 +10,7 @@ import torch
 from ibro_lightning.batches.experience import Experience
 from ibro_lightning.errors import ConfigError, is_number
 from ibro_lightning.regularizers.base import PolicyLossMethod, StepContext
-from ibro_lightning.regularizers.coefficients import Coefficient, TrackedNumber, as_coefficient
+from ibro_lightning.regularizers.coefficients import Coefficient, TrackedNumber, as_coefficient, moving
 from ibro_lightning.regularizers.method import Method
 
 
@@ -41,7 +41,7 @@ class EntropyShapedAdvantage(PolicyLossMethod):
 
     @property
     def coefficients(self) -> Mapping[str, TrackedNumber]:
-        return {**super().coefficients, "scale": self.scale}
+        return {**super().coefficients, **moving(scale=self.scale)}
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         assert step.old_entropy is not None

@@ -84,6 +84,11 @@ class Constant(Coefficient):
         return self.coef, self.coef
 
 
+def moving(**numbers: Coefficient) -> dict[str, Coefficient]:
+    """Those of a method's numbers that are not constant, by name: a constant needs neither state nor curve."""
+    return {name: number for name, number in numbers.items() if not isinstance(number, Constant)}
+
+
 def as_coefficient(coef: Coefficient | float, setting: str, measures: Literal["entropy", "KL"]) -> Coefficient:
     """The object for ``coef`` as written in a recipe.
 
