@@ -302,7 +302,7 @@ def test_an_update_with_a_number_that_moves_is_that_with_what_it_has_come_to(nam
             ["'AdaptiveClip' - SAPOLoss"],
         ),
         # A probability cannot change by 1.
-        (lambda: DPPOLoss(clip_ratio_high=1.0), "clip_ratio_high", ["1.0", "between 0 and 1, such as 0.2"]),
+        (lambda: DPPOLoss(clip_ratio_high=1.0), "clip_ratio_high", ["1.0", "between 0 and 1, such as 0.28"]),
         (lambda: DPPOLoss(clip_ratio_high=AdaptiveClip()), "clip_ratio_high", ["come to be 1.5"]),
     ],
 )

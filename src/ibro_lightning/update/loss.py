@@ -87,14 +87,11 @@ class PolicyLoss:
         check_instance("kl", kl, ReferenceKL, optional=True)
         one, most = self.clip_ratio_low_may_be_one, self.clip_ratio_high_limit
         low = BoundedSetting("clip_ratio_low", clip_ratio_low, limit=1.0, included=one, example="0.2")
-        high_example = "0.28" if most == math.inf else "0.2"
-        high = BoundedSetting(
-            "clip_ratio_high", clip_ratio_high, limit=most, included=most == math.inf, example=high_example
-        )
+        high = BoundedSetting("clip_ratio_high", clip_ratio_high, limit=most, included=most == math.inf, example="0.28")
         self._clips = {"low": low, "high": high}
         if dual_clip is not None:
-            remedy = "10, or null to switch it off"
-            self._clips["dual"] = BoundedSetting("dual_clip", dual_clip, above=1.0, example=remedy)
+            example = "10, or null to switch it off"
+            self._clips["dual"] = BoundedSetting("dual_clip", dual_clip, above=1.0, example=example)
         self._refuse_clips_without_use()
         _warn_of_another_epsilon(low, high)
         _check_aggregation(aggregation, aggregation_max_tokens)
@@ -108,8 +105,8 @@ class PolicyLoss:
         used = {"low": self.has_clip_ratios, "high": self.has_clip_ratios, "dual": self.has_dual_clip}
         defaults = {"low": CLIP_RATIO_LOW, "high": CLIP_RATIO_HIGH, "dual": DUAL_CLIP}
         for name, clip in self._clips.items():
-            if not used[name] and clip.ratio != defaults[name]:
-                value = type(clip.ratio).__name__ if isinstance(clip.ratio, Coefficient) else clip.ratio
+            if not used[name] and clip.number != defaults[name]:
+                value = type(clip.number).__name__ if isinstance(clip.number, Coefficient) else clip.number
                 what = "dual clip" if name == "dual" else "clip ratios"
                 raise ConfigError(clip.setting, value, f"{type(self).__name__} has no {what}: leave it out")
 
@@ -163,13 +160,12 @@ class PolicyLoss:
         return total, metrics
 
     def without_mismatched(self, stats: TokenStats, micro: MicroBatch) -> MicroBatch:
-        """The micro-batch, with weights of 0 for responses that ``sampler_correction.max_difference`` leaves out."""
+        """The micro-batch with a mask that is False on what ``sampler_correction.max_difference`` leaves out."""
         correction = self.sampler_correction
         if correction is None or correction.max_difference is None or stats.sampler_logp is None:
             return micro
-        assert micro.weights is not None, "PolicyLoss.prepare sets the weights"
         mismatched = correction.mismatched(stats.old_logp, stats.sampler_logp, stats.mask)  # [B]
-        return replace(micro, weights=torch.where(mismatched[:, None], 0.0, micro.weights))
+        return replace(micro, mask=micro.mask & ~mismatched[:, None])
 
     def rows_with_gradient(self, step: Experience) -> Tensor:
         """``[B]`` bool: the rows whose loss may have a gradient other than 0. In a group of equal rewards, advantages
@@ -258,11 +254,11 @@ class PolicyLoss:
 
 
 def _warn_of_another_epsilon(low: BoundedSetting, high: BoundedSetting) -> None:
-    if isinstance(high.ratio, AdaptiveClip) and low.ratio != high.ratio.epsilon:
-        written = type(low.ratio).__name__ if isinstance(low.ratio, Coefficient) else f"{low.ratio:g}"
+    if isinstance(high.number, AdaptiveClip) and low.number != high.number.epsilon:
+        written = type(low.number).__name__ if isinstance(low.number, Coefficient) else f"{low.number:g}"
         rank_zero_warn(
-            f"clip_ratio_low is {written} and AdaptiveClip's epsilon {high.ratio.epsilon:g}; its recipe has one ε for "
-            f"both bounds: write clip_ratio_low: {high.ratio.epsilon:g}, unless you mean two"
+            f"clip_ratio_low is {written} and AdaptiveClip's epsilon {high.number.epsilon:g}; its recipe has one ε for "
+            f"both bounds: write clip_ratio_low: {high.number.epsilon:g}, unless you mean two"
         )
 
 

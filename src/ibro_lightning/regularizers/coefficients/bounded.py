@@ -13,7 +13,7 @@ class BoundedSetting:
 
     Args:
         setting: its name in a recipe.
-        ratio: a number, or a coefficient, which is given the policy's entropy before every update.
+        number: a plain one, or a coefficient, which is given the policy's entropy before every update.
         above: lower bound, which it may not be equal to.
         limit: upper bound.
         included: whether it may be equal to the upper bound.
@@ -27,7 +27,7 @@ class BoundedSetting:
     def __init__(
         self,
         setting: str,
-        ratio: Coefficient | float,
+        number: Coefficient | float,
         *,
         above: float = 0.0,
         limit: float = math.inf,
@@ -35,23 +35,23 @@ class BoundedSetting:
         example: str,
     ) -> None:
         self.setting, self.above, self.limit, self.included, self.example = setting, above, limit, included, example
-        if not isinstance(ratio, Coefficient) and not self.allows(ratio):
-            raise ConfigError(setting, ratio, self.remedy)
-        self.ratio = as_coefficient(ratio, setting, "entropy") if isinstance(ratio, Coefficient) else ratio
-        if isinstance(ratio, Coefficient):
-            for value in ratio.bounds or (ratio.value,):
+        if not isinstance(number, Coefficient) and not self.allows(number):
+            raise ConfigError(setting, number, self.remedy)
+        self.number = as_coefficient(number, setting, "entropy") if isinstance(number, Coefficient) else number
+        if isinstance(number, Coefficient):
+            for value in number.bounds or (number.value,):
                 if not self.allows(value):
                     what = f"it can come to be {value:g} ({self.remedy}): bound it by its settings"
-                    raise ConfigError(setting, type(ratio).__name__, what)
+                    raise ConfigError(setting, type(number).__name__, what)
 
     @property
     def value(self) -> float:
         """The present number."""
-        if not isinstance(self.ratio, Coefficient):
-            return self.ratio
-        value = self.ratio.value
+        if not isinstance(self.number, Coefficient):
+            return self.number
+        value = self.number.value
         if not self.allows(value):
-            what = f"{type(self.ratio).__name__} has moved it there ({self.remedy}): bound it by its settings"
+            what = f"{type(self.number).__name__} has moved it there ({self.remedy}): bound it by its settings"
             raise ConfigError(self.setting, value, what)
         return value
 
@@ -64,7 +64,7 @@ class BoundedSetting:
     @property
     def coefficients(self) -> dict[str, Coefficient]:
         """The coefficient by the setting's name; none for a plain number, which has neither state nor curve."""
-        return {self.setting: self.ratio} if isinstance(self.ratio, Coefficient) else {}
+        return {self.setting: self.number} if isinstance(self.number, Coefficient) else {}
 
     @property
     def remedy(self) -> str:
