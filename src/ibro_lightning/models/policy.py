@@ -15,6 +15,7 @@ from ibro_lightning.models.compiled import compile_in_place
 from ibro_lightning.models.head import LinearHead, find_linear_head
 from ibro_lightning.models.hf_folder import full_weights
 from ibro_lightning.models.network import ResponseNetwork
+from ibro_lightning.models.sharding import is_sharded
 from ibro_lightning.models.transformer import scatter_rows
 
 
@@ -123,8 +124,14 @@ class Policy(ResponseNetwork):
             logits = self.response_states(self.model, sequences, "logits")
             return KLToLogits(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, reverse)
         hidden = self.response_states(head.backbone, sequences, "last_hidden_state")
-        hidden, weight = (_under_autocast(x) for x in (hidden, head.linear.weight))  # rounded as in that pass
-        return KLToHead(hidden, weight, head.linear.bias, temperature / head.scale, reverse)
+        weight: Tensor = head.linear.weight
+        bias: Tensor | None = head.linear.bias
+        if not weight.requires_grad and is_sharded(self):
+            # A frozen network of its own gives its gathered weights back after this pass, which a policy in training
+            # gathers again in the pass that reads them.
+            weight, bias = weight.clone(), None if bias is None else bias.clone()
+        hidden, weight = (_under_autocast(x) for x in (hidden, weight))  # rounded as in that pass
+        return KLToHead(hidden, weight, bias, temperature / head.scale, reverse)
 
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Detached weights under their Hugging Face names, adapters merged; tied ones appear under each of their names.

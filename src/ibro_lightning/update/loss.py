@@ -40,7 +40,7 @@ from ibro_lightning.update.hooks import (
     statistics_of,
     without_entropy,
 )
-from ibro_lightning.update.reference import ReferenceKL
+from ibro_lightning.update.reference import EXACT, ReferenceKL
 
 CLIP_RATIO_LOW, CLIP_RATIO_HIGH = 0.2, 0.28
 DUAL_CLIP = 10.0
@@ -144,14 +144,14 @@ class PolicyLoss:
         total = weighted_sum(loss, micro)  # [B, T] → scalar
         metrics = {"update/policy_loss": total.item()}
         if self.kl is not None:
-            loss = self.kl.add_to(loss, stats.logp, stats.extra["reference_logp"])  # [B, T] + β·KL
+            loss = self.kl.add_to(loss, stats)  # [B, T] + β·KL
             total = weighted_sum(loss, micro)
         if self.regularizer.coef:
             objective = weighted_sum(self.objective(stats), micro)  # [B, T] J → scalar
             total = total - self.regularizer.coef * objective
             metrics["update/regularizer"] = objective.item()
         curves["update/approx_kl"] = approximate_kl(stats.logp.detach(), stats.old_logp)
-        added = {name: values for name, values in stats.extra.items() if name not in micro.extra}
+        added = {name: values for name, values in stats.extra.items() if name not in (*micro.extra, EXACT)}
         added |= measured(self.regularizer, stats)
         curves |= {f"regularizer/{name}": values for name, values in added.items()}
         for name, values in curves.items():
@@ -180,6 +180,8 @@ class PolicyLoss:
         functionals: dict[str, HeadFunctional] = {}
         if gives_extra := active or regularizer.shaping_needs_extra:
             functionals = functionals_of(regularizer, regularizer.functionals(replace(context, micro=micro)), micro)
+        if self.kl is not None:
+            functionals |= self.kl.functionals(micro.sequences, micro.temperature)
         logp, entropy, values = _run_policy(micro, context, needs_entropy, functionals)  # [B, T] each
         if unscored:
             assert entropy is not None
