@@ -377,3 +377,33 @@ def test_a_fault_of_the_users_class_is_one_line_and_no_bug_of_ours(
 
 def test_numbers_are_coefficients_that_stay() -> None:
     assert all(isinstance(c, Coefficient) for c in PolicyLoss(Own(0.25)).coefficients.values())
+
+
+# The commands of the pages, on a small recipe.
+
+ROOT = Path(__file__).parent.parent
+COMMAND = re.compile(r"^\$ python -m ibro_lightning fit --config quickstart\.yaml((?:.*\\\n)*.*)$", re.MULTILINE)
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The arguments of the commands that name a class of one's own."""
+    found = [command.replace("\\\n", " ").split() for command in COMMAND.findall(text)]
+    return [arguments for arguments in found if any(word.startswith("my_code.") for word in arguments)]
+
+
+@pytest.mark.parametrize(
+    ("page", "place"), [("README.md", 0), ("docs/extending.md", 0), ("docs/extending.md", 1), ("docs/extending.md", 2)]
+)
+def test_a_documented_class_trains_by_the_command_beside_it(workspace: Path, page: str, place: int) -> None:
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = [block for block in blocks if re.search(r"\((EntropyRegularizer|PolicyLossMethod)\):", block)]
+    (workspace / "my_code.py").write_text("\n".join(code))
+    arguments = commands_of(text)[place]
+    main(["fit", "--config", "tiny.yaml", *arguments, "--trainer.max_epochs", "1"])
+    assert f"class_path: {arguments[1]}" in (workspace / "run" / "config.yaml").read_text()
+
+
+def test_every_documented_command_is_tried() -> None:
+    found = {page: len(commands_of((ROOT / page).read_text())) for page in ("README.md", "docs/extending.md")}
+    assert found == {"README.md": 1, "docs/extending.md": 3}
