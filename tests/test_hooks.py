@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -394,7 +395,11 @@ def commands_of(text: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("page", "place"), [("README.md", 0), ("docs/extending.md", 0), ("docs/extending.md", 1), ("docs/extending.md", 2)]
 )
-def test_a_documented_class_trains_by_the_command_beside_it(workspace: Path, page: str, place: int) -> None:
+def test_a_documented_class_trains_by_the_command_beside_it(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, page: str, place: int
+) -> None:
+    monkeypatch.setitem(sys.modules, "my_code", None)
+    del sys.modules["my_code"]  # that of another page; and this one's is gone after the test
     text = (ROOT / page).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     code = [block for block in blocks if re.search(r"\((EntropyRegularizer|PolicyLossMethod)\):", block)]

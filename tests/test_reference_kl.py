@@ -21,7 +21,7 @@ from helpers.updates import CUTS, adamw, assert_same, begin_step, fit, micro_los
 from ibro_lightning.batches.experience import Experience
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.models import PolicyOptions
+from ibro_lightning.models import LoRAOptions, PolicyOptions
 from ibro_lightning.modules import DAPOModule, PolicyModule, PPOModule
 from ibro_lightning.regularizers import NoRegularizer
 from ibro_lightning.regularizers.coefficients import AdaptiveKL
@@ -468,3 +468,16 @@ def test_the_reference_is_loaded_once() -> None:
     reference = module.kl.on(module.device)
     module.configure_model()
     assert module.kl.on(module.device) is reference
+
+
+@pytest.mark.parametrize("placement", ["loss", "reward"])
+def test_the_exact_kl_of_a_policy_with_adapters_begins_at_0_and_moves(placement: Any) -> None:
+    """Its logits are there whole, while the reference without adapters has a linear head."""
+    pytest.importorskip("peft")
+    options = PolicyOptions(lora=LoRAOptions(rank=2))
+    kl = ReferenceKL(0.1, placement, "exact")
+    module = DAPOModule(TinySource(), kl=kl, optimizer=adamw(0.02), policy_options=options)
+    _, recorder = fit(module, rollouts(2))
+    first, second = (metrics["kl/reference"] for metrics in recorder.metrics)
+    assert first == pytest.approx(0, abs=1e-9)
+    assert second > 1e-6

@@ -212,11 +212,8 @@ def _values(functional: HeadFunctional, logits: Tensor, rows: slice) -> tuple[Te
 def _gradients(
     functionals: list[tuple[HeadFunctional, Tensor, list[Tensor]]], logits: Tensor, rows: slice
 ) -> Tensor | None:
-    """The sum of the functionals' gradients on the logits, which it leaves as they are; None for none.
-
-    Args:
-        functionals: each with the gradient of the loss with respect to its value, and what its pass has saved.
-    """
+    """The sum of the functionals' gradients on the logits, which it leaves as they are; None for none. Each functional
+    comes with the gradient of its value and what its forward pass has saved."""
     total: Tensor | None = None
     for functional, g, saved in functionals:
         if _allocates_as is not None:
