@@ -25,19 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibro_lightning.functional import HeadFunctional, RestrictedEntropy, TokenProbability
+from ibro_lightning.functional import Collision, HeadFunctional, KLToHead, Margin, RestrictedEntropy, TokenProbability
 from ibro_lightning.functional.fused_head import linear_head, linear_logprob_entropy
 from ibro_lightning.functional.logprobs import logprob_and_entropy
 
 MIB = 1 << 20
 WITHOUT_FUNCTIONALS = "94cdc23~1"
 """The commit before the head had functionals."""
-FUNCTIONALS: dict[str, dict[str, HeadFunctional]] = {
-    "top-p 0.8 entropy": {"entropy": RestrictedEntropy(top_p=0.8)},
-    "top 70 % entropy": {"entropy": RestrictedEntropy(top_fraction=0.7)},
-    "P(EOS)": {"end": TokenProbability([2])},
-    "top-p entropy and P(EOS)": {"entropy": RestrictedEntropy(top_p=0.8), "end": TokenProbability([2])},
-}
 
 
 class Problem:
@@ -53,6 +47,9 @@ class Problem:
         self.targets = torch.randint(v, (n,), generator=draw).to(device)
         self.upstream = torch.randn(n, generator=draw).to(device), torch.randn(n, generator=draw).to(device)
         self.chunk_size = chunk_size
+        # Another head of the same sizes and dtype, for KL divergences.
+        self.other = [torch.randn(len(x), d, generator=draw).to(device, dtype) for x in (self.hidden, self.weight)]
+        self.other[1] *= 3 / d**0.5
         # Made beforehand, so that the bare products are charged with no allocation.
         self.logits, self.out = (
             torch.zeros(n, v, dtype=dtype, device=device),
@@ -70,12 +67,26 @@ class Problem:
             module.linear_logprob_entropy(self.hidden, self.weight, self.targets, chunk_size=self.chunk_size)
         )
 
-    def told(self, functionals: Mapping[str, HeadFunctional]) -> list[Tensor]:
+    def functionals(self) -> dict[str, dict[str, HeadFunctional]]:
+        """The functionals of each row of the table, made anew: a KL keeps what it has converted."""
+        top_p, end = RestrictedEntropy(top_p=0.8), TokenProbability([2])
+        return {
+            "top-p 0.8 entropy": {"entropy": top_p},
+            "top 70 % entropy": {"entropy": RestrictedEntropy(top_fraction=0.7)},
+            "P(EOS)": {"end": end},
+            "top-p entropy and P(EOS)": {"entropy": top_p, "end": end},
+            "collision": {"collision": Collision()},
+            "margin": {"margin": Margin()},
+            "KL to another head": {"kl": KLToHead(*self.other)},
+            "KL, forward": {"kl": KLToHead(*self.other, reverse=False)},
+        }
+
+    def with_functionals(self, row: str) -> list[Tensor]:
         """With functionals, and gradients arriving for them too."""
-        logp, entropy, told = linear_head(
-            self.hidden, self.weight, self.targets, functionals, chunk_size=self.chunk_size
+        logp, entropy, values = linear_head(
+            self.hidden, self.weight, self.targets, self.functionals()[row], chunk_size=self.chunk_size
         )
-        return self.with_gradients((logp, entropy, *told.values()))
+        return self.with_gradients((logp, entropy, *values.values()))
 
     def naive(self) -> list[Tensor]:
         return self.with_gradients(logprob_and_entropy(self.hidden @ self.weight.T, self.targets))
@@ -165,7 +176,7 @@ def show_functionals(problem: Problem, commit: str, turns: int) -> None:
     print(f", outputs and gradients {'the same bit for bit' if alike else 'NOT the same'}")
 
     variants: dict[str, Callable[[], object]] = {"plain": problem.fused}
-    variants |= {name: functools.partial(problem.told, told) for name, told in FUNCTIONALS.items()}
+    variants |= {row: functools.partial(problem.with_functionals, row) for row in problem.functionals()}
     seconds = in_turns(variants, turns)
     peaks = {name: peak_bytes(run) - problem.weight.nbytes for name, run in variants.items()}
     full = peak_bytes(problem.naive) - problem.weight.nbytes

@@ -320,8 +320,8 @@ def half_factors(monkeypatch: pytest.MonkeyPatch) -> None:
         assert a.dtype == b.dtype
         out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha)
 
-    monkeypatch.setattr(fused_head, "_factors", lambda hidden, weight: (hidden, weight))
-    monkeypatch.setattr(fused_head, "_addmm_", emulated)
+    monkeypatch.setattr(fused_head, "factors", lambda hidden, weight: (hidden, weight))
+    monkeypatch.setattr(fused_head, "addmm_", emulated)
 
 
 def assert_nothing_is_lost(dtype: torch.dtype) -> None:

@@ -284,5 +284,7 @@ def test_wrong_settings_say_what_to_write(make: Any, message: str) -> None:
 
 
 def test_a_head_of_another_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"hidden must be \[N, D\] and weight \[V, D\], got \[2, 3\] and \[5, 4\]"):
+    with pytest.raises(
+        ConfigError, match=r"^weight: 'float32 \[5, 4\]' - give floating-point \[V, D'\], here \[V, 3\]"
+    ):
         KLToHead(torch.zeros(2, 3), torch.zeros(5, 4))

@@ -207,7 +207,7 @@ def test_a_checkpoint_restores_all_of_them() -> None:
     first, second = moving_module(), moving_module()
     for measured in (1.0, 2.0, 7.0):
         first.policy_loss.start_iteration()
-        for coefficient in first.policy_loss.given_entropy:
+        for coefficient in first.policy_loss.entropy_observers:
             coefficient.observe(measured)
     checkpoint: dict[str, Any] = {}
     first.on_save_checkpoint(checkpoint)

@@ -140,6 +140,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {},
     ),
+    # The reference's head, gathered in its own pass, is read in the policy's.
+    "exact KL": ({"kl": {"coef": 0.1, "estimator": "exact"}}, {}),
     "SIREN": ({"regularizer": {"class_path": "SIREN", "init_args": {"coef": 5.0, "fraction": 1.0}}}, {}),
     "GMPO, MaxRL, a clip that moves": (
         {

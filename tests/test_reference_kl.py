@@ -21,10 +21,11 @@ from helpers.updates import CUTS, adamw, assert_same, begin_step, fit, micro_los
 from ibro_lightning.batches.experience import Experience
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.models import PolicyOptions
+from ibro_lightning.models import LoRAOptions, PolicyOptions
 from ibro_lightning.modules import DAPOModule, PolicyModule, PPOModule
 from ibro_lightning.regularizers import NoRegularizer
 from ibro_lightning.regularizers.coefficients import AdaptiveKL
+from ibro_lightning.studies.curves import read_curves
 from ibro_lightning.update import ReferenceKL
 
 torch.set_num_threads(1)
@@ -177,6 +178,97 @@ def test_a_method_that_replaces_the_policy_loss_leaves_the_penalty_in_place() ->
     assert policy_gradient(module, step_of(module))[0].item() == pytest.approx(expected, rel=1e-9)
 
 
+# The exact KL, over the whole vocabulary.
+
+
+def distributions(model: Any) -> list[Tensor]:
+    """``log p [t, V]`` of each response of the rollout, one unpadded sequence at a time."""
+    rollout, rows = make_rollout(), []
+    for prompt, completion in zip(rollout.prompts, rollout.completions, strict=True):
+        tokens = torch.tensor([[*prompt.token_ids, *completion.token_ids]])
+        logits = model(tokens).logits[0].double() / TEMPERATURE
+        rows.append(logits.log_softmax(dim=-1)[len(prompt.token_ids) - 1 : -1])
+    return rows
+
+
+def exact_penalties(model: Any) -> list[Tensor]:
+    """Σ_v π(v)·(log π(v) − log π_ref(v)) of each response's tokens, to the reference of :func:`elsewhere`."""
+    with torch.no_grad():
+        others = distributions(TinySource(seed=1).model)
+    return [(p.exp() * (p - r)).sum(dim=-1) for p, r in zip(distributions(model), others, strict=True)]
+
+
+@pytest.mark.parametrize("fused_head", [True, False])
+@pytest.mark.parametrize("kind", [DAPOModule, PPOModule])
+def test_exact_in_the_reward_is_the_sum_over_the_vocabulary(kind: type[PolicyModule], fused_head: bool) -> None:
+    rollout, module = make_rollout(), build(kind, elsewhere(placement="reward", estimator="exact"))
+    module.policy._fused_head = module.kl.on(module.device)._fused_head = fused_head
+    experience = module.prepare(rollout)
+    assert "reference_logp" not in experience.extra
+    for row, kl in enumerate(exact_penalties(TinySource().model)):
+        own = span(experience.lengths, row)
+        torch.testing.assert_close(experience.extra["reference_kl"][own], kl.detach(), rtol=1e-9, atol=1e-12)
+        expected = -BETA * kl.detach()
+        expected[-1] += rollout.rewards[row]
+        torch.testing.assert_close(experience.token_rewards[own], expected, rtol=1e-9, atol=1e-12)
+    other = build(kind, elsewhere(placement="reward", estimator="k1"))
+    other.policy._fused_head = fused_head
+    sampled = other.prepare(rollout)
+    assert torch.equal(experience.old_logp, sampled.old_logp)
+    assert torch.equal(experience.old_entropy, sampled.old_entropy)
+
+
+@pytest.mark.parametrize("kind", [DAPOModule, PPOModule])
+def test_exact_in_the_loss_has_the_gradient_of_the_whole_vocabulary(kind: type[PolicyModule]) -> None:
+    """L = L_PG + β Σ KL / N, whatever the cut into micro-batches; by autograd through full logits."""
+    plain, module = build(kind, None), build(kind, elsewhere(estimator="exact"))
+    without, with_penalty = policy_gradient(plain, step_of(plain)), policy_gradient(module, step_of(module))
+    each = torch.cat(exact_penalties(plain.policy.model))
+    assert (with_penalty[0] - without[0]).item() == pytest.approx(BETA * each.mean().item(), rel=1e-9)
+    of_penalty = torch.autograd.grad(BETA * each.mean(), list(plain.policy.parameters()))
+    assert max(gradient.abs().max() for gradient in of_penalty) > 1e-4
+    for both, policy_loss, penalty in zip(with_penalty[1:], without[1:], of_penalty, strict=True):
+        size = both.abs().max().item()  # transformers' RMSNorm rounds to float32, padded and unpadded differently
+        torch.testing.assert_close(both, policy_loss + penalty, rtol=0, atol=1e-6 * size)
+    for cut in CUTS[1:]:
+        assert_same(policy_gradient(module, step_of(module), cut), with_penalty)
+    _, metrics = micro_loss(module, step_of(module))
+    assert not any("exact" in name for name in metrics), "it is the curve kl/reference, and none of the regulariser's"
+
+
+def test_exact_in_the_loss_passes_gradcheck() -> None:
+    """In the head's weight; what comes before it rounds to float32."""
+    module = build(DAPOModule, elsewhere(estimator="exact"))
+    step, name = step_of(module), "model.lm_head.weight"
+    weight = module.policy.get_parameter(name).detach().clone().requires_grad_()
+
+    def loss(weight: Tensor) -> Tensor:
+        def policy(*args: Any, **options: Any) -> Any:
+            return torch.func.functional_call(module.policy, {name: weight}, args, options, tie_weights=False)
+
+        micro = step.micro_batch()
+        value, _ = module.policy_loss(module.policy_loss.stats(micro, replace(module.context(), policy=policy)), micro)
+        return value
+
+    assert torch.autograd.gradcheck(loss, weight)
+
+
+@pytest.mark.parametrize(("placement", "passes"), [("reward", 1), ("loss", 3)])
+def test_exact_runs_the_reference_once_for_scores_and_in_the_loss_with_every_pass_of_the_update(
+    placement: Any, passes: int
+) -> None:
+    module = DAPOModule(TinySource(), kl=elsewhere(placement=placement, estimator="exact"), update_epochs=2)
+    module.configure_model()
+    calls: list[int] = []
+    module.kl.on(torch.device("cpu")).model.register_forward_pre_hook(lambda *_: calls.append(1))
+    backbone = module.kl.on(torch.device("cpu")).model.base_model
+    backbone.register_forward_pre_hook(lambda *_: calls.append(1))
+    module.kl.on(torch.device("cpu"))._linear_head()
+    calls.clear()
+    fit(module, rollouts(1))
+    assert len(calls) == passes
+
+
 # The reference itself.
 
 
@@ -232,7 +324,7 @@ def test_a_strong_penalty_keeps_the_policy_near_its_reference(placement: Any) ->
 
 
 def test_k1_in_the_loss_is_refused_for_its_gradient_is_nothing_on_average() -> None:
-    with pytest.raises(ConfigError, match=r"^estimator: 'k1' - .*k2, k3 or k3_k2_grad"):
+    with pytest.raises(ConfigError, match=r"^estimator: 'k1' - .*k2, k3, k3_k2_grad or exact"):
         ReferenceKL(placement="loss", estimator="k1")
     assert ReferenceKL(placement="reward", estimator="k1").estimator == "k1"
 
@@ -261,18 +353,19 @@ def test_a_reference_with_another_vocabulary_is_refused() -> None:
 # An adaptive coefficient.
 
 
+@pytest.mark.parametrize("estimator", ["k3_k2_grad", "exact"])
 @pytest.mark.parametrize("placement", ["loss", "reward"])
-def test_the_adaptive_coefficient_follows_what_was_measured(placement: Any) -> None:
+def test_the_adaptive_coefficient_follows_what_was_measured(placement: Any, estimator: Any) -> None:
     """β ← β·(1 + clip(KL/target − 1, ±0.2)·n/horizon) once per iteration, n = 8 responses, first KL = 0."""
     coef = AdaptiveKL(start=0.5, target=0.01, horizon=20)
-    module = DAPOModule(TinySource(), kl=ReferenceKL(coef, placement), optimizer=adamw(0.01))
+    module = DAPOModule(TinySource(), kl=ReferenceKL(coef, placement, estimator), optimizer=adamw(0.01))
     _, recorder = fit(module, rollouts(3))
     beta = 0.5
     for metrics in recorder.metrics:
         beta *= 1 + min(max(metrics["kl/reference"] / 0.01 - 1, -0.2), 0.2) * 8 / 20
     assert module.kl is not None
     assert module.kl.coef == pytest.approx(beta, rel=1e-9)
-    assert recorder.metrics[0]["kl/reference"] == 0
+    assert recorder.metrics[0]["kl/reference"] == pytest.approx(0, abs=1e-14)
     assert recorder.metrics[-1]["kl/reference"] > 0.01
     assert coef.state["iterations"] == 3
 
@@ -352,6 +445,16 @@ def test_a_resumed_run_with_an_adaptive_penalty_ends_with_the_same_weights(works
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
+@pytest.mark.parametrize("module", ["DAPOModule", "PPOModule"])
+def test_two_iterations_with_the_exact_kl_from_the_command_line(workspace: Path, module: str) -> None:
+    kl = ["--model.kl", "ReferenceKL", "--model.kl.estimator", "exact", "--model.kl.coef", "0.5"]
+    quick = ["--trainer.max_epochs", "2", "--trainer.limit_val_batches", "0"]
+    main(["fit", "--config", "tiny.yaml", "--model", module, *kl, *quick])
+    measured = [point for point in read_curves(Path("run")) if point.metric == "kl/reference"]
+    assert len(measured) == 2
+    assert measured[1].value > 1e-4
+
+
 def test_a_run_does_not_move_its_reference_away(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit_once = ["fit", "--config", "tiny.yaml", "--trainer.max_epochs", "1", "--trainer.limit_val_batches", "0"]
     main(fit_once)
@@ -365,3 +468,16 @@ def test_the_reference_is_loaded_once() -> None:
     reference = module.kl.on(module.device)
     module.configure_model()
     assert module.kl.on(module.device) is reference
+
+
+@pytest.mark.parametrize("placement", ["loss", "reward"])
+def test_the_exact_kl_of_a_policy_with_adapters_begins_at_0_and_moves(placement: Any) -> None:
+    """Its logits are there whole, while the reference without adapters has a linear head."""
+    pytest.importorskip("peft")
+    options = PolicyOptions(lora=LoRAOptions(rank=2))
+    kl = ReferenceKL(0.1, placement, "exact")
+    module = DAPOModule(TinySource(), kl=kl, optimizer=adamw(0.02), policy_options=options)
+    _, recorder = fit(module, rollouts(2))
+    first, second = (metrics["kl/reference"] for metrics in recorder.metrics)
+    assert first == pytest.approx(0, abs=1e-9)
+    assert second > 1e-6

@@ -133,6 +133,32 @@ class RewardError(UserError, RuntimeError):
     """A reward function raised, or returned something other than a finite number. Names the reward and the prompt."""
 
 
+class HookError(UserError, ValueError):
+    """A method of a class that users write returned what its caller cannot use. Names the class and the method, what it
+    returned, and what to return instead."""
+
+
+def wrong_return(owner: object, method: str, value: object, remedy: str, name: str | None = None) -> HookError:
+    """The error for what a method of ``owner`` returned; ``name`` is that of the value in a mapping."""
+    under = "" if name is None else f" as {name!r}"
+    return HookError(f"{type(owner).__name__}.{method} returned {kind_of(value)}{under} - {remedy}")
+
+
+def kind_of(value: object) -> str:
+    """What a value is, in a few words: of a tensor its dtype and shape."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, tuple | list) and len(value) < 5:
+        inner = ", ".join(map(kind_of, value))
+        return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
+    if value is None or isinstance(value, bool | int | float):
+        return str(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
 class RolloutError(UserError, RuntimeError):
     """Generation cannot provide what the update needs, e.g. dynamic sampling found no informative group."""
 

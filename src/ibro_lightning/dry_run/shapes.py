@@ -154,4 +154,6 @@ def _shares_prompts(module: Any) -> bool:
 
 def _extra_names(module: Any) -> list[str]:
     ppo = ["values", "returns"] if isinstance(module, PPOModule) else []
-    return ppo + (["reference_logp", "reference_kl"] if module.kl is not None else [])
+    if module.kl is None:
+        return ppo
+    return ppo + (["reference_kl"] if module.kl.estimator == "exact" else ["reference_logp", "reference_kl"])

@@ -96,12 +96,14 @@ def work_of(module: Any, estimate: MemoryEstimate, tokens: Tokens, scored_first:
     if module.policy_loss is None:
         return Work(0.0, 0.0, passes * forward + 4 * head)
     scores = scored_first + (module.kl is not None)
+    exact = module.kl is not None and module.kl.estimator == "exact"
+    compared = forward + 2 * head if exact and module.kl.placement == "loss" else 0.0  # its head forward and backward
     critic = forward_of(tokens.response) if isinstance(module, PPOModule) else 0.0
     critic_passes = 3 + module.policy_options.gradient_checkpointing
     return Work(
         generate=generate,
         score=scores * (forward + head) + critic,
-        update=module.updater.update_epochs * (passes * forward + critic_passes * critic + 4 * head),
+        update=module.updater.update_epochs * (passes * forward + critic_passes * critic + 4 * head + compared),
     )
 
 

@@ -30,8 +30,6 @@ from ibro_lightning.functional.fused_head import linear_head, linear_logprob_ent
 from ibro_lightning.functional.head_functionals import (
     Collision,
     HeadFunctional,
-    KLToHead,
-    KLToLogits,
     Margin,
     RestrictedEntropy,
     TokenProbability,
@@ -44,6 +42,7 @@ from ibro_lightning.functional.information import (
     quarter,
 )
 from ibro_lightning.functional.kl import KLEstimator, approximate_kl, kl_divergence
+from ibro_lightning.functional.kl_functionals import KLToHead, KLToLogits
 from ibro_lightning.functional.logprobs import logprob_and_entropy
 from ibro_lightning.functional.mismatch import (
     MismatchLevel,

@@ -9,7 +9,6 @@ Logits exist for a chunk of rows at a time, over the whole vocabulary, and are r
 from __future__ import annotations
 
 import functools
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ibro_lightning.functional.functional_calls import check_functionals, gradient_of, values_of
 from ibro_lightning.functional.head_functionals import HeadFunctional
+from ibro_lightning.functional.products import addmm_, exact_products, factors, wide
 
 # Bytes of logits in a chunk: measured for a CPU (benchmarks/README.md), estimated for a GPU, which needs more rows.
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -30,7 +31,6 @@ _IMPOSSIBLE = -1e30
 # Device types on which the arithmetic is compiled; one is removed when that fails.
 _compiled_devices = {"cuda"}
 _compiled: Callable[..., Any] = functools.cache(functools.partial(torch.compile, dynamic=True))
-_precision_lock = threading.Lock()
 _allocates_as: str | None = None
 
 
@@ -103,19 +103,23 @@ def linear_head(
 
     Returns:
         ``(logp [N], entropy [N] or None, {name: value [N]})``, all with exact first derivatives.
+
+    Raises:
+        ConfigError: a functional cannot be computed of N rows of V logits.
+        HookError: a functional returned something other than one number per row.
     """
     _check(hidden, weight, targets, bias, temperature, chunk_size)
+    check_functionals(functionals, len(hidden), len(weight))
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         bias = bias if bias is None else bias.to(dtype)
     limit = _CHUNK_BYTES.get(_allocates_as or hidden.device.type, _CHUNK_BYTES["cuda"])
-    chunk_size = chunk_size or max(1, limit // (len(weight) * _wide(dtype).itemsize))
+    chunk_size = chunk_size or max(1, limit // (len(weight) * wide(dtype).itemsize))
     # Converted outside the autograd function, so that autograd converts the gradients back.
     hidden, weight = hidden.to(dtype), weight.to(dtype)
-    asked = tuple(functionals.values())
     logp, entropy, *values = _LinearHead.apply(
-        hidden, weight, bias, targets, temperature, chunk_size, with_entropy, asked
+        hidden, weight, bias, targets, temperature, chunk_size, with_entropy, tuple(functionals.values())
     )
     return logp, entropy, dict(zip(functionals, values, strict=True))
 
@@ -147,20 +151,22 @@ class _LinearHead(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.temperature, ctx.chunk_size, with_entropy, ctx.functionals = options
         ctx.set_materialize_grads(False)
-        results, asked = [], [list[tuple[Tensor, ...]]() for _ in ctx.functionals]
-        with _exact_products(hidden):
-            for rows, logits in _logit_chunks(*_factors(hidden, weight), bias, ctx.temperature, ctx.chunk_size):
+        results, further = [], [list[tuple[Tensor, ...]]() for _ in ctx.functionals]
+        with torch.autocast(hidden.device.type, enabled=False):
+            h, w = factors(hidden, weight)
+            for rows, logits in _logit_chunks(h, w, bias, ctx.temperature, ctx.chunk_size, hidden.dtype):
                 for block in _blocks(logits):
-                    for functional, found in zip(ctx.functionals, asked, strict=True):
-                        found.append(_forward(functional, logits[block], _within(rows, block)))
+                    for functional, of_blocks in zip(ctx.functionals, further, strict=True):
+                        of_blocks.append(_values(functional, logits[block], _within(rows, block)))
                     results.append(_run(_statistics, logits[block], targets[rows][block], with_entropy))
         top, log_total, logp, *entropy = (torch.cat(column) for column in zip(*results, strict=True))
-        told = [[torch.cat(column) for column in zip(*found, strict=True)] for found in asked]
-        ctx.counts = [len(columns) for columns in told]
-        flat = [column for columns in told for column in columns]
+        columns = [[torch.cat(column) for column in zip(*of_blocks, strict=True)] for of_blocks in further]
+        ctx.counts = [len(of_functional) for of_functional in columns]
+        flat = [column for of_functional in columns for column in of_functional]
         ctx.save_for_backward(hidden, weight, bias, *flat, targets, top, log_total, logp, *entropy)
         logp = logp.clone() if bias is None else logp.masked_fill(bias[targets] == -torch.inf, -torch.inf)
-        return logp, entropy[0].clone() if entropy else None, *(columns[0].clone() for columns in told)
+        values = (of_functional[0].clone() for of_functional in columns)
+        return logp, entropy[0].clone() if entropy else None, *values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -168,27 +174,28 @@ class _LinearHead(torch.autograd.Function):
         ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None, *g_values: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *statistics = ctx.saved_tensors
-        told = [[statistics.pop(0) for _ in range(count)] for count in ctx.counts]
-        wanted = [
-            (functional, g / ctx.temperature, columns)
-            for functional, g, columns in zip(ctx.functionals, g_values, told, strict=True)
+        columns = [[statistics.pop(0) for _ in range(count)] for count in ctx.counts]
+        with_gradient = [
+            (functional, g / ctx.temperature, saved)
+            for functional, g, saved in zip(ctx.functionals, g_values, columns, strict=True)
             if g is not None
         ]
-        inputs, (h, w) = (hidden, weight, bias), _factors(hidden, weight)
+        inputs, (h, w) = (hidden, weight, bias), factors(hidden, weight)
         per_row = [g if g is None else g / ctx.temperature for g in (g_logp, g_entropy)] + statistics
         needs = zip(inputs, ctx.needs_input_grad, strict=False)
-        sums = [torch.zeros_like(x, dtype=_wide(x.dtype)) if needed else None for x, needed in needs]
-        with _exact_products(hidden):
-            for rows, logits in _logit_chunks(h, w, bias, ctx.temperature, ctx.chunk_size):
+        sums = [torch.zeros_like(x, dtype=wide(x.dtype)) if needed else None for x, needed in needs]
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows, logits in _logit_chunks(h, w, bias, ctx.temperature, ctx.chunk_size, hidden.dtype):
                 dz = logits if h.dtype == logits.dtype else torch.empty_like(logits, dtype=h.dtype)
                 for block in _blocks(logits):
                     z = logits[block]
                     out = z if dz is logits else dz[block]
-                    further = _gradients(wanted, z, _within(rows, block))
+                    of_functionals = _gradients(with_gradient, z, _within(rows, block))
                     _run(_logit_gradients, z, out, *(x if x is None else x[rows][block] for x in per_row))
-                    if further is not None:
-                        out += further
-                _accumulate(sums, rows, dz, h, w)
+                    if of_functionals is not None:
+                        out += of_functionals
+                with exact_products(hidden.device, hidden.dtype):
+                    _accumulate(sums, rows, dz, h, w)
         return *(s if s is None else s.to(x.dtype) for s, x in zip(sums, inputs, strict=True)), *(None,) * 5
 
 
@@ -196,19 +203,22 @@ def _within(rows: slice, block: slice) -> slice:
     return slice(rows.start + block.start, rows.start + block.stop)
 
 
-def _forward(functional: HeadFunctional, logits: Tensor, rows: slice) -> tuple[Tensor, ...]:
+def _values(functional: HeadFunctional, logits: Tensor, rows: slice) -> tuple[Tensor, ...]:
     if _allocates_as is not None:
         return (logits.new_empty(len(logits)),)
-    return functional.forward(logits, rows)
+    return values_of(functional, logits, rows)
 
 
-def _gradients(wanted: list[tuple[HeadFunctional, Tensor, list[Tensor]]], logits: Tensor, rows: slice) -> Tensor | None:
-    """The sum of the functionals' gradients on the logits, which it leaves as they are; None for none."""
+def _gradients(
+    functionals: list[tuple[HeadFunctional, Tensor, list[Tensor]]], logits: Tensor, rows: slice
+) -> Tensor | None:
+    """The sum of the functionals' gradients on the logits, which it leaves as they are; None for none. Each functional
+    comes with the gradient of its value and what its forward pass has saved."""
     total: Tensor | None = None
-    for functional, g, columns in wanted:
+    for functional, g, saved in functionals:
         if _allocates_as is not None:
             return torch.empty_like(logits)
-        gradient = functional.gradient(logits, rows, g[rows], *(column[rows] for column in columns))
+        gradient = gradient_of(functional, logits, rows, g[rows], *(column[rows] for column in saved))
         total = gradient if total is None else total.add_(gradient)
     return total
 
@@ -253,61 +263,28 @@ def _logit_gradients(
 def _accumulate(sums: list[Tensor | None], rows: slice, dz: Tensor, hidden: Tensor, weight: Tensor) -> None:
     d_hidden, d_weight, d_bias = sums
     if d_hidden is not None:
-        _addmm_(d_hidden[rows], dz, weight)
+        addmm_(d_hidden[rows], dz, weight)
     if d_weight is not None:
-        _addmm_(d_weight, dz.T, hidden[rows])
+        addmm_(d_weight, dz.T, hidden[rows])
     if d_bias is not None:
         d_bias += dz.sum(dim=0, dtype=d_bias.dtype)
 
 
-def _addmm_(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> None:
-    """``out ← beta out + alpha a b`` in the dtype of ``out``, which on CUDA may be wider than that of a and b."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b, beta=beta, alpha=alpha)
-    else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
-
-
-def _factors(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both matrices in the dtype to multiply in: only CUDA multiplies half precision into float32."""
-    dtype = hidden.dtype if hidden.is_cuda else _wide(hidden.dtype)
-    return hidden.to(dtype), weight.to(dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-@contextmanager
-def _exact_products(hidden: Tensor) -> Iterator[None]:
-    """Disable autocast; on a CPU, multiply bfloat16 values in float32 factors with bfloat16 instructions.
-
-    These are faster and accumulate in float32, so no logit is rounded; ``dz`` is, to the gradients' own dtype (oneDNN).
-    The setting is global to the process: the lock keeps one thread from restoring another's.
-    """
-    with torch.autocast(hidden.device.type, enabled=False):
-        if hidden.device.type != "cpu" or hidden.dtype != torch.bfloat16:
-            yield
-            return
-        products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-        with _precision_lock:
-            before, products.fp32_precision = products.fp32_precision, "bf16"
-            try:
-                yield
-            finally:
-                products.fp32_precision = before
-
-
 def _logit_chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, chunk_size: int
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, chunk_size: int, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """``(rows, logits / temperature)`` of each chunk, in one buffer, which the caller may overwrite."""
-    buffer = hidden.new_empty((min(chunk_size, len(hidden)), len(weight)), dtype=_wide(hidden.dtype))
+    """``(rows, logits / temperature)`` of each chunk, in one buffer, which the caller may overwrite.
+
+    Args:
+        dtype: of the head's inputs, before :func:`.factors`.
+    """
+    buffer = hidden.new_empty((min(chunk_size, len(hidden)), len(weight)), dtype=wide(hidden.dtype))
     for rows in _slices(len(hidden), chunk_size):
         logits = buffer[: rows.stop - rows.start]
         if bias is not None:
             logits.copy_((bias.to(logits.dtype) / temperature).clamp(min=_IMPOSSIBLE))
-        _addmm_(logits, hidden[rows], weight.T, beta=0 if bias is None else 1, alpha=1 / temperature)
+        with exact_products(hidden.device, dtype):
+            addmm_(logits, hidden[rows], weight.T, beta=0 if bias is None else 1, alpha=1 / temperature)
         yield rows, logits
 
 

@@ -1,4 +1,4 @@
-"""What a head can tell besides log-probs and entropy: one number per row, from a chunk of its logits.
+"""What a head can give besides log-probs and entropy: one number per row, from a chunk of its logits.
 
 :func:`.linear_head` computes them in the same pass as log-probs and entropy, without the ``[N, V]`` logits. One of your
 own is a class with one method::
@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ibro_lightning.errors import ConfigError, check_instance, is_number
+from ibro_lightning.errors import ConfigError, is_number, wrong_return
 
 _FIRST_TOP = 1024
 
@@ -46,8 +47,18 @@ class HeadFunctional(ABC):
         """``Σ grad · ∂value/∂logits``, ``[n, V]``; ``saved`` is what :meth:`forward` returned."""
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.value(leaf, rows), leaf, grad)
+            value = self.value(leaf, rows)
+            gradient = None
+            if value.requires_grad:
+                (gradient,) = torch.autograd.grad(value, leaf, grad, allow_unused=True)
+        if gradient is None:
+            remedy = "compute it from logits without detach, no_grad or item, or override gradient"
+            raise wrong_return(self, "value", value, f"autograd finds no derivatives by the logits in it: {remedy}")
         return gradient
+
+    def check(self, rows: int, vocabulary: int) -> None:  # noqa: B027
+        """Called once per pass, before anything is computed, with N and V: to raise :class:`.ConfigError` if the
+        functional cannot be computed for them. Does nothing unless overridden."""
 
 
 class RestrictedEntropy(HeadFunctional):
@@ -57,7 +68,7 @@ class RestrictedEntropy(HeadFunctional):
 
     Args:
         top_p: the fewest tokens that together have at least this probability.
-        top_fraction: so large a share of the vocabulary.
+        top_fraction: the likeliest tokens that make up this share of the vocabulary, rounded to whole tokens.
     """
 
     def __init__(self, top_p: float | None = None, top_fraction: float | None = None) -> None:
@@ -94,19 +105,20 @@ class RestrictedEntropy(HeadFunctional):
         return inner.mul_(logq.exp_())
 
 
-_IMPOSSIBLE = -1e30
+IMPOSSIBLE = -1e30
 """In place of −inf, so that 0·log 0 is 0."""
 
 
 def _entropy(logq: Tensor) -> Tensor:
-    return -(logq.exp() * logq.clamp(min=_IMPOSSIBLE)).sum(dim=1)
+    return -(logq.exp() * logq.clamp(min=IMPOSSIBLE)).sum(dim=1)
 
 
 def _inside(logits: Tensor, lowest: Tensor, total: Tensor) -> Tensor:
-    """``logits − lowest − total`` where logits reach ``lowest``, otherwise a number whose exponential is nothing beside
-    1, but no denormal, which takes a CPU twenty times as long; a comparison and a mask would, too."""
+    """``logits − lowest − total`` where logits reach ``lowest``; elsewhere a number whose exponential is negligible
+    beside 1 and still no denormal, for which a CPU takes twenty times as long. A comparison with a mask would be slower
+    than this threshold, too."""
     tiny = torch.finfo(logits.dtype).tiny
-    above = torch.threshold_(logits - lowest.unsqueeze(1), -tiny, _IMPOSSIBLE)
+    above = torch.threshold_(logits - lowest.unsqueeze(1), -tiny, IMPOSSIBLE)
     return above.sub_(total.unsqueeze(1)).clamp_(min=math.log(tiny) + 1)
 
 
@@ -115,7 +127,7 @@ def _of_mass(logits: Tensor, total: Tensor, mass: float, count: int) -> Tensor:
 
     Args:
         total: ``[n, 1]`` log of the sum of exponentials.
-        count: so many of the largest are tried first; rows where they are too few try eight times as many.
+        count: how many of the largest logits are tried first; rows that need more try eight times as many.
     """
     last = min(count, logits.shape[1]) - 1
     top = _largest(logits, last + 1)
@@ -165,9 +177,11 @@ class Collision(HeadFunctional):
 class Margin(HeadFunctional):
     """The probability of the likeliest token minus that of the next."""
 
+    def check(self, rows: int, vocabulary: int) -> None:
+        if vocabulary < 2:
+            raise ConfigError("functionals", "Margin", "it needs a vocabulary of two tokens or more, and here is one")
+
     def value(self, logits: Tensor, rows: slice) -> Tensor:
-        if logits.shape[1] < 2:
-            raise ValueError("a vocabulary of one token has no second one")
         first, second = (logits.topk(2, dim=1).values - logits.logsumexp(dim=1, keepdim=True)).exp().unbind(dim=1)
         return first - second
 
@@ -188,9 +202,18 @@ class TokenProbability(HeadFunctional):
     """
 
     def __init__(self, token_ids: Sequence[int]) -> None:
-        if not token_ids or len(set(token_ids)) < len(token_ids) or min(token_ids) < 0:
-            raise ConfigError("token_ids", list(token_ids), "write different token ids, 0 or more")
-        self.token_ids = tuple(token_ids)
+        integral = isinstance(token_ids, Iterable) and all(
+            isinstance(token, Integral) and not isinstance(token, bool) for token in token_ids
+        )
+        if not integral or not token_ids or len(set(token_ids)) < len(token_ids) or min(token_ids) < 0:
+            given = token_ids if isinstance(token_ids, str) or not integral else list(token_ids)
+            raise ConfigError("token_ids", given, "write different token ids, 0 or more, as a list")
+        self.token_ids = tuple(map(int, token_ids))
+
+    def check(self, rows: int, vocabulary: int) -> None:
+        if max(self.token_ids) >= vocabulary:
+            remedy = f"write ids below {vocabulary}, the size of the vocabulary"
+            raise ConfigError("token_ids", max(self.token_ids), remedy)
 
     def value(self, logits: Tensor, rows: slice) -> Tensor:
         chosen = logits[:, list(self.token_ids)]
@@ -204,79 +227,3 @@ class TokenProbability(HeadFunctional):
         out.mul_((-saved[0] * grad).unsqueeze(1))
         out[:, chosen] = at_chosen
         return out
-
-
-class _KL(HeadFunctional):
-    """The exact KL divergence between this head's distribution and another one, over the whole vocabulary."""
-
-    reverse: bool
-
-    @abstractmethod
-    def _other(self, logits: Tensor, rows: slice) -> Tensor:
-        """``[n, V]`` log-probs of the other distribution."""
-
-    def value(self, logits: Tensor, rows: slice) -> Tensor:
-        logp, logr = logits.log_softmax(dim=1), self._other(logits, rows)
-        log_of, log_to = (logp, logr) if self.reverse else (logr, logp)
-        return (log_of.exp() * (log_of - log_to)).sum(dim=1)
-
-    def gradient(self, logits: Tensor, rows: slice, grad: Tensor, *saved: Tensor) -> Tensor:
-        """p_j (log p_j − log r_j − KL) in reverse, p_j − r_j otherwise."""
-        logp, logr = logits.log_softmax(dim=1), self._other(logits, rows)
-        if not self.reverse:
-            return (logp.exp_() - logr.exp_()).mul_(grad.unsqueeze(1))
-        inner = (logp - logr).sub_(saved[0].unsqueeze(1))
-        return inner.mul_(logp.exp_()).mul_(grad.unsqueeze(1))
-
-
-class KLToHead(_KL):
-    """The exact KL divergence between this head's distribution and another's, over the whole vocabulary.
-
-    Args:
-        hidden: ``[N, D']``, what the other head reads, row by row of this one; no gradients reach it.
-        weight: ``[V, D']`` of the other head.
-        bias: ``[V]`` of the other head.
-        temperature: of the other head.
-        reverse: KL(this ‖ other), which a penalty to a reference is; otherwise KL(other ‖ this), as in distillation.
-    """
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        temperature: float = 1.0,
-        reverse: bool = True,
-    ) -> None:
-        for name, value in (("hidden", hidden), ("weight", weight)):
-            check_instance(name, value, Tensor)
-        if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-            shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
-            raise ValueError(f"hidden must be [N, D] and weight [V, D], got {shapes}")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
-        self.hidden, self.weight = hidden.detach(), weight.detach()
-        self.bias = None if bias is None else bias.detach()
-        self.temperature, self.reverse = temperature, reverse
-
-    def _other(self, logits: Tensor, rows: slice) -> Tensor:
-        other = self.hidden[rows].to(logits.dtype) @ self.weight.to(logits.dtype).T
-        if self.bias is not None:
-            other += self.bias.to(logits.dtype)
-        return (other / self.temperature).clamp(min=_IMPOSSIBLE).log_softmax(dim=1)
-
-
-class KLToLogits(_KL):
-    """:class:`KLToHead` where the other head is not plainly linear, so that its logits are there whole.
-
-    Args:
-        logits: ``[N, V]`` of the other distribution, row by row of this head's; no gradients reach them.
-        reverse: as for :class:`KLToHead`.
-    """
-
-    def __init__(self, logits: Tensor, reverse: bool = True) -> None:
-        check_instance("logits", logits, Tensor)
-        self.logits, self.reverse = logits.detach(), reverse
-
-    def _other(self, logits: Tensor, rows: slice) -> Tensor:
-        return self.logits[rows].to(logits.dtype).clamp(min=_IMPOSSIBLE).log_softmax(dim=1)

@@ -28,7 +28,7 @@ class LinearHead:
     linear: nn.Linear
     scale: float
 
-    def tell(
+    def evaluate(
         self,
         hidden: Tensor,
         targets: Tensor,

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.functional import HeadFunctional, KLToHead, KLToLogits, logprob_and_entropy
+from ibro_lightning.functional.functional_calls import on_logits
 from ibro_lightning.models.compiled import compile_in_place
 from ibro_lightning.models.head import LinearHead, find_linear_head
 from ibro_lightning.models.hf_folder import full_weights
 from ibro_lightning.models.network import ResponseNetwork
+from ibro_lightning.models.sharding import is_sharded
 from ibro_lightning.models.transformer import scatter_rows
 
 
@@ -79,9 +81,8 @@ class Policy(ResponseNetwork):
             ``(logp [B, T], entropy [B, T] or None)`` in nats, 0 on padding; float32, or float64 for float64
             weights. With ``functionals``, even if there are none, also ``{name: value [B, T]}``.
         """
-        asked = functionals or {}
-        logp, entropy, told = self.without_draws(lambda: self._score(sequences, temperature, with_entropy, asked))
-        return (logp, entropy) if functionals is None else (logp, entropy, told)
+        scores = self.without_draws(lambda: self._score(sequences, temperature, with_entropy, functionals or {}))
+        return scores[:2] if functionals is None else scores
 
     def _score(
         self,
@@ -95,15 +96,14 @@ class Policy(ResponseNetwork):
         if head is None:
             logits = self.response_states(self.model, sequences, "logits")
             logp, entropy = logprob_and_entropy(logits, targets, temperature=temperature, with_entropy=with_entropy)
-            scaled, rows = logits.to(logp.dtype) / temperature if functionals else logits, slice(0, len(targets))
-            told = {name: functional.value(scaled, rows) for name, functional in functionals.items()}
+            values = on_logits(functionals, logits.to(logp.dtype) / temperature) if functionals else {}
         else:
             hidden = self.response_states(head.backbone, sequences, "last_hidden_state")
-            logp, entropy, told = head.tell(
+            logp, entropy, values = head.evaluate(
                 hidden, targets, functionals, temperature=temperature, with_entropy=with_entropy
             )
         mask = sequences.response_mask
-        scattered = {name: scatter_rows(values, mask) for name, values in told.items()}
+        scattered = {name: scatter_rows(of_tokens, mask) for name, of_tokens in values.items()}
         return scatter_rows(logp, mask), None if entropy is None else scatter_rows(entropy, mask), scattered
 
     @torch.no_grad()
@@ -124,8 +124,14 @@ class Policy(ResponseNetwork):
             logits = self.response_states(self.model, sequences, "logits")
             return KLToLogits(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, reverse)
         hidden = self.response_states(head.backbone, sequences, "last_hidden_state")
-        hidden, weight = (_under_autocast(x) for x in (hidden, head.linear.weight))  # rounded as in that pass
-        return KLToHead(hidden, weight, head.linear.bias, temperature / head.scale, reverse)
+        weight: Tensor = head.linear.weight
+        bias: Tensor | None = head.linear.bias
+        if not weight.requires_grad and is_sharded(self):
+            # A frozen network of its own gives its gathered weights back after this pass, which a policy in training
+            # gathers again in the pass that reads them.
+            weight, bias = weight.clone(), None if bias is None else bias.clone()
+        hidden, weight = (_under_autocast(x) for x in (hidden, weight))  # rounded as in that pass
+        return KLToHead(hidden, weight, bias, temperature / head.scale, reverse)
 
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Detached weights under their Hugging Face names, adapters merged; tied ones appear under each of their names.

@@ -153,4 +153,6 @@ def _probe(vocabulary: int, device: torch.device, shift: int = 0) -> Sequences:
 
 def scatter_rows(values: Tensor, mask: Tensor) -> Tensor:
     """``[N]`` values in row order → ``[B, T]`` where ``mask``, 0 elsewhere; differentiable."""
+    if values.ndim != 1:  # masked_scatter would take the first of as many numbers as there are
+        raise ValueError(f"values must be [N], one per response token, got {list(values.shape)}")
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

@@ -133,7 +133,7 @@ class DAPOModule(PolicyModule):
         loss.start_iteration()
         with timer("prepare"), torch.no_grad():
             experience = self.prepare(rollout)  # score → advantages [N]
-            observe(loss.given_entropy, experience.old_entropy, experience, self.ranks)
+            observe(loss.entropy_observers, experience.old_entropy, experience, self.ranks)
         further = watched(self, rollout, experience)
         with timer("update"):
             steps = updater.steps(experience, loss, context)

@@ -196,7 +196,7 @@ class PPOModule(PolicyModule):
         with timer("prepare"), torch.no_grad():
             experience = self.prepare(rollout)  # score → values → advantages [N]
             if trains_policy:
-                observe(loss.given_entropy, experience.old_entropy, experience, self.ranks)
+                observe(loss.entropy_observers, experience.old_entropy, experience, self.ranks)
         further = watched(self, rollout, experience)
         with timer("update"):
             steps = updater.steps(experience, loss, context)

@@ -27,7 +27,7 @@ def _nobody_tells(*_: Any, **__: Any) -> dict[str, Tensor]:
 class StepContext:
     """What a loss and its regulariser can use in an optimizer step, besides the step itself."""
 
-    policy: Callable[..., tuple[Tensor, Tensor | None]]
+    policy: Callable[..., tuple[Any, ...]]
     """``policy(sequences, temperature=…, with_entropy=True)`` → ``(logp, entropy)`` ``[B, T]`` with gradients, for a
     padded batch; with ``functionals={…}`` also a dictionary of what they give."""
     score: Callable[..., tuple[Tensor, Tensor]]
@@ -75,6 +75,9 @@ class EntropyRegularizer(ABC):
     """Whether :meth:`objective` reads ``stats.entropy``; otherwise entropies have no gradient."""
     shaping_needs_entropy: bool = False
     """Whether :meth:`shape_policy_loss` reads ``stats.entropy``, whatever α is."""
+    shaping_needs_extra: bool = False
+    """Whether :meth:`shape_policy_loss` reads what :meth:`functionals` or :meth:`statistics` give: they are computed
+    whatever α is, then."""
     prepare_needs_scores: bool = False
     """Whether :meth:`prepare` reads ``step.old_logp`` or ``step.old_entropy``. Otherwise they may be None
     there: a rollout's first optimizer step takes them from its own forward pass."""
@@ -123,12 +126,14 @@ class EntropyRegularizer(ABC):
 
     def functionals(self, context: StepContext) -> Mapping[str, HeadFunctional]:
         """Further numbers of each token's distribution that the policy's head computes in its pass, *with* gradients,
-        ``[B, T]`` each, for ``stats.extra``; only if α > 0. What nobody asks for costs nothing. Those that hold
-        something per token find the micro-batch in ``context.micro``."""
+        ``[B, T]`` each, for ``stats.extra``; only if α > 0 or the class sets :attr:`shaping_needs_extra`. What is not
+        requested costs nothing. Functionals that hold something per token find the micro-batch in ``context.micro``.
+        Their names must differ from those that :meth:`prepare` or the algorithm have in ``extra``."""
         return {}
 
     def statistics(self, micro: MicroBatch, context: StepContext) -> Mapping[str, Tensor]:
-        """Further tensors of a micro-batch, *with* gradients, ``[B, T]`` each, for ``stats.extra``; only if α > 0."""
+        """Further tensors of a micro-batch, *with* gradients, ``[B, T]`` each, for ``stats.extra``; computed when
+        :meth:`functionals` are. One with the name of a prepared tensor replaces it."""
         return {}
 
     @abstractmethod
@@ -155,6 +160,7 @@ class PolicyLossMethod(EntropyRegularizer):
     """A method that works through the advantages or the policy loss, and has no term of its own."""
 
     needs_entropy = False
+    shaping_needs_extra = True
 
     def __init__(self) -> None:
         if type(self) is PolicyLossMethod:

@@ -29,9 +29,7 @@ def regularizer_share(updater: Updater, step: Experience, loss: PolicyLoss, cont
     step = loss.prepare(step, context)
 
     def term(stats: TokenStats, micro: MicroBatch) -> Tensor:
-        return loss.regularizer.coef * weighted_sum(
-            loss.regularizer.objective(stats), loss.without_mismatched(stats, micro)
-        )
+        return loss.regularizer.coef * weighted_sum(loss.objective(stats), loss.without_mismatched(stats, micro))
 
     def whole(stats: TokenStats, micro: MicroBatch) -> Tensor:
         return loss(stats, micro)[0]

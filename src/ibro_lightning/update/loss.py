@@ -9,6 +9,7 @@ importance weight of an engine that is not quite the policy, H the policy's entr
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
@@ -19,14 +20,27 @@ from torch import Tensor
 from ibro_lightning.batches.experience import Experience, MicroBatch, TokenStats
 from ibro_lightning.batches.ragged import row_wise
 from ibro_lightning.errors import ConfigError, check_count, check_instance
-from ibro_lightning.functional import AggregationMode, aggregation_weights, approximate_kl, token_mean
+from ibro_lightning.functional import AggregationMode, HeadFunctional, aggregation_weights, approximate_kl, token_mean
 from ibro_lightning.ranks import rank_zero_warn
 from ibro_lightning.regularizers import EntropyRegularizer, NoRegularizer, StepContext
 from ibro_lightning.regularizers.base import does_not_inherit
 from ibro_lightning.regularizers.coefficients import AdaptiveClip, BoundedSetting, Coefficient, TrackedNumber
 from ibro_lightning.regularizers.method import Method
 from ibro_lightning.update.correction import SamplerCorrection
-from ibro_lightning.update.reference import ReferenceKL
+from ibro_lightning.update.hooks import (
+    check_regularizer,
+    functionals_of,
+    measured,
+    of_policy,
+    of_surrogate,
+    per_step_token,
+    per_token,
+    prepared_by,
+    shaped,
+    statistics_of,
+    without_entropy,
+)
+from ibro_lightning.update.reference import EXACT, ReferenceKL
 
 CLIP_RATIO_LOW, CLIP_RATIO_HIGH = 0.2, 0.28
 DUAL_CLIP = 10.0
@@ -83,6 +97,7 @@ class PolicyLoss:
         kl: ReferenceKL | None = None,
     ) -> None:
         check_instance("regularizer", regularizer, EntropyRegularizer, optional=True)
+        check_regularizer(regularizer := regularizer or NoRegularizer())
         check_instance("sampler_correction", sampler_correction, SamplerCorrection, optional=True)
         check_instance("kl", kl, ReferenceKL, optional=True)
         one, most = self.clip_ratio_low_may_be_one, self.clip_ratio_high_limit
@@ -95,7 +110,7 @@ class PolicyLoss:
         self._refuse_clips_without_use()
         _warn_of_another_epsilon(low, high)
         _check_aggregation(aggregation, aggregation_max_tokens)
-        self.regularizer = regularizer or NoRegularizer()
+        self.regularizer = regularizer
         self.aggregation: AggregationMode = aggregation
         self.aggregation_max_tokens = aggregation_max_tokens
         self.sampler_correction, self.kl = sampler_correction, kl
@@ -138,24 +153,25 @@ class PolicyLoss:
 
     def __call__(self, stats: TokenStats, micro: MicroBatch) -> tuple[Tensor, dict[str, float]]:
         """The micro-batch's share of the step's loss, a scalar with a gradient, and of the step's metrics."""
-        loss, per_token = checked(self.surrogate(stats), stats)  # [B, T]
+        loss, curves = of_surrogate(self, self.surrogate(stats), stats)  # [B, T]
         micro = self.without_mismatched(stats, micro)
         if self.sampler_correction is not None and stats.sampler_logp is not None:
             loss = loss * self.sampler_correction(stats.old_logp, stats.sampler_logp, stats.mask).weights  # [B, T] w
-        loss = self.regularizer.shape_policy_loss(loss, stats)  # [B, T]
+        loss = shaped(loss, self.regularizer, stats)  # [B, T] shape_policy_loss of the regulariser
         total = weighted_sum(loss, micro)  # [B, T] → scalar
         metrics = {"update/policy_loss": total.item()}
         if self.kl is not None:
-            loss = self.kl.add_to(loss, stats.logp, stats.extra["reference_logp"])  # [B, T] + β·KL
+            loss = self.kl.add_to(loss, stats)  # [B, T] + β·KL
             total = weighted_sum(loss, micro)
         if self.regularizer.coef:
-            objective = weighted_sum(self.regularizer.objective(stats), micro)  # [B, T] J → scalar
+            objective = weighted_sum(self.objective(stats), micro)  # [B, T] J → scalar
             total = total - self.regularizer.coef * objective
             metrics["update/regularizer"] = objective.item()
-        per_token["update/approx_kl"] = approximate_kl(stats.logp.detach(), stats.old_logp)
-        added = {name: values for name, values in stats.extra.items() if name not in micro.extra}
-        per_token |= {f"regularizer/{n}": values for n, values in {**added, **self.regularizer.measure(stats)}.items()}
-        for name, values in per_token.items():
+        curves["update/approx_kl"] = approximate_kl(stats.logp.detach(), stats.old_logp)
+        added = {name: values for name, values in stats.extra.items() if name not in (*micro.extra, EXACT)}
+        added |= measured(self.regularizer, stats)
+        curves |= {f"regularizer/{name}": values for name, values in added.items()}
+        for name, values in curves.items():
             metrics[name] = token_mean(values.detach().float(), stats.mask, micro.num_tokens).item()
         return total, metrics
 
@@ -166,6 +182,11 @@ class PolicyLoss:
             return micro
         mismatched = correction.mismatched(stats.old_logp, stats.sampler_logp, stats.mask)  # [B]
         return replace(micro, mask=micro.mask & ~mismatched[:, None])
+
+    def objective(self, stats: TokenStats) -> Tensor:
+        """What the regulariser maximises, ``[B, T]``: J."""
+        values = self.regularizer.objective(stats)
+        return per_token(self.regularizer, "objective", values, stats, without_entropy(stats, "needs_entropy"))
 
     def rows_with_gradient(self, step: Experience) -> Tensor:
         """``[B]`` bool: the rows whose loss may have a gradient other than 0. In a group of equal rewards, advantages
@@ -178,20 +199,23 @@ class PolicyLoss:
     def stats(self, micro: MicroBatch, context: StepContext) -> TokenStats:
         """Run the policy over a micro-batch, with gradients. If it has no old scores, this is the rollout's first
         optimizer step: the policy is still the one that sampled, so its scores serve as the old ones."""
-        active, unscored = bool(self.regularizer.coef), micro.old_logp is None
-        read = self.regularizer.shaping_needs_entropy or (active and self.regularizer.needs_entropy)
-        asked = self.regularizer.functionals(replace(context, micro=micro)) if active else {}
-        options: dict[str, Any] = {"functionals": asked} if asked else {}  # a policy of one's own need not know them
-        answer: Any = context.policy(
-            micro.sequences, temperature=micro.temperature, with_entropy=unscored or read, **options
-        )
-        logp, entropy, *of_the_head = answer
+        regularizer, unscored = self.regularizer, micro.old_logp is None
+        active = bool(regularizer.coef)
+        needs_entropy = unscored or regularizer.shaping_needs_entropy or (active and regularizer.needs_entropy)
+        functionals: dict[str, HeadFunctional] = {}
+        if gives_extra := active or regularizer.shaping_needs_extra:
+            functionals = functionals_of(regularizer, regularizer.functionals(replace(context, micro=micro)), micro)
+        if self.kl is not None:
+            functionals |= self.kl.functionals(micro.sequences, micro.temperature)
+        logp, entropy, values = _run_policy(micro, context, needs_entropy, functionals)  # [B, T] each
         if unscored:
             assert entropy is not None
             micro = replace(micro, old_logp=logp.detach(), old_entropy=entropy.detach())
         assert micro.old_logp is not None
-        extra = {**micro.extra, **(self.regularizer.statistics(micro, context) if active else {})}
-        extra |= of_the_head[0] if of_the_head else {}
+        statistics: dict[str, Tensor] = {}
+        if gives_extra:
+            statistics = statistics_of(regularizer, regularizer.statistics(micro, context), micro, values)
+        extra = {**micro.extra, **statistics, **values}
         scores = (logp, entropy, micro.old_logp, micro.old_entropy)  # [B, T] each
         return TokenStats(*scores, micro.advantages, micro.mask, extra, micro.sampler_logp)
 
@@ -199,7 +223,7 @@ class PolicyLoss:
     def prepare(self, step: Experience, context: StepContext) -> Experience:
         """Fix what depends on the whole optimizer step before it is split into micro-batches: the tokens' weights, and
         the regulariser's tensors."""
-        _check_per_token("advantages", step.advantages, step)
+        per_step_token("advantages", step.advantages, step)
         num_tokens = context.ranks.sum(step.mask.count_nonzero()).clamp(min=1)
         weights_of = partial(
             aggregation_weights,
@@ -218,9 +242,8 @@ class PolicyLoss:
                 name = type(self.regularizer).__name__
                 error.add_note(f"old_logp and old_entropy may be None unless {name} sets prepare_needs_scores = True")
             raise
+        prepared = prepared_by(self.regularizer, prepared)
         added = {name: values for name, values in prepared.extra.items() if name not in step.extra}
-        for name, values in {"advantages": prepared.advantages, **added}.items():
-            _check_per_token(name, values, step)
         means = {f"regularizer/{name}": context.ranks.mean(v.float(), step.mask).item() for name, v in added.items()}
         return replace(prepared, metrics={**prepared.metrics, **means})
 
@@ -232,7 +255,7 @@ class PolicyLoss:
     @property
     def needs_scores(self) -> bool:
         """Whether an update needs the old log-probs and entropies of the whole rollout before it begins."""
-        follows = any(coefficient.follows_measurement for coefficient in self.given_entropy)
+        follows = any(coefficient.follows_measurement for coefficient in self.entropy_observers)
         return follows or self.kl is not None or self.regularizer.prepare_needs_scores
 
     @property
@@ -246,7 +269,7 @@ class PolicyLoss:
         return {**of_term, **kl, **clips}
 
     @property
-    def given_entropy(self) -> list[Coefficient]:
+    def entropy_observers(self) -> list[Coefficient]:
         """The coefficients that observe the policy's entropy before an update, each once: all but β, which observes the
         KL."""
         others = (c for name, c in self.coefficients.items() if name != "kl")
@@ -262,15 +285,17 @@ def _warn_of_another_epsilon(low: BoundedSetting, high: BoundedSetting) -> None:
         )
 
 
-def checked(result: Any, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a surrogate has returned; raises ValueError unless it is a loss ``[B, T]`` and metrics. A scalar would be
-    broadcast by the sampler's weights."""
-    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor)):
-        raise ValueError(f"surrogate returns the pair (loss [B, T], metrics by name), got {type(result).__name__}")
-    if result[0].shape != stats.mask.shape:
-        shapes = f"[B, T] = {list(stats.mask.shape)}, got {list(result[0].shape)}"
-        raise ValueError(f"surrogate returns a loss for every token, {shapes}: PolicyLoss aggregates it")
-    return result
+def _run_policy(
+    micro: MicroBatch, context: StepContext, with_entropy: bool, functionals: Mapping[str, HeadFunctional]
+) -> tuple[Tensor, Tensor | None, Mapping[str, Tensor]]:
+    """``(logp, entropy, {name: value})``. A policy of one's own need not accept functionals."""
+    policy = context.policy
+    if not functionals:
+        logp, entropy = policy(micro.sequences, temperature=micro.temperature, with_entropy=with_entropy)
+        return logp, entropy, {}
+    scores = policy(micro.sequences, temperature=micro.temperature, with_entropy=with_entropy, functionals=functionals)
+    logp, entropy, values = of_policy(policy, scores, functionals, micro)
+    return logp, entropy, values
 
 
 def weighted_sum(values: Tensor, micro: MicroBatch) -> Tensor:
@@ -279,12 +304,6 @@ def weighted_sum(values: Tensor, micro: MicroBatch) -> Tensor:
     if values.shape != micro.mask.shape:
         raise ValueError(f"losses and objectives are [B, T] = {list(micro.mask.shape)}, got {list(values.shape)}")
     return (torch.where(micro.mask, values, 0.0) * micro.weights).sum()
-
-
-def _check_per_token(name: str, values: Tensor, step: Experience) -> None:
-    if values.shape != step.mask.shape:
-        shapes = f"[N] = {list(step.mask.shape)}, got {list(values.shape)}"
-        raise ValueError(f"{name} of a step are {shapes}: per_token(values) repeats [B] over each response's tokens")
 
 
 def _check_aggregation(mode: AggregationMode, max_tokens: int | None) -> None:

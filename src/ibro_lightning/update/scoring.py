@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import Experience, OldScores
 from ibro_lightning.batches.ragged import Places, per_token, put_tokens, row_sums
-from ibro_lightning.batches.sequences import FlatSequences
+from ibro_lightning.batches.sequences import FlatSequences, Sequences
 from ibro_lightning.errors import ConfigError, check_instance
 from ibro_lightning.functional import HeadFunctional
 from ibro_lightning.models import Critic
@@ -82,16 +82,11 @@ class Scorer:
             ConfigError: the sampler's log-probs leave nothing to correct by.
         """
         sequences, lengths = rollout.sequences, rollout.sequences.response_lengths
-        logp, entropy = (None, None) if first_step is not None else self.score(sequences, rollout.temperature)  # [N]
-        extra = {}
+        logp, entropy, extra = self._scores(rollout, first_step)  # [N]
         has_tokens = lengths > 0  # [B]; an engine's deadline may leave a response empty
         rewards = self._zeros(sequences)  # [N]
         rewards[lengths.cumsum(0)[has_tokens] - 1] = rollout.rewards[has_tokens].to(rewards.dtype)
         if (kl := self.loss.kl) is not None:
-            assert logp is not None, "a penalty to a reference needs scores first"
-            reference = kl.on(sequences.device)
-            reference_logp, _ = self.score(sequences, rollout.temperature, reference, with_entropy=False)
-            extra = {"reference_logp": reference_logp, "reference_kl": kl.penalty(logp, reference_logp)}
             rewards = kl.take_from(rewards, extra["reference_kl"])
         counts = sampled_tokens(rollout.sampler_logp, per_token(~rollout.late, lengths), self.loop.ranks)  # [N]
         experience = Experience(
@@ -118,21 +113,33 @@ class Scorer:
             self._check_sampler_logp(rollout, experience)
         return experience
 
+    def _scores(
+        self, rollout: Rollout, first_step: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
+        """``(old logp, old entropy, extra)``, ``[N]`` each; ``extra`` compares with a reference policy, if there is
+        one."""
+        sequences, temperature, kl = rollout.sequences, rollout.temperature, self.loss.kl
+        if first_step is not None:
+            assert kl is None, "a penalty to a reference needs scores first"
+            return None, None, {}
+        if kl is None:
+            return *self.score(sequences, temperature), {}
+        if kl.estimator == "exact":
+            logp, entropy, values = self._pass(
+                sequences, temperature, lambda micro: {"kl": kl.functional(micro, temperature)}
+            )
+            return logp, entropy, {"reference_kl": values["kl"]}
+        logp, entropy = self.score(sequences, temperature)
+        reference_logp, _ = self.score(sequences, temperature, kl.on(sequences.device), with_entropy=False)
+        return logp, entropy, {"reference_logp": reference_logp, "reference_kl": kl.penalty(logp, reference_logp)}
+
     @torch.no_grad()
     def score(
         self, sequences: FlatSequences, temperature: float, policy: nn.Module | None = None, with_entropy: bool = True
     ) -> tuple[Tensor, Tensor]:
         """``(logp, entropy)`` ``[N]`` under the present policy (or another one), without gradients; the entropy
         is 0 without ``with_entropy``."""
-        policy = policy or self.policy
-        logp, entropy = self._zeros(sequences), self._zeros(sequences)
-        for rows, _ in self.budget.micro_batches(sequences, self.loop.ranks, policy):
-            with self.budget.advice("prepare", micro := sequences.pad(rows), policy):
-                micro_logp, micro_entropy = policy(micro, temperature=temperature, with_entropy=with_entropy)  # [b, t]
-            places = Places.of(sequences.response_lengths, rows)
-            places.put(micro_logp, logp)
-            if micro_entropy is not None:
-                places.put(micro_entropy, entropy)
+        logp, entropy, _ = self._pass(sequences, temperature, policy=policy, with_entropy=with_entropy)
         return logp, entropy
 
     @torch.no_grad()
@@ -141,16 +148,44 @@ class Scorer:
     ) -> dict[str, Tensor]:
         """What functionals of the head give for each response token under the present policy, ``{name: [N]}``, without
         gradients."""
-        told = {name: self._zeros(sequences) for name in functionals}
-        for rows, _ in self.budget.micro_batches(sequences, self.loop.ranks, self.policy):
-            with self.budget.advice("prepare", micro := sequences.pad(rows), self.policy):
-                _, _, padded = self.policy(
-                    micro, temperature=temperature, with_entropy=False, functionals=functionals
-                )  # [b, t] each
+        return self._pass(sequences, temperature, lambda _: functionals, with_entropy=False)[2]
+
+    @torch.no_grad()
+    def _pass(
+        self,
+        sequences: FlatSequences,
+        temperature: float,
+        functionals_of: Callable[[Sequences], Mapping[str, HeadFunctional]] | None = None,
+        *,
+        policy: nn.Module | None = None,
+        with_entropy: bool = True,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """``(logp, entropy, {name: value})``, ``[N]`` each, in micro-batches.
+
+        Args:
+            functionals_of: the head's functionals for a padded micro-batch.
+        """
+        policy = policy or self.policy
+        logp, entropy = self._zeros(sequences), self._zeros(sequences)
+        values: dict[str, Tensor] = {}
+        for rows, _ in self.budget.micro_batches(sequences, self.loop.ranks, policy):
+            of_micro: Mapping[str, Tensor] = {}
+            with self.budget.advice("prepare", micro := sequences.pad(rows), policy):
+                options: dict[str, Any] = {"temperature": temperature, "with_entropy": with_entropy}
+                if functionals_of is None:  # a policy of one's own need not accept functionals
+                    micro_logp, micro_entropy = policy(micro, **options)  # [b, t]
+                else:
+                    functionals = functionals_of(micro)
+                    micro_logp, micro_entropy, of_micro = policy(micro, functionals=functionals, **options)
             places = Places.of(sequences.response_lengths, rows)
-            for name, values in padded.items():
-                places.put(values, told[name])
-        return told
+            places.put(micro_logp, logp)
+            if micro_entropy is not None:
+                places.put(micro_entropy, entropy)
+            for name, padded in of_micro.items():
+                if name not in values:
+                    values[name] = self._zeros(sequences)
+                places.put(padded, values[name])
+        return logp, entropy, values
 
     @torch.no_grad()
     def values(self, critic: Critic, sequences: FlatSequences) -> tuple[Tensor, Tensor]:
