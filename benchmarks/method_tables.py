@@ -1,4 +1,4 @@
-"""Writes the tables of docs/methods.md from what each method's class says of itself.
+"""Writes the tables of docs/methods.md: from what each method's class says of itself, and from docs/studies/methods.
 
 python benchmarks/method_tables.py                # a test says when it is due
 """
@@ -12,10 +12,14 @@ from ibro_lightning import regularizers
 from ibro_lightning.regularizers import EntropyRegularizer, coefficients
 from ibro_lightning.regularizers.coefficients import Coefficient
 from ibro_lightning.regularizers.method import Method, table
+from ibro_lightning.runs.recipes import recipe_folder
+from ibro_lightning.studies.spec import read_study
 from ibro_lightning.update.advantages import GROUP_RELATIVE
 from ibro_lightning.update.surrogates import LOSSES
+from methods import table as quick_start_table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
+RESULTS = PAGE.parent / "studies" / "methods"
 Named = Iterable[tuple[str, type]]
 
 
@@ -46,7 +50,9 @@ def tables() -> dict[str, str]:
         "surrogates": LOSSES.items(),
         "advantages": GROUP_RELATIVE.items(),
     }
-    return {name: table(rows(named)) for name, named in classes.items()}
+    arms = list(read_study(recipe_folder() / "studies" / "methods.yaml").arms)
+    of_classes = {name: table(rows(named)) for name, named in classes.items()}
+    return {**of_classes, "the quick start": quick_start_table(RESULTS, arms)}
 
 
 def written(page: str) -> str:

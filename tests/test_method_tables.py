@@ -101,7 +101,7 @@ def test_adaptive_clips_recipe_line_has_one_epsilon_for_both_bounds() -> None:
 def test_a_table_is_markdown_whatever_the_formula() -> None:
     rows = [("A", Method("|A|/κ", "arXiv 1", "note", "x: 1"))]
     assert table(rows).splitlines()[2:] == ["| `A` | \\|A\\|/κ | arXiv 1 | note | `x: 1` |"]
-    assert set(tables()) == {"entropy methods", "coefficients", "surrogates", "advantages"}
+    assert set(tables()) == {"entropy methods", "coefficients", "surrogates", "advantages", "the quick start"}
 
 
 def test_a_certainty_that_nobody_knows_is_refused() -> None:
