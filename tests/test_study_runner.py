@@ -186,6 +186,8 @@ def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
         ResultsStore(changed, tmp_path / "results")
     more = replace(STUDY, seeds=[1, 2, 3], plan=replace(PLAN, answer="Another text."))
     assert ResultsStore(more, tmp_path / "results").count("finished").total() == 4
+    fewer = replace(STUDY, seeds=[1])  # the other seed's results stay, and are not counted
+    assert ResultsStore(fewer, tmp_path / "results").count("finished").total() == 2
 
 
 def test_a_folder_with_other_files_under_these_names_is_left_alone(tmp_path: Path) -> None:

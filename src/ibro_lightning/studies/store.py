@@ -79,9 +79,10 @@ class ResultsStore:
                 path.unlink(missing_ok=True)
 
     def count(self, state: str) -> Counter[str]:
-        """``{arm: trials in that state}``."""
-        rows = self.tables["trials"].select(["arm", "state"]).to_pylist()
-        return Counter(row["arm"] for row in rows if row["state"] == state)
+        """``{arm: trials of the study in that state}``; the folder may have others, of arms or seeds left out since."""
+        names = {trial.name for trial in self.study.trials()}
+        rows = self.tables["trials"].select(["trial", "arm", "state"]).to_pylist()
+        return Counter(row["arm"] for row in rows if row["state"] == state and row["trial"] in names)
 
     def failures(self) -> dict[str, str]:
         """``{trial: error}`` of those that have failed for good."""
