@@ -1,6 +1,6 @@
 """Every method on the quick start with one seed: accuracy, entropy, length and CPU seconds, in one table.
 
-python benchmarks/methods.py                                          # studies/methods.yaml as it is: an hour or two
+python benchmarks/methods.py                                          # studies/methods.yaml as it is: an hour
 python benchmarks/methods.py --methods NoRegularizer --seeds 1 2 3 4  # how far seeds alone lie apart, in the same table
 python benchmarks/methods.py --methods SIREN STEER --iterations 2     # a part of it
 python benchmarks/methods.py --table                                  # only the table of what is there
