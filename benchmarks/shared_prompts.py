@@ -33,7 +33,7 @@ from ibro_lightning.functional import group_advantages
 from ibro_lightning.models import Policy
 from ibro_lightning.regularizers import InformationBottleneck
 from ibro_lightning.update import PlainLoop, PolicyLoss, Scorer, Updater
-from ibro_lightning.update.steps import TokenBudget
+from ibro_lightning.update.micro_batches import TokenBudget
 
 GROUP = 8
 SHAPES = {"quickstart": (24, 2048), "sums": (None, 2048)}  # prompts per optimizer step, tokens per micro-batch

@@ -24,7 +24,7 @@ from ibro_lightning.modules import DAPOModule, PPOModule
 from ibro_lightning.regularizers import InformationBottleneck
 from ibro_lightning.tasks import NumberPath
 from ibro_lightning.update import ReferenceKL
-from ibro_lightning.update.steps import token_budget_batches
+from ibro_lightning.update.micro_batches import token_budget_batches
 
 torch.set_num_threads(1)
 

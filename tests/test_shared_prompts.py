@@ -26,7 +26,7 @@ from ibro_lightning.models.building import wrap_policy
 from ibro_lightning.modules import DAPOModule, PPOModule
 from ibro_lightning.regularizers import InformationBottleneck
 from ibro_lightning.update import ReferenceKL
-from ibro_lightning.update.steps import TokenBudget, shared_prompt_batches
+from ibro_lightning.update.micro_batches import TokenBudget, shared_prompt_batches
 
 torch.set_num_threads(1)
 

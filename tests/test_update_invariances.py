@@ -38,7 +38,8 @@ from ibro_lightning.models import Policy
 from ibro_lightning.modules.dapo import DAPOModule
 from ibro_lightning.regularizers import EntropyBonus, EntropyRegularizer, InformationBottleneck, NoRegularizer
 from ibro_lightning.update.diagnostics import experience_metrics
-from ibro_lightning.update.steps import mini_batches, token_budget_batches
+from ibro_lightning.update.micro_batches import token_budget_batches
+from ibro_lightning.update.steps import mini_batches
 
 torch.set_num_threads(1)
 

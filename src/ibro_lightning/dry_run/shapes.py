@@ -16,7 +16,7 @@ from ibro_lightning.models.building import empty_model
 from ibro_lightning.models.sharing import known_obstacle
 from ibro_lightning.modules import PPOModule
 from ibro_lightning.types import Prompt
-from ibro_lightning.update.steps import shared_prompt_batches, token_budget_batches
+from ibro_lightning.update.micro_batches import shared_prompt_batches, token_budget_batches
 
 FLOAT, INT, LONG, BOOL = 4, 4, 8, 1
 

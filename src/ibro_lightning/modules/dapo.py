@@ -34,9 +34,9 @@ from ibro_lightning.update.advantages import AdvantageEstimator, GroupAdvantage,
 from ibro_lightning.update.correction import SamplerCorrection
 from ibro_lightning.update.diagnostics import experience_metrics, observe
 from ibro_lightning.update.loss import PolicyLoss
+from ibro_lightning.update.micro_batches import TokenBudget
 from ibro_lightning.update.reference import ReferenceKL
 from ibro_lightning.update.scoring import OldLogp, Scorer
-from ibro_lightning.update.steps import TokenBudget
 from ibro_lightning.update.surrogates import Surrogate, loss_class
 from ibro_lightning.update.updater import Updater, update_metrics
 from ibro_lightning.update.whitening import whiten

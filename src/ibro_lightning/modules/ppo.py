@@ -48,10 +48,10 @@ from ibro_lightning.timing import PhaseTimer
 from ibro_lightning.update.correction import SamplerCorrection
 from ibro_lightning.update.diagnostics import experience_metrics, observe
 from ibro_lightning.update.loss import PolicyLoss
+from ibro_lightning.update.micro_batches import TokenBudget
 from ibro_lightning.update.optimizer import check_optimizer
 from ibro_lightning.update.reference import ReferenceKL
 from ibro_lightning.update.scoring import OldLogp, Scorer
-from ibro_lightning.update.steps import TokenBudget
 from ibro_lightning.update.surrogates import Surrogate, loss_class
 from ibro_lightning.update.updater import Updater, update_metrics
 from ibro_lightning.update.value_loss import ValueLoss

@@ -26,7 +26,7 @@ from ibro_lightning.update.correction import (
 )
 from ibro_lightning.update.loop import Loop
 from ibro_lightning.update.loss import PolicyLoss
-from ibro_lightning.update.steps import TokenBudget
+from ibro_lightning.update.micro_batches import TokenBudget
 
 OldLogp = Literal["policy", "sampler"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from ibro_lightning.batches import Rollout
-from ibro_lightning.batches.experience import Experience, MicroBatch, OldScores
-from ibro_lightning.batches.ragged import put_tokens
+from ibro_lightning.batches.experience import Experience, MicroBatch
 from ibro_lightning.errors import check_at_least, check_count
 from ibro_lightning.models import clip_gradients
 from ibro_lightning.ranks import ALONE, Ranks, rank_zero_warn
@@ -22,8 +21,9 @@ from ibro_lightning.regularizers import StepContext
 from ibro_lightning.seeding import derive_seed, run_seed, update_seed
 from ibro_lightning.update.loop import Loop
 from ibro_lightning.update.loss import PolicyLoss
+from ibro_lightning.update.micro_batches import TokenBudget
 from ibro_lightning.update.nonfinite import NonFiniteGuard, advantages_are_finite, nonfinite_cause
-from ibro_lightning.update.steps import TokenBudget, group_batches, mini_batches, rows_of, with_scores
+from ibro_lightning.update.steps import Steps, group_batches, mini_batches, rows_of, with_scores
 
 SKIPPED = "/skipped_steps"
 SHIFT = "update/policy_shift"
@@ -48,54 +48,6 @@ class Loss(Protocol):
 
     def __call__(self, stats: Any, micro: MicroBatch, /) -> tuple[Tensor, dict[str, float]]:
         """A scalar to be minimised, and the micro-batch's share of the step's metrics."""
-
-
-class Steps:
-    """The optimizer steps on a rollout: iterating yields each of them, with what the loss has prepared for it.
-
-    If the rollout's first step is to score its own rows (``experience.old_logp`` is None), pass the updated step to
-    :meth:`keep`: later steps may have the same rows, and statistics cover the rollout.
-
-    Args:
-        experience: the rollout.
-        parts: rows of each step, and the seed of its draws.
-    """
-
-    def __init__(
-        self, experience: Experience, parts: Iterable[tuple[Tensor, int]], loss: PolicyLoss, context: StepContext
-    ) -> None:
-        self.experience = experience
-        self._parts, self._loss, self._context = parts, loss, context
-        self._rows = torch.tensor([], dtype=torch.long)
-
-    def __iter__(self) -> Iterator[Experience]:
-        for number, (rows, seed) in enumerate(self._parts):
-            if number and self.experience.old_logp is None:
-                raise RuntimeError(
-                    "a second optimizer step needs the log-probs that the first took from its own forward pass: call "
-                    "steps.keep(step) with what update() returns"
-                )
-            self._rows = rows.to(self.experience.groups.device)
-            step = rows_of(replace(self.experience, other_rows=None), self._rows)  # [n]
-            if step.scored is not None:  # the log-probs of some rows are the sampler's
-                step = replace(step, old_entropy=step.old_entropy if bool(step.scored.all()) else None)
-            yield self._loss.prepare(step, replace(self._context, seed=seed))
-
-    def keep(self, step: Experience) -> None:
-        """Keep the old scores that the first step took from its own forward pass; nothing to do after that."""
-        whole = self.experience
-        if whole.old_logp is not None:
-            return
-        assert step.old_logp is not None, "pass the step that update() returns"
-        assert step.old_entropy is not None
-        scores = whole.other_rows or OldScores.unknown(whole.sequences, step.old_logp.dtype)
-        logp, entropy, scored = scores.logp.clone(), scores.entropy.clone(), scores.scored.clone()
-        if len(self._rows):  # otherwise the step has a row that does not count
-            put_tokens(step.old_logp, logp, whole.lengths, self._rows)
-            put_tokens(step.old_entropy, entropy, whole.lengths, self._rows)
-            scored[self._rows] = True
-        all_scored = None if bool(scored.all()) else scored
-        self.experience = replace(whole, old_logp=logp, old_entropy=entropy, scored=all_scored, other_rows=None)
 
 
 class Updater:

@@ -9,7 +9,40 @@ from ibro_lightning.regularizers.coefficients.base import Coefficient
 from ibro_lightning.regularizers.method import Method
 
 
-class TargetEntropy(Coefficient):
+class EntropyController(Coefficient):
+    """A coefficient that follows the policy's entropy within two limits: subclasses say where to, by :meth:`move_to`.
+
+    Args:
+        start: first value.
+        minimum, maximum: limits.
+        state: numbers beside the coefficient that a resumed run needs.
+    """
+
+    measures = "entropy"
+
+    def __init__(self, start: float, minimum: float, maximum: float, **state: float) -> None:
+        check_at_least("start", start, 0)
+        if not (is_number(minimum) and 0 <= minimum <= start):
+            raise ConfigError("minimum", minimum, f"write a number between 0 and start ({start})")
+        if not (is_number(maximum) and maximum >= start):
+            raise ConfigError("maximum", maximum, f"write start ({start}) or more")
+        super().__init__(coef=start, **state)
+        self.start, self.minimum, self.maximum = start, minimum, maximum
+
+    @property
+    def value(self) -> float:
+        return self.state["coef"]
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.minimum, self.maximum
+
+    def move_to(self, target: float) -> None:
+        """Take the value nearest to ``target`` within the limits."""
+        self.state["coef"] = min(max(target, self.minimum), self.maximum)
+
+
+class TargetEntropy(EntropyController):
     """Skywork-OR1's controller (arXiv 2505.22312): one step up while entropy is below its target, otherwise one down;
     the term is active only while entropy is at or below the target.
 
@@ -28,31 +61,23 @@ class TargetEntropy(Coefficient):
         certainty="paper",
         recipe="coef: {class_path: TargetEntropy, init_args: {target: 0.2, step: 0.005}}",
     )
-    measures = "entropy"
 
     def __init__(self, target: float = 0.2, step: float = 0.005, start: float = 0.0, maximum: float = math.inf) -> None:
-        for name, number in (("target", target), ("step", step), ("start", start)):
+        for name, number in (("target", target), ("step", step)):
             check_at_least(name, number, 0)
-        if not (is_number(maximum) and maximum >= start):
-            raise ConfigError("maximum", maximum, f"write start ({start}) or more")
-        super().__init__(coef=start, active=1.0)
-        self.target, self.step, self.maximum = target, step, maximum
+        super().__init__(start, 0.0, maximum, active=1.0)
+        self.target, self.step = target, step
 
     @property
     def value(self) -> float:
         return self.state["coef"] * self.state["active"]
 
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return 0.0, self.maximum
-
     def move(self, measured: float, samples: int) -> None:
-        moved = self.state["coef"] + (self.step if measured < self.target else -self.step)
-        self.state["coef"] = min(max(moved, 0.0), self.maximum)
+        self.move_to(self.state["coef"] + (self.step if measured < self.target else -self.step))
         self.state["active"] = float(measured <= self.target)
 
 
-class EntropyBand(Coefficient):
+class EntropyBand(EntropyController):
     """A proportional-integral controller that keeps entropy between two bounds; inside them the integral holds.
 
     ``coef = start + kp·e + ki·Σe``, cut to [minimum, maximum], with ``e`` how far entropy is below ``low`` (positive)
@@ -77,7 +102,6 @@ class EntropyBand(Coefficient):
         certainty="ours",
         recipe="coef: {class_path: EntropyBand, init_args: {low: 0.1, high: 0.3}}",
     )
-    measures = "entropy"
 
     def __init__(
         self,
@@ -93,30 +117,19 @@ class EntropyBand(Coefficient):
         check_at_least("high", high, 0)
         if not (is_number(low) and 0 <= low <= high):
             raise ConfigError("low", low, f"write a number between 0 and high ({high})")
-        for name, number in (("proportional", proportional), ("integral", integral), ("start", start)):
+        for name, number in (("proportional", proportional), ("integral", integral)):
             check_at_least(name, number, 0)
-        check_at_least("maximum", maximum, start)
-        if not (is_number(minimum) and 0 <= minimum <= start):
-            raise ConfigError("minimum", minimum, f"write a number between 0 and start ({start})")
-        super().__init__(coef=start, sum=0.0)
-        self.low, self.high, self.start, self.minimum, self.maximum = low, high, start, minimum, maximum
+        super().__init__(start, minimum, maximum, sum=0.0)
+        self.low, self.high = low, high
         self.proportional, self.integral = proportional, integral
         check_instance("raises_entropy", raises_entropy, bool)
         self.sign = 1.0 if raises_entropy else -1.0
-
-    @property
-    def value(self) -> float:
-        return self.state["coef"]
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return self.minimum, self.maximum
 
     def move(self, measured: float, samples: int) -> None:
         error = self.sign * (max(self.low - measured, 0.0) - max(measured - self.high, 0.0))
         summed = self.state["sum"] + error
         target = self.start + self.proportional * error + self.integral * summed
-        self.state["coef"] = min(max(target, self.minimum), self.maximum)
+        self.move_to(target)
         pushes_against_limit = (target > self.maximum and error > 0) or (target < self.minimum and error < 0)
         if not pushes_against_limit:
             self.state["sum"] = summed
@@ -158,7 +171,7 @@ class AdaptiveKL(Coefficient):
         self.state["coef"] *= 1.0 + error * min(samples / self.horizon, 1.0)
 
 
-class EntropySteps(Coefficient):
+class EntropySteps(EntropyController):
     """``λ ← clip(λ ∓ step, minimum, maximum)``: one step down while entropy is below its target, one up while above.
 
     Meant for the weight of what lowers entropy, such as the policy loss of right responses: the entropy-driven
@@ -178,30 +191,17 @@ class EntropySteps(Coefficient):
         certainty="note",
         recipe="weight: {class_path: EntropySteps, init_args: {target: 0.3, step: 0.05}}",
     )
-    measures = "entropy"
 
     def __init__(
         self, target: float = 0.3, step: float = 0.05, start: float = 1.0, minimum: float = 0.0, maximum: float = 2.0
     ) -> None:
-        for name, number in (("target", target), ("step", step), ("start", start)):
+        for name, number in (("target", target), ("step", step)):
             check_at_least(name, number, 0)
-        if not (is_number(minimum) and 0 <= minimum <= start):
-            raise ConfigError("minimum", minimum, f"write a number between 0 and start ({start})")
-        check_at_least("maximum", maximum, start)
-        super().__init__(coef=start)
-        self.target, self.step, self.minimum, self.maximum = target, step, minimum, maximum
-
-    @property
-    def value(self) -> float:
-        return self.state["coef"]
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return self.minimum, self.maximum
+        super().__init__(start, minimum, maximum)
+        self.target, self.step = target, step
 
     def move(self, measured: float, samples: int) -> None:
-        moved = self.state["coef"] + self.step * ((measured > self.target) - (measured < self.target))
-        self.state["coef"] = min(max(moved, self.minimum), self.maximum)
+        self.move_to(self.state["coef"] + self.step * ((measured > self.target) - (measured < self.target)))
 
 
 class AdaptiveClip(Coefficient):
