@@ -96,7 +96,7 @@ def test_a_report_on_a_whole_study(tmp_path: Path, capsys: pytest.CaptureFixture
         "question: Does IB help a small policy on number paths?",
         "the study file is not committed".capitalize(),
         "By the pilot's standard deviation of paired differences (2.5 points), 8 seeds find a difference of",
-        "Time: the 24 finished trials took 6.0 hours one after the other, and 3.0 CPU hours",
+        "Time: the 24 finished trials took 6.0 hours one after the other, and 3.0 CPU hours.",
         "at the entropy that DAPO has at temperature 1",
         "Questions that changed most",
         "python -m ibro_lightning study --config studies/invented.yaml",
@@ -135,6 +135,12 @@ def test_the_spread_that_was_expected_is_compared_with_the_one_found(
     text = write_report([tmp_path]).with_suffix(".md").read_text()
     assert "In this study it was 3.2 points" in text
     assert ("the plan expected to find more than it could" in text) is optimistic
+
+
+def test_the_machine_hours_say_that_warm_starts_are_not_in_them_where_there_are_any(tmp_path: Path) -> None:
+    with (invented_study(tmp_path) / "study.yaml").open("a") as file:
+        file.write("base_policy: {recipe: sft_quickstart.yaml}\n")
+    assert "3.0 CPU hours; warm starts are not counted." in write_report([tmp_path]).with_suffix(".md").read_text()
 
 
 def test_what_people_wrote_about_the_results_is_a_section_that_says_so(tmp_path: Path) -> None:

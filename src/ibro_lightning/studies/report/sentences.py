@@ -141,9 +141,10 @@ def of_hours(results: Results) -> list[str]:
     if not results.hours:
         return []
     trials, wall, cpu = len(results.finished), results.hours["wall"], results.hours["cpu"]
+    uncounted = "; warm starts are not counted" * bool(results.study.content.get("base_policy"))
     return [
         f"Time: the {plural(trials, 'finished trial')} took {number(wall, 1)} hours one after the other, and "
-        f"{number(cpu, 1)} CPU hours; warm starts are not counted."
+        f"{number(cpu, 1)} CPU hours{uncounted}."
     ]
 
 
