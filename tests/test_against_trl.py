@@ -230,6 +230,7 @@ def sides(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) ->
     return bench
 
 
+@pytest.mark.slow
 def test_two_source_trees_run_in_turns_on_the_same_problems(sides: Callable[..., against_trl.Bench]) -> None:
     bench = sides("--threads", "2")
     reports = against_trl.measure(bench, turns=1, iterations=3)

@@ -39,13 +39,15 @@ def check(folder: Path, story: str) -> None:
 
 
 def in_phases() -> list[Any]:
-    """Of PPO, the quick tests have the moments at which its critic may differ, and the random ones below; what an
-    engine, a reward or the end of a run does knows no critic."""
-    moments = [(name, moment) for name in ALGORITHMS for moment in phases(name)]
-    late = ("generate", "verify", "validation_step-3", "save_pretrained", "_write")
+    """The quick tests have one moment of each kind, with PPO those at which its critic may differ."""
+    quick = {
+        "DAPOModule": ("generate", "prepare", "clip_and_step", "half", "validation_step-2", "_write"),
+        "PPOModule": ("clip_and_step", "half"),
+    }
     return [
-        pytest.param(*case, marks=pytest.mark.slow if case[0] == "PPOModule" and str(case[1]).startswith(late) else ())
-        for case in moments
+        pytest.param(name, moment, marks=() if str(moment).startswith(quick[name]) else pytest.mark.slow)
+        for name in ALGORITHMS
+        for moment in phases(name)
     ]
 
 
@@ -99,7 +101,7 @@ def test_killed_while_a_rollout_is_in_flight(algorithm: str, ranks: int, tiny_po
     check(tmp_path, f"{algorithm} with overlap")
 
 
-@pytest.mark.parametrize("overlap", [(), OVERLAP], ids=["", "overlap"])
+@pytest.mark.parametrize("overlap", [pytest.param((), marks=pytest.mark.slow), OVERLAP], ids=["", "overlap"])
 def test_killed_with_a_curriculum(overlap: tuple[str, ...], tiny_policy: Path, tmp_path: Path) -> None:
     """The outcomes of the rollouts before a checkpoint, and with overlap of the one in flight, decide what comes."""
     settings = (*overlap, "--trainer.max_epochs", "5", "--data.source", "DifficultyPools")

@@ -113,8 +113,14 @@ def test_the_fast_batch_is_taken_where_the_architecture_allows_it(kind: str) -> 
     assert engine_for(model_of(kind))._batch_type is KINDS[kind][2]
 
 
-@pytest.mark.parametrize("max_batch_size", [3, 4, 7])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "max_batch_size"),
+    [
+        pytest.param(kind, size, marks=() if size == 4 or kind == "attention" else pytest.mark.slow)
+        for kind in KINDS
+        for size in (3, 4, 7)
+    ],
+)
 def test_samples_that_join_a_batch_are_those_that_would_have_begun_one(kind: str, max_batch_size: int) -> None:
     model = model_of(kind)
     alone = [engine_for(model).generate([p], SAMPLING, [s])[0] for p, s in zip(PROMPTS, SEEDS, strict=True)]

@@ -178,7 +178,12 @@ def checkpoints(folder: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("iteration_")) for path in folder.glob("checkpoints/iteration_*.ckpt"))
 
 
-@pytest.mark.parametrize("phase", PHASES)
+QUICK_PHASES = ("generate", "update", "evaluate the second batch", "evaluate before training", "save", "export")
+
+
+@pytest.mark.parametrize(
+    "phase", [pytest.param(phase, marks=() if phase in QUICK_PHASES else pytest.mark.slow) for phase in PHASES]
+)
 def test_a_run_stops_in_each_phase_and_goes_on_bit_for_bit(
     phase: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,7 +260,8 @@ def fit_on_a_rank(struck_rank: int, phase: str, settings: list[str]) -> None:
         raise SystemExit(run(*settings))
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_all_ranks_stop_together_though_one_is_asked(strategy: str, workspace: Path) -> None:
     several = ["--trainer.devices=2", f"--trainer.strategy={strategy}"]
 

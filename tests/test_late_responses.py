@@ -239,9 +239,15 @@ def trained(kind: type[PolicyModule], rows: Mapping[int, int], **settings: Any) 
     return recorder.weights[-1], recorder.metrics
 
 
+def _methods() -> list[Any]:
+    """With PPO, the quick tests have those of whose arithmetic its advantages per token are a part."""
+    quick = {(PPOModule, "ib"), (PPOModule, "shaped"), *((DAPOModule, name) for name in REGULARIZERS)}
+    cases = [(kind, name) for kind in (DAPOModule, PPOModule) for name in REGULARIZERS]
+    return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]
+
+
 @pytest.mark.parametrize("steps", [1, 2], ids=["one step", "two steps"])
-@pytest.mark.parametrize("name", REGULARIZERS)
-@pytest.mark.parametrize("kind", [DAPOModule, PPOModule])
+@pytest.mark.parametrize(("kind", "name"), _methods())
 def test_what_a_late_response_said_before_it_was_cut_never_matters(
     kind: type[PolicyModule], name: str, steps: int
 ) -> None:

@@ -85,7 +85,9 @@ def lose_the_last_iteration(run: Path) -> None:
     newest.unlink()
 
 
-@pytest.mark.parametrize("name", LOGGERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("W&B", "MLflow") else ()) for name in LOGGERS]
+)
 def test_the_run_is_in_its_folder_and_goes_on_with_its_curves(
     name: str, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -657,6 +657,7 @@ class Compiled(DAPOModule):
 """
 
 
+@pytest.mark.slow
 def test_a_run_with_a_compiled_policy_goes_on_and_exports(workspace: Path) -> None:
     from safetensors.torch import load_file
 

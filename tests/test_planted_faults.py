@@ -75,7 +75,13 @@ def curve(run: Path, tag: str) -> dict[int, float]:
 
 @pytest.mark.parametrize(
     ("strategy", "fault"),
-    [("ddp", "gradient"), ("fsdp2", "gradient"), ("ddp", "loss"), ("fsdp2", "advantage"), (None, "gradient")],
+    [
+        ("ddp", "gradient"),
+        pytest.param("fsdp2", "gradient", marks=pytest.mark.slow),
+        pytest.param("ddp", "loss", marks=pytest.mark.slow),
+        ("fsdp2", "advantage"),
+        (None, "gradient"),
+    ],
 )
 def test_what_is_not_finite_on_one_rank_is_left_out_on_all_and_counted(
     strategy: str | None, fault: str, workspace: Path

@@ -250,7 +250,7 @@ def test_exact_in_the_loss_passes_gradcheck() -> None:
         value, _ = module.policy_loss(module.policy_loss.stats(micro, replace(module.context(), policy=policy)), micro)
         return value
 
-    assert torch.autograd.gradcheck(loss, weight)
+    assert torch.autograd.gradcheck(loss, weight, fast_mode=True)  # a random direction instead of every weight
 
 
 @pytest.mark.parametrize(("placement", "passes"), [("reward", 1), ("loss", 3)])

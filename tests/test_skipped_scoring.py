@@ -183,7 +183,7 @@ SEVERAL: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-@pytest.mark.parametrize("budget", [1, 10_000])
+@pytest.mark.parametrize("budget", [1, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["ib centred", "a user's"])
 @pytest.mark.parametrize("several", SEVERAL)
 @pytest.mark.parametrize("kind", EAGER)

@@ -230,6 +230,7 @@ def test_a_study_of_real_jobs(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_stopped_study_waits_for_its_trials_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = replace(STUDY, seeds=[1], base_policy=None, temperatures=[])
     (tmp_path / "behaviour.json").write_text(json.dumps({"low/seed_1": "wait"}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -160,8 +161,17 @@ def run_of(workspace: Path, finished: dict[tuple[str, str], Run]) -> Callable[[s
     return run
 
 
-@pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize("method", METHODS)
+def cases() -> list[Any]:
+    """With PPO, the quick tests have a method of each kind: terms, masks, advantages, weights, prompts without answers."""
+    quick = {"none", "naive", "ib", "clip-cov", "shaped", "ibro weighted", "entropic", "by position"}
+    return [
+        pytest.param(method, module, marks=() if module == "DAPOModule" or method in quick else pytest.mark.slow)
+        for method in METHODS
+        for module in MODULES
+    ]
+
+
+@pytest.mark.parametrize(("method", "module"), cases())
 def test_two_iterations(run_of: Callable[[str, str], Run], tiny_policy: Path, method: str, module: str) -> None:
     """Finite curves, another policy than before, the method's own metrics, and a policy of its own."""
     module += WITH_GROUPS if method in NEED_GROUPS and module == "PPOModule" else ""
@@ -214,7 +224,7 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", ["DAPOModule", pytest.param("PPOModule", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_two_iterations_of_each_surrogate_clip_and_advantage(
     workspace: Path, run_of: Callable[[str, str], Run], name: str, module: str
