@@ -162,7 +162,7 @@ def run_of(workspace: Path, finished: dict[tuple[str, str], Run]) -> Callable[[s
 
 
 def cases() -> list[Any]:
-    """With PPO, the quick tests have a method of each kind: terms, masks, advantages, weights, prompts without answers."""
+    """With PPO, the quick tests have a method of each kind: of terms, masks, advantages and weights."""
     quick = {"none", "naive", "ib", "clip-cov", "shaped", "ibro weighted", "entropic", "by position"}
     return [
         pytest.param(method, module, marks=() if module == "DAPOModule" or method in quick else pytest.mark.slow)
