@@ -10,7 +10,8 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.rewards.mathematics.answers.printing import printed
 from ibro_lightning.rewards.mathematics.answers.rules import UNITS
 from ibro_lightning.rewards.mathematics.gold_text import gold_texts
-from ibro_lightning.rewards.mathematics.symbolic import EQUALITIES, MathVerifyReward, Reading
+from ibro_lightning.rewards.mathematics.readings import Reading
+from ibro_lightning.rewards.mathematics.symbolic import EQUALITIES, MathVerifyReward
 
 _MARKED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\fbox|(?i:answer)")
 _WITH_VALUE = ("--precision", "--units", "--equality")

@@ -4,64 +4,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from ibro_lightning.errors import ConfigError, RewardError, check_count, check_one_of
 from ibro_lightning.rewards.base import PlainResponses, Verdict, VerifiableReward
 from ibro_lightning.rewards.mathematics import expressions
-from ibro_lightning.rewards.mathematics.answer_text import answer_line, bare, is_quantity, without_special_tokens
+from ibro_lightning.rewards.mathematics.answer_text import is_quantity
 from ibro_lightning.rewards.mathematics.answers.equality import compare
 from ibro_lightning.rewards.mathematics.answers.names import of_equations
-from ibro_lightning.rewards.mathematics.answers.node import Ambiguous, Node, Unread, is_term, symbols
-from ibro_lightning.rewards.mathematics.answers.parser import read
-from ibro_lightning.rewards.mathematics.answers.quantities import spelled
+from ibro_lightning.rewards.mathematics.answers.node import is_term, symbols
 from ibro_lightning.rewards.mathematics.answers.rules import UNITS, Judgement, Rules
-from ibro_lightning.rewards.mathematics.extraction import Extract, extracts
 from ibro_lightning.rewards.mathematics.gold_text import gold_texts
 from ibro_lightning.rewards.mathematics.perturbed import perturbed, with_another_meaning
-from ibro_lightning.rewards.mathematics.sentences import words_in
+from ibro_lightning.rewards.mathematics.readings import (
+    Reading,
+    library_expression,
+    library_gold,
+    read_answer,
+    read_gold,
+    with_unit,
+)
+from ibro_lightning.rewards.mathematics.response_text import DELIMITED, searched_text
 from ibro_lightning.types import Completion, Prompt
 
 _MEASURED = ("quantity", "percent")
 _KINDS = ("latex", "expr", "string")
 EQUALITIES = ("rules", "library")
-_MAX_NESTING = 50
-_BRACKET = re.compile(r"[(\[{}\])]")
-_BOXED = re.compile(r"\\(?:boxed|fbox)")
-_BOX_SPELLINGS = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_BOXED_DIGIT = re.compile(r"\\(?:boxed|fbox)\s*([0-9A-Za-z])(?![0-9A-Za-z{])")
-_DELIMITED = re.compile(r"(?<!\\)(?:\$|\\\(|\\\[)|\\boxed|\\fbox")
-_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
-_FUNCTION = "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|exp|sqrt|mod|gcd|lcm|max|min|and|det|inf"
-_WORD = re.compile(rf"\b(?!(?:{_FUNCTION})\b)(?:[A-Za-z]{{3,}}|is|of|to|by|be|as|on|it|if|an|no|at)\b")
 _INDEXED = re.compile(r"[A-Za-z}]\s*_")
 _APPROXIMATELY = re.compile(r".+?(?=\\approx|≈)", re.DOTALL)
 # A date reads as a difference.
 _DATE = re.compile(r"\b(?:[0-9]{4}([-/.])[0-9]{1,2}\1[0-9]{1,2}|[0-9]{1,2}([-/.])[0-9]{1,2}\2[0-9]{4})\b")
 _LIBRARYS = re.compile(r"\\(?:int|sum|prod|lim|iint|oint)(?![A-Za-z])")
 _DOTS = re.compile(r"\\[lc]?dots|\.\.\.|…")
-_SENTENCE = re.compile(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}")
-_ONE_LETTER = r"[msghlLNJWVAK](?:\^\{?[23]\}?)?"
-_LETTER_UNIT = re.compile(rf"(-?[0-9][0-9.,/]*)\s+({_ONE_LETTER}(?:\s*/\s*{_ONE_LETTER})?)")
 _LETTERS = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """An answer, as it stands in a text and as it is read: by our rules, else by the library, else as text."""
-
-    text: str
-    node: Node | None
-    extract: Extract | None = None
-    library: Any = None
-
-    def spelled(self) -> str:
-        """One string for equal numbers, the text without its white space for anything else."""
-        if self.node is not None:
-            return spelled(self.node) or " ".join(self.text.split())[:200]
-        return expressions.spelled((self.library, self.text)) if self.library is not None else self.text[:200]
 
 
 def math_verify_score(response: str, gold: Any, **options: Any) -> float:
@@ -156,11 +131,11 @@ class MathVerifyReward(VerifiableReward):
 
     def judged(self, response: str, golds: Sequence[str]) -> Verdict:
         """The verdict on a text. Raises ValueError for a gold that cannot be read."""
-        text = _answer_text(response, self.match_types, self.last_chars)
+        text = searched_text(response, self.match_types, self.last_chars)
         if self.equality == "library":
             return self._judged_by_the_library(text, golds)
-        right = [_gold(gold, self.match_types) for gold in golds]
-        if (found := _answer(text, self.match_types, right)) is None:
+        right = [read_gold(gold, self.match_types) for gold in golds]
+        if (found := read_answer(text, self.match_types, right)) is None:
             return Verdict(0.0, "", "no answer")
         judgements = [self._judgement(gold, found) for gold in right]
         if same := next((judgement for judgement in judgements if judgement.same), None):
@@ -169,15 +144,15 @@ class MathVerifyReward(VerifiableReward):
 
     def readings(self, response: str, gold: str) -> tuple[Reading, Reading | None]:
         """How a gold and a response's answer are read; None for a response without one."""
-        text = _answer_text(response, self.match_types, self.last_chars)
-        right = _gold(gold, self.match_types)
-        return right, _answer(text, self.match_types, [right])
+        text = searched_text(response, self.match_types, self.last_chars)
+        right = read_gold(gold, self.match_types)
+        return right, read_answer(text, self.match_types, [right])
 
     def _judgement(self, gold: Reading, answer: Reading) -> Judgement:
         if gold.node is not None and answer.node is not None:
             answered = answer.node
             if gold.node.op == "quantity" and answered.op != "quantity":
-                answered = _with_unit(answer.text) or answered
+                answered = with_unit(answer.text) or answered
             return compare(gold.node, answered, self.rules)
         if _squeezed(gold.text) == _squeezed(answer.text) != "":
             return Judgement(True, "text")
@@ -185,7 +160,7 @@ class MathVerifyReward(VerifiableReward):
 
     def _by_the_library(self, gold: Reading, answer: Reading) -> Judgement:
         """For what our reader does not know; the library drops letters and their case, so that they must agree."""
-        both = [_of_library(reading) for reading in (gold, answer)]
+        both = [library_expression(reading) for reading in (gold, answer)]
         if both[0] is None or both[1] is None:
             return Judgement(False, "not read")
         if any(_signs(gold.text)[place] != _signs(answer.text)[place] for place in range(2)):
@@ -194,7 +169,7 @@ class MathVerifyReward(VerifiableReward):
         return Judgement(same, "library" if same else "another value")
 
     def _judged_by_the_library(self, text: str, golds: Sequence[str]) -> Verdict:
-        right = [_library_gold(gold, self.match_types) for gold in golds]
+        right = [library_gold(gold, self.match_types) for gold in golds]
         found = expressions.parse(text, self.match_types)
         pairs = ((item, answer) for parsed, _ in right for item in parsed for answer in found)
         if any(expressions.equal(item, answer, self.options) for item, answer in pairs):
@@ -225,7 +200,7 @@ class MathVerifyReward(VerifiableReward):
         value, rest = (gold[: counts.end()], gold[counts.end() :]) if counts else (gold, "")
         letters = self.rules.names and (self.rules.units != "ignored" or not is_quantity(value))
         others = [*perturbed(value, subscripts=not _INDEXED.search(value), letters=letters)]
-        node = _gold(gold, self.match_types).node
+        node = read_gold(gold, self.match_types).node
         if node is not None and self.equality == "rules":
             formula = self.rules.names and is_term(of_equations(node)) and bool(symbols(node))
             others += with_another_meaning(
@@ -236,145 +211,7 @@ class MathVerifyReward(VerifiableReward):
     def _plain(self, answer: str) -> str:
         if "latex" not in self.match_types:
             return f"The answer is {answer}"
-        return answer if _DELIMITED.search(answer) else f"\\boxed{{{answer}}}"
-
-
-def _answer_text(response: str, match_types: tuple[str, ...], last_chars: int) -> str:
-    """Where the answer is looked for: the end of the response, or the "Answer:" line in dollars if it is a formula."""
-    text = _in_tex(_tagged(without_special_tokens(response[-last_chars:])))
-    text = _BOX_SPELLINGS.sub(r"\\boxed{", _BOXED_DIGIT.sub(r"\\boxed{\1}", text))
-    if len(response) > last_chars and 0 <= (line_end := text.find("\n")) < len(text) - 1:
-        text = text[line_end + 1 :]  # a cut within a formula would swap formulas and text in all that follows
-    if _depth(text) > _MAX_NESTING:
-        return ""
-    line = answer_line(text) if "latex" in match_types else None
-    value = "" if line is None or _BOXED.search(line) else bare(line)
-    return f"${' '.join(value.split())}$" if value and _is_formula(value) else text
-
-
-_TAGGED = re.compile(r"<answer>((?:[^<]|<(?!/?answer>))*)</answer>\s*(?:</[a-z]+>\s*)*$")
-
-
-def _tagged(text: str) -> str:
-    """What ``<answer>…</answer>`` at the end of a response holds, as if in a box if it is a formula."""
-    if (tagged := _TAGGED.search(text)) is None:
-        return text
-    content = tagged[1].strip()
-    return rf"\boxed{{{content}}}" if not _BOXED.search(content) and _is_formula(bare(content)) else content
-
-
-_MARKUP = [
-    (re.compile("−"), "-"),
-    (re.compile(r"<sup>\s*([^<>]{1,40})\s*</sup>"), r"^{\1}"),
-    (re.compile(r"<sub>\s*([^<>]{1,40})\s*</sub>"), r"_{\1}"),
-    (re.compile(r"=/=|(?<![=<>!0-9)}])!=(?!=)"), "≠"),  # but 5!=120
-    (re.compile(r"(?<![<>=])>=(?!=)"), "≥"),
-    (re.compile(r"(?<![<>=])<=(?![=>])"), "≤"),
-    (re.compile(r"~~[^~\n]{1,400}~~"), " "),  # struck out
-]
-
-
-def _in_tex(text: str) -> str:
-    """``text`` with powers, indices and relations as formulas have them, and without what is struck out."""
-    for pattern, written in _MARKUP:
-        text = pattern.sub(written, text)
-    return text
-
-
-def _is_formula(value: str) -> bool:
-    """Whether a value without delimiters is mathematics, or a single word, rather than a sentence."""
-    plain = _COMMAND.sub(" ", value)
-    return not _DELIMITED.search(value) and (not _WORD.search(plain) or plain.strip(" {}").isalpha())
-
-
-def _depth(text: str) -> int:
-    """The deepest nesting of brackets, in which the library's parser takes quadratic time."""
-    depth = deepest = 0
-    for bracket in _BRACKET.findall(text):
-        depth = depth + 1 if bracket in "([{" else max(depth - 1, 0)
-        deepest = max(deepest, depth)
-    return deepest
-
-
-@lru_cache(maxsize=4096)
-def _gold(gold: str, match_types: tuple[str, ...]) -> Reading:
-    """The gold as it is read; cached, since all responses to a prompt share it."""
-    text = _delimited(gold, match_types)
-    if (found := _reading(text, match_types, explicit=text != gold)) is None:
-        raise ValueError(_unreadable(gold))
-    if found.node is not None and found.node.op == "mul" and (quantity := _with_unit(gold)):
-        return Reading(found.text, quantity, found.extract)
-    return found
-
-
-@lru_cache(maxsize=4096)
-def _library_gold(gold: str, match_types: tuple[str, ...]) -> tuple[tuple[Any, ...], str]:
-    """The gold as the library's expressions and as one string."""
-    if not (found := expressions.parse(_delimited(gold, match_types), match_types)):
-        raise ValueError(_unreadable(gold))
-    return found, expressions.spelled(found)
-
-
-def _delimited(gold: str, match_types: tuple[str, ...]) -> str:
-    if "latex" in match_types and not _DELIMITED.search(gold) and not _SENTENCE.search(_COMMAND.sub(".", gold)):
-        return f"${' '.join(gold.split())}$"
-    return gold
-
-
-def _unreadable(gold: str) -> str:
-    return f"the gold answer {gold[:200]!r} cannot be read as mathematics: correct it, or drop the row"
-
-
-def _answer(text: str, match_types: tuple[str, ...], golds: Sequence[Reading]) -> Reading | None:
-    """The answer in a response: where a gold is in words, and nothing is marked, what "the answer is" in words, too."""
-    in_words = any(gold.node is not None and gold.node.op in ("text", "symbol") for gold in golds)
-    if in_words and not _BOXED.search(text) and (words := words_in(text)):
-        try:
-            return Reading(words, read(words))
-        except Unread:
-            return Reading(words, None)
-    return _reading(text, match_types)
-
-
-def _reading(text: str, match_types: tuple[str, ...], explicit: bool = False) -> Reading | None:
-    """The first of a text's likely answers that can be read; else the first of them, as text; None without any. An
-    answer that is ``explicit``, as one in a box, is the answer, whether it can be read or not."""
-    first: Reading | None = None
-    explicit = explicit or _BOXED.search(text) is not None
-    for extract in extracts(text, match_types):
-        if extract.kind == "string":
-            return Reading(extract.text, Node("text", (extract.text.lower(),)), extract)
-        try:
-            return Reading(extract.text, read(extract.text), extract)
-        except Ambiguous:
-            return Reading(extract.text, None)
-        except Unread:
-            if (found := _quietly(extract)) is not None:
-                return Reading(extract.text, None, extract, found)
-        if first is None and extract.text.strip():
-            first = Reading(extract.text, None)
-            if explicit:
-                break
-    return first
-
-
-def _of_library(reading: Reading) -> Any:
-    return reading.library if reading.library is not None or reading.extract is None else _quietly(reading.extract)
-
-
-def _quietly(extract: Extract) -> Any:
-    try:
-        return extract.library()
-    except MemoryError:
-        raise
-    except Exception:  # hostile text makes the library, its parser and sympy raise almost anything
-        return None
-
-
-def _with_unit(text: str) -> Node | None:
-    """A number with a unit of one letter, or of one per another: ``5 m``, ``5 m/s``, where the gold has a unit."""
-    match = _LETTER_UNIT.fullmatch(text.strip().strip("$"))
-    return read(rf"{match[1]}\text{{ {match[2]}}}") if match else None
+        return answer if DELIMITED.search(answer) else f"\\boxed{{{answer}}}"
 
 
 def _signs(text: str) -> tuple[list[str], list[str]]:

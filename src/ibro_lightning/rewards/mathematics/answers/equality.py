@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 
 from ibro_lightning.rewards.mathematics.answers.arrays import table, vector
 from ibro_lightning.rewards.mathematics.answers.names import (
@@ -16,7 +15,8 @@ from ibro_lightning.rewards.mathematics.answers.names import (
     system,
     without_signs,
 )
-from ibro_lightning.rewards.mathematics.answers.node import Decimal, Node, integer, is_term, mapped, size, symbols
+from ibro_lightning.rewards.mathematics.answers.node import Node, integer, is_term, mapped, size, symbols
+from ibro_lightning.rewards.mathematics.answers.numerals import in_base_ten
 from ibro_lightning.rewards.mathematics.answers.parameters import (
     has_constant,
     is_congruence,
@@ -25,12 +25,14 @@ from ibro_lightning.rewards.mathematics.answers.parameters import (
     with_names_of,
 )
 from ibro_lightning.rewards.mathematics.answers.quantities import as_angle, same_quantities, without_units
-from ibro_lightning.rewards.mathematics.answers.rationals import Uncertain, exact
+from ibro_lightning.rewards.mathematics.answers.rationals import Uncertain
+from ibro_lightning.rewards.mathematics.answers.relations import as_interval, ascending, is_relation
 from ibro_lightning.rewards.mathematics.answers.rules import Judgement, Rules, no, weakest, yes
 from ibro_lightning.rewards.mathematics.answers.same_terms import same_relations, same_terms
 from ibro_lightning.rewards.mathematics.answers.sampling import points
 from ibro_lightning.rewards.mathematics.answers.subsets import conditions, is_subset, same_subset, symbols_of_subset
 from ibro_lightning.rewards.mathematics.answers.texts import as_written, same_words
+from ibro_lightning.rewards.mathematics.answers.times import may_be_time, same_times
 from ibro_lightning.rewards.mathematics.answers.values import Evaluation, context
 
 _MAX_ITEMS = 100
@@ -94,20 +96,20 @@ def _relations(gold: Node, answer: Node, rules: Rules) -> Judgement:
         return _unordered(gold.args, answer.args, rules, "relation")
     if is_congruence(gold) and is_congruence(answer):
         return same_congruences(gold, answer, rules)
-    intervals = _with_ends(gold), _with_ends(answer)
+    intervals = as_interval(gold), as_interval(answer)
     if rules.relations_as_sets and all(node.op == "interval" and symbols(node) for node in intervals):
         return yes("set") if _alike(*intervals, rules) else no("another set")
     if is_subset(gold) or is_subset(answer):
-        if not rules.relations_as_sets and _is_relation(answer) and not _is_relation(gold):
+        if not rules.relations_as_sets and is_relation(answer) and not is_relation(gold):
             return no("a relation for a set")
         inequalities = gold.op == answer.op == "relation" and "in" not in (gold.args[1], answer.args[1])
-        if inequalities and (found := _same_sides(_ascending(gold), _ascending(answer), rules)).same:
+        if inequalities and (found := _same_sides(ascending(gold), ascending(answer), rules)).same:
             return found
         return _subsets(gold, answer, rules)
     if gold.op == answer.op and gold.op in ("any", "all"):
         return _unordered(gold.args, answer.args, rules, "relation")
     if gold.op == answer.op == "relation":
-        return _same_sides(_ascending(gold), _ascending(answer), rules)
+        return _same_sides(ascending(gold), ascending(answer), rules)
     return no("another form")
 
 
@@ -118,29 +120,6 @@ def _same_sides(gold: Node, answer: Node, rules: Rules) -> Judgement:
         return no("another form")
     sides = zip(gold.args[::2], answer.args[::2], strict=True)
     return weakest([_same(left, right, rules) for left, right in sides], "relation")
-
-
-def _with_ends(node: Node) -> Node:
-    """``a ≤ x < b``, ``(a, b)`` and ``[a, b]`` as intervals with their brackets; anything else unchanged."""
-    if node.op in ("tuple", "closed") and len(node.args) == 2:
-        opening, closing = ("(", ")") if node.op == "tuple" else ("[", "]")
-        return Node("interval", (opening, *node.args, closing))
-    if node.op == "relation" and len(node.args) == 5:
-        low, first, name, second, high = _ascending(node).args
-        between = {first, second} <= {"<", "<="} and name.op == "symbol"
-        if between and name.args[0] not in symbols(low) | symbols(high):
-            return Node("interval", ("(" if first == "<" else "[", low, high, ")" if second == "<" else "]"))
-    return node
-
-
-def _ascending(node: Node) -> Node:
-    """``b > x > a`` as ``a < x < b``."""
-    turned = {">": "<", ">=": "<="}
-    if len(node.args) == 3 or not set(node.args[1::2]) <= turned.keys():
-        return node
-    return Node(
-        "relation", tuple(turned.get(part, part) if isinstance(part, str) else part for part in reversed(node.args))
-    )
 
 
 def _subsets(gold: Node, answer: Node, rules: Rules) -> Judgement:
@@ -293,7 +272,7 @@ def _ratios(gold: Node, answer: Node, rules: Rules) -> Judgement:
         return same_terms(Node("div", tuple(terms)), other, rules)
     if len(gold.args) != len(answer.args):
         return no("another number of entries")
-    if _may_be_time(gold):
+    if may_be_time(gold):
         return weakest([_same(a, b, rules) for a, b in zip(gold.args, answer.args, strict=True)], "ratio")
     zeros = [[same_terms(part, integer(0), rules).same for part in node.args] for node in (gold, answer)]
     if zeros[0] != zeros[1] or all(zeros[1]):
@@ -305,36 +284,14 @@ def _ratios(gold: Node, answer: Node, rules: Rules) -> Judgement:
     return weakest([same_terms(left, right, rules) for left, right in products], "ratio")
 
 
-def _times(gold: Node, answer: Node) -> Judgement:
-    """Equal ones are found before; in the afternoon, 15:30 says the same without PM."""
-    time, other = (gold, answer) if gold.op == "time" else (answer, gold)
-    shown = [exact(part) for part in other.args] if other.op == "ratio" else []
-    return yes("time") if shown == list(time.args) and time.args[0] > 12 else no("another time")
-
-
-def _may_be_time(node: Node) -> bool:
-    """``3:30``, which 6:60 is not."""
-    values = [exact(part) for part in node.args]
-    return (
-        len(values) == 2 and values[1] is not None and values[0] is not None and 10 <= values[1] < 60 and values[0] < 24
-    )
-
-
 def _based(gold: Node, answer: Node, rules: Rules) -> Judgement:
     """A numeral's base is part of the answer; ten is that of numbers without one."""
-    plain = [_in_base_ten(node) for node in (gold, answer)]
+    plain = [in_base_ten(node) for node in (gold, answer)]
     return _same(plain[0], plain[1], rules) if plain != [gold, answer] else no("another numeral")
 
 
-def _in_base_ten(node: Node) -> Node:
-    if node.op == "based" and node.args[2] == 10:
-        whole, behind, _ = node.args
-        return Node("number", (Decimal(Fraction(int(whole + behind), 10 ** len(behind))),))
-    return node
-
-
 _BY_KIND = {
-    "time": lambda gold, answer, rules: _times(gold, answer),
+    "time": lambda gold, answer, rules: same_times(gold, answer),
     "set": _sets,
     "text": lambda gold, answer, rules: same_words(gold, answer),
     "based": _based,
@@ -346,7 +303,3 @@ _BY_KIND = {
     "ratio": _ratios,
     "quantity": same_quantities,
 }
-
-
-def _is_relation(node: Node) -> bool:
-    return (node.op == "relation" and node.args[1] != "in") or (node.op in ("any", "all"))

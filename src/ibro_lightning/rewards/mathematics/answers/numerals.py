@@ -38,6 +38,14 @@ def based(digits: str, base: str) -> Node | None:
     return Node("based", (whole.lstrip("0") or "0", behind.rstrip("0") if point else "", number))
 
 
+def in_base_ten(node: Node) -> Node:
+    """A numeral of base ten as a number; anything else unchanged."""
+    if node.op == "based" and node.args[2] == 10:
+        whole, behind, _ = node.args
+        return Node("number", (Decimal(Fraction(int(whole + behind), 10 ** len(behind))),))
+    return node
+
+
 def number(token: Token) -> Node:
     """The number of a token."""
     text = token.text
