@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 from ibro_lightning.rewards.mathematics.answer_text import answer_line, bare, without_special_tokens
+from ibro_lightning.rewards.mathematics.gold_text import BOX
 
 _MAX_NESTING = 50
 _BRACKET = re.compile(r"[(\[{}\])]")
 BOXED = re.compile(r"\\(?:boxed|fbox)")
-_BOX_SPELLINGS = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BOXED_DIGIT = re.compile(r"\\(?:boxed|fbox)\s*([0-9A-Za-z])(?![0-9A-Za-z{])")
 DELIMITED = re.compile(r"(?<!\\)(?:\$|\\\(|\\\[)|\\boxed|\\fbox")
 COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
@@ -30,7 +30,7 @@ _MARKUP = [
 def searched_text(response: str, match_types: tuple[str, ...], last_chars: int) -> str:
     """Where the answer is looked for: the end of the response, or the "Answer:" line in dollars if it is a formula."""
     text = _in_tex(_tagged(without_special_tokens(response[-last_chars:])))
-    text = _BOX_SPELLINGS.sub(r"\\boxed{", _BOXED_DIGIT.sub(r"\\boxed{\1}", text))
+    text = BOX.sub(r"\\boxed{", _BOXED_DIGIT.sub(r"\\boxed{\1}", text))
     if len(response) > last_chars and 0 <= (line_end := text.find("\n")) < len(text) - 1:
         text = text[line_end + 1 :]  # a cut within a formula would swap formulas and text in all that follows
     if _depth(text) > _MAX_NESTING:
