@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ibro_lightning.engines import HFEngine, hf_batch, probe
+from ibro_lightning.engines import HFEngine, hf, hf_batch, probe
 from ibro_lightning.engines.hf_attention import grouped_attention
 from ibro_lightning.engines.hf_batch import Batch, GrowingBatch
 from ibro_lightning.engines.hf_cache import BLOCK, Buffer
@@ -108,6 +108,12 @@ def assert_same(some: list[list[Generation]], others: list[list[Generation]]) ->
         assert one.logp == pytest.approx(other.logp, abs=1e-4)
 
 
+@pytest.fixture(autouse=True)
+def nothing_checked_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is planted below must not be hidden by what was found before it was."""
+    monkeypatch.setattr(hf, "BATCH_TYPES", {})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fast_batch_is_taken_where_the_architecture_allows_it(kind: str) -> None:
     assert engine_for(model_of(kind))._batch_type is KINDS[kind][2]
@@ -171,10 +177,29 @@ def test_a_batch_that_the_probe_finds_wrong_is_not_taken(monkeypatch: pytest.Mon
     expected = engine_for(model).generate(PROMPTS, SAMPLING, SEEDS)
     masks = GrowingBatch._masks
     monkeypatch.setattr(GrowingBatch, "_masks", lambda batch: torch.zeros_like(masks(batch)))  # padding is seen
+    hf.BATCH_TYPES.clear()
     engine = engine_for(model)
     assert engine._batch_type is Batch
     assert engine._model.config._attn_implementation == "sdpa"
     assert_same(engine.generate(PROMPTS, SAMPLING, SEEDS), expected)
+
+
+def test_an_engine_is_checked_once_for_each_configuration_and_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run sets its engine up again for its last evaluation."""
+    checks: list[str] = []
+
+    def note(model: Any, *others: Any) -> None:
+        checks.append(model.config.model_type)
+        probe.check_generation(model, *others)
+
+    monkeypatch.setattr(hf, "check_generation", note)
+    model = model_of("attention")
+    first = engine_for(model).generate(PROMPTS, SAMPLING, SEEDS)
+    assert engine_for(model).generate(PROMPTS, SAMPLING, SEEDS) == first
+    assert checks == ["qwen2"]
+    engine_for(model_of("windows"))
+    engine_for(model, dtype="float64")
+    assert checks == ["qwen2", "mistral", "qwen2"]
 
 
 @pytest.mark.parametrize("kind", ["attention", "windows", "linear"])

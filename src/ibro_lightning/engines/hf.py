@@ -22,6 +22,8 @@ from ibro_lightning.guards.memory_advice import engine_memory_advice
 from ibro_lightning.models.spec import ModelSpec, check_dtype
 from ibro_lightning.types import Dtype, Generation, SamplingParams
 
+BATCH_TYPES: dict[str, type[Batch]] = {}
+"""What the checks of this process have found: a run sets its engine up again to evaluate its final policy."""
 REFILL_BELOW = 0.75
 """Share of ``max_batch_size`` below which samples of further prompts join. Several join at a time, because computing a
 few prompts costs as much as a step, and moves the batch's cache."""
@@ -70,7 +72,10 @@ class HFEngine(RolloutEngine):
         if self._model is not None:
             return
         model = build(spec, getattr(torch, self.dtype))
-        self._adopt(model, spec, _batch_type(in_float32(model, spec), spec))
+        checked = f"{spec.plain_config().to_json_string(use_diff=False)} {self.dtype} {spec.device}"
+        if checked not in BATCH_TYPES or spec.trust_remote_code:
+            BATCH_TYPES[checked] = _batch_type(in_float32(model, spec), spec)
+        self._adopt(model, spec, BATCH_TYPES[checked])
 
     def _adopt(self, model: Any, spec: ModelSpec, batch_type: type[Batch]) -> None:
         self._model, self._network, self._batch_type = model, Network(model), batch_type
