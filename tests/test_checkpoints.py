@@ -396,7 +396,8 @@ MOVES = {
 """A checkpoint's origin, and how many processes go on from it."""
 
 
-@pytest.mark.parametrize("algorithm", ["DAPOModule", pytest.param("PPOModule", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["DAPOModule", "PPOModule"])
 def test_any_strategy_goes_on_with_any_checkpoint(recipes: Path, algorithm: str) -> None:
     """Of PPO, the policy has no optimizer state yet when they are written: its critic is still warming up."""
     first = Path("checkpoints", checkpoint_name(1))

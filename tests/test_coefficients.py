@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from helpers.quick import slow_unless
 from helpers.rollouts import rollouts
 from helpers.updates import dapo, ppo
 from helpers.updates import fit as train
@@ -430,7 +431,7 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-@pytest.mark.parametrize("name", MOVING)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "band", MOVING))
 def test_a_resumed_run_has_the_same_curves_and_weights_bit_for_bit(workspace: Path, name: str) -> None:
     regularizer = f"regularizer: {{class_path: EntropyBonus, init_args: {{coef: {MOVING[name]}}}}}"
     recipe = with_settings(

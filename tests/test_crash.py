@@ -13,6 +13,7 @@ import pytest
 
 from helpers.crash import Moment, Reference, go_on, kill, phases, write_recipe
 from helpers.crash_trials import FOREIGN, KINDS, LAST, OVERLAP, Bench, Foreign
+from helpers.quick import slow_unless
 from helpers.run_comparison import curves, differences, unequal
 from helpers.user_code import USER_CODE
 from ibro_lightning.runs.checkpoints.index import ABOUT
@@ -39,16 +40,10 @@ def check(folder: Path, story: str) -> None:
 
 
 def in_phases() -> list[Any]:
-    """The quick tests have one moment of each kind, with PPO those at which its critic may differ."""
-    quick = {
-        "DAPOModule": ("generate", "prepare", "clip_and_step", "half", "validation_step-2", "_write"),
-        "PPOModule": ("clip_and_step", "half"),
-    }
-    return [
-        pytest.param(name, moment, marks=() if str(moment).startswith(quick[name]) else pytest.mark.slow)
-        for name in ALGORITHMS
-        for moment in phases(name)
-    ]
+    """The quick tests have one moment of each kind, with PPO one at which its critic may differ."""
+    quick = {"DAPOModule": ("generate", "half", "_write"), "PPOModule": ("clip_and_step",)}
+    cases = [(name, moment) for name in ALGORITHMS for moment in phases(name)]
+    return slow_unless(lambda case: str(case[1]).startswith(quick[case[0]]), cases)
 
 
 @pytest.mark.parametrize(("algorithm", "moment"), in_phases(), ids=str)
@@ -59,7 +54,7 @@ def test_killed_in_a_phase(references: dict[str, Reference], algorithm: str, mom
     check(folder, str(moment))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", slow_unless(lambda name: name == "PPOModule", ALGORITHMS))
 def test_killed_again_and_again(references: dict[str, Reference], algorithm: str) -> None:
     """Before a random one of all its file operations, after a random time, and so on."""
     folder, changes, seconds = references[algorithm]
@@ -101,7 +96,8 @@ def test_killed_while_a_rollout_is_in_flight(algorithm: str, ranks: int, tiny_po
     check(tmp_path, f"{algorithm} with overlap")
 
 
-@pytest.mark.parametrize("overlap", [pytest.param((), marks=pytest.mark.slow), OVERLAP], ids=["", "overlap"])
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", [(), OVERLAP], ids=["", "overlap"])
 def test_killed_with_a_curriculum(overlap: tuple[str, ...], tiny_policy: Path, tmp_path: Path) -> None:
     """The outcomes of the rollouts before a checkpoint, and with overlap of the one in flight, decide what comes."""
     settings = (*overlap, "--trainer.max_epochs", "5", "--data.source", "DifficultyPools")
@@ -122,11 +118,12 @@ def test_killed_with_a_curriculum(overlap: tuple[str, ...], tiny_policy: Path, t
 SHARDS = "torch.distributed.checkpoint.filesystem._write_item"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "saving"),
     [
         ("DAPOModule", Moment("half", 2)),
-        pytest.param("PPOModule", Moment(SHARDS, 70, after=True), marks=pytest.mark.slow),
+        ("PPOModule", Moment(SHARDS, 70, after=True)),
     ],
 )
 def test_two_sharded_ranks_killed_again_and_again(
@@ -158,7 +155,7 @@ def stop_in_an_evaluation_and_go_on(folder: Path, ranks: int = 1) -> None:
     check(folder, str(evaluates))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", slow_unless(lambda name: name == "DAPOModule", ALGORITHMS))
 def test_stopped_in_an_evaluation(references: dict[str, Reference], algorithm: str) -> None:
     stop_in_an_evaluation_and_go_on(references[algorithm].folder)
 
@@ -189,9 +186,7 @@ def test_the_comparison_finds_a_file_a_point_and_a_bit_too_many(
     assert unequal({"a": [1.0]}, {"a": [1.0 + 2**-52]}) == ["/a/0: 1.0 and 1.0000000000000002"]
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in ("dapo", "validate") else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
-)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "validate", KINDS))
 def test_two_go_on_at_once_among_files_of_other_people(name: str, tiny_policy: Path, tmp_path: Path) -> None:
     """One of them does, and the other is refused, or finds nothing left to do. The benchmark draws other moments."""
     bench = Bench(name, KINDS[name], tmp_path, tiny_policy, seed=0)

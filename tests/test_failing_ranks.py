@@ -66,7 +66,7 @@ def fit_and_fail(failing: int, where: str, happens: Callable[..., None], setting
 @pytest.mark.parametrize(
     ("strategy", "where", "failing"),
     [
-        ("ddp", "prepare", 1),
+        pytest.param("ddp", "prepare", 1, marks=pytest.mark.slow),
         pytest.param("ddp", "step", 0, marks=pytest.mark.slow),
         ("fsdp2", "update", 1),
         pytest.param("fsdp2", "prepare", 0, marks=pytest.mark.slow),

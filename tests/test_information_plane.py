@@ -131,7 +131,8 @@ def test_a_template_that_the_tokenizer_cannot_write_is_named(
     assert "use only words that the model knows" in line
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
 def test_two_ranks_measure_what_one_does_and_train_the_same(strategy: str, workspace: Path) -> None:
     argv = ["fit", "--config", "tiny.yaml", *OFF, "--trainer.devices", "2", "--trainer.strategy", strategy]
     argv += ["--rollout_log.every_n_iterations", "0", "--samples.every_n_iterations", "0"]

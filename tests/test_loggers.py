@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers.loggers import LikeMLFlow, parts
+from helpers.quick import slow_unless
 from ibro_lightning.callbacks import EvaluationReport, ExportModel, IterationCheckpoint, RolloutLog, RunSummary
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
@@ -85,9 +86,7 @@ def lose_the_last_iteration(run: Path) -> None:
     newest.unlink()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("W&B", "MLflow") else ()) for name in LOGGERS]
-)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name in ("true", "CSV", "one's own"), LOGGERS))
 def test_the_run_is_in_its_folder_and_goes_on_with_its_curves(
     name: str, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

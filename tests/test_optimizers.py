@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
 from helpers.models import TinySource
+from helpers.quick import slow_unless
 from helpers.rollouts import rollouts
 from helpers.updates import fit
 from ibro_lightning.cli.main import main
@@ -623,10 +624,7 @@ def uncompiled() -> dict[str, Any]:
     return OrderedDict(module.state_dict())
 
 
-WHOLE = pytest.mark.slow  # all of ours is traced, too
-
-
-@pytest.mark.parametrize("way", [pytest.param(way, marks=WHOLE if way == "the policy" else ()) for way in COMPILED])
+@pytest.mark.parametrize("way", slow_unless(lambda way: way in ("the model", "the module, in place"), COMPILED))
 def test_a_compiled_policy_trains_as_ever_under_its_own_names(way: str, uncompiled: dict[str, Any]) -> None:
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters

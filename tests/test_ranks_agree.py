@@ -217,7 +217,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, policy: Path) -> Mapping[str
     return Runs()
 
 
-QUICK = {("curriculum", "ddp"), ("DAPO", "fsdp2"), ("DAPO", "tensor parallel"), ("PPO", "fsdp2")}
+QUICK = {("curriculum", "ddp"), ("PPO", "fsdp2")}
 # Ranks of a tensor-parallel group share their data: nothing is split, so two cases are enough.
 PAIRS = [
     pytest.param(case, name, marks=() if (case, name) in QUICK else pytest.mark.slow)

@@ -426,7 +426,7 @@ def with_kl(workspace: Path, placement: str) -> str:
     return name
 
 
-@pytest.mark.parametrize("placement", ["loss", "reward"])
+@pytest.mark.parametrize("placement", ["loss", pytest.param("reward", marks=pytest.mark.slow)])
 def test_a_resumed_run_with_an_adaptive_penalty_ends_with_the_same_weights(workspace: Path, placement: str) -> None:
     """The reference is the policy before training, not the one that a checkpoint holds."""
     recipe = with_kl(workspace, placement)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 from helpers.models import TinySource
 from helpers.processes import command, logs, run_ranks
 from helpers.processes import fit as fit_ranks
+from helpers.quick import slow_unless
 from helpers.rollouts import rollouts
 from helpers.updates import Recorder
 from ibro_lightning.batches.sequences import Sequences
@@ -131,8 +133,11 @@ CHANGES: dict[str, Change] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("before", KINDS, indirect=True)
+@pytest.mark.parametrize(
+    ("before", "change"),
+    slow_unless(lambda case: case[0] is DAPOModule or case[1] == "several", itertools.product(KINDS, CHANGES)),
+    indirect=["before"],
+)
 def test_what_can_change_is_applied_and_reported(
     before: Path, change: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
 ) -> None:

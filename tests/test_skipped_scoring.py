@@ -184,7 +184,7 @@ SEVERAL: dict[str, tuple[dict[str, Any], float]] = {
 
 
 @pytest.mark.parametrize("budget", [1, pytest.param(10_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["ib centred", "a user's"])
+@pytest.mark.parametrize("name", ["ib centred", pytest.param("a user's", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("several", SEVERAL)
 @pytest.mark.parametrize("kind", EAGER)
 def test_with_several_steps(kind: type[PolicyModule], several: str, name: str, budget: int) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from helpers.quick import slow_unless
 from ibro_lightning import regularizers
 from ibro_lightning.cli.main import main
 
@@ -161,17 +162,19 @@ def run_of(workspace: Path, finished: dict[tuple[str, str], Run]) -> Callable[[s
     return run
 
 
-def cases() -> list[Any]:
-    """With PPO, the quick tests have a method of each kind: of terms, masks, advantages and weights."""
-    quick = {"none", "naive", "ib", "clip-cov", "shaped", "ibro weighted", "entropic", "by position"}
-    return [
-        pytest.param(method, module, marks=() if module == "DAPOModule" or method in quick else pytest.mark.slow)
-        for method in METHODS
-        for module in MODULES
-    ]
+VARIANTS = {"ib sign", "ib clip", "ib uniform", "ibro two-term", "mixed prompts", "distilled forward"}
+"""Options of a class that another row has."""
+WITH_PPO = {"none", "ib", "clip-cov", "shaped", "entropic", "by position"}
+"""A method of each kind: of terms, masks, advantages and weights."""
 
 
-@pytest.mark.parametrize(("method", "module"), cases())
+@pytest.mark.parametrize(
+    ("method", "module"),
+    slow_unless(
+        lambda case: case[0] in WITH_PPO or (case[1] == "DAPOModule" and case[0] not in VARIANTS),
+        itertools.product(METHODS, MODULES),
+    ),
+)
 def test_two_iterations(run_of: Callable[[str, str], Run], tiny_policy: Path, method: str, module: str) -> None:
     """Finite curves, another policy than before, the method's own metrics, and a policy of its own."""
     module += WITH_GROUPS if method in NEED_GROUPS and module == "PPOModule" else ""

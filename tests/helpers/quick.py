@@ -1,0 +1,16 @@
+"""Which cases of a test ``make test`` runs: one of each kind. ``.ci/run`` runs the others, too, which are slow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+
+def slow_unless(quick: Callable[[Any], bool], cases: Iterable[Any]) -> list[Any]:
+    """Parameters of a test; tuples are several ones. Those that are not ``quick`` are marked as slow."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=() if quick(case) else pytest.mark.slow)
+        for case in cases
+    ]
