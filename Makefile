@@ -39,13 +39,13 @@ runs/sft_quickstart_vllm/model/config.json: | $(VLLM_READY)
 test-vllm: $(VLLM_READY)
 	$(VLLM_PY) -m pytest -n 2 --dist loadfile tests/vllm
 
-# worksteal: a worker runs files one after the other, so that what a file prepares is prepared once. Four on two cores,
+# worksteal: a worker runs files one after the other, so that what a file prepares is prepared once. Three on two cores,
 # because some tests wait for processes of their own. mypy, whose first run takes twenty seconds on one core, runs beside.
 test: $(READY) style
 	$(MAKE) --jobs 2 types tests
 
 tests: $(READY)
-	$(PY) -m pytest -n 4 --dist worksteal -m "not slow and not alone"
+	$(PY) -m pytest -n 3 --dist worksteal -m "not slow and not alone"
 
 lint: style types
 

@@ -162,6 +162,14 @@ def test_entropy_steps_go_down_below_the_target_up_above_it_and_rest_at_it() -> 
     assert steps.bounds == (0.9, 1.1)
 
 
+@pytest.mark.parametrize("kind", [EntropyBand, EntropySteps, TargetEntropy])
+def test_a_controller_without_an_upper_limit_goes_on(kind: type[Coefficient]) -> None:
+    coefficient = kind(maximum=math.inf)
+    values = values_over(coefficient, [5.0] * 200 if kind is EntropySteps else [0.0] * 20_000)
+    assert values[-1] > max(values[len(values) // 2], 1.0)
+    assert coefficient.bounds == (0.0, math.inf)
+
+
 def test_the_adaptive_clip_widens_below_the_target_by_hand() -> None:
     """ε 0.6: 1/(1 − 0.6) = 2.5, so 1.5 + k with steps of 0.25, from 0 to 2.5; target 0.3."""
     clip = AdaptiveClip()
@@ -431,7 +439,7 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-@pytest.mark.parametrize("name", slow_unless(lambda name: name == "band", MOVING))
+@pytest.mark.parametrize("name", slow_unless(lambda name: name in ("band", "target"), MOVING))
 def test_a_resumed_run_has_the_same_curves_and_weights_bit_for_bit(workspace: Path, name: str) -> None:
     regularizer = f"regularizer: {{class_path: EntropyBonus, init_args: {{coef: {MOVING[name]}}}}}"
     recipe = with_settings(

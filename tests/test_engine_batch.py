@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from helpers.quick import slow_unless
 from ibro_lightning.engines import HFEngine, hf, hf_batch, probe
 from ibro_lightning.engines.hf_attention import grouped_attention
 from ibro_lightning.engines.hf_batch import Batch, GrowingBatch
@@ -111,7 +112,7 @@ def assert_same(some: list[list[Generation]], others: list[list[Generation]]) ->
 @pytest.fixture(autouse=True)
 def nothing_checked_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is planted below must not be hidden by what was found before it was."""
-    monkeypatch.setattr(hf, "BATCH_TYPES", {})
+    monkeypatch.setattr(hf, "PASSED", set())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,11 +122,9 @@ def test_the_fast_batch_is_taken_where_the_architecture_allows_it(kind: str) -> 
 
 @pytest.mark.parametrize(
     ("kind", "max_batch_size"),
-    [
-        pytest.param(kind, size, marks=() if size == 4 or kind == "attention" else pytest.mark.slow)
-        for kind in KINDS
-        for size in (3, 4, 7)
-    ],
+    slow_unless(
+        lambda case: case[1] == 4 or case[0] == "attention", [(kind, size) for kind in KINDS for size in (3, 4, 7)]
+    ),
 )
 def test_samples_that_join_a_batch_are_those_that_would_have_begun_one(kind: str, max_batch_size: int) -> None:
     model = model_of(kind)
@@ -177,7 +176,7 @@ def test_a_batch_that_the_probe_finds_wrong_is_not_taken(monkeypatch: pytest.Mon
     expected = engine_for(model).generate(PROMPTS, SAMPLING, SEEDS)
     masks = GrowingBatch._masks
     monkeypatch.setattr(GrowingBatch, "_masks", lambda batch: torch.zeros_like(masks(batch)))  # padding is seen
-    hf.BATCH_TYPES.clear()
+    hf.PASSED.clear()
     engine = engine_for(model)
     assert engine._batch_type is Batch
     assert engine._model.config._attn_implementation == "sdpa"
@@ -188,9 +187,9 @@ def test_an_engine_is_checked_once_for_each_configuration_and_type(monkeypatch: 
     """A run sets its engine up again for its last evaluation."""
     checks: list[str] = []
 
-    def note(model: Any, *others: Any) -> None:
+    def note(model: Any, *others: Any) -> bool:
         checks.append(model.config.model_type)
-        probe.check_generation(model, *others)
+        return probe.check_generation(model, *others)
 
     monkeypatch.setattr(hf, "check_generation", note)
     model = model_of("attention")
@@ -198,7 +197,9 @@ def test_an_engine_is_checked_once_for_each_configuration_and_type(monkeypatch: 
     assert engine_for(model).generate(PROMPTS, SAMPLING, SEEDS) == first
     assert checks == ["qwen2"]
     engine_for(model_of("windows"))
-    engine_for(model, dtype="float64")
+    assert checks == ["qwen2", "mistral"]
+    model.set_attn_implementation("eager")
+    assert engine_for(model).generate(PROMPTS, SAMPLING, SEEDS)
     assert checks == ["qwen2", "mistral", "qwen2"]
 
 

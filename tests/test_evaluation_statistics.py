@@ -117,7 +117,7 @@ def coverage(intervals: Sequence[tuple[float, float]], truth: float) -> float:
         (30, 32, 0.3, 1.2, 2000),  # AIME-like: most questions are never solved
         pytest.param(40, 32, 1.0, 0.6, 2000, marks=pytest.mark.slow),  # AMC-like
         pytest.param(30, 32, 1.0, 1.0, 2000, marks=pytest.mark.slow),
-        (30, 2, 0.3, 1.2, 2000),  # a quick look: few samples
+        pytest.param(30, 2, 0.3, 1.2, 2000, marks=pytest.mark.slow),  # a quick look: few samples
         (253, 4, 0.5, 0.5, 500),
     ],
 )

@@ -172,8 +172,12 @@ def test_what_is_left_out_gets_no_gradient_to_speak_of(functional: RestrictedEnt
     assert torch.allclose(exps.sum(dim=1), torch.ones(9, dtype=dtype), rtol=1e-5)
 
 
+IN_A_RANDOM_DIRECTION = pytest.mark.parametrize("fast_mode", [True, pytest.param(False, marks=pytest.mark.slow)])
+
+
+@IN_A_RANDOM_DIRECTION
 @pytest.mark.parametrize("name", NAMES)
-def test_gradcheck_together_with_log_probs_and_entropy(name: str) -> None:
+def test_gradcheck_together_with_log_probs_and_entropy(name: str, fast_mode: bool) -> None:
     *leaves, targets, other, other_weight = drawn(4, seed=2)
     functional, _ = cases(other, other_weight)[name]
 
@@ -182,7 +186,7 @@ def test_gradcheck_together_with_log_probs_and_entropy(name: str) -> None:
         assert entropy is not None
         return logp, entropy, further[name]
 
-    assert torch.autograd.gradcheck(told, tuple(leaves), fast_mode=True)
+    assert torch.autograd.gradcheck(told, tuple(leaves), fast_mode=fast_mode)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers.processes import free_port, logs, run_ranks
+from helpers.quick import slow_unless
 from ibro_lightning.callbacks.interruptions import Interruptions, requeue
 from ibro_lightning.cli.main import main
 from ibro_lightning.datamodules.collector import Collector
@@ -178,12 +179,10 @@ def checkpoints(folder: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("iteration_")) for path in folder.glob("checkpoints/iteration_*.ckpt"))
 
 
-QUICK_PHASES = ("generate", "update", "evaluate the second batch", "evaluate before training", "save", "export")
+QUICK_PHASES = ("generate", "update", "evaluate the second batch", "evaluate at the end", "save", "export")
 
 
-@pytest.mark.parametrize(
-    "phase", [pytest.param(phase, marks=() if phase in QUICK_PHASES else pytest.mark.slow) for phase in PHASES]
-)
+@pytest.mark.parametrize("phase", slow_unless(lambda phase: phase in QUICK_PHASES, PHASES))
 def test_a_run_stops_in_each_phase_and_goes_on_bit_for_bit(
     phase: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,8 +259,7 @@ def fit_on_a_rank(struck_rank: int, phase: str, settings: list[str]) -> None:
         raise SystemExit(run(*settings))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_all_ranks_stop_together_though_one_is_asked(strategy: str, workspace: Path) -> None:
     several = ["--trainer.devices=2", f"--trainer.strategy={strategy}"]
 

@@ -76,9 +76,9 @@ def curve(run: Path, tag: str) -> dict[int, float]:
 @pytest.mark.parametrize(
     ("strategy", "fault"),
     [
-        ("ddp", "gradient"),
+        pytest.param("ddp", "gradient", marks=pytest.mark.slow),
         pytest.param("fsdp2", "gradient", marks=pytest.mark.slow),
-        pytest.param("ddp", "loss", marks=pytest.mark.slow),
+        ("ddp", "loss"),
         ("fsdp2", "advantage"),
         (None, "gradient"),
     ],

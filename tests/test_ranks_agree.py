@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from helpers.processes import fit
+from helpers.quick import slow_unless
 from ibro_lightning.models import PolicyOptions, Qwen2FromScratch, export_folder
 from ibro_lightning.tasks import NumberPath
 
@@ -219,15 +220,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory, policy: Path) -> Mapping[str
 
 QUICK = {("curriculum", "ddp"), ("PPO", "fsdp2")}
 # Ranks of a tensor-parallel group share their data: nothing is split, so two cases are enough.
-PAIRS = [
-    pytest.param(case, name, marks=() if (case, name) in QUICK else pytest.mark.slow)
-    for case in CASES
-    for name in TWO_RANKS
-    if name != "tensor parallel" or case in ("DAPO", "PPO")
-]
+PAIRS = [(case, name) for case in CASES for name in TWO_RANKS if name != "tensor parallel" or case in ("DAPO", "PPO")]
 
 
-@pytest.mark.parametrize(("case", "strategy"), PAIRS)
+@pytest.mark.parametrize(("case", "strategy"), slow_unless(lambda pair: pair in QUICK, PAIRS))
 def test_two_ranks_do_what_one_process_does(
     alone: Mapping[str, Any], tmp_path: Path, policy: Path, case: str, strategy: str
 ) -> None:

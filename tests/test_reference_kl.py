@@ -236,8 +236,9 @@ def test_exact_in_the_loss_has_the_gradient_of_the_whole_vocabulary(kind: type[P
     assert not any("exact" in name for name in metrics), "it is the curve kl/reference, and none of the regulariser's"
 
 
-def test_exact_in_the_loss_passes_gradcheck() -> None:
-    """In the head's weight; what comes before it rounds to float32."""
+@pytest.mark.parametrize("fast_mode", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_exact_in_the_loss_passes_gradcheck(fast_mode: bool) -> None:
+    """In the head's weight (``fast_mode``: in a random direction); what comes before it rounds to float32."""
     module = build(DAPOModule, elsewhere(estimator="exact"))
     step, name = step_of(module), "model.lm_head.weight"
     weight = module.policy.get_parameter(name).detach().clone().requires_grad_()
@@ -250,7 +251,7 @@ def test_exact_in_the_loss_passes_gradcheck() -> None:
         value, _ = module.policy_loss(module.policy_loss.stats(micro, replace(module.context(), policy=policy)), micro)
         return value
 
-    assert torch.autograd.gradcheck(loss, weight, fast_mode=True)  # a random direction instead of every weight
+    assert torch.autograd.gradcheck(loss, weight, fast_mode=fast_mode)
 
 
 @pytest.mark.parametrize(("placement", "passes"), [("reward", 1), ("loss", 3)])

@@ -237,7 +237,7 @@ def check_same_checkpoints(path: Path, expected: Path, tolerance: float) -> None
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({}, marks=pytest.mark.slow),
+        {},
         FOLDERS,
         *(pytest.param(s, marks=pytest.mark.slow) for s in ({"cpu_offload": True}, {"tensor_parallel_size": 2})),
     ],

@@ -21,6 +21,7 @@ from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.studies.analysis import Comparison
 from ibro_lightning.studies.plan import study_of
+from ibro_lightning.studies.report import figures
 from ibro_lightning.studies.report.blocks import Report, Section, Table, Text, html, markdown
 from ibro_lightning.studies.report.command import write_report
 from ibro_lightning.studies.report.sentences import of_comparison
@@ -28,6 +29,13 @@ from ibro_lightning.studies.report.wording import p_value, title_of, unit_of
 from ibro_lightning.studies.statistics import Interval, paired_difference
 
 PERCENT = unit_of("avg@16")
+WORDS = pytest.mark.usefixtures("undrawn")
+"""For tests that read a report's words: drawing its images is most of the work."""
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "_png", lambda *_, **__: b"an image")
 
 
 def said(differences: Sequence[float], *, matters: float | None = 0.02, comparisons: int = 1) -> str:
@@ -115,6 +123,7 @@ def test_a_report_on_a_whole_study(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "## Result\n" in text
 
 
+@WORDS
 def test_a_report_of_a_study_with_a_failing_arm_that_is_still_running(tmp_path: Path) -> None:
     text = write_report([invented_study(tmp_path, 8, failing=True)]).with_suffix(".md").read_text()
     assert (
@@ -126,6 +135,7 @@ def test_a_report_of_a_study_with_a_failing_arm_that_is_still_running(tmp_path: 
     assert "Seeds 7 and 8 have no result in one of the two." in text
 
 
+@WORDS
 @pytest.mark.parametrize(("expected", "optimistic"), [(0.001, True), (0.5, False)])
 def test_the_spread_that_was_expected_is_compared_with_the_one_found(
     tmp_path: Path, expected: float, optimistic: bool
@@ -137,12 +147,14 @@ def test_the_spread_that_was_expected_is_compared_with_the_one_found(
     assert ("the plan expected to find more than it could" in text) is optimistic
 
 
+@WORDS
 def test_the_machine_hours_say_that_warm_starts_are_not_in_them_where_there_are_any(tmp_path: Path) -> None:
     with (invented_study(tmp_path) / "study.yaml").open("a") as file:
         file.write("base_policy: {recipe: sft_quickstart.yaml}\n")
     assert "3.0 CPU hours; warm starts are not counted." in write_report([tmp_path]).with_suffix(".md").read_text()
 
 
+@WORDS
 def test_what_people_wrote_about_the_results_is_a_section_that_says_so(tmp_path: Path) -> None:
     invented_study(tmp_path)
     (tmp_path / "discussion.md").write_text("The paper says\nso: a < b.\n\n\nWe would change our mind if not.\n")
@@ -154,12 +166,14 @@ def test_what_people_wrote_about_the_results_is_a_section_that_says_so(tmp_path:
         assert f"<p>{paragraph}</p>" in page
 
 
+@WORDS
 def test_a_discussion_that_is_no_text_is_named(tmp_path: Path) -> None:
     (invented_study(tmp_path) / "discussion.md").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"discussion\.md.*cannot be read"):
         write_report([tmp_path])
 
 
+@WORDS
 def test_alarms_of_the_runs_are_listed_by_arm(tmp_path: Path) -> None:
     rows = final_rows({"none": [0.8, 0.7], "ib": [0.9, 0.75]})
     alarm = "alarm/entropy_collapse"
@@ -175,6 +189,7 @@ def test_alarms_of_the_runs_are_listed_by_arm(tmp_path: Path) -> None:
     assert ["DAPO + IB", "1 of 2, by 20"] in table
 
 
+@WORDS
 def test_what_ran_the_trials_and_where_they_started(tmp_path: Path) -> None:
     path = small_study(tmp_path) / "trials.parquet"
     rows = pq.read_table(path).to_pylist()
@@ -186,12 +201,14 @@ def test_what_ran_the_trials_and_where_they_started(tmp_path: Path) -> None:
     assert "Code: commit 0123456789ab (3 trials) and 0123456789ab+changes (1 trial)." in text
 
 
+@WORDS
 def test_a_report_before_any_trial_has_finished(tmp_path: Path) -> None:
     rows = [row for row in final_rows({"none": [0.3]}) if row[2] == 0]
     text = write_report([write_results(tmp_path, rows, study_file([1, 2]), running=[("none", 1)])]).with_suffix(".md")
     assert "0 of 6 trials have finished, 6 have not ended" in text.read_text()
 
 
+@WORDS
 def test_one_seed_and_one_arm(tmp_path: Path) -> None:
     study = study_file([1], {"none": ARMS["none"]}, comparisons=[])
     text = write_report([write_results(tmp_path, final_rows({"none": [0.8]}), study)]).with_suffix(".md").read_text()

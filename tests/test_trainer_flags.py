@@ -22,8 +22,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from helpers.run_comparison import differences
 from ibro_lightning.cli.main import main
+from ibro_lightning.engines import HFEngine
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.trainer_flags import FLAGS, as_refusal, refuse_batches, refuse_flags, refuse_trainer
+from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.update.updater import Updater
 
 FIT = ["fit", "--config", "tiny.yaml"]
@@ -348,3 +350,20 @@ def test_no_flag_is_forgotten() -> None:
     """A flag that a new version of Lightning brings must be looked at."""
     tried = set(re.findall(r"\w+", Path(__file__).read_text()))
     assert set(FLAGS) - tried - ELSEWHERE == set()
+
+
+@pytest.mark.parametrize(("limit", "times"), [("0", 1), ("1.0", 2)])
+def test_a_run_without_validation_sets_no_engine_up_for_it_at_its_end(
+    limit: str, times: int, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time is for the evaluation after the last iteration, which here is no multiple of two."""
+    built, original = list[ModelSpec](), HFEngine.setup
+
+    def setup(engine: HFEngine, spec: ModelSpec) -> None:
+        if engine._model is None:
+            built.append(spec)
+        original(engine, spec)
+
+    monkeypatch.setattr(HFEngine, "setup", setup)
+    main([*FIT, "--trainer.max_epochs", "1", "--trainer.limit_val_batches", limit])
+    assert len(built) == times

@@ -234,8 +234,8 @@ class IbroCLI(LightningCLI):
             evaluation = None
             if not self.model.evaluation_is_current:
                 evaluation = evaluation_of(run_folder(self.trainer), self.resumed, self.model.iteration)
-                # It makes all ranks agree on a stop requested meanwhile.
                 if evaluation is None and self.trainer.limit_val_batches:
+                    # It makes all ranks agree on a stop requested meanwhile.
                     self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
             for summary in callbacks_of(self.trainer, ours.RunSummary):
                 summary.after = evaluation or summary.after

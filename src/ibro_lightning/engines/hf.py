@@ -22,8 +22,8 @@ from ibro_lightning.guards.memory_advice import engine_memory_advice
 from ibro_lightning.models.spec import ModelSpec, check_dtype
 from ibro_lightning.types import Dtype, Generation, SamplingParams
 
-BATCH_TYPES: dict[str, type[Batch]] = {}
-"""What the checks of this process have found: a run sets its engine up again to evaluate its final policy."""
+PASSED: set[tuple[type[Batch], str]] = set()
+"""Checks that this process need not repeat: a run sets its engine up again to evaluate its final policy."""
 REFILL_BELOW = 0.75
 """Share of ``max_batch_size`` below which samples of further prompts join. Several join at a time, because computing a
 few prompts costs as much as a step, and moves the batch's cache."""
@@ -72,10 +72,7 @@ class HFEngine(RolloutEngine):
         if self._model is not None:
             return
         model = build(spec, getattr(torch, self.dtype))
-        checked = f"{spec.plain_config().to_json_string(use_diff=False)} {self.dtype} {spec.device}"
-        if checked not in BATCH_TYPES or spec.trust_remote_code:
-            BATCH_TYPES[checked] = _batch_type(in_float32(model, spec), spec)
-        self._adopt(model, spec, BATCH_TYPES[checked])
+        self._adopt(model, spec, _batch_type(in_float32(model, spec), spec))
 
     def _adopt(self, model: Any, spec: ModelSpec, batch_type: type[Batch]) -> None:
         self._model, self._network, self._batch_type = model, Network(model), batch_type
@@ -174,10 +171,24 @@ def _batch_type(model: Any, spec: ModelSpec) -> type[Batch]:
 
 
 def _check(batch_type: type[Batch], model: Any, spec: ModelSpec) -> None:
-    """Raise :class:`ConfigError` unless ``model`` generates correctly in such batches."""
+    """Raise :class:`ConfigError` unless ``model`` generates correctly in such batches.
+
+    It depends on the architecture and not on the weights, so that a second model of the same kind is not checked."""
+    kind = batch_type, _kind(model)
+    if kind in PASSED:
+        return
     trial = HFEngine()  # not a subclass: the check is about transformers
     trial._adopt(model, replace(spec, eos_token_ids=()), batch_type)  # the check chooses where responses end
-    check_generation(model, trial._generate, spec, trial.max_model_len)
+    conclusive = check_generation(model, trial._generate, spec, trial.max_model_len)
+    if conclusive and not spec.trust_remote_code:  # whose code may be another folder's
+        PASSED.add(kind)
+
+
+def _kind(model: Any) -> str:
+    """All that decides how a model of transformers computes, but for its weights."""
+    config = model.config
+    kernels = [getattr(config, f"_{part}_implementation", None) for part in ("attn", "experts")]
+    return f"{type(model)} {model.device} {model.dtype} {kernels} {config.to_dict()}"
 
 
 def _groups(prompts: Rows, seeds: Rows, at_once: int) -> deque[Group]:

@@ -62,8 +62,9 @@ def in_float32(model: Any, spec: ModelSpec) -> Any:
     return build(spec, torch.float32)
 
 
-def check_generation(model: Any, generate: Generate, spec: ModelSpec, max_model_len: int | None) -> None:
-    """Raise :class:`ConfigError` unless generation with ``model`` agrees with its forward pass without a cache.
+def check_generation(model: Any, generate: Generate, spec: ModelSpec, max_model_len: int | None) -> bool:
+    """Raise :class:`ConfigError` unless generation with ``model`` agrees with its forward pass without a cache. False
+    if memory was too short to tell.
 
     Its random weights are rescaled: with usual initialisation, matrices are so small and biases 0 that context and
     padding hardly affect the output.
@@ -75,13 +76,14 @@ def check_generation(model: Any, generate: Generate, spec: ModelSpec, max_model_
         while faults[-1] and len(faults) < 3:
             faults.append(_find_fault(model, generate, max_model_len, len(faults)))
     except (MemoryError, torch.OutOfMemoryError):
-        return  # the first call of generate reports it with advice
+        return False  # the first call of generate reports it with advice
     except Exception as error:
         raise _refusal(spec.config, f"{type(error).__name__}: {_first_words(error)}") from error
     if faults[-1] and hasattr(spec.config, "encoder_layers"):  # e.g. BartForCausalLM
         raise _refusal(spec.config, "it is the decoder of an encoder-decoder, and policies are models of their own")
     if faults[-1]:
         raise _refusal(spec.config, faults[-1])
+    return True
 
 
 def _refusal(config: Any, fault: str) -> ConfigError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 from ibro_lightning.errors import ConfigError, check_at_least, check_count, check_instance, is_number
 from ibro_lightning.regularizers.coefficients.base import Coefficient
@@ -36,6 +37,10 @@ class EntropyController(Coefficient):
     @property
     def bounds(self) -> tuple[float, float]:
         return self.minimum, self.maximum
+
+    @abstractmethod
+    def move(self, measured: float, samples: int) -> None:
+        """Respond to the entropy, by :meth:`move_to`."""
 
     def move_to(self, target: float) -> None:
         """Take the value nearest to ``target`` within the limits."""

@@ -257,8 +257,6 @@ class AtomParser(Cursor, ABC):
             raise Unread(f"{name} of nothing")
         if exponent is not None and exponent == Node("neg", (integer(1),)) and name in INVERTIBLE:
             return Node("call", ("arc" + name, *arguments))
-        if name == "cbrt":
-            return Node("call", ("root", integer(3), *arguments))
         called = Node("call", (name, *arguments))
         return called if exponent is None else Node("pow", (called, exponent))
 
