@@ -60,6 +60,8 @@ def times(folder: Path) -> dict[str, list[float]]:
 
 
 def shown(values: Sequence[float]) -> str:
+    if len(values) == 1:  # CPU seconds, with one run of each kind
+        return f"{values[0]:.2f}"
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 

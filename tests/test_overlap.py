@@ -28,6 +28,7 @@ from ibro_lightning.modules import DAPOModule, PolicyProviderMixin, PPOModule, S
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.rewards import VerifiableReward
 from ibro_lightning.timing import PhaseTimer
+from overlap import shown
 
 torch.set_num_threads(1)
 
@@ -409,3 +410,8 @@ def test_the_death_of_the_engines_process_is_one_line_and_the_run_goes_on_from_i
     assert line.endswith("--ckpt_path last continues from the last checkpoint, if there is one")
     main([*OVERLAP, "--ckpt_path", "last"])
     assert max(curve("rollout/staleness")) == 4
+
+
+def test_the_benchmark_shows_a_single_run_of_each_kind() -> None:
+    assert shown([1.234]) == "1.23"
+    assert shown([1.0, 2.0, 3.0]) == "2.00 [1.00, 3.00]"
