@@ -40,7 +40,7 @@ def check(folder: Path, story: str) -> None:
 
 
 def in_phases() -> list[Any]:
-    """The quick tests have one moment of each kind, with PPO one at which its critic may differ."""
+    """The quick tests kill while sampling, while saving and at the end, and with PPO in an update."""
     quick = {"DAPOModule": ("generate", "half", "_write"), "PPOModule": ("clip_and_step",)}
     cases = [(name, moment) for name in ALGORITHMS for moment in phases(name)]
     return slow_unless(lambda case: str(case[1]).startswith(quick[case[0]]), cases)

@@ -103,7 +103,7 @@ def test_a_report_on_a_whole_study(tmp_path: Path, capsys: pytest.CaptureFixture
         "DAPO + IB ended",
         "question: Does IB help a small policy on number paths?",
         "the study file is not committed".capitalize(),
-        "By the pilot's standard deviation of paired differences (2.5 points), 8 seeds find a difference of",
+        "By the plan's standard deviation of paired differences (2.5 points), 8 seeds find a difference of",
         "Time: the 24 finished trials took 6.0 hours one after the other, and 3.0 CPU hours.",
         "at the entropy that DAPO has at temperature 1",
         "Questions that changed most",

@@ -1,4 +1,4 @@
-"""Which cases of a test ``make test`` runs: one of each kind. ``.ci/run`` runs the others, too, which are slow."""
+"""Which cases of a test ``make test`` runs. ``.ci/run`` runs the others, too, which are slow."""
 
 from __future__ import annotations
 

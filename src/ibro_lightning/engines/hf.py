@@ -173,7 +173,7 @@ def _batch_type(model: Any, spec: ModelSpec) -> type[Batch]:
 def _check(batch_type: type[Batch], model: Any, spec: ModelSpec) -> None:
     """Raise :class:`ConfigError` unless ``model`` generates correctly in such batches.
 
-    It depends on the architecture and not on the weights, so that a second model of the same kind is not checked."""
+    Its weights are random ones from a fixed seed, so that a second model of the same kind need not be checked."""
     kind = batch_type, _kind(model)
     if kind in PASSED:
         return

@@ -91,7 +91,7 @@ def _power(results: Results, compared: Sequence[Comparison]) -> list[str]:
     size = unit.size(minimum_detectable_difference(plan.paired_sd, seeds, level))
     shared = f" divided by {count} comparisons" * (count > 1)
     expected = (
-        f"By the pilot's standard deviation of paired differences ({unit.size(plan.paired_sd)}), "
+        f"By the plan's standard deviation of paired differences ({unit.size(plan.paired_sd)}), "
         f"{plural(seeds, 'seed')} find a difference of {size} in 80 % of such studies, at the level "
         f"{plan.level:g}{shared}."
     )
