@@ -433,6 +433,24 @@ class TestInterruptions:
             engine.generate([[5], LONG, bad, [6]], self.PARAMS, [[1], [2], [3], [4]])
         self.check(engine, expected)
 
+    def test_ctrl_c_in_the_midst_of_a_step(self, engine, expected, monkeypatch):
+        """vLLM splits a step in two, and refuses every further one if the second half is missing."""
+        executor = engine._engine.engine_core.engine_core.model_executor
+        steps, real = itertools.count(), executor.execute_model
+
+        def execute_model(*args: Any, **kwargs: Any) -> Any:
+            result = real(*args, **kwargs)
+            if next(steps) == 3:
+                _thread.interrupt_main()
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(executor, "execute_model", execute_model)
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate(PROMPTS, self.PARAMS, SEEDS)
+        assert next(steps) == 4  # the step was finished, and none came after it
+        self.check(engine, expected)
+
     def test_a_real_ctrl_c(self, engine, expected):
         """Wherever in vLLM it happens to arrive."""
         for delay in (0.03, 0.08, 0.13):

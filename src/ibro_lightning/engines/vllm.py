@@ -37,6 +37,7 @@ from ibro_lightning.engines.vllm_limits import check_prompts, check_temperature
 from ibro_lightning.engines.vllm_worker import chunks
 from ibro_lightning.engines.weight_names import checked_weights, weight_shapes
 from ibro_lightning.errors import ConfigError, RolloutError, check_at_least
+from ibro_lightning.guards.signals import held_back
 from ibro_lightning.models.spec import ModelSpec
 from ibro_lightning.types import Dtype, FinishReason, Generation, SamplingParams
 
@@ -223,18 +224,21 @@ class VLLMEngine(RolloutEngine):
     def _run(self, requests: list[tuple[Any, Any]], responses: list[_Response], deadline_s: float | None) -> None:
         """Step the engine until every response is finished or late."""
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
-        try:
-            for number, (prompt, params) in enumerate(requests):
-                self._engine.add_request(str(number), prompt, params)
-            while self._engine.has_unfinished_requests():
-                if deadline is not None and time.monotonic() > deadline:
-                    break
-                for output in self._engine.step():
-                    responses[int(output.request_id)].take(output.outputs[0])
-        finally:  # also after an error or Ctrl-C: remaining requests would be returned by the next call
-            late = [str(number) for number, response in enumerate(responses) if response.finish_reason == "deadline"]
-            if late and not is_dead(self._engine):
-                self._engine.abort_request(late)
+        with held_back() as let_signals_through:  # a step that is left half done makes all that follow it fail
+            try:
+                for number, (prompt, params) in enumerate(requests):
+                    self._engine.add_request(str(number), prompt, params)
+                    let_signals_through()
+                while self._engine.has_unfinished_requests():
+                    if deadline is not None and time.monotonic() > deadline:
+                        break
+                    for output in self._engine.step():
+                        responses[int(output.request_id)].take(output.outputs[0])
+                    let_signals_through()
+            finally:  # also after an error or Ctrl-C: remaining requests would be returned by the next call
+                late = [str(number) for number, own in enumerate(responses) if own.finish_reason == "deadline"]
+                if late and not is_dead(self._engine):
+                    self._engine.abort_request(late)
 
     @contextmanager
     def _errors(self, doing: str) -> Iterator[None]:

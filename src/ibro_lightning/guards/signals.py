@@ -113,6 +113,38 @@ def raised() -> Iterator[None]:
         _set(before)
 
 
+@contextmanager
+def held_back() -> Iterator[Callable[[], None]]:
+    """Context in which signals wait for its end, or for a call of the function that it gives: for a library that an
+    exception in its midst would leave half done. A second Ctrl-C does not wait."""
+    waiting: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if number != signal.SIGINT or number not in waiting:
+            waiting.append(number)
+        else:
+            hand_over(number)
+
+    def hand_over(number: int) -> None:
+        _set({number: before[number]})
+        try:
+            signal.raise_signal(number)
+        finally:
+            _set({number: handle})
+
+    def let_through() -> None:
+        while waiting:
+            hand_over(waiting.pop(0))
+
+    before = _set(dict.fromkeys(stop_signals(), handle))
+    try:
+        yield let_through
+    finally:
+        _set(before)
+        for number in waiting:
+            signal.raise_signal(number)
+
+
 def at_once(before: Callable[[], None] = lambda: None) -> NoReturn:
     """React to a second Ctrl-C: call ``before``, which ends other processes, raise ``KeyboardInterrupt``, and end the
     process after :data:`AT_ONCE_S` seconds even if that is swallowed or a clean-up hangs."""
