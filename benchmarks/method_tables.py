@@ -13,7 +13,7 @@ from ibro_lightning.regularizers import EntropyRegularizer, coefficients
 from ibro_lightning.regularizers.coefficients import Coefficient
 from ibro_lightning.regularizers.method import Method, table
 from ibro_lightning.runs.recipes import recipe_folder
-from ibro_lightning.studies.spec import read_study
+from ibro_lightning.studies.study_file import read_study
 from ibro_lightning.update.advantages import GROUP_RELATIVE
 from ibro_lightning.update.surrogates import LOSSES
 from methods import table as quick_start_table

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from ibro_lightning.cli.study import main as run_study
 from ibro_lightning.errors import check_one_of
 from ibro_lightning.runs.recipes import recipe_folder
-from ibro_lightning.studies.spec import Study, as_yaml, read_study
+from ibro_lightning.studies.study_file import Study, as_yaml, read_study
 
 COLUMNS = {
     "val/number_path/avg@16": ("accuracy, %", 100, 1),

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import verifiers
 from ibro_lightning.rewards.mathematics.answers.equality import compare
+from ibro_lightning.rewards.mathematics.answers.grammar import read
 from ibro_lightning.rewards.mathematics.answers.node import Unread
-from ibro_lightning.rewards.mathematics.answers.parser import read
 from ibro_lightning.rewards.mathematics.answers.rules import Rules
 from ibro_lightning.rewards.mathematics.symbolic import MathVerifyReward, math_verify_score
 from ibro_lightning.types import Prompt

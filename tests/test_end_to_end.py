@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ibro_lightning import __version__
 from ibro_lightning.cli.main import main
-from ibro_lightning.runs.contents import MARK
+from ibro_lightning.runs.run_files import MARK
 
 TRAIN = ["fit", "--config", "tiny.yaml", "--trainer.limit_val_batches", "0"]
 """Without evaluations."""

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from helpers.quick import slow_unless
-from ibro_lightning.engines import HFEngine, hf, hf_batch, probe
+from ibro_lightning.engines import HFEngine, hf, hf_batch, hf_check
 from ibro_lightning.engines.hf_attention import grouped_attention
 from ibro_lightning.engines.hf_batch import Batch, GrowingBatch
 from ibro_lightning.engines.hf_cache import BLOCK, Buffer
@@ -189,7 +189,7 @@ def test_an_engine_is_checked_once_for_each_configuration_and_type(monkeypatch: 
 
     def note(model: Any, *others: Any) -> bool:
         checks.append(model.config.model_type)
-        return probe.check_generation(model, *others)
+        return hf_check.check_generation(model, *others)
 
     monkeypatch.setattr(hf, "check_generation", note)
     model = model_of("attention")
@@ -222,7 +222,7 @@ def test_a_model_whose_numbers_are_not_checked_takes_no_risk(
     largest: float, expected: type[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In half precision rounding hides faults, and a float32 copy of a large model has no room."""
-    monkeypatch.setattr(probe, "MAX_FLOAT32_PARAMETERS", largest)
+    monkeypatch.setattr(hf_check, "MAX_FLOAT32_PARAMETERS", largest)
     assert engine_for(model_of("attention"), dtype="bfloat16")._batch_type is expected
 
 

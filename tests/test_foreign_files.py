@@ -33,19 +33,19 @@ from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.evaluation.compare import main as compare
 from ibro_lightning.evaluation.record import EvaluationRecord
-from ibro_lightning.runs import contents, model_folders
+from ibro_lightning.runs import model_folders, run_files
 from ibro_lightning.runs.checkpoints.catalog import Written
 from ibro_lightning.runs.checkpoints.keeping import Keeper
 from ibro_lightning.runs.checkpoints.manifest import write_manifest
 from ibro_lightning.runs.checkpoints.plugin import CheckpointFiles
 from ibro_lightning.runs.claims import claim, survey
-from ibro_lightning.runs.contents import CATALOG, MARK, MOVING, PARTS, entry_of
 from ibro_lightning.runs.curve_files import cut_rows, open_csv
 from ibro_lightning.runs.holding import lock_paths
 from ibro_lightning.runs.marks import HEADER
 from ibro_lightning.runs.model_folders import begin, finish, own_files
 from ibro_lightning.runs.moving import holds_training, make_room, move, put_back, recover, reopen
 from ibro_lightning.runs.resume import forget_beginning, remove_partial, wind_back
+from ibro_lightning.runs.run_files import CATALOG, MARK, MOVING, PARTS, entry_of
 from ibro_lightning.runs.settings import set_settings_aside
 from ibro_lightning.studies.report.command import write_report
 
@@ -718,7 +718,7 @@ def test_killed_runs_leave_foreign_files_alone(
 
 def test_the_list_in_the_documentation_is_the_catalogue() -> None:
     text = Path(__file__).parents[1].joinpath("docs", "files.md").read_text()
-    assert contents.table() in text, "docs/files.md: put in what python -m ibro_lightning.runs.contents prints"
+    assert run_files.table() in text, "docs/files.md: put in what python -m ibro_lightning.runs.run_files prints"
     assert all((entry.pattern, entry.folders, entry.fixed_folders) for entry in CATALOG), "each is a valid pattern"
     assert {part for parts in PARTS.values() for part in parts} == {entry.part for entry in CATALOG} - {MARK}
 
@@ -738,7 +738,7 @@ def documented() -> dict[str, re.Pattern[str]]:
     inside, beside = DOCUMENTATION.read_text().split("## Beside")
     rows = [f"<run>/{name}" for name in re.findall(r"^\| `(.+?)` \|", inside, re.MULTILINE)]
     rows += re.findall(r"^\| `(.+?)` \|", beside, re.MULTILINE)
-    return {row: re.compile(_filled(contents._pattern(row))) for row in rows}
+    return {row: re.compile(_filled(run_files._pattern(row))) for row in rows}
 
 
 def _filled(pattern: str) -> str:
@@ -767,7 +767,7 @@ def undocumented(paths: Collection[str], known: Mapping[str, re.Pattern[str]] | 
     ``.partial`` that has one."""
     known = known or documented()
     folders = {"/".join(row.split("/")[:depth]) for row in known for depth in range(1, row.count("/") + 1)}
-    patterns = [*known.values(), *(re.compile(_filled(contents._pattern(folder))) for folder in folders)]
+    patterns = [*known.values(), *(re.compile(_filled(run_files._pattern(folder))) for folder in folders)]
     names = {path: path.removesuffix(".partial") if path.startswith("run/") else path for path in paths}
     return sorted(p for p, name in names.items() if not any(k.fullmatch(p) or k.fullmatch(name) for k in patterns))
 

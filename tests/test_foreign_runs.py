@@ -21,12 +21,12 @@ from ibro_lightning.evaluation.compare import check_free
 from ibro_lightning.evaluation.record import EvaluationRecord
 from ibro_lightning.runs.authorship import leave_to_others, run_id, signed
 from ibro_lightning.runs.claims import claim, in_the_way, survey
-from ibro_lightning.runs.contents import MARK, MOVING, PARTS
 from ibro_lightning.runs.holding import FolderLock
 from ibro_lightning.runs.marks import HEADER, read_mark, write_mark
 from ibro_lightning.runs.model_folders import begin, finish
 from ibro_lightning.runs.moving import make_room, put_back, recover, recover_alone
 from ibro_lightning.runs.resume import remove_partial, wind_back
+from ibro_lightning.runs.run_files import MARK, MOVING, PARTS
 from ibro_lightning.runs.settings import RunSettings, keep_settings, set_settings_aside
 
 PATIENCE_S = 600

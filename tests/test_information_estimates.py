@@ -17,7 +17,7 @@ from ibro_lightning.batches.ragged import row_sums
 from ibro_lightning.functional import information_plane
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult
-from ibro_lightning.update.probe import Probe, surprise
+from ibro_lightning.update.cross_prompts import Probe, surprise
 
 
 def binary_entropy(error: float) -> float:

@@ -21,10 +21,10 @@ from helpers.quick import slow_unless
 from ibro_lightning.callbacks import EvaluationReport, ExportModel, IterationCheckpoint, RolloutLog, RunSummary
 from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.runs.contents import MARK
 from ibro_lightning.runs.curve_files import cut_events, cut_rows
 from ibro_lightning.runs.folder import refuse_loggers
 from ibro_lightning.runs.loggers import Table, log_table, place_of, resume_logger, state_of
+from ibro_lightning.runs.run_files import MARK
 
 PARTS = {"checkpoints", "config.yaml", "evaluations", "model", "rollouts", "summary.json"}
 FIT = ["fit", "--config", "tiny.yaml", "--trainer.limit_val_batches=0"]

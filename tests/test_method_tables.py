@@ -17,7 +17,7 @@ from ibro_lightning.modules import DAPOModule
 from ibro_lightning.regularizers import AdaptiveClip
 from ibro_lightning.regularizers.method import Method, table
 from ibro_lightning.runs.recipes import recipe_folder
-from ibro_lightning.studies.spec import read_study
+from ibro_lightning.studies.study_file import read_study
 from ibro_lightning.update import PolicyLoss
 from ibro_lightning.update.advantages import GROUP_RELATIVE
 from ibro_lightning.update.surrogates import LOSSES

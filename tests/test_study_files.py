@@ -16,10 +16,10 @@ from ibro_lightning.runs.recipes import recipe_folder
 from ibro_lightning.studies.gather import thinned
 from ibro_lightning.studies.job import at_temperatures
 from ibro_lightning.studies.jobs import Execution
-from ibro_lightning.studies.progress import Progress
+from ibro_lightning.studies.progress_table import Progress
 from ibro_lightning.studies.runner import StudyRunner
-from ibro_lightning.studies.spec import Arm, Study, Trial, as_yaml, read_study
 from ibro_lightning.studies.store import ResultsStore
+from ibro_lightning.studies.study_file import Arm, Study, Trial, as_yaml, read_study
 
 CONTENT = {
     "name": "tiny",

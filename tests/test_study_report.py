@@ -24,7 +24,7 @@ from ibro_lightning.studies.plan import study_of
 from ibro_lightning.studies.report import figures
 from ibro_lightning.studies.report.blocks import Report, Section, Table, Text, html, markdown
 from ibro_lightning.studies.report.command import write_report
-from ibro_lightning.studies.report.sentences import of_comparison
+from ibro_lightning.studies.report.conclusions import of_comparison
 from ibro_lightning.studies.report.wording import p_value, title_of, unit_of
 from ibro_lightning.studies.statistics import Interval, paired_difference
 

@@ -23,10 +23,10 @@ from ibro_lightning.studies import job, runner
 from ibro_lightning.studies.gather import QUESTIONS, curves_table, stored_folder, write_table
 from ibro_lightning.studies.job import Outcome, TrialJob
 from ibro_lightning.studies.jobs import Execution, Jobs
-from ibro_lightning.studies.progress import Progress
+from ibro_lightning.studies.progress_table import Progress
 from ibro_lightning.studies.runner import StudyRunner
-from ibro_lightning.studies.spec import Arm, BasePolicy, Plan, Study
 from ibro_lightning.studies.store import ResultsStore
+from ibro_lightning.studies.study_file import Arm, BasePolicy, Plan, Study
 
 PLAN = Plan(
     question="Which is better?",

@@ -150,9 +150,9 @@ class Alarms(pl.Callback):
 
     def _bounds(self) -> dict[str, Bounds]:
         """Of each alarm whose curve has a median yet."""
-        known = {curve for curve, values in self.first.items() if len(values) == self.window}
+        filled = {curve for curve, values in self.first.items() if len(values) == self.window}
         bounds: dict[str, Bounds] = {}
-        if ENTROPY in known:
+        if ENTROPY in filled:
             start = self._start(ENTROPY)
             if (share := self.entropy_collapse) is not None:
                 low = min(share * start, LOW)
@@ -164,7 +164,7 @@ class Alarms(pl.Callback):
                 low, high = self.entropy_band
                 inner = (high - low) / 10
                 bounds["entropy_band"] = Bounds(ENTROPY, low, high, low + inner, high - inner)
-        if LENGTH in known and (share := self.length_collapse) is not None:
+        if LENGTH in filled and (share := self.length_collapse) is not None:
             low = share * self._start(LENGTH)
             bounds["length_collapse"] = Bounds(LENGTH, low=low, low_over=low / math.sqrt(share))
         return bounds

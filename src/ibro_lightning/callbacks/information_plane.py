@@ -20,8 +20,8 @@ from ibro_lightning.ranks import Ranks
 from ibro_lightning.regularizers import IBRO
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
 from ibro_lightning.seeding import derive_seed, run_seed
+from ibro_lightning.update.cross_prompts import Probe, surprise
 from ibro_lightning.update.gradient_share import regularizer_share
-from ibro_lightning.update.probe import Probe, surprise
 from ibro_lightning.update.token_statistics import answer_parts, ending_parts, entropy_parts, some_groups
 
 

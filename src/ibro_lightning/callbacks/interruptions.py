@@ -37,8 +37,8 @@ from ibro_lightning.guards import interruption, signals
 from ibro_lightning.guards.interruption import Interrupted
 from ibro_lightning.guards.printing import tell, tell_now
 from ibro_lightning.ranks import Ranks
-from ibro_lightning.runs.contents import MARK
 from ibro_lightning.runs.folder import callbacks_of, is_fast_dev_run, run_folder
+from ibro_lightning.runs.run_files import MARK
 
 GONE = 2
 """Exit code of a run whose folder is gone, which the user has to fix."""

@@ -17,10 +17,10 @@ from ibro_lightning.errors import ConfigError, UserError
 from ibro_lightning.runs.recipes import resolve_configs
 from ibro_lightning.studies.jobs import Execution, Jobs
 from ibro_lightning.studies.power import minimum_detectable_difference, pairs_needed
-from ibro_lightning.studies.progress import Progress, elapsed
+from ibro_lightning.studies.progress_table import Progress, elapsed
 from ibro_lightning.studies.runner import StudyRunner
-from ibro_lightning.studies.spec import Study, build_study, parsed, study_parser
 from ibro_lightning.studies.store import ResultsStore
+from ibro_lightning.studies.study_file import Study, build_study, parsed, study_parser
 
 
 def main(argv: Sequence[str]) -> None:

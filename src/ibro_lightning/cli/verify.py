@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.rewards.mathematics.answers.printing import printed
+from ibro_lightning.rewards.mathematics.answers.rendering import printed
 from ibro_lightning.rewards.mathematics.answers.rules import UNITS
 from ibro_lightning.rewards.mathematics.gold_text import gold_texts
 from ibro_lightning.rewards.mathematics.readings import Reading

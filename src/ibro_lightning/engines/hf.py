@@ -15,8 +15,8 @@ from torch import Tensor
 from ibro_lightning.batches.sequences import Sequences
 from ibro_lightning.engines.base import RolloutEngine, Rows, check_length
 from ibro_lightning.engines.hf_batch import Batch, GrowingBatch, Network
+from ibro_lightning.engines.hf_check import build, check_generation, in_float32
 from ibro_lightning.engines.hf_responses import Responses
-from ibro_lightning.engines.probe import build, check_generation, in_float32
 from ibro_lightning.errors import ConfigError, RolloutError, check_count, is_number
 from ibro_lightning.guards.memory_advice import engine_memory_advice
 from ibro_lightning.models.spec import ModelSpec, check_dtype

@@ -115,11 +115,11 @@ def _centred_and_rate(
     centred, count = centre_groups(rewards, groups)
     widest = widest_spans(span, groups, len(count))  # [G]
     results = (rewards if outcomes is None else outcomes).double()
-    known = ~results.isnan()
-    differs = known & (centred != 0)  # elsewhere the advantage is 0, whatever the outcomes are
+    graded = ~results.isnan()
+    differs = graded & (centred != 0)  # elsewhere the advantage is 0, whatever the outcomes are
     if bool((differs & ((results < 0) | (results > 1 + 1e-6))).any()):
         what = "outcomes" if outcomes is not None else "without outcomes, rewards"
         raise ValueError(f"{what} must be from 0 (wrong) to 1 (right): their mean is the pass rate")
-    total = torch.zeros_like(count).index_add_(0, groups, torch.where(known, results, 0.0))
-    rate = total / torch.zeros_like(count).index_add_(0, groups, known.double()).clamp(min=1)  # [G]
+    total = torch.zeros_like(count).index_add_(0, groups, torch.where(graded, results, 0.0))
+    rate = total / torch.zeros_like(count).index_add_(0, groups, graded.double()).clamp(min=1)  # [G]
     return torch.where(widest[groups] > 0, centred / widest[groups], 0.0), rate[groups]

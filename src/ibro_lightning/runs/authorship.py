@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
 
 from ibro_lightning.guards.disk import free_name
-from ibro_lightning.runs.contents import entry_of, is_unfinished
 from ibro_lightning.runs.marks import read_mark
 from ibro_lightning.runs.model_folders import leaves, move_files
+from ibro_lightning.runs.run_files import entry_of, is_unfinished
 
 RUN_KEY = b"ibro_lightning.run"
 """The key of the run's id in a parquet file's metadata."""

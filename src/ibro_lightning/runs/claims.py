@@ -11,9 +11,9 @@ from pathlib import Path
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.disk import PARTIAL
 from ibro_lightning.runs.authorship import is_evaluation_manifest
-from ibro_lightning.runs.contents import CATALOG, MARK, MODELS, entry_of
 from ibro_lightning.runs.marks import Mark, has_other_mark, read_mark, write_mark
 from ibro_lightning.runs.model_folders import OLD, adopt, leaves
+from ibro_lightning.runs.run_files import CATALOG, MARK, MODELS, entry_of
 
 _NUMBERED = re.compile(r"\.\d+(?:\.partial)?$")
 _WEIGHTS = ("config.json", "adapter_config.json", "model.safetensors", "model.safetensors.index.json",
@@ -53,7 +53,7 @@ def claim(folder: Path, parts: Collection[str], *, files: Collection[str] = (), 
     """Claim names in a run's folder before anything is written there.
 
     Args:
-        parts: see :data:`.contents.PARTS`.
+        parts: see :data:`.run_files.PARTS`.
         files: further files, which must not exist yet.
         writes: record the claim in the folder: True on one rank, while all of them must call this.
 

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ibro_lightning.guards.disk import written_atomically
-from ibro_lightning.runs.contents import EVENTS, METRICS
+from ibro_lightning.runs.run_files import EVENTS, METRICS
 
 _KEPT = METRICS + ".kept"
 """The temporary name of a CSV file while its logger opens, as that removes an existing file."""

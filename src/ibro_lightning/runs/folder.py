@@ -15,13 +15,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.disk import free_name
-from ibro_lightning.runs import contents
+from ibro_lightning.runs import run_files
 from ibro_lightning.runs.claims import claim, survey
 from ibro_lightning.runs.marks import read_mark
 from ibro_lightning.runs.moving import holds_training, move, moving_alone, recognize, recover, recover_alone
 
 T = TypeVar("T")
-PARTS = tuple(part for part in contents.PARTS["fit"] if part != "config.yaml")
+PARTS = tuple(part for part in run_files.PARTS["fit"] if part != "config.yaml")
 """The parts that training writes, except its settings."""
 
 
@@ -86,7 +86,7 @@ def enter(trainer: pl.Trainer, command: str) -> None:
         recover(run_folder(trainer))
     else:
         recover_alone(run_folder(trainer), command)
-        claim(run_folder(trainer), contents.PARTS[command])
+        claim(run_folder(trainer), run_files.PARTS[command])
 
 
 def claim_for(trainer: pl.Trainer, *parts: str) -> None:

@@ -16,8 +16,8 @@ from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogg
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from ibro_lightning.runs.contents import EVENTS, METRICS
 from ibro_lightning.runs.curve_files import open_csv, read_rows
+from ibro_lightning.runs.run_files import EVENTS, METRICS
 
 
 @dataclass(frozen=True)

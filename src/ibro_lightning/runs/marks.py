@@ -18,8 +18,8 @@ from pathlib import Path
 
 from ibro_lightning import __version__
 from ibro_lightning.guards.disk import PARTIAL, disk_errors, written_atomically
-from ibro_lightning.runs.contents import MARK, MODELS, PARTS, entry_of, part_of_folder
 from ibro_lightning.runs.model_folders import is_own_file
+from ibro_lightning.runs.run_files import MARK, MODELS, PARTS, entry_of, part_of_folder
 
 HEADER = "# ibro_lightning"
 """The beginning of a run's ``config.yaml``."""
@@ -33,7 +33,7 @@ class Mark:
     """Which files in a run's folder are the run's.
 
     Args:
-        parts: the names that commands claimed before they wrote them (:data:`.contents.PARTS`).
+        parts: the names that commands claimed before they wrote them (:data:`.run_files.PARTS`).
         processes: the processes that have written here, as ``host.pid``, which TensorBoard's file names contain. None
             if the folder is of a version that did not record them.
         files: further files, written by loggers, relative to the folder.

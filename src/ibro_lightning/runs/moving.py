@@ -21,10 +21,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.disk import PARTIAL, free_name
 from ibro_lightning.runs.claims import claim, in_the_way, refusal, survey
-from ibro_lightning.runs.contents import MARK, MODELS, MOVING, PARTS, entry_of
 from ibro_lightning.runs.holding import LOOK_S, FolderLock
 from ibro_lightning.runs.marks import EARLIER, Mark, merge_mark, read_mark, read_mark_file, restore_mark, write_mark
 from ibro_lightning.runs.model_folders import leaves, move_files, prune, remove
+from ibro_lightning.runs.run_files import MARK, MODELS, MOVING, PARTS, entry_of
 
 PATIENCE_S = 30.0
 """Seconds that a command waits for another one to undo a killed run's move."""

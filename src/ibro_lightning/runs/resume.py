@@ -22,11 +22,11 @@ from ibro_lightning.runs.checkpoints.index import ABOUT
 from ibro_lightning.runs.checkpoints.plugin import read_about
 from ibro_lightning.runs.checkpoints.validity import why_invalid
 from ibro_lightning.runs.claims import survey
-from ibro_lightning.runs.contents import MARK, is_unfinished
 from ibro_lightning.runs.curve_files import cut_back
 from ibro_lightning.runs.loggers import logger_states
 from ibro_lightning.runs.marks import read_mark
 from ibro_lightning.runs.model_folders import remove
+from ibro_lightning.runs.run_files import MARK, is_unfinished
 from ibro_lightning.seeding import run_seed
 
 BY_NAME = ("last", "best")

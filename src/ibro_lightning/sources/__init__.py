@@ -11,7 +11,7 @@ from ibro_lightning.sources.base import DemonstrationSource, PromptSource
 from ibro_lightning.sources.contamination import Overlap, overlaps
 from ibro_lightning.sources.curriculum import Curriculum, DifficultyPools
 from ibro_lightning.sources.mixture import MixturePart, MixtureSource
-from ibro_lightning.sources.templates import TEMPLATES, bare_question
+from ibro_lightning.sources.prompt_templates import TEMPLATES, bare_question
 
 if TYPE_CHECKING:
     from ibro_lightning.sources.dataset import DatasetSource, SourceReport

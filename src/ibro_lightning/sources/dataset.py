@@ -24,7 +24,7 @@ from ibro_lightning.sources.columns import (
     kind_of,
 )
 from ibro_lightning.sources.files import Row, open_table
-from ibro_lightning.sources.templates import bare_question, template_text
+from ibro_lightning.sources.prompt_templates import bare_question, template_text
 from ibro_lightning.types import Problem, check_choice
 
 AnswerFormat = Literal["auto", "boxed", "raw", "after_hashes"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.runs.contents import EVENTS, METRICS
+from ibro_lightning.runs.run_files import EVENTS, METRICS
 
 
 class Point(NamedTuple):

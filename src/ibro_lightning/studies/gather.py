@@ -15,7 +15,7 @@ import yaml
 
 from ibro_lightning.guards.disk import write_json, written_atomically
 from ibro_lightning.studies.curves import read_curves
-from ibro_lightning.studies.spec import Study, Trial
+from ibro_lightning.studies.study_file import Study, Trial
 
 CURVES = pa.schema(
     [

@@ -52,20 +52,22 @@ class History:
         """What a reader has to know, in plain words."""
         if self.introduced is None:
             return [WARNING + "the study file is not committed: nothing shows that the plan is older than the results."]
-        said = [f"The study file {self.path} was introduced by commit {self.introduced}."]
+        sentences = [f"The study file {self.path} was introduced by commit {self.introduced}."]
         if self.results is None:
-            said.append("The results are not committed yet.")
+            sentences.append("The results are not committed yet.")
         else:
-            said.append(f"The first results were committed by {self.results}.")
+            sentences.append(f"The first results were committed by {self.results}.")
             if self.results.name == self.introduced.name:
-                said.append(WARNING + "plan and results came with one commit: nothing shows which is older.")
+                sentences.append(WARNING + "plan and results came with one commit: nothing shows which is older.")
         for commit, parts in self.changed_after:
-            said.append(WARNING + f"after that, commit {commit} changed {_list(parts)} of the study file.")
+            sentences.append(WARNING + f"after that, commit {commit} changed {_list(parts)} of the study file.")
         if self.results is not None and not self.changed_after:
-            said.append("The study file has not been changed since.")
+            sentences.append("The study file has not been changed since.")
         if self.differs:
-            said.append(WARNING + f"the results are of a study file with another {_list(self.differs)} than committed.")
-        return said
+            sentences.append(
+                WARNING + f"the results are of a study file with another {_list(self.differs)} than committed."
+            )
+        return sentences
 
 
 def history_of(folder: Path, study: ReportedStudy) -> History:

@@ -28,7 +28,7 @@ from submitit.helpers import DelayedSubmission
 from ibro_lightning.guards.disk import write_json
 from ibro_lightning.guards.signals import end_with, ended
 from ibro_lightning.studies.gather import gather, is_stored, set_at_temperature, temperature_folder
-from ibro_lightning.studies.spec import Study, Trial
+from ibro_lightning.studies.study_file import Study, Trial
 
 STOPPED = (129, 130, 138, 143)
 """Exit codes of a command that was asked to stop (docs/endings.md)."""

@@ -18,7 +18,7 @@ from submitit import AutoExecutor, Executor, Job, LocalExecutor, SlurmJob
 from ibro_lightning.errors import ConfigError, check_count
 from ibro_lightning.guards.disk import write_json
 from ibro_lightning.studies.job import Outcome, TrialJob
-from ibro_lightning.studies.spec import Trial
+from ibro_lightning.studies.study_file import Trial
 
 FOREVER_MIN = 60 * 24 * 365
 """Minutes that a local job may take: submitit's default is two."""

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ibro_lightning.errors import ConfigError
-from ibro_lightning.studies.spec import Arm, spread
+from ibro_lightning.studies.study_file import Arm, spread
 
 
 @dataclass(frozen=True)

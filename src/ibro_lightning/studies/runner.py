@@ -12,9 +12,9 @@ from ibro_lightning.errors import ConfigError
 from ibro_lightning.studies.gather import is_stored
 from ibro_lightning.studies.job import PROGRAM, STOP, Outcome, TrialJob
 from ibro_lightning.studies.jobs import Jobs
-from ibro_lightning.studies.progress import Progress
-from ibro_lightning.studies.spec import Study, Trial
+from ibro_lightning.studies.progress_table import Progress
 from ibro_lightning.studies.store import ResultsStore
+from ibro_lightning.studies.study_file import Study, Trial
 
 ATTEMPTS = 2
 """How often a trial is started before it counts as failed."""

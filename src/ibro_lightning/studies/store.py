@@ -23,7 +23,7 @@ from ibro_lightning import __version__
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.disk import write_json, written_atomically
 from ibro_lightning.studies.gather import CURVES, QUESTIONS, stored_folder, write_table
-from ibro_lightning.studies.spec import Study, Trial, as_yaml
+from ibro_lightning.studies.study_file import Study, Trial, as_yaml
 
 TRIALS = pa.schema(
     [

@@ -13,8 +13,8 @@ from fractions import Fraction
 from typing import Any
 
 from ibro_lightning.rewards.mathematics.answers.equality import compare
+from ibro_lightning.rewards.mathematics.answers.grammar import read
 from ibro_lightning.rewards.mathematics.answers.node import Unread
-from ibro_lightning.rewards.mathematics.answers.parser import read
 from ibro_lightning.rewards.mathematics.answers.rules import Rules
 
 Check = Callable[[str, str], bool]

@@ -9,8 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 from ibro_lightning.rewards.mathematics import expressions
+from ibro_lightning.rewards.mathematics.answers.grammar import read
 from ibro_lightning.rewards.mathematics.answers.node import Ambiguous, Node, Unread
-from ibro_lightning.rewards.mathematics.answers.parser import read
 from ibro_lightning.rewards.mathematics.answers.quantities import spelled
 from ibro_lightning.rewards.mathematics.extraction import Extract, extracts
 from ibro_lightning.rewards.mathematics.response_text import BOXED, COMMAND, DELIMITED

@@ -17,8 +17,8 @@ from ibro_lightning.runs.checkpoints.catalog import FROM, Written, checkpoints_i
 from ibro_lightning.runs.checkpoints.index import REST, read_rest, write_rest
 from ibro_lightning.runs.checkpoints.manifest import MANIFEST, updated_manifest
 from ibro_lightning.runs.checkpoints.validity import record_valid, why_known_invalid
-from ibro_lightning.runs.contents import is_shard
 from ibro_lightning.runs.model_folders import prune
+from ibro_lightning.runs.run_files import is_shard
 
 LAST = "last.ckpt"
 

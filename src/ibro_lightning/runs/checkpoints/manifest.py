@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ibro_lightning.guards.disk import written_atomically
-from ibro_lightning.runs.contents import is_shard
+from ibro_lightning.runs.run_files import is_shard
 
 MANIFEST = "manifest.json"
 DIGEST = "sha256"

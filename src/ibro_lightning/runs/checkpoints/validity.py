@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.runs.checkpoints.index import ShardReader, read_rest
 from ibro_lightning.runs.checkpoints.manifest import why_differs
-from ibro_lightning.runs.contents import is_shard
+from ibro_lightning.runs.run_files import is_shard
 
 REFUSED = "it holds something other than tensors and plain values, which is not loaded"
 _CHUNK = 2**22

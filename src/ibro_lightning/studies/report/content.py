@@ -11,7 +11,7 @@ from ibro_lightning.studies import analysis
 from ibro_lightning.studies.analysis import Comparison
 from ibro_lightning.studies.history import WARNING, History
 from ibro_lightning.studies.power import minimum_detectable_difference
-from ibro_lightning.studies.report import figures, measured, sentences
+from ibro_lightning.studies.report import conclusions, figures, measured
 from ibro_lightning.studies.report.blocks import Block, Code, Figures, Items, Notice, Report, Section, Table, Text
 from ibro_lightning.studies.report.wording import listed, number, p_value, plural, title_of, unit_of
 from ibro_lightning.studies.results import FAILED, FINISHED, STUDY, Results
@@ -45,16 +45,16 @@ def _reading(level: float) -> str:
 
 def _lead(results: Results, compared: Sequence[Comparison]) -> list[Block]:
     metric, study = results.study.plan.metric, results.study
-    progress, *warnings = sentences.of_progress(results)
+    progress, *warnings = conclusions.of_progress(results)
     blocks: list[Block] = [Text([progress]), *(Notice(warning) for warning in warnings)]
     if not results.planned:
         blocks.append(Notice("These runs follow no plan: all that is below is exploratory."))
-    if results.finished and (unequal := sentences.of_unequal_ends(results, metric)):
+    if results.finished and (unequal := conclusions.of_unequal_ends(results, metric)):
         blocks.append(Notice(unequal[0]))
-    blocks += [Notice(text) for text in sentences.of_base_policies(results)]
+    blocks += [Notice(text) for text in conclusions.of_base_policies(results)]
     unit = unit_of(metric)
-    shown = [" ".join(sentences.of_comparison(one, study, unit, len(compared))) for one in compared]
-    shown += [sentences.of_matched(matched, study, unit_of("avg@1")) for matched in analysis.matched_entropy(results)]
+    shown = [" ".join(conclusions.of_comparison(one, study, unit, len(compared))) for one in compared]
+    shown += [conclusions.of_matched(matched, study, unit_of("avg@1")) for matched in analysis.matched_entropy(results)]
     if shown:
         blocks += [Text([f"What the numbers show ({title_of(metric)}, last evaluation):"]), Items(shown)]
     return blocks
@@ -69,9 +69,9 @@ def _discussion(results: Results) -> Section:
 
 def _plan(results: Results, history: History, compared: Sequence[Comparison]) -> Section:
     plan = results.study.plan
-    said = history.sentences()
-    others = [sentence for sentence in said if not sentence.startswith(WARNING)]
-    warnings = [_capital(sentence.removeprefix(WARNING)) for sentence in said if sentence.startswith(WARNING)]
+    sentences = history.sentences()
+    others = [sentence for sentence in sentences if not sentence.startswith(WARNING)]
+    warnings = [_capital(sentence.removeprefix(WARNING)) for sentence in sentences if sentence.startswith(WARNING)]
     blocks: list[Block] = [
         Text([" ".join(others)] * bool(others)),
         *(Notice(text) for text in warnings),
@@ -166,7 +166,7 @@ def _failures(results: Results) -> list[Section]:
 
 
 def _repeat(results: Results, history: History) -> Section:
-    facts = [f"Seeds: {listed(results.seeds)}.", *sentences.of_hours(results), *sentences.of_code(results)]
+    facts = [f"Seeds: {listed(results.seeds)}.", *conclusions.of_hours(results), *conclusions.of_code(results)]
     blocks: list[Block] = [Text(facts)]
     if results.planned:
         file = history.path or f"studies/{results.study.name}.yaml"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ibro_lightning.rewards.mathematics.answers.arrays import table, vector
+from ibro_lightning.rewards.mathematics.answers.assignments import points
 from ibro_lightning.rewards.mathematics.answers.names import (
     named,
     named_value,
@@ -29,7 +30,6 @@ from ibro_lightning.rewards.mathematics.answers.rationals import Uncertain
 from ibro_lightning.rewards.mathematics.answers.relations import as_interval, ascending, is_relation
 from ibro_lightning.rewards.mathematics.answers.rules import Judgement, Rules, no, weakest, yes
 from ibro_lightning.rewards.mathematics.answers.same_terms import same_relations, same_terms
-from ibro_lightning.rewards.mathematics.answers.sampling import points
 from ibro_lightning.rewards.mathematics.answers.subsets import conditions, is_subset, same_subset, symbols_of_subset
 from ibro_lightning.rewards.mathematics.answers.texts import as_written, same_words
 from ibro_lightning.rewards.mathematics.answers.times import may_be_time, same_times

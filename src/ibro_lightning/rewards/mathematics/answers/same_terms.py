@@ -7,11 +7,11 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
+from ibro_lightning.rewards.mathematics.answers.assignments import points
 from ibro_lightning.rewards.mathematics.answers.decimals import half_unit, shown
 from ibro_lightning.rewards.mathematics.answers.node import Node, calls, is_term, symbols
 from ibro_lightning.rewards.mathematics.answers.rationals import Uncertain, exact, exact_at, is_rational_expression
 from ibro_lightning.rewards.mathematics.answers.rules import Judgement, Rules, no, yes
-from ibro_lightning.rewards.mathematics.answers.sampling import points
 from ibro_lightning.rewards.mathematics.answers.values import (
     DIGITS,
     Evaluation,

@@ -1,5 +1,5 @@
 """Every name that a command writes in a run's folder. Anything not listed here is not ours, and is never replaced,
-moved or removed. ``docs/files.md`` is generated from it: ``python -m ibro_lightning.runs.contents``.
+moved or removed. ``docs/files.md`` is generated from it: ``python -m ibro_lightning.runs.run_files``.
 """
 
 from __future__ import annotations

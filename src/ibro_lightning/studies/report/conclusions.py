@@ -23,19 +23,19 @@ def of_comparison(comparison: Comparison, study: ReportedStudy, unit: Unit, comp
     direction = "above" if difference > 0 else "below"
     distance = "exactly at" if difference == 0 else f"{unit.size(abs(difference))} {direction}"
     on_seeds = f"mean over {plural(count, 'seed')}, higher on {paired.better} and lower on {paired.worse} of them"
-    said = [f"{other} ended {distance} {reference} ({on_seeds})."]
+    sentences = [f"{other} ended {distance} {reference} ({on_seeds})."]
     if comparison.missing:
         names = f"{'Seeds' if len(comparison.missing) > 1 else 'Seed'} {listed(comparison.missing)}"
-        said.append(f"{names} {'have' if len(comparison.missing) > 1 else 'has'} no result in one of the two.")
+        sentences.append(f"{names} {'have' if len(comparison.missing) > 1 else 'has'} no result in one of the two.")
     if count < 2:
-        return [*said, "One pair says nothing about other seeds."]
+        return [*sentences, "One pair says nothing about other seeds."]
     share = f"{100 * (1 - level):g} %"
     corrected = f", {p_value(comparison.p_corrected)} after Holm's correction for {comparisons} comparisons"
-    said.append(
+    sentences.append(
         f"The {share} interval of the difference is {unit.range(paired.difference, '+')}{unit.of_difference}; the "
         f"sign-flip test gives p = {p_value(paired.p_value)}{corrected * (comparisons > 1)}."
     )
-    return [*said, *_verdict(comparison, study, unit, comparisons)]
+    return [*sentences, *_verdict(comparison, study, unit, comparisons)]
 
 
 def _verdict(comparison: Comparison, study: ReportedStudy, unit: Unit, comparisons: int) -> list[str]:
@@ -45,21 +45,21 @@ def _verdict(comparison: Comparison, study: ReportedStudy, unit: Unit, compariso
     found = f"With this spread and number of seeds, 80 % of studies would find a difference of {size} or more."
     if comparison.p_corrected <= level:
         return [f"At the level {level:g} the two arms differ.", *_relevance(comparison, study, unit), found]
-    said = []
+    sentences = []
     if smallest_p_value(count) > level / comparisons:
         needed = pairs_needed(level, comparisons)
-        said.append(
+        sentences.append(
             f"With {plural(count, 'pair')} a sign-flip test cannot give less than "
             f"{p_value(smallest_p_value(count))}: no difference, however large, could have been significant here, "
             f"which takes {needed} pairs."
         )
         found = f"A t-test would find a difference of {size} or more in 80 % of studies with this spread."
     if not paired.difference.contains(0.0):
-        said.append(
+        sentences.append(
             "The interval, which is of this difference alone, is on one side of 0: that is a hint, not a finding."
         )
-    said.append("The test finds no difference, which does not show that there is none.")
-    return [*said, *_relevance(comparison, study, unit), found]
+    sentences.append("The test finds no difference, which does not show that there is none.")
+    return [*sentences, *_relevance(comparison, study, unit), found]
 
 
 def _relevance(comparison: Comparison, study: ReportedStudy, unit: Unit) -> list[str]:
@@ -102,9 +102,9 @@ def of_progress(results: Results) -> list[str]:
     others = planned - finished - len(failed)
     if finished == planned:
         return [f"All {plural(planned, 'trial')} have finished." if planned > 1 else "The one trial has finished."]
-    said = [f"{finished} of {plural(planned, 'trial')} have finished"]
-    said += [f"{len(failed)} failed"] * bool(failed) + [f"{others} have not ended"] * bool(others)
-    text = ", ".join(said) + ": numbers below are of finished trials only."
+    counts = [f"{finished} of {plural(planned, 'trial')} have finished"]
+    counts += [f"{len(failed)} failed"] * bool(failed) + [f"{others} have not ended"] * bool(others)
+    text = ", ".join(counts) + ": numbers below are of finished trials only."
     warnings = []
     if others and any(trial.state == FINISHED for trial in results.trials):
         warnings.append("The study is not complete: what it shows may change, and looking early is not in the plan.")

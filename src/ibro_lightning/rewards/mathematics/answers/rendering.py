@@ -15,7 +15,7 @@ _NAMES = {"pi": "π", "inf": "∞"}
 def printed(node: Node) -> str:
     """One line for an answer, every product and bracket explicit.
 
-    >>> from ibro_lightning.rewards.mathematics.answers.parser import read
+    >>> from ibro_lightning.rewards.mathematics.answers.grammar import read
     >>> printed(read(r"2\\frac34")), printed(read("7(3)")), printed(read("x<2 or x>3")), printed(read("5 km/h"))
     ('2 + 3/4', '7·3', 'x < 2 or x > 3', '5 (5/18 m s^-1)')
     """

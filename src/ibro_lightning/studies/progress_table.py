@@ -11,8 +11,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from ibro_lightning.studies.job import Outcome, log_file
-from ibro_lightning.studies.spec import Study, Trial
 from ibro_lightning.studies.store import ResultsStore
+from ibro_lightning.studies.study_file import Study, Trial
 
 ON_A_TERMINAL_S = 5.0
 IN_A_FILE_S = 300.0
