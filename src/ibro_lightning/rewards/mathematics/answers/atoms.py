@@ -22,7 +22,11 @@ from ibro_lightning.rewards.mathematics.answers.vocabulary import (
 
 
 class AtomParser(Cursor, ABC):
-    """Recursive descent; each method reads one level of the grammar."""
+    """Recursive descent; each method reads one level of the grammar.
+
+    One grammar in several files: its levels call one another in both directions, so each file is a class on top of the
+    one below it, from here to :mod:`.grammar`, and names here what it calls of those above.
+    """
 
     bars = 0
     """How many absolute values are open, in which a bar closes the innermost one."""
