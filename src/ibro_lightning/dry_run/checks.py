@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from ibro_lightning.batches.sequences import FlatSequences
 from ibro_lightning.datamodules import RolloutDataModule, SFTDataModule
 from ibro_lightning.datamodules.evaluation import EvaluationDataModule
+from ibro_lightning.regularizers import EntropyRegularizer
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
 from ibro_lightning.rewards import Reward, judge_all
 from ibro_lightning.types import Completion, Prompt, SamplingParams
@@ -125,8 +126,8 @@ def _completion(text: str, sampling: SamplingParams, tokenizer: Any) -> Completi
 
 def _check_templates(checked: Checked, module: Any, sampling: SamplingParams, positions: int | None) -> None:
     """Report on the prompts that show the answer, if the regulariser builds any."""
-    regularizer = getattr(module, "regularizer", None)
-    for template in vars(regularizer).values() if regularizer is not None else ():
+    methods: Iterable[EntropyRegularizer] = getattr(getattr(module, "regularizer", None), "combined", ())
+    for template in (value for method in methods for value in vars(method).values()):
         if not isinstance(template, HindsightTemplate):
             continue
         response = [module.tokenizer.eos_token_id] * sampling.max_tokens
