@@ -43,7 +43,7 @@ class InformationBottleneck(EntropyRegularizer):
 
     method = Method(
         formula="−α·agg(A·H); `part: centred` (A − Ā)·H, the covariance alone; `uniform` Ā·H, the rest; "
-        "`reversed` (A − 2Ā)·H",
+        "`reversed` (A − 2Ā)·H; `noise` on the A of this term",
         source="arXiv 2507.18391; the parts are ours",
         certainty="paper",
         recipe="regularizer: {class_path: InformationBottleneck, init_args: {coef: 0.005, part: raw}}",
