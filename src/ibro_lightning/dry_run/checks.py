@@ -127,18 +127,19 @@ def _completion(text: str, sampling: SamplingParams, tokenizer: Any) -> Completi
 def _check_templates(checked: Checked, module: Any, sampling: SamplingParams, positions: int | None) -> None:
     """Report on the prompts that show the answer, if the regulariser builds any."""
     methods: Iterable[EntropyRegularizer] = getattr(getattr(module, "regularizer", None), "combined", ())
-    for template in (value for method in methods for value in vars(method).values()):
-        if not isinstance(template, HindsightTemplate):
-            continue
-        response = [module.tokenizer.eos_token_id] * sampling.max_tokens
-        prompt_ids = [list(prompt.token_ids) for prompt in checked.prompts]
-        responses = FlatSequences.collate(prompt_ids, [response] * len(prompt_ids))
-        shown = template.sequences(checked.prompts, responses, module.tokenizer, positions)
-        first = shown.prompts[: int(shown.prompt_lengths[0])].tolist()
-        checked.lines += [
-            f"model.regularizer: prompts with the answer take up to {int(shown.prompt_lengths.max())} tokens",
-            f"  first one: {_quoted(module.tokenizer.decode(first))}",
-        ]
+    for method in methods:  # a local variable, by which an error's path is found
+        for template in vars(method).values():
+            if not isinstance(template, HindsightTemplate):
+                continue
+            response = [module.tokenizer.eos_token_id] * sampling.max_tokens
+            prompt_ids = [list(prompt.token_ids) for prompt in checked.prompts]
+            responses = FlatSequences.collate(prompt_ids, [response] * len(prompt_ids))
+            shown = template.sequences(checked.prompts, responses, module.tokenizer, positions)
+            first = shown.prompts[: int(shown.prompt_lengths[0])].tolist()
+            checked.lines += [
+                f"model.regularizer: prompts with the answer take up to {int(shown.prompt_lengths.max())} tokens",
+                f"  first one: {_quoted(module.tokenizer.decode(first))}",
+            ]
 
 
 def _check_demonstrations(checked: Checked, module: Any, data: SFTDataModule) -> None:
