@@ -34,7 +34,7 @@ def step_of(advantages: Sequence[Sequence[float]], iteration: int = 1, **others:
     tokens = torch.tensor([a for row in advantages for a in row], dtype=torch.float64)
     settings = {"mask": torch.ones(len(tokens), dtype=torch.bool), "groups": torch.tensor([row // 2 for row in rows])}
     return Experience(
-        sequences=FlatSequences.collate([[1]] * len(rows), [[row + 3, *[1] * (lengths[row] - 1)] for row in rows]),
+        sequences=FlatSequences.collate([[1]] * len(rows), [[row + 3, *[1] * 9][: lengths[row]] for row in rows]),
         old_logp=None,
         old_entropy=None,
         advantages=tokens,
@@ -111,6 +111,13 @@ def test_without_a_spread_of_advantages_there_is_no_noise() -> None:
     assert not noise_of(step_of([[0.5, 0.5], [0.5]])).any()
     nothing = step_of([[1.0, 2.0], [0.0]])
     assert not noise_of(replace(nothing, mask=torch.zeros_like(nothing.mask))).any()
+
+
+def test_responses_without_tokens_have_none() -> None:
+    assert noise_of(step_of([[], []])).shape == (0,)
+    some = step_of([[], [1.0], [-1.0, -1.0]])
+    assert (noise_of(some) != 0).all()
+    assert not with_noise(some, 0.5, ALONE).advantages.isnan().any()
 
 
 # Where it comes from.

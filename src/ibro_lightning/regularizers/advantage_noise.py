@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience
+from ibro_lightning.batches.ragged import row_wise
 from ibro_lightning.batches.response_seeds import response_seeds
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.seeding import counter_normals
@@ -28,19 +29,21 @@ def advantage_noise(step: Experience, noise: float, ranks: Ranks, purpose: str) 
         noise: standard deviations, 0 or more.
         purpose: another one has other draws.
     """
-    mask, lengths = step.mask, step.lengths
-    advantages = torch.where(mask, step.advantages, 0.0).double()  # [N]
-    spread = ranks.mean((advantages - ranks.mean(advantages, mask)).square(), mask).sqrt()
-    row = step.per_token(torch.arange(len(step), device=mask.device))  # [N]
-    highest, lowest = (
-        advantages.new_full((len(step),), start).scatter_reduce_(0, row[mask], advantages[mask], reduce=reduce)
-        for start, reduce in ((-torch.inf, "amax"), (torch.inf, "amin"))
-    )  # [B] each
-    position = torch.arange(len(mask), device=mask.device) - step.per_token(lengths.cumsum(0) - lengths)  # [N]
-    counter = position.masked_fill(step.per_token(highest <= lowest), 0)  # [N]
-    seeds = response_seeds(step, "advantage noise", purpose).repeat_interleave(lengths.cpu())  # [N]
-    draws = counter_normals(seeds, counter.cpu()).to(mask.device)  # on the CPU: the same on every device
-    return torch.where(mask, noise * spread * draws, 0.0).to(step.advantages.dtype)
+    spread = ranks.mean((step.advantages - ranks.mean(step.advantages, step.mask)).square_(), step.mask).sqrt()
+    seeds = response_seeds(step, "advantage noise", purpose)  # [B]
+
+    def draws(rows: Tensor, _: Tensor, advantages: Tensor, valid: Tensor) -> Tensor:  # of some rows, [b, t]
+        if not valid.numel():  # responses that a deadline left empty
+            return advantages
+        lowest = advantages.masked_fill(~valid, torch.inf).amin(dim=1, keepdim=True)  # [b, 1]
+        highest = advantages.masked_fill(~valid, -torch.inf).amax(dim=1, keepdim=True)
+        one_number = (highest <= lowest).cpu()
+        position = torch.arange(valid.shape[1]).expand(valid.shape).masked_fill(one_number, 0)
+        normal = counter_normals(seeds[rows.cpu()][:, None], position)  # on the CPU: the same on every device
+        return torch.where(valid, noise * spread * normal.to(valid.device), 0.0).to(advantages.dtype)
+
+    # Some rows at a time, since it computes in float64.
+    return row_wise(draws, step.lengths, step.advantages, step.mask)[0]
 
 
 def with_noise(step: Experience, noise: float, ranks: Ranks) -> Experience:
