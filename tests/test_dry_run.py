@@ -138,6 +138,13 @@ def test_a_large_model_on_16_gpus_needs_neither_weights_nor_gpus(
         (["--data.group_size", "1"], "data.group_size"),
         (["--data.prompt_limits.max_tokens", "1"], "data.prompt_limits.max_tokens"),
         (["--model.regularizer", "IBRO", "--model.regularizer.template", "{prompt} zzz {answer}"], "regularizer"),
+        (
+            [
+                *("--model.regularizer", "MarginalEntropy", "--model.regularizer.base", "IBRO"),
+                *("--model.regularizer.base.template", "{prompt} zzz {answer}"),
+            ],
+            "model.regularizer.base.template",
+        ),
         (["--trainer.gradient_clip_val", "1"], "trainer.gradient_clip_val"),
         (["--trainer.precision", "16-mixed"], "trainer.precision"),
         (["--estimate.gib", "0"], "estimate.gib"),

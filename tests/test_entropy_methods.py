@@ -41,6 +41,7 @@ from ibro_lightning.regularizers import (
     HindsightTemplate,
     InformationBottleneck,
     KLCov,
+    MarginalEntropy,
     NoRegularizer,
     OppositeInformationBottleneck,
     PassRateInformationBottleneck,
@@ -251,6 +252,8 @@ METHODS: dict[str, Callable[[], EntropyRegularizer]] = {
     "ib uniform": lambda: InformationBottleneck(0.5, part="uniform"),
     "ib centred sign": lambda: InformationBottleneck(0.5, part="centred", transform="sign"),
     "ib uniform clip": lambda: InformationBottleneck(0.5, part="uniform", transform="clip", clip=0.6),
+    "ib noise": lambda: InformationBottleneck(0.5, noise=0.8),
+    "ib noise centred clip": lambda: InformationBottleneck(0.5, "centred", "clip", 0.6, 0.8),
     "opposite": lambda: OppositeInformationBottleneck(0.5),
     "opposite centred": lambda: OppositeInformationBottleneck(0.5, part="centred"),
     "ibro weighted": lambda: IBRO(0.8, beta=2.5, template=TEMPLATE),
@@ -273,6 +276,9 @@ METHODS: dict[str, Callable[[], EntropyRegularizer]] = {
     "positive weight": lambda: PositiveAdvantageWeight(0.3),
     "entropic": lambda: EntroPIC(0.6, 1.7),
     "entropy ratio": lambda: EntropyRatioClip(low=0.2, high=0.1),
+    "marginal": lambda: MarginalEntropy(0.05),
+    "marginal lower": lambda: MarginalEntropy(0.05, "lower", base=EntropyBonus(0.3)),
+    "marginal of three": lambda: MarginalEntropy(0.05, prompts=3, base=InformationBottleneck(0.5, part="centred")),
 }
 MEASURED = {
     **{name: "ib_mean_weight" for name in METHODS if name.startswith(("ib ", "opposite"))},
@@ -287,6 +293,10 @@ MEASURED = {
     "siren": "siren_pull siren_entropy",
     **{name: "ib_weight" for name in METHODS if name.endswith("prompts")},
     "by position": "ib_weight",
+    **{name: "ib_noise ib_mean_weight" for name in METHODS if name.startswith("ib noise")},
+    "marginal": "marginal_pull",
+    "marginal lower": "marginal_pull",
+    "marginal of three": "ib_mean_weight marginal_pull",
 }
 ACTIVE = [name for name in METHODS if name != "none"]
 
@@ -306,6 +316,21 @@ def mean_at_its_position(a: Tensor, step: Experience) -> Tensor:
         there = [a[i] for i, (r, s) in enumerate(token) if s == t and GROUPS[r] == GROUPS[row] and step.mask[i]]
         means.append(sum(there) / max(1, len(there)))
     return torch.tensor(means, dtype=torch.float64)
+
+
+def marginal_term(rows: Sequence[int], step: Experience) -> Tensor:
+    """The term whose gradient is that of H(r), from one response to each of some prompts."""
+    texts = [TEXTS[row] for row in rows]
+    assert len(set(texts)) == len(texts) >= 3
+    scores = [one_by_one([tokens_of(text)] * 8)[0].split(step.lengths.tolist()) for text in texts]  # [j][row]
+    logp = torch.stack([torch.stack([of_prompt[row].sum() for of_prompt in scores]) for row in rows])  # [M, M]
+    surprise = -logp.detach().exp().mean(dim=1).log()
+    old = torch.stack([step.old_logp.split(step.lengths.tolist())[row].sum() for row in rows])
+    term = 0.0
+    for i, own in enumerate(logp.diagonal()):
+        others = sum(surprise[j] for j in range(len(rows)) if j != i) / (len(rows) - 1)
+        term += (own.detach() - old[i]).exp().clamp(max=2) * (surprise[i] - others) * own / len(rows)
+    return term
 
 
 def clipped_loss(step: Experience, logp: Tensor, advantages: Tensor) -> Tensor:
@@ -376,6 +401,11 @@ def formula(name: str, step: Experience) -> Tensor:
         return mean(plain) - 0.5 * mean(scale.repeat_interleave(step.lengths) * a * entropy)
     if name == "by position":
         return mean(plain) - 0.5 * mean((a - mean_at_its_position(a, step)) * entropy)
+    if name.startswith("marginal"):
+        pulled = [row for row, pull in enumerate(step.row_sums(step.extra["marginal_pull"]).tolist()) if pull]
+        term, sign = marginal_term(pulled, step), -1 if name == "marginal lower" else 1
+        objective = {"marginal": 0.0 * entropy, "marginal lower": 0.6 * entropy}.get(name, (a - mean(a)) * entropy)
+        return mean(plain) - 0.5 * mean(objective) - sign * 0.05 * (term - term.detach())
     if name.startswith("distilled"):
         shown = [f"{text}{answer}>{text}" for text, answer in zip(TEXTS, ANSWERS, strict=True)]
         teacher = torch.cat(list(distributions(tokens_of(text) for text in shown))).detach()
@@ -387,6 +417,7 @@ def formula(name: str, step: Experience) -> Tensor:
         kept = round(0.6 * VOCAB)
         objective = likeliest(all_of_them, kept) if name == "aent" else -all_of_them.exp().pow(2).sum(dim=-1).log()
         return mean(plain) - 0.5 * mean(objective)
+    noisy = a + step.extra.get("ib_noise", 0.0)
     objective = {
         "none": lambda: 0.0 * entropy,
         "naive": lambda: entropy,
@@ -395,6 +426,8 @@ def formula(name: str, step: Experience) -> Tensor:
         "ib centred": lambda: (a - mean(a)) * entropy,
         "ib uniform": lambda: mean(a) * entropy,
         "ib centred sign": lambda: (a.sign() - mean(a.sign())) * entropy,
+        "ib noise": lambda: noisy * entropy,
+        "ib noise centred clip": lambda: (noisy.clamp(-0.6, 0.6) - mean(noisy.clamp(-0.6, 0.6))) * entropy,
         "ib uniform clip": lambda: mean(a.clamp(-0.6, 0.6)) * entropy,
         "opposite": lambda: -a * entropy,
         "opposite centred": lambda: (mean(a) - a) * entropy,
@@ -522,10 +555,13 @@ def test_prepared_tensors_are_logged_as_means_over_valid_tokens(name: str, exper
         regularizer = module.policy_loss.regularizer
         raw = isinstance(regularizer, InformationBottleneck) and regularizer.part == "raw"  # a curve, and no tensor
         for own in MEASURED[name].split():
-            measured = regularizer.weight(step.advantages) if raw else step.extra[own]
+            noisy = step.advantages + step.extra.get("ib_noise", 0.0)
+            measured = regularizer.weight(noisy) if raw and own == "ib_mean_weight" else step.extra[own]
             values = measured.double().numpy()
             expected[f"regularizer/{own}"] = values[experience.mask.numpy()].sum() / N
             assert abs(expected[f"regularizer/{own}"]) > 1e-3 or name == "by position"  # whose mean is 0
+    if name.startswith("marginal"):  # tests/test_marginal_entropy.py
+        expected["regularizer/marginal_entropy"] = step.metrics["regularizer/marginal_entropy"]
     assert step.metrics == pytest.approx(expected, rel=1e-6, abs=1e-8)
     assert not any(values.requires_grad for values in step.extra.values())
 

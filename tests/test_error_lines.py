@@ -228,7 +228,7 @@ COMMAND_LINE = {
     "ibro_lightning.regularizers.coefficients.AdaptiveKL",
     "--model.gae_lambda 0.9": "model.gae_lambda: '0.9' - DAPOModule has no such setting: PPOModule has it",
     "--model.regularizer.prompts hard": "model.regularizer.prompts: 'hard' - InformationBottleneck has no such "
-    "setting: PassRateInformationBottleneck has it",
+    "setting: MarginalEntropy or PassRateInformationBottleneck has it",
     "--model.surrogate grpo": "model.surrogate: 'grpo' - write one of ppo, gspo, cispo, gmpo, dppo, sapo, or a "
     "subclass of PolicyLoss, as module.Class",
     "--checkpont.mode min": "checkpont.mode: 'min' - the command line has no such setting: did you mean "

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from helpers.rollouts import make_rollout
 from ibro_lightning.batches import FlatSequences, Rollout
+from ibro_lightning.batches.cross_prompts import Probe, surprise
 from ibro_lightning.batches.ragged import row_sums
 from ibro_lightning.functional import information_plane
 from ibro_lightning.ranks import Ranks
 from ibro_lightning.types import Completion, Group, Prompt, RewardResult
-from ibro_lightning.update.cross_prompts import Probe, surprise
 
 
 def binary_entropy(error: float) -> float:

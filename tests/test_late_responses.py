@@ -49,6 +49,7 @@ from ibro_lightning.regularizers import (
     EntropyBonus,
     EntropyShapedAdvantage,
     InformationBottleneck,
+    MarginalEntropy,
     PassRateInformationBottleneck,
     PositionCentredInformationBottleneck,
 )
@@ -220,6 +221,8 @@ def test_late_and_overlong_responses_are_both_left_out() -> None:
 
 REGULARIZERS = {
     "ib": lambda: InformationBottleneck(0.5),
+    "ib noise": lambda: InformationBottleneck(0.5, noise=0.5),
+    "marginal": lambda: MarginalEntropy(0.5),
     "bonus": lambda: EntropyBonus(0.3),
     "clip-cov": lambda: ClipCov(0.2, -100.0, 100.0),
     "shaped": lambda: EntropyShapedAdvantage(),

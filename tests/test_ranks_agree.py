@@ -141,6 +141,20 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {},
     ),
+    # The same rows by other prompts, before each step.
+    "marginal entropy": (
+        {
+            "regularizer": {
+                "class_path": "MarginalEntropy",
+                "init_args": {
+                    "gamma": 0.1,
+                    "base": {"class_path": "InformationBottleneck", "init_args": {"noise": 0.5}},
+                },
+            },
+            "advantage_noise": 0.5,
+        },
+        {},
+    ),
     # The reference's head, gathered in its own pass, is read in the policy's.
     "exact KL": ({"kl": {"coef": 0.1, "estimator": "exact"}}, {}),
     "SIREN": ({"regularizer": {"class_path": "SIREN", "init_args": {"coef": 5.0, "fraction": 1.0}}}, {}),

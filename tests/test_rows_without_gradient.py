@@ -32,6 +32,7 @@ from ibro_lightning.regularizers import (
     EntropyShapedAdvantage,
     InformationBottleneck,
     KLCov,
+    MarginalEntropy,
     NoRegularizer,
     OppositeInformationBottleneck,
     PassRateInformationBottleneck,
@@ -62,11 +63,14 @@ REGULARIZERS: list[EntropyRegularizer] = [
     PositiveAdvantageWeight(0.5),
     EntroPIC(0.5, 1.5),
     EntropyRatioClip(1e-4, 1e-4),
+    MarginalEntropy(0.0, base=InformationBottleneck(0.5)),
 ]
 OTHERS: list[EntropyRegularizer] = [
     InformationBottleneck(0.5, part="centred"),
     InformationBottleneck(0.5, part="uniform"),
     InformationBottleneck(0.5, part="reversed"),
+    InformationBottleneck(0.5, noise=0.5),
+    MarginalEntropy(0.5),
     OppositeInformationBottleneck(0.5, part="centred"),
     EntropyBonus(0.5),
     KLCov(fraction=0.5),
@@ -77,7 +81,7 @@ OTHERS: list[EntropyRegularizer] = [
 OFF = (
     *(IBRO(0.0), EntropyBonus(0.0), AEnt(0.0), RenyiBonus(0.0), SelfDistillation(0.0), SIREN(0.0, anchor=0.1)),
     *(InformationBottleneck(0.0, part="uniform"), ConditionalEntropyShaping(0.0)),
-    PositionCentredInformationBottleneck(0.0),
+    *(PositionCentredInformationBottleneck(0.0), InformationBottleneck(0.0, noise=0.5)),
 )
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from ibro_lightning.seeding import counter_uniforms, derive_seed, permutation, run_seed
+from ibro_lightning.seeding import counter_normals, counter_uniforms, derive_seed, permutation, run_seed
 
 torch.set_num_threads(1)
 MASK = 2**64 - 1
@@ -156,3 +156,28 @@ class TestPermutation:
         assert torch.equal(torch.get_rng_state(), before)
         torch.manual_seed(2)
         assert permutation(50, 3) == order
+
+
+class TestCounterNormals:
+    def test_a_draw_is_box_and_mullers_of_two_uniform_ones(self) -> None:
+        seeds = torch.tensor([0, 1, -5, 2**62])
+        for counter in (0, 3):
+            one, two = (counter_uniforms(seeds, 2 * counter + n).tolist() for n in (0, 1))
+            expected = [
+                math.sqrt(-2 * math.log(1 - u)) * math.cos(2 * math.pi * v) for u, v in zip(one, two, strict=True)
+            ]
+            assert counter_normals(seeds, counter).tolist() == pytest.approx(expected, rel=1e-12)
+        counters = torch.tensor([4, 0, 2, 9])
+        each = [counter_normals(seeds[n, None], int(counter)).item() for n, counter in enumerate(counters)]
+        assert counter_normals(seeds, counters).tolist() == each
+
+    def test_draws_are_normal_and_those_of_one_seed_independent(self) -> None:
+        seeds = torch.tensor([derive_seed(0, n) for n in range(20_000)])
+        first, second = counter_normals(seeds, 0), counter_normals(seeds, 1)
+        for draws in (first, second):
+            assert abs(draws.mean().item()) < 4 / math.sqrt(20_000)
+            assert draws.square().mean().item() == pytest.approx(1.0, abs=4 * math.sqrt(2 / 20_000))
+            normal = 0.5 * (1 + torch.erf(draws / math.sqrt(2)))
+            assert chi_square(normal.clamp(max=1 - 1e-12), 50) < 100  # 49 ± 10
+        assert abs(correlation(first, second)) < 4 / math.sqrt(20_000)
+        assert abs(correlation(first.square(), second.square())) < 4 / math.sqrt(20_000)

@@ -31,6 +31,7 @@ from ibro_lightning.regularizers import (
     EntropySteps,
     InformationBottleneck,
     KLCov,
+    MarginalEntropy,
     PassRateInformationBottleneck,
     PositionCentredInformationBottleneck,
     PositiveAdvantageWeight,
@@ -104,6 +105,14 @@ MODULES: dict[str, Callable[[], Any]] = {
     "the sampler's log-probs": lambda: dapo(
         regularizer=InformationBottleneck(0.5), update_epochs=2, old_logp="sampler", **SETTINGS
     ),
+    "MarginalEntropy": lambda: dapo(
+        regularizer=MarginalEntropy(0.5, prompts=3, base=InformationBottleneck(0.5, noise=0.5)),
+        aggregation="seq-mean-token-mean",
+        update_epochs=2,
+        **SETTINGS,
+    ),
+    "noise": lambda: dapo(advantage_noise=0.5, update_epochs=2, **SETTINGS),
+    "noise in PPO": lambda: ppo(critic_optimizer=sgd, gae_lambda=0.9, advantage_noise=0.5, **SETTINGS),
     "AEnt": lambda: dapo(regularizer=AEnt(0.5), **SETTINGS),
     "RenyiBonus": lambda: dapo(regularizer=RenyiBonus(0.5), **SETTINGS),
     "SelfDistillation": lambda: dapo(regularizer=with_shown_tokens(SelfDistillation(0.5)), **SETTINGS),
@@ -122,6 +131,8 @@ CASES = [
     *((name, UNEQUAL) for name in ("ClipCov", "KLCov", "IB under sequence means", "AdaptiveKL", "weights that move")),
     *((name, UNEQUAL) for name in ("STEER", "CES", "SIREN", "pass rates", "IB by position")),
     *((name, ONE_HAS_NONE) for name in ("STEER", "SIREN", "IB by position")),
+    *((name, shares) for name in ("MarginalEntropy", "noise in PPO") for shares in (HALVES, UNEQUAL, ONE_HAS_NONE)),
+    *(("noise", shares) for shares in (IN_TURN, SWAPPED)),
     *((name, UNEQUAL) for name in ("AEnt", "RenyiBonus", "SelfDistillation", "IBRO", "EntroPIC")),
     *((name, UNEQUAL) for name in (*LOSSES, *GROUP_RELATIVE)),
     ("mismatched responses", IN_TURN),

@@ -30,6 +30,12 @@ METHODS: dict[str, tuple[str, str, list[str], str]] = {
     "ib clip": ("InformationBottleneck", "coef: 0.5, transform: clip, clip: 0.3", ["regularizer/ib_mean_weight"], "ib"),
     "ib centred": ("InformationBottleneck", "coef: 0.5, part: centred", ["regularizer/ib_mean_weight"], "ib"),
     "ib uniform": ("InformationBottleneck", "coef: 2.0, part: uniform", ["regularizer/ib_mean_weight"], "naive"),
+    "ib noise": (
+        "InformationBottleneck",
+        "coef: 0.5, noise: 2.0",
+        ["regularizer/ib_mean_weight", "regularizer/ib_noise"],
+        "ib",
+    ),
     "opposite": ("OppositeInformationBottleneck", "coef: 0.5", ["regularizer/ib_mean_weight"], "ib"),
     "ibro weighted": (
         "IBRO",
@@ -88,6 +94,18 @@ METHODS: dict[str, tuple[str, str, list[str], str]] = {
         "EntropyRatioClip",
         "low: 1.0e-3, high: 1.0e-3",
         ["regularizer/entropy_ratio_clipped"],
+        "none",
+    ),
+    "marginal": (
+        "MarginalEntropy",
+        "gamma: 0.5, base: {class_path: InformationBottleneck, init_args: {coef: 0.5}}",
+        [f"regularizer/{name}" for name in ("ib_mean_weight", "marginal_pull", "marginal_entropy")],
+        "ib",
+    ),
+    "marginal lower": (
+        "MarginalEntropy",
+        "gamma: 0.5, direction: lower",
+        ["regularizer/marginal_pull", "regularizer/marginal_entropy"],
         "none",
     ),
 }
@@ -162,7 +180,10 @@ def run_of(workspace: Path, finished: dict[tuple[str, str], Run]) -> Callable[[s
     return run
 
 
-VARIANTS = {"ib sign", "ib clip", "ib uniform", "ibro two-term", "mixed prompts", "distilled forward"}
+VARIANTS = {
+    *("ib sign", "ib clip", "ib noise", "ib uniform", "ibro two-term", "mixed prompts", "distilled forward"),
+    "marginal lower",
+}
 """Options of a class that another row has."""
 WITH_PPO = {"none", "ib", "clip-cov", "shaped", "entropic", "by position"}
 """A method of each kind: of terms, masks, advantages and weights."""
@@ -224,6 +245,7 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "quantile": ("--model.advantage QuantileAdvantage --model.advantage.quantile 0.6", []),
     "maxrl": ("--model.advantage maxrl", []),
     "asym_grpo": ("--model.advantage asym_grpo", []),
+    "noise": ("--model.advantage_noise 0.5", []),
 }
 
 
@@ -234,7 +256,7 @@ def test_two_iterations_of_each_surrogate_clip_and_advantage(
 ) -> None:
     """Finite curves, its own among them, and weights of its own, from the same first rollout."""
     arguments, own = OPTIONS[name]
-    if module == "PPOModule" and "advantage" in arguments:
+    if module == "PPOModule" and "advantage " in arguments:
         pytest.skip("its advantages are the critic's")
     plain, plain_curves = run_of("none", module)
     weights, curves = fit(workspace, module, "none", *arguments.split())

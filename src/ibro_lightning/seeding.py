@@ -8,6 +8,7 @@ hash is SplitMix64 (Steele, Lea & Flood, *Fast Splittable Pseudorandom Number Ge
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,17 @@ def counter_uniforms(seeds: Tensor, counter: int | Tensor) -> Tensor:
     z = (z ^ _logical_shift_right(z, 27)) * _MIX_2
     z = z ^ _logical_shift_right(z, 31)
     return _logical_shift_right(z, 12).double() * 2.0**-52
+
+
+def counter_normals(seeds: Tensor, counter: int | Tensor) -> Tensor:
+    """One draw from the standard normal distribution per seed, by Box and Muller's transform of the uniform draws
+    ``2·counter`` and ``2·counter + 1`` (:func:`counter_uniforms`).
+
+    Returns:
+        ``[B]`` float64.
+    """
+    radius = (-2.0 * (1.0 - counter_uniforms(seeds, 2 * counter)).log()).sqrt()
+    return radius * (2.0 * math.pi * counter_uniforms(seeds, 2 * counter + 1)).cos()
 
 
 def permutation(size: int, seed: int) -> list[int]:

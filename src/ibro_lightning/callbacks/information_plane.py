@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from ibro_lightning.batches import Rollout
+from ibro_lightning.batches.cross_prompts import Probe, surprise
 from ibro_lightning.batches.experience import Experience
 from ibro_lightning.callbacks.needs import RolloutModule, warn_unless
 from ibro_lightning.errors import ConfigError, check_count
@@ -20,7 +21,6 @@ from ibro_lightning.ranks import Ranks
 from ibro_lightning.regularizers import IBRO
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
 from ibro_lightning.seeding import derive_seed, run_seed
-from ibro_lightning.update.cross_prompts import Probe, surprise
 from ibro_lightning.update.gradient_share import regularizer_share
 from ibro_lightning.update.token_statistics import answer_parts, ending_parts, entropy_parts, some_groups
 
@@ -118,8 +118,8 @@ class InformationPlane(pl.Callback):
         context = replace(module.context(), seed=derive_seed(run_seed(), "information", rollout.iteration))
         _, entropy = context.score(step.sequences, step.temperature)  # [n]
         measured = entropy_parts(step, entropy, ranks)
-        regularizer = module.policy_loss.regularizer
-        hindsight = self.hindsight or (regularizer.hindsight if isinstance(regularizer, IBRO) else None)
+        of_ibro = (method.hindsight for method in module.policy_loss.regularizer.combined if isinstance(method, IBRO))
+        hindsight = self.hindsight or next(of_ibro, None)
         if hindsight is not None:
             measured |= answer_parts(step, entropy, hindsight, context)
         if self.gradient_share:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from ibro_lightning.batches.sequences import FlatSequences
 from ibro_lightning.datamodules import RolloutDataModule, SFTDataModule
 from ibro_lightning.datamodules.evaluation import EvaluationDataModule
+from ibro_lightning.regularizers import EntropyRegularizer
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
 from ibro_lightning.rewards import Reward, judge_all
 from ibro_lightning.types import Completion, Prompt, SamplingParams
@@ -125,19 +126,20 @@ def _completion(text: str, sampling: SamplingParams, tokenizer: Any) -> Completi
 
 def _check_templates(checked: Checked, module: Any, sampling: SamplingParams, positions: int | None) -> None:
     """Report on the prompts that show the answer, if the regulariser builds any."""
-    regularizer = getattr(module, "regularizer", None)
-    for template in vars(regularizer).values() if regularizer is not None else ():
-        if not isinstance(template, HindsightTemplate):
-            continue
-        response = [module.tokenizer.eos_token_id] * sampling.max_tokens
-        prompt_ids = [list(prompt.token_ids) for prompt in checked.prompts]
-        responses = FlatSequences.collate(prompt_ids, [response] * len(prompt_ids))
-        shown = template.sequences(checked.prompts, responses, module.tokenizer, positions)
-        first = shown.prompts[: int(shown.prompt_lengths[0])].tolist()
-        checked.lines += [
-            f"model.regularizer: prompts with the answer take up to {int(shown.prompt_lengths.max())} tokens",
-            f"  first one: {_quoted(module.tokenizer.decode(first))}",
-        ]
+    methods: Iterable[EntropyRegularizer] = getattr(getattr(module, "regularizer", None), "combined", ())
+    for method in methods:  # a local variable, by which an error's path is found
+        for template in vars(method).values():
+            if not isinstance(template, HindsightTemplate):
+                continue
+            response = [module.tokenizer.eos_token_id] * sampling.max_tokens
+            prompt_ids = [list(prompt.token_ids) for prompt in checked.prompts]
+            responses = FlatSequences.collate(prompt_ids, [response] * len(prompt_ids))
+            shown = template.sequences(checked.prompts, responses, module.tokenizer, positions)
+            first = shown.prompts[: int(shown.prompt_lengths[0])].tolist()
+            checked.lines += [
+                f"model.regularizer: prompts with the answer take up to {int(shown.prompt_lengths.max())} tokens",
+                f"  first one: {_quoted(module.tokenizer.decode(first))}",
+            ]
 
 
 def _check_demonstrations(checked: Checked, module: Any, data: SFTDataModule) -> None:

@@ -24,10 +24,12 @@ from ibro_lightning.batches import Rollout
 from ibro_lightning.batches.experience import Experience
 from ibro_lightning.batches.ragged import row_wise
 from ibro_lightning.callbacks.needs import watched
+from ibro_lightning.errors import check_at_least
 from ibro_lightning.functional import AggregationMode, reward_to_go
 from ibro_lightning.models import PolicyLike, PolicyOptions
 from ibro_lightning.modules.policy_module import PolicyModule
 from ibro_lightning.regularizers import EntropyRegularizer
+from ibro_lightning.regularizers.advantage_noise import with_noise
 from ibro_lightning.regularizers.coefficients import Coefficient
 from ibro_lightning.timing import PhaseTimer
 from ibro_lightning.update.advantages import AdvantageEstimator, GroupAdvantage, group_advantage
@@ -54,6 +56,8 @@ class DAPOModule(PolicyModule):
             of your own; ``reinforce++``: reward to go, whitened over the rollout, which needs no groups. Where
             accuracy does not differ, ``grpo``, ``quantile`` and ``reinforce++`` do not scale other parts of the reward
             up to the size of right and wrong (``docs/rewards.md``).
+        advantage_noise: normal noise on the advantages, in standard deviations of the rollout's own, for the policy's
+            loss and the regulariser alike (:mod:`.advantage_noise`); one draw per response.
     """
 
     policy_loss: PolicyLoss
@@ -66,6 +70,7 @@ class DAPOModule(PolicyModule):
         policy: PolicyLike,
         *,
         advantage: GroupAdvantage | AdvantageEstimator = "grpo",
+        advantage_noise: float = 0.0,
         regularizer: EntropyRegularizer | None = None,
         surrogate: Surrogate | type[PolicyLoss] = "ppo",
         clip_ratio_low: Coefficient | float = 0.2,
@@ -96,7 +101,9 @@ class DAPOModule(PolicyModule):
             lr_scheduler=lr_scheduler,
             policy_options=policy_options,
         )
+        check_at_least("advantage_noise", advantage_noise, 0)
         self.advantage, self.group_advantage = advantage, group_advantage(advantage)
+        self.advantage_noise = advantage_noise
         if self.group_advantage is None:  # REINFORCE++
             self.min_group_size = 1
         self.policy_loss = loss_class(surrogate)(
@@ -153,7 +160,8 @@ class DAPOModule(PolicyModule):
         """Compute what stays fixed during the update, without gradients."""
         first_step = None if self.scores_first(rollout) else self.updater.first_step(rollout)
         experience = self.scorer(rollout, first_step=first_step)
-        return replace(experience, advantages=self.advantages(experience))
+        experience = replace(experience, advantages=self.advantages(experience))
+        return with_noise(experience, self.advantage_noise, self.ranks)
 
     def scores_first(self, rollout: Rollout) -> bool:
         """Whether all old log-probs are computed before the update.

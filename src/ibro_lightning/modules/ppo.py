@@ -43,6 +43,7 @@ from ibro_lightning.models import (
 from ibro_lightning.models.pretrained import local_folders
 from ibro_lightning.modules.policy_module import PolicyModule
 from ibro_lightning.regularizers import EntropyRegularizer
+from ibro_lightning.regularizers.advantage_noise import with_noise
 from ibro_lightning.regularizers.coefficients import Coefficient
 from ibro_lightning.timing import PhaseTimer
 from ibro_lightning.update.correction import SamplerCorrection
@@ -77,6 +78,8 @@ class PPOModule(PolicyModule):
         whiten_advantages: mean 0 and variance 1 over the rollout's tokens that take part in the loss; less variance
             where all of the rollout is right or wrong (``docs/rewards.md``). Generalised advantages span
             the whole response: a token sampled without a finite log-prob stays in them, but out of both losses.
+        advantage_noise: normal noise on the advantages, in standard deviations of the rollout's own, for the policy's
+            loss and the regulariser alike (:mod:`.advantage_noise`); one draw per token. Returns have none.
         bootstrap_truncated: continue a response cut at the length limit with the critic's value instead of 0.
         critic_warmup_iterations: the first iterations, in which only the critic learns.
     """
@@ -99,6 +102,7 @@ class PPOModule(PolicyModule):
         length_adaptive_alpha: float | None = None,
         value_clip: float | None = 0.5,
         whiten_advantages: bool = True,
+        advantage_noise: float = 0.0,
         bootstrap_truncated: bool = False,
         critic_warmup_iterations: int = 0,
         regularizer: EntropyRegularizer | None = None,
@@ -139,6 +143,7 @@ class PPOModule(PolicyModule):
             if bound is not None and not (is_number(bound) and bound > 0):
                 raise ConfigError(name, bound, "write a positive number, or null to switch it off")
         check_count("critic_warmup_iterations", critic_warmup_iterations, 0)
+        check_at_least("advantage_noise", advantage_noise, 0)
         check_at_least("critic_learning_rate", critic_learning_rate, 0)
         check_optimizer(critic_optimizer, "critic_optimizer")
         self.critic_source = self.policy_source
@@ -149,7 +154,7 @@ class PPOModule(PolicyModule):
         self.gamma, self.gae_lambda, self.critic_gae_lambda = gamma, gae_lambda, critic_lambda
         self.length_adaptive_alpha = length_adaptive_alpha
         self.whiten_advantages, self.bootstrap_truncated = whiten_advantages, bootstrap_truncated
-        self.critic_warmup_iterations = critic_warmup_iterations
+        self.critic_warmup_iterations, self.advantage_noise = critic_warmup_iterations, advantage_noise
         self.critic: Critic
         self.value_loss = ValueLoss(self.loop, value_clip)
         self.policy_loss = loss_class(surrogate)(
@@ -238,7 +243,8 @@ class PPOModule(PolicyModule):
         advantages, returns = row_wise(estimate, experience.lengths, experience.token_rewards, values)  # [N] each
         if self.whiten_advantages:
             advantages = whiten(advantages, experience, self.ranks)
-        return replace(experience, advantages=advantages).with_extra(values=values, returns=returns)
+        experience = replace(experience, advantages=advantages).with_extra(values=values, returns=returns)
+        return with_noise(experience, self.advantage_noise, self.ranks)
 
     def scores_first(self, rollout: Rollout) -> bool:
         """Whether all old log-probs are computed before the update: as in :class:`DAPOModule`, and while the critic

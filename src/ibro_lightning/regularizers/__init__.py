@@ -18,6 +18,7 @@ from ibro_lightning.regularizers.information_bottleneck import (
     InformationBottleneck,
     OppositeInformationBottleneck,
 )
+from ibro_lightning.regularizers.marginal_entropy import MarginalEntropy
 from ibro_lightning.regularizers.none import NoRegularizer
 from ibro_lightning.regularizers.sample_weights import EntroPIC, PositiveAdvantageWeight
 from ibro_lightning.regularizers.self_distillation import SelfDistillation
@@ -44,6 +45,7 @@ __all__ = [
     "HindsightTemplate",
     "InformationBottleneck",
     "KLCov",
+    "MarginalEntropy",
     "NoRegularizer",
     "OppositeInformationBottleneck",
     "PassRateInformationBottleneck",

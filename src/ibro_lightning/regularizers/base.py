@@ -105,6 +105,11 @@ class EntropyRegularizer(ABC):
         return self.coefficient.value
 
     @property
+    def combined(self) -> tuple[EntropyRegularizer, ...]:
+        """The methods that act: this one, and before it in a step, one that it holds."""
+        return (self,)
+
+    @property
     def coefficients(self) -> Mapping[str, TrackedNumber]:
         """All numbers of the method that may move, by name: α is ``coef``, and a method with further weights adds them.
         They count the iterations, observe the policy's entropy before every update, are part of the checkpoint, and are

@@ -9,8 +9,9 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from ibro_lightning.batches.experience import Experience, TokenStats
-from ibro_lightning.errors import ConfigError, is_number
+from ibro_lightning.errors import ConfigError, check_at_least, is_number
 from ibro_lightning.functional.regularization import Part, part_of
+from ibro_lightning.regularizers.advantage_noise import advantage_noise
 from ibro_lightning.regularizers.base import EntropyRegularizer, StepContext
 from ibro_lightning.regularizers.coefficients import Coefficient
 from ibro_lightning.regularizers.method import Method
@@ -36,11 +37,13 @@ class InformationBottleneck(EntropyRegularizer):
             optimizer step, each counted as in the loss.
         transform: applied to the advantage first. ``none``; ``sign`` (only its direction); ``clip`` to ±``clip``.
         clip: bound for ``transform: clip``.
+        noise: on the advantages of this term alone, in standard deviations of the optimizer step's own, before they are
+            transformed (:func:`.advantage_noise`): how good advantages must be for the term to help.
     """
 
     method = Method(
         formula="−α·agg(A·H); `part: centred` (A − Ā)·H, the covariance alone; `uniform` Ā·H, the rest; "
-        "`reversed` (A − 2Ā)·H",
+        "`reversed` (A − 2Ā)·H; `noise` on the A of this term",
         source="arXiv 2507.18391; the parts are ours",
         certainty="paper",
         recipe="regularizer: {class_path: InformationBottleneck, init_args: {coef: 0.005, part: raw}}",
@@ -53,22 +56,28 @@ class InformationBottleneck(EntropyRegularizer):
         part: Part = "raw",
         transform: AdvantageTransform = "none",
         clip: float = 1.0,
+        noise: float = 0.0,
     ) -> None:
         super().__init__(coef)
+        check_at_least("noise", noise, 0)
         if part not in get_args(Part):
             raise ConfigError("part", part, "write raw, centred, uniform or reversed")
         if transform not in get_args(AdvantageTransform):
             raise ConfigError("transform", transform, "write none, sign or clip")
         if not (is_number(clip) and 0 < clip < float("inf")):
             raise ConfigError("clip", clip, "write a positive bound for the advantage")
-        self.part, self.transform, self.clip = part, transform, clip
+        self.part, self.transform, self.clip, self.noise = part, transform, clip, noise
 
     @property
     def zero_without_advantage(self) -> bool:  # type: ignore[override]
-        return self.part == "raw"
+        return self.part == "raw" and not self.noise
 
     def prepare(self, step: Experience, context: StepContext) -> Experience:
-        weight = self.weight(step.advantages)
+        advantages = step.advantages
+        if self.noise:
+            step = step.with_extra(ib_noise=advantage_noise(step, self.noise, context.ranks, "ib"))
+            advantages = advantages + step.extra["ib_noise"]
+        weight = self.weight(advantages)
         mean = context.ranks.mean(weight, step.mask if step.weights is None else step.weights)  # Ā
         if self.part == "raw":  # for the curve alone
             return replace(step, metrics={**step.metrics, "regularizer/ib_mean_weight": mean.item()})
@@ -76,7 +85,8 @@ class InformationBottleneck(EntropyRegularizer):
 
     def objective(self, stats: TokenStats) -> Tensor:
         assert stats.entropy is not None
-        weight = self.weight(stats.advantages.detach())  # [B, T] A
+        advantages = stats.advantages.detach()  # [B, T] A
+        weight = self.weight(advantages + stats.extra["ib_noise"] if self.noise else advantages)
         if self.part != "raw":
             weight = part_of(weight, stats.extra["ib_mean_weight"], self.part)
         return weight * stats.entropy

@@ -63,7 +63,9 @@ def report_control_text(setting: str, rule: ControlText, found: Sequence[tuple[s
 
 def report_shown(provider: Any, prompts: Sequence[Prompt], rule: ControlText) -> None:
     """Report, or refuse, the golds that the module's regulariser shows to the model and that spell control tokens."""
-    for name, template in getattr(getattr(provider, "regularizer", None), "__dict__", {}).items():
+    regularizer = getattr(provider, "regularizer", None)
+    methods = getattr(regularizer, "combined", (regularizer,))
+    for name, template in (found for method in methods for found in getattr(method, "__dict__", {}).items()):
         find: Callable[[Prompt, Any], str] | None = getattr(template, "control_text_shown", None)
         if find is not None:
             found = [(prompt.id, find(prompt, provider.tokenizer)) for prompt in prompts]

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ibro_lightning.batches import FlatSequences, Rollout
 from ibro_lightning.batches.ragged import row_sums
+from ibro_lightning.batches.rollout_batch import Rollout
+from ibro_lightning.batches.sequences import FlatSequences
 from ibro_lightning.ranks import ALONE, Ranks
 from ibro_lightning.seeding import derive_seed, run_seed
 from ibro_lightning.types import Completion, Prompt
