@@ -16,7 +16,7 @@ from torch import Tensor
 from helpers.processes import free_port
 
 LAUNCH = Path(__file__).parents[1] / "launch"
-SCRIPTS = ["one_machine.sh", "torchrun.sh", "slurm.sbatch"]
+SCRIPTS = ["one_machine.sh", "torchrun.sh", "slurm.sbatch", "slurm_server.sbatch"]
 SETTINGS = ["tiny.yaml", "--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false"]
 # What srun does for a job of two nodes with one task each, both of which are here.
 SRUN = r"""#!/usr/bin/env bash
@@ -90,6 +90,77 @@ def test_torchrun_needs_a_place_to_meet() -> None:
 
 def test_the_readme_names_every_script() -> None:
     assert set(re.findall(r"launch/([\w.]+)", (LAUNCH / "README.md").read_text())) == set(SCRIPTS)
+
+
+# srun for the script with a server: the server's step is a port of this machine, the training's writes what it got.
+SRUN_WITH_SERVER = r"""#!/usr/bin/env bash
+printf '%s\n' "$@" > "srun.${1#--}.txt"
+[[ $1 == --nodes ]] || { printf '%s\n' "$SLURM_JOB_NUM_NODES" > trained.txt; exit "$TRAINING_ENDS_WITH"; }
+exec python -c 'import signal, socket, sys
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(open("stopped.txt", "w").close()))
+signal.pause()' "$PORT"
+"""
+
+
+@pytest.mark.parametrize("code", [0, 7])
+def test_the_last_node_of_a_job_may_serve_while_the_others_train(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    nodes = ["a1", "a2", "127.0.0.1"]
+    for name, text in (("srun", SRUN_WITH_SERVER), ("scontrol", "#!/bin/sh\nprintf '%s\\n' " + " ".join(nodes))):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_NUM_NODES": "3", "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_NODELIST": "a[1-2],127.0.0.1"}
+    path = f"{tmp_path / 'bin'}{os.pathsep}{environment()['PATH']}"
+    command = ["bash", str(LAUNCH / "slurm_server.sbatch"), "dapo_ib_32b.yaml", "--data.group_size", "8"]
+    port = str(free_port())
+    variables = environment(**job, PATH=path, PORT=port, IBRO_POLICY="models/32b", TRAINING_ENDS_WITH=str(code))
+    assert subprocess.run(command, env=variables, timeout=60).returncode == code
+    assert (tmp_path / "stopped.txt").exists(), "the server ends with the training"
+
+    serving = (tmp_path / "srun.nodes.txt").read_text().split("\n")
+    assert serving[serving.index("--nodelist") + 1] == "127.0.0.1"
+    assert serving[serving.index("serve") + 1] == "models/32b"
+    assert serving[serving.index("--tensor-parallel-size") + 1] == "8"
+    assert {"VLLM_SERVER_DEV_MODE=1", "processed_logprobs", "--skip-tokenizer-init"} <= set(serving)
+
+    training = (tmp_path / "srun.kill-on-bad-exit=1.txt").read_text().split("\n")
+    assert training[training.index("--nodelist") + 1] == "a1,a2"
+    assert training[training.index("--ntasks") + 1] == "16"
+    assert "SLURM_NNODES=2" in training
+    settings = training[training.index("fit") :]
+    assert settings[:3] == ["fit", "--config", "dapo_ib_32b.yaml"]
+    assert settings[settings.index("--trainer.num_nodes") + 1] == "2"
+    assert settings[settings.index("--data.engine.url") + 1] == f"http://127.0.0.1:{port}"
+    assert settings[settings.index("--data.engine.weights_dir") + 1] == str(tmp_path / "weights")
+    assert settings[-3:] == ["--data.group_size", "8", ""]
+
+
+def test_a_server_that_ends_ends_the_job_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", "#!/bin/sh\nexit 3"), ("scontrol", "#!/bin/sh\nprintf 'a1\\n127.0.0.1\\n'")):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_NODELIST": "a1,127.0.0.1"}
+    path = f"{tmp_path / 'bin'}{os.pathsep}{environment()['PATH']}"
+    command = ["bash", str(LAUNCH / "slurm_server.sbatch"), "dapo_ib_32b.yaml"]
+    variables = environment(**job, PATH=path, PORT=str(free_port()))
+    ended = subprocess.run(command, env=variables, timeout=60, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "the vLLM server on 127.0.0.1 ended" in ended.stderr
+
+
+def test_a_server_needs_a_node_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["bash", str(LAUNCH / "slurm_server.sbatch"), "dapo_ib_32b.yaml"]
+    variables = environment(SLURM_JOB_NUM_NODES="1", SLURM_NTASKS_PER_NODE="8")
+    ended = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("--nodes: 1 - write at least 2")
 
 
 @pytest.mark.slow

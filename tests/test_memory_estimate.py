@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -298,6 +299,78 @@ def test_an_engine_that_generates_during_the_update_needs_its_memory_then_too(sm
         assert beside.host == (4000 if gpu else 0)
         on_their_way = {row.name: row.generate for row in beside.rows}.get("engine: weights on their way", 0)
         assert on_their_way == (0 if gpu else 4000)
+
+
+def test_vllm_keeps_nothing_in_host_memory_while_it_sleeps(small_llama: str) -> None:
+    """Its sleep of level 2 discards the weights; the embedded engine moves them."""
+    config, gpu = LlamaConfig.from_pretrained(small_llama), Layout(device="cuda", memory=80 * GIB)
+    where = {"prompt": 32, "group_size": 4, "responses": 32}
+    network = NetworkMemory("policy", 1000, 1000, 4000)
+    for engine, kept in ((VLLMEngine(), 0), (HFEngine(dtype="bfloat16"), 2000)):
+        found = engine_memory(engine, config, 1000, SamplingParams(max_tokens=96), gpu, **where)
+        assert MemoryEstimate((network,), found, 0, gpu).host == kept
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"gpu_memory_utilization": 0.5},
+            "gpu_memory_utilization: 0.5 leaves 0.0 GiB .* beside 50.0 GiB .* 0.63 or more",
+        ),
+        (
+            {"gpu_memory_utilization": 0.625, "max_model_len": 2**17},
+            "leaves 0.0 GiB .* takes 0.1 GiB: write 0.63 or more",
+        ),
+        ({"gpu_memory_utilization": 0.5, "max_model_len": 2**27}, "takes 64.0 GiB: take VLLMServerEngine"),
+        (
+            {"kv_cache_gib": 0.5, "max_model_len": 2**22},
+            r"kv_cache_gib: 0.5 leaves 0.5 GiB .* takes 2.0 GiB: write 2 or more",
+        ),
+    ],
+)
+def test_a_vllm_that_would_not_start_does_not_fit(small_llama: str, settings: dict[str, Any], said: str) -> None:
+    """Its cache must hold one response of the greatest length: 2 · 2 · 2 · 32 bfloat16 numbers a token."""
+    config, gpu = LlamaConfig.from_pretrained(small_llama), Layout(device="cuda", memory=80 * GIB)
+    where = {"prompt": 32, "group_size": 4, "responses": 32}
+    found = engine_memory(VLLMEngine(**settings), config, 25 * GIB, SamplingParams(max_tokens=96), gpu, **where)
+    module = module_of(small_llama)
+    line = verdict(MemoryEstimate((NetworkMemory("policy", 1, 1, 4),), found, 0, gpu), shapes_of(module), module)
+    assert line.startswith("does not fit: vLLM would not start, as data.engine.")
+    assert re.search(said, line), line
+
+
+def test_tensor_parallelism_of_vllm_is_refused_on_the_gpus_of_several_ranks(small_llama: str) -> None:
+    config, sampling = LlamaConfig.from_pretrained(small_llama), SamplingParams(max_tokens=96)
+    where = {"prompt": 32, "group_size": 4, "responses": 32}
+    engine = VLLMEngine(tensor_parallel_size=2)
+    for apart in (engine, EngineProcess(engine)):
+        with pytest.raises(ConfigError, match=r"tensor_parallel_size: 2 - each of the 8 processes .* VLLMServerEngine"):
+            engine_memory(apart, config, 1000, sampling, Layout("cuda", world=8, memory=80 * GIB), **where)
+    alone = engine_memory(engine, config, 1000, sampling, Layout("cuda", memory=80 * GIB), **where)
+    assert alone.weights == 1000
+    assert engine_memory(engine, config, 1000, sampling, Layout("cpu", world=2, memory=GIB), **where).weights == 1000
+
+
+def test_a_note_is_shown_where_there_are_no_figures(small_llama: str) -> None:
+    config, gpu = LlamaConfig.from_pretrained(small_llama), Layout(device="cuda")
+    where = {"prompt": 32, "group_size": 4, "responses": 32}
+    network = NetworkMemory("policy", 1000, 1000, 4000)
+    for engine, note in ((VLLMServerEngine("http://localhost:8000"), "on the server"), (VLLMEngine(), "is not known")):
+        found = engine_memory(engine, config, 1000, SamplingParams(max_tokens=96), gpu, **where)
+        assert any(note in row.note for row in MemoryEstimate((network,), found, 0, gpu).rows)
+
+
+def test_an_engine_in_bfloat16_is_not_advised_to_be_in_bfloat16(small_llama: str) -> None:
+    config, gpu = LlamaConfig.from_pretrained(small_llama), Layout(device="cuda", memory=4 * GIB)
+    where, module = {"prompt": 32, "group_size": 4, "responses": 32}, module_of(small_llama)
+    for dtype, advised in (("bfloat16", "VLLMServerEngine, on devices"), ("float32", "data.engine.dtype: bfloat16")):
+        engine = HFEngine(dtype=dtype, max_batch_size=1)
+        found = engine_memory(engine, config, 4 * GIB, SamplingParams(max_tokens=96), gpu, **where)
+        line = verdict(MemoryEstimate((NetworkMemory("policy", 1, 1, 4),), found, 0, gpu), shapes_of(module), module)
+        assert line.startswith("does not fit")
+        assert advised in line
+        assert line.count("bfloat16") == (dtype == "float32")
 
 
 def test_the_verdict_says_what_to_change(small_llama: str) -> None:

@@ -184,6 +184,23 @@ def test_the_papers_arms_differ_in_the_regularizer_alone(algorithm: str, number:
     assert ours == theirs
 
 
+def test_the_32b_recipe_is_the_papers_but_for_its_model_and_its_place() -> None:
+    ours, theirs = (printed_config("fit", "--config", name) for name in ("dapo_ib_32b.yaml", "dapo_ib.yaml"))
+    changed = {
+        "policy": (ours["model"]["init_args"].pop("policy"), theirs["model"]["init_args"].pop("policy")),
+        **{key: (ours["trainer"].pop(key), theirs["trainer"].pop(key)) for key in ("num_nodes", "devices")},
+    }
+    assert changed == {
+        "policy": ("Qwen/Qwen2.5-32B", "Qwen/Qwen2.5-7B"),
+        "num_nodes": (4, 1),
+        "devices": (8, "auto"),
+    }
+    engines = [config["data"]["init_args"]["engine"]["init_args"] for config in (ours, theirs)]
+    assert [engine.pop("gpu_memory_utilization") for engine in engines] == [0.75, 0.5]
+    assert ours["trainer"].pop("default_root_dir") != theirs["trainer"].pop("default_root_dir")
+    assert ours == theirs
+
+
 @pytest.mark.parametrize("algorithm", ["dapo", "ppo"])
 def test_the_readme_names_the_papers_arms(algorithm: str) -> None:
     readme = (recipe_folder().parent / "README.md").read_text()
@@ -192,7 +209,7 @@ def test_the_readme_names_the_papers_arms(algorithm: str) -> None:
             assert f"`{line.removeprefix('#').split(' --trainer.')[0].strip()}`" in readme
 
 
-@pytest.mark.parametrize("name", ["dapo_ib.yaml", "ppo_ib.yaml", "eval_math.yaml"])
+@pytest.mark.parametrize("name", ["dapo_ib.yaml", "dapo_ib_32b.yaml", "ppo_ib.yaml", "eval_math.yaml"])
 def test_the_papers_evaluation_is_avg_at_32_on_three_sets(name: str) -> None:
     sets = yaml.safe_load(find_config(name).read_text())["data"]["init_args"]["eval_sets"]
     assert list(sets) == ["amc23", "aime24", "aime25"]

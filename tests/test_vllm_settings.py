@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import tomllib
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -133,6 +134,18 @@ class TestInstallation:
 def test_refused_settings_are_named(settings, message):
     with pytest.raises(ConfigError, match=message):
         VLLMEngine(**settings)
+
+
+def test_tensor_parallelism_on_the_gpus_of_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before vLLM is looked for: its processes would all start on the first GPUs of a machine."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 16)
+    with pytest.raises(ConfigError, match=r"^tensor_parallel_size: 8 - each of the 16 processes .*: write 1, or take"):
+        VLLMEngine(tensor_parallel_size=8).setup(replace(spec(), device=torch.device("cuda", 3)))
+    pretend_installed(monkeypatch)
+    for engine, device in ((VLLMEngine(), "cuda"), (VLLMEngine(tensor_parallel_size=8), "cpu")):
+        with pytest.raises(ConfigError, match="vLLM is not installed"):
+            engine.setup(replace(spec(), device=torch.device(device)))
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ class MemoryEstimate:
             rows.append(Row("engine: weights on their way", engine.in_transit if on_host else 0))
             rows.append(Row("engine: key-value cache", engine.cache, engine.cache * during, engine.note))
             rows.append(Row("engine: computing and sampling a token", engine.work, engine.work * during))
-        return [row for row in rows if row.generate or row.update]
+        return [row for row in rows if row.generate or row.update or row.note]
 
     @property
     def generate(self) -> int:
@@ -95,7 +95,7 @@ class MemoryEstimate:
         if (engine := self.engine) is None:
             return offloaded
         in_transit = 0 if self.layout.device == "cpu" else engine.in_transit
-        return offloaded + in_transit + (0 if engine.stays else engine.weights)
+        return offloaded + in_transit + (0 if engine.stays or engine.dropped else engine.weights)
 
 
 def estimate_memory(module: Any, shapes: Shapes, layout: Layout, engine: EngineMemory | None = None) -> MemoryEstimate:

@@ -44,6 +44,8 @@ def memory_table(estimate: MemoryEstimate, shapes: Shapes, module: Any) -> Itera
 def verdict(estimate: MemoryEstimate, shapes: Shapes, module: Any) -> str:
     """Whether the run fits, and if not, what to change."""
     memory, peak = estimate.layout.memory, estimate.peak
+    if estimate.engine is not None and estimate.engine.refused:
+        return f"does not fit: {estimate.engine.refused}"
     if memory is None:
         return "the device's memory is unknown: give --estimate.gib"
     of = f"{peak / GIB:.1f} of {memory / GIB:.1f} GiB"
@@ -59,7 +61,10 @@ def advice(estimate: MemoryEstimate, shapes: Shapes, module: Any) -> Iterator[st
     if engine is not None and estimate.generate > estimate.update:
         if engine.cache + engine.work > engine.weights:
             yield "lower data.engine.max_batch_size (HFEngine), or gpu_memory_utilization or kv_cache_gib (VLLMEngine)"
-        yield "data.engine.dtype: bfloat16" if module.policy_options.dtype == "float32" else "a smaller engine"
+        if engine.dtype == "float32":
+            yield "data.engine.dtype: bfloat16"
+        elif layout.device != "cpu":
+            yield "data.engine: VLLMServerEngine, on devices of its own"
     largest = max(estimate.networks, key=lambda network: network.update)
     if largest.micro_batch > largest.step:
         if not options.gradient_checkpointing:

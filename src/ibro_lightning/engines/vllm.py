@@ -54,7 +54,8 @@ class VLLMEngine(RolloutEngine):
         kv_cache_gib: size of the key-value cache in GiB; None fills the share above, or means 1 GiB on a CPU.
         max_model_len: maximum length of prompt + response in tokens; None takes the model's limit.
         max_num_seqs: responses generated concurrently.
-        tensor_parallel_size: GPUs that share each layer.
+        tensor_parallel_size: GPUs that share each layer, in a run of one process. In others every rank's engine has the
+            rank's own GPU, and this is 1; the server of :class:`VLLMServerEngine` may have any.
         enforce_eager: disable CUDA graphs and compilation, for a faster start and tiny models. None disables them on
             CPUs only.
         seed: of vLLM itself. Samples do not depend on it, since each has a seed from the datamodule.

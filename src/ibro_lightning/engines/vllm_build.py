@@ -112,8 +112,19 @@ def check_installed() -> None:
     raise ConfigError("engine", "VLLMEngine", f"vLLM is not installed: {INSTALL} (or, without a GPU: {INSTALL_CPU})")
 
 
+def check_one_process(settings: VLLMSettings, device: str, world: int) -> None:
+    """Raise :class:`ConfigError` for tensor parallelism on GPUs in a run of several processes: each would start vLLM
+    processes of its own, all of them on the first GPUs of its machine."""
+    if settings.tensor_parallel_size > 1 and device != "cpu" and world > 1:
+        size = settings.tensor_parallel_size
+        reason = f"each of the {world} processes of this run would start vLLM on the first {size} GPUs of its machine"
+        remedy = "write 1, or take VLLMServerEngine, whose server may have any tensor parallelism"
+        raise ConfigError("tensor_parallel_size", size, f"{reason}: {remedy}")
+
+
 def build(settings: VLLMSettings, spec: ModelSpec, *, sleep_mode: bool) -> Any:
     """vLLM's ``LLMEngine`` with random weights; raises :class:`ConfigError` if vLLM is missing, too old or refuses."""
+    check_one_process(settings, spec.device.type, distributed.get_world_size() if distributed.is_initialized() else 1)
     check_installed()
     had_group = torch.distributed.is_initialized()
     folder = tempfile.mkdtemp(prefix="ibro-vllm-")  # vLLM reads the config from a folder, once

@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.rewards.mathematics.gold_text import canonical_gold
 from ibro_lightning.sources.files import Row, Table
 
 
@@ -25,7 +26,10 @@ class Column:
         candidates = [names] if isinstance(names, str) else list(names)
         found = next((name for name in candidates if _has(table, name, nested=len(candidates) > 1)), None)
         if found is None:
-            raise ConfigError(setting, names, f"{path} has no such column: write one of {sorted(table.columns)}")
+            remedy = f"write one of {sorted(table.columns)}"
+            if table.fields:
+                remedy += f", or field: {table.fields[0]} if the rows are in that list"
+            raise ConfigError(setting, names, f"{path} has no such column: {remedy}")
         self.name, self.keys = found, _keys(table, found)
         self.top = self.keys[0]
         self.is_json = self.top in table.json_columns
@@ -173,3 +177,23 @@ def checked_names(names: Sequence[str] | str | None) -> list[str]:
         if columns.count(name) > 1:
             raise ConfigError("meta_columns", name, "appears twice: name each column once")
     return columns
+
+
+def word_key(value: Any) -> str:
+    """The text by which ``answer_words`` names an answer: true and false as JSON writes them, 1.0 as 1."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return canonical_gold(value) if is_number(value) else str(value).strip()
+
+
+def checked_words(words: Mapping[Any, Any] | None) -> dict[str, str] | None:
+    """``answer_words`` by :func:`word_key`; raises :class:`ConfigError` for what is not a word."""
+    if words is None:
+        return None
+    example = 'such as {true: "yes", false: "no"}'
+    if not isinstance(words, Mapping) or not words:
+        raise ConfigError("answer_words", words, f"write a word for each answer, {example}, or null")
+    for word in words.values():
+        if not isinstance(word, str) or not word.strip():  # YAML reads yes and no as truth values
+            raise ConfigError("answer_words", words, f"{word!r} is no text: write the words in quotes, {example}")
+    return {word_key(key): word for key, word in words.items()}

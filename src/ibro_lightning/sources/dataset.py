@@ -19,9 +19,11 @@ from ibro_lightning.sources.columns import (
     MetaColumns,
     MissingValue,
     checked_names,
+    checked_words,
     is_number,
     is_plain,
     kind_of,
+    word_key,
 )
 from ibro_lightning.sources.files import Row, open_table
 from ibro_lightning.sources.prompt_templates import bare_question, template_text
@@ -69,6 +71,8 @@ class DatasetSource(PromptSource):
         path: a local ``.jsonl``, ``.json``, ``.parquet`` or ``.csv`` file; or a hub name or folder, as in
             ``datasets.load_dataset``.
         split, config: as in ``datasets.load_dataset``. A local file accepts any split name.
+        field: in a local ``.json`` file that is one object, the key of its list of rows, as in ``datasets``' JSON
+            loader; dots reach deeper. Files that are a list of rows, and the hub, have no use for it.
         prompt_column: text, or a list of ``{role, content}`` messages; if the last one is the assistant's, responses
             continue it. Dots reach into nested columns. Of a list of names, the first that exists is used; by default,
             common names are tried.
@@ -79,6 +83,8 @@ class DatasetSource(PromptSource):
             :func:`~ibro_lightning.rewards.mathematics.gold_text.canonical_gold` to text and numbers (``27.0`` becomes
             27). A list of answers, possibly written as text (``["1/2", "0.5"]``), is read element by element; each of
             them is right.
+        answer_words: the word for each answer of the file, for truth values and classes: ``{true: "yes", false: "no"}``
+            or ``{"0": "no", "1": "yes"}``. An answer without a word stops the run. None keeps the answers.
         template: template of text prompts: a name (plain, dapo, boxed: see :mod:`.templates`), or text that contains
             ``{problem}``. ``template``, ``chat`` and ``system`` do not apply to lists of messages.
         chat: wrap text prompts as a user message for the model's chat template; False leaves them raw.
@@ -103,6 +109,8 @@ class DatasetSource(PromptSource):
         limit: int | None = None,
         skip_bad_rows: bool = False,
         meta_columns: list[str] | str | None = None,
+        field: str | None = None,
+        answer_words: dict[str, str] | None = None,
     ) -> None:
         if limit is not None:
             check_count("limit", limit, 1, " rows, or null for all")
@@ -110,7 +118,8 @@ class DatasetSource(PromptSource):
         for name, columns in (("prompt_column", prompt_column), ("answer_column", answer_column)):
             if not columns:
                 raise ConfigError(name, columns, "name a column, or several to choose from")
-        self.path, self.split, self.config = path, split, config
+        self.path, self.split, self.config, self.field = path, split, config, field
+        self.answer_words = checked_words(answer_words)
         self.prompt_column, self.answer_column, self.answer_format = prompt_column, answer_column, answer_format
         self.template, self.chat, self.system, self.limit = template_text(template), chat, system, limit
         self._own_text = own_words(self.template, chat=chat, system=system)
@@ -119,7 +128,7 @@ class DatasetSource(PromptSource):
 
     def problems(self) -> Iterator[Problem]:
         self.report = None
-        table, selected = open_table(self.path, self.config, self.split)
+        table, selected = open_table(self.path, self.config, self.split, self.field)
         question_column = Column("prompt_column", self.path, self.prompt_column, table)
         answer_column = Column("answer_column", self.path, self.answer_column, table)
         meta = MetaColumns(self.path, self.meta_columns, table)
@@ -177,6 +186,8 @@ class DatasetSource(PromptSource):
 
     def _answer(self, value: Any, column: Column, row: Row) -> Any:
         """The right answer, or a list if there are several."""
+        if self.answer_words is not None:
+            value = self._in_words(value, column, row)
         if self.answer_format == "raw":
             return value
         if column.is_json and isinstance(value, list) and all(is_number(element) for element in value):
@@ -189,6 +200,16 @@ class DatasetSource(PromptSource):
             column.check_value(element, row)
         answers = list(dict.fromkeys(self._one_answer(element, column, row) for element in elements))
         return answers if len(answers) > 1 else answers[0]
+
+    def _in_words(self, value: Any, column: Column, row: Row) -> Any:
+        """``value``, or each element of a list, in the words of ``answer_words``."""
+        assert self.answer_words is not None
+        if isinstance(value, list):
+            return [self._in_words(element, column, row) for element in value]
+        if (key := word_key(value)) not in self.answer_words:
+            words = ", ".join(self.answer_words)
+            raise column.error(row, f"answer_words has no word for {key[:60]!r}, only for {words}: write one")
+        return self.answer_words[key]
 
     def _one_answer(self, value: Any, column: Column, row: Row) -> Any:
         answer_format: str = self.answer_format

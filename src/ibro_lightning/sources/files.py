@@ -10,7 +10,8 @@ import csv
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ class Table(ABC):
     columns: Sequence[str]
     json_columns: frozenset[str] = frozenset()
     """Columns of mixed types, stored as JSON text; see :mod:`.json_columns`."""
+    fields: Sequence[str] = ()
+    """Keys at which a file of one object has lists, which may be its rows."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -45,15 +48,19 @@ class Table(ABC):
 class TextTable(Table):
     """A ``.jsonl``, ``.json`` or ``.csv`` file, in memory."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, field: str | None = None) -> None:
         data = Path(path).read_bytes()
-        read = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv}[Path(path).suffix.lower()]
+        read: Callable[[str, str], Iterator[Row]] = partial(_read_json, field=field)
+        if (suffix := Path(path).suffix.lower()) != ".json":
+            read = {".jsonl": _read_json_lines, ".csv": _read_csv}[suffix]
         try:
             text = data.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             raise _not_utf8(path, data, error, read) from error
         self._rows = list(read(path, text))
         self.columns = list(dict.fromkeys(name for _, values in self._rows for name in values))
+        if len(self._rows) == 1 and field is None and suffix == ".json":
+            self.fields = [name for name, value in self._rows[0][1].items() if isinstance(value, list)]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -127,8 +134,11 @@ class HubTable(Table):
                 yield f"data row {number}", values
 
 
-def open_table(path: str, config: str | None, split: str) -> tuple[Table, list[range]]:
-    """``(table, row ranges that split selects)``; raises :class:`ConfigError`. A local file accepts any split name."""
+def open_table(path: str, config: str | None, split: str, field: str | None = None) -> tuple[Table, list[range]]:
+    """``(table, row ranges that split selects)``; raises :class:`ConfigError`. A local file accepts any split name.
+
+    ``field``: the key of the rows in a ``.json`` file that is one object; nothing else has one.
+    """
     suffix = Path(path).suffix.lower()
     if suffix not in (".jsonl", ".json", ".csv", ".parquet"):
         if Path(path).is_file():
@@ -139,7 +149,7 @@ def open_table(path: str, config: str | None, split: str) -> tuple[Table, list[r
         raise ConfigError("path", path, "no such file: check the path (it is relative to where you run)")
     if Path(path).stat().st_size == 0:
         raise ConfigError("path", path, "this file is empty: it must hold at least one row")
-    table = ParquetTable(path) if suffix == ".parquet" else TextTable(path)
+    table = ParquetTable(path) if suffix == ".parquet" else TextTable(path, field)
     if not len(table):
         raise ConfigError("path", path, "this file is empty: it has no rows, and must hold at least one")
     name = split.split("[")[0]  # "train[:10]" is the first ten rows of "train"
@@ -157,8 +167,9 @@ def _read_json_lines(path: str, text: str) -> Iterator[Row]:
             yield f"line {number}", _object(path, f"line {number}", _parse(path, line, number))
 
 
-def _read_json(path: str, text: str) -> Iterator[Row]:
-    """Read a list of objects, or JSON lines: on the hub, ``.json`` files contain either."""
+def _read_json(path: str, text: str, field: str | None = None) -> Iterator[Row]:
+    """Read a list of objects, or JSON lines: on the hub, ``.json`` files contain either. Of one object, read the list
+    at ``field``, or the object itself as the only row."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -168,8 +179,22 @@ def _read_json(path: str, text: str) -> Iterator[Row]:
         return
     except (ValueError, RecursionError) as error:
         raise _unreadable(path, _reason(error)) from error
+    if field is not None and isinstance(content, dict):
+        content = _rows_at(path, content, field)
     for number, values in enumerate(content if isinstance(content, list) else [content], start=1):
         yield f"data row {number}", _object(path, f"data row {number}", values)
+
+
+def _rows_at(path: str, content: Mapping[str, Any], field: str) -> list[Any]:
+    """The list at ``field`` of a file's only object; dots reach deeper."""
+    rows: Any = content
+    for key in [field] if field in content else field.split("."):
+        rows = rows.get(key) if isinstance(rows, Mapping) else None
+    if not isinstance(rows, list):
+        lists = [name for name, value in content.items() if isinstance(value, list)]
+        remedy = f"write {' or '.join(lists)}" if lists else "write null: the file holds one row"
+        raise ConfigError("field", field, f"{path} has no list of rows there: {remedy}")
+    return rows
 
 
 def _read_csv(path: str, text: str) -> Iterator[Row]:
