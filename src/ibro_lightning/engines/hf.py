@@ -44,7 +44,7 @@ class HFEngine(RolloutEngine):
 
     Holds its own copy of the weights, as every engine does. Supports attention, linear attention, state spaces and
     hybrids of these. :meth:`setup` tries whether a :class:`.GrowingBatch` gives the results of the model without a
-    cache, see :mod:`.probe`, then whether the slower :class:`.Batch` does, and otherwise refuses the model.
+    cache, see :mod:`.hf_check`, then whether the slower :class:`.Batch` does, and otherwise refuses the model.
 
     Args:
         max_batch_size: responses generated concurrently; bounds the memory of the key-value cache to this many rows of
