@@ -276,6 +276,7 @@ trainer: {limit_val_batches: 0, enable_progress_bar: false}
 """
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_noise_bit_for_bit(workspace: Path) -> None:
     """And the same probes of MarginalEntropy."""
     (workspace / "all.yaml").write_text(WITH_ALL)

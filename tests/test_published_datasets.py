@@ -214,7 +214,10 @@ def guesser(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("recipe", "files", "golds", "evaluated"),
     [
         ("bbh_logical_deduction", {"IBRO_BBH_THREE": THREE, "IBRO_BBH_FIVE": FIVE}, {"(A)", "(B)", "(C)"}, 2),
-        ("strategy_qa", {"IBRO_STRATEGY_QA": STRATEGY_QA}, {"yes", "no"}, 1),
+        pytest.param(
+            *("strategy_qa", {"IBRO_STRATEGY_QA": STRATEGY_QA}, {"yes", "no"}, 1),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_recipe_learns_from_the_published_files(
