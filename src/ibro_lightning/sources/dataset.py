@@ -85,7 +85,7 @@ class DatasetSource(PromptSource):
             them is right.
         answer_words: the word for each answer of the file, for truth values and classes: ``{true: "yes", false: "no"}``
             or ``{"0": "no", "1": "yes"}``. An answer without a word stops the run. None keeps the answers.
-        template: template of text prompts: a name (plain, dapo, boxed: see :mod:`.prompt_templates`), or text that contains
+        template: template of text prompts: a name (plain, dapo, boxed: see :mod:`.prompt_templates`), or text that has
             ``{problem}``. ``template``, ``chat`` and ``system`` do not apply to lists of messages.
         chat: wrap text prompts as a user message for the model's chat template; False leaves them raw.
         system: a system message, or the first paragraph of a raw prompt.
