@@ -211,6 +211,7 @@ def measured(
         updater=updater,
         critic=critic,
         group_advantage=GRPO(),
+        advantage_noise=0.0,
         ranks=ALONE,
         scores_first=lambda rollout: True,
         bootstrap_truncated=True,
