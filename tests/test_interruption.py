@@ -219,7 +219,7 @@ def test_a_run_may_be_stopped_again_and_again(
     assert_same(outcome(workspace / "run"), uninterrupted)
 
 
-@pytest.mark.parametrize("best", ["null", "rollout/reward"])
+@pytest.mark.parametrize("best", slow_unless("rollout/reward".__eq__, ["null", "rollout/reward"]))
 def test_a_resumed_run_that_is_stopped_at_once_goes_on_from_where_it_was(
     best: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Any
 ) -> None:

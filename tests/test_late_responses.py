@@ -335,8 +335,13 @@ class Hurried(HFEngine):
 """
 
 
-@pytest.mark.parametrize("module", ["DAPOModule", "PPOModule"])
-@pytest.mark.parametrize("steps", ["null", "2"], ids=["one step", "two steps"])
+@pytest.mark.parametrize(
+    ("module", "steps"),
+    slow_unless(
+        {("DAPOModule", "2"), ("PPOModule", "null")}.__contains__,
+        itertools.product(("DAPOModule", "PPOModule"), ("null", "2")),
+    ),
+)
 def test_a_run_with_a_hurried_engine_goes_on(workspace: Path, module: str, steps: str) -> None:
     (workspace / "hurried_engine.py").write_text(ENGINE)
     recipe = (workspace / "tiny.yaml").read_text()

@@ -184,7 +184,7 @@ def plain_estimate(small_llama: str) -> MemoryEstimate:
         {"surrogate": "gspo", "aggregation": "seq-mean-token-mean"},
         {"regularizer": InformationBottleneck(noise=0.5)},
         {"regularizer": MarginalEntropy(base=InformationBottleneck())},
-        {"regularizer": MarginalEntropy(base=IBRO(form="two-term"))},
+        pytest.param({"regularizer": MarginalEntropy(base=IBRO(form="two-term"))}, marks=pytest.mark.slow),
     ],
     ids=["ibro", "two-term", "clip-cov", "kl", "gspo", "noise", "marginal", "marginal two-term"],
 )

@@ -343,7 +343,7 @@ OWN: dict[str, tuple[Any, Any, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", OWN)
+@pytest.mark.parametrize("change", slow_unless({"a function", "to a function", "code", "to a cycle"}.__contains__, OWN))
 def test_a_subclasss_own_schedule_may_change(change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     old, new, line = OWN[change]
     trainer, _ = train(Own(scheduled(old)), 1)
