@@ -27,7 +27,8 @@ from ibro_lightning.rewards.code.sandbox import SandboxLimits, run_python
 from ibro_lightning.rewards.code.unit_tests import OpenTest, TestParts, take_apart, trusted_names
 from ibro_lightning.types import Completion, Prompt
 
-QUICK = SandboxLimits(wall_s=1.5, cpu_s=1, memory_mib=256)
+QUICK = SandboxLimits(wall_s=20.0, cpu_s=1, memory_mib=256)
+"""A second of work; on a busy machine that takes its time."""
 DOUBLE = {"tests": ["assert f(2) == 4", "assert f(0) == 0", "assert f(-1.5) == -3"]}
 
 
@@ -283,9 +284,9 @@ def test_names_that_solutions_take_for_granted_are_there() -> None:
 
 def test_all_inputs_share_one_wall_budget() -> None:
     answer = {"inputs": ["x"] * 50, "outputs": ["y"] * 50}
-    started = time.monotonic()
-    assert judge("import time; time.sleep(0.4)", answer, partial=True) == 0.0
-    assert time.monotonic() - started < QUICK.wall_s + 1.0
+    limits, started = SandboxLimits(wall_s=1.5, cpu_s=1, memory_mib=256), time.monotonic()
+    assert judge("import time; time.sleep(0.4)", answer, partial=True, limits=limits) == 0.0
+    assert time.monotonic() - started < 15.0  # 50 programs would sleep for 20 seconds
 
 
 def test_the_pools_deadline_leaves_room_for_the_sandboxs_own() -> None:
