@@ -27,13 +27,13 @@ from ibro_lightning.rewards.code.sandbox import SandboxLimits, run_python
 from ibro_lightning.rewards.code.unit_tests import OpenTest, TestParts, take_apart, trusted_names
 from ibro_lightning.types import Completion, Prompt
 
-QUICK = SandboxLimits(wall_s=20.0, cpu_s=1, memory_mib=256)
+A_SECOND = SandboxLimits(wall_s=20.0, cpu_s=1, memory_mib=256)
 """A second of work; on a busy machine that takes its time."""
 DOUBLE = {"tests": ["assert f(2) == 4", "assert f(0) == 0", "assert f(-1.5) == -3"]}
 
 
 def judge(program: str, answer: Any, *, fence: bool = True, **options: Any) -> float:
-    options.setdefault("limits", QUICK)
+    options.setdefault("limits", A_SECOND)
     text = f"Here it is.\n```python\n{program}\n```\nDone." if fence else program
     completion = Completion((1,), (0.0,), "stop", text, 64, 0)
     (result,) = CodeReward(**options)(Prompt("apps/7", "text", (1,), answer), [completion])
@@ -364,7 +364,7 @@ def test_unfenced_and_missing_programs_and_the_reported_answer() -> None:
     assert judge("def f(x): return 2 * x", DOUBLE, fence=False) == 0.0
     assert judge("def f(x): return 2 * x", DOUBLE, fence=False, fenced=False) == 1.0
     one, same, none = (
-        CodeReward(limits=QUICK)
+        CodeReward(limits=A_SECOND)
         .verify(Prompt("p", "", (1,), DOUBLE), Completion((1,), (0.0,), "stop", text, 9, 0))
         .answer
         for text in ("```python\nf = 1\n```", "So:\n```\nf = 1\n\n```", "nothing")

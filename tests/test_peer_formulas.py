@@ -98,8 +98,8 @@ def test_verl_divides_as_we_do_and_trl_by_a_larger_epsilon() -> None:
         assert trl == pytest.approx([one * (deviation + 1e-6) / (deviation + 1e-4) for one in ours], rel=1e-12)
 
 
-def test_a_group_of_one_has_no_advantage_here_and_its_reward_in_verl() -> None:
-    """verl takes 0 for the mean and 1 for the deviation of a single response."""
+def test_a_group_of_one_has_no_advantage() -> None:
+    """In verl it has its reward: 0 counts as the mean of a single response, and 1 as its deviation."""
     assert group_advantages(torch.tensor([0.5, -1.5]), torch.tensor([0, 1])).tolist() == [0, 0]
 
 

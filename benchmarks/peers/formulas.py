@@ -120,9 +120,9 @@ def verl_loss(name: str, batch: Batch, mode: str, weights: Tensor | None = None,
     return loss
 
 
-def of_verl() -> Iterator[Row]:
+def losses_of_verl() -> Iterator[Row]:
     batch, empty = Batch(), Batch(WITH_AN_EMPTY_ROW)
-    loss, row = partial(losses, "verl", batch=batch), partial(per_token, "verl", batch=batch)
+    loss = partial(losses, "verl", batch=batch)
     ppo = clip_higher(batch, DUAL)
     for mode in ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
         name = f"clip-higher with dual clip, {mode}"
@@ -175,6 +175,10 @@ def of_verl() -> Iterator[Row]:
         theirs = core_algos.agg_loss(penalty, batch.mask, "token-mean")
         yield loss(formula=f"KL to a reference, {ours_name} ({their_name})", ours=ours, theirs=theirs)
 
+
+def advantages_of_verl() -> Iterator[Row]:
+    batch = Batch()
+    row = partial(per_token, "verl", batch=batch)
     index = batch.groups.numpy()
     grpo = partial(core_algos.compute_grpo_outcome_advantage, batch.token_rewards, batch.mask, index)
     ours = spread(batch, F.group_advantages(batch.rewards, batch.groups))
@@ -293,4 +297,4 @@ def of_trl() -> Iterator[Row]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    json.dump([asdict(row) for row in (*of_verl(), *of_trl())], sys.stdout)
+    json.dump([asdict(row) for row in (*losses_of_verl(), *advantages_of_verl(), *of_trl())], sys.stdout)
