@@ -257,6 +257,12 @@ class TestCountdownReward:
         (result,) = score(CountdownReward(), prompt(COUNTDOWN), [completion(text)])
         assert result.parts["accuracy"] == right
 
+    def test_the_whole_response_is_the_expression_without_tags(self):
+        judged = score(CountdownReward(tagged=False), prompt(COUNTDOWN), [completion(" 30 + 93 - 100 = 23")])
+        assert judged[0].parts["accuracy"] == 1
+        for text in ("30 + 93", "", "I say 30 + 93 - 100", "<answer>30 + 93 - 100</answer>"):
+            assert score(CountdownReward(tagged=False), prompt(COUNTDOWN), [completion(text)])[0].reward == -1.0
+
     def test_numbers_may_be_left_out_if_the_settings_say_so(self):
         answer = {"numbers": [3, 4, 9], "target": 12}
         text = "<answer>3 * 4</answer>"

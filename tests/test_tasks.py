@@ -529,6 +529,12 @@ class TestCountdownProblems:
             assert found, f"{numbers} cannot make {target}"
             assert Countdown().verify(found[0], numbers, target)
 
+    def test_the_solution_that_comes_with_a_problem_solves_it(self):
+        problems = list(CountdownSource(num_problems=200, num_numbers=4, max_number=12).problems())
+        for problem in problems:
+            assert Countdown().verify(problem.meta["solution"], problem.answer["numbers"], problem.answer["target"])
+        assert len({problem.meta["solution"].strip("()0123456789") for problem in problems}) > 20  # not all alike
+
     def test_numbers_and_targets_are_in_range_and_no_target_is_given_away(self):
         for seed in range(200):
             numbers, target = Countdown.generate(seed, 4, 25)

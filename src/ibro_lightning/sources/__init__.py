@@ -12,6 +12,7 @@ from ibro_lightning.sources.contamination import Overlap, overlaps
 from ibro_lightning.sources.curriculum import Curriculum, DifficultyPools
 from ibro_lightning.sources.mixture import MixturePart, MixtureSource
 from ibro_lightning.sources.prompt_templates import TEMPLATES, bare_question
+from ibro_lightning.sources.solved_problems import SolvedProblems
 
 if TYPE_CHECKING:
     from ibro_lightning.sources.dataset import DatasetSource, SourceReport
@@ -31,6 +32,7 @@ __all__ = [
     "PromptCursor",
     "PromptLimits",
     "PromptSource",
+    "SolvedProblems",
     "SourceReport",
     "bare_question",
     "encode_prompts",

@@ -3,13 +3,16 @@
 Reward workers import these modules, which therefore load neither torch nor a task's library.
 """
 
+from ibro_lightning.tasks.alphabet import Alphabet
 from ibro_lightning.tasks.countdown import Countdown, CountdownReward, CountdownSource
 from ibro_lightning.tasks.number_path import NumberPath, NumberPathDemonstrations, NumberPathReward, NumberPathSource
 from ibro_lightning.tasks.reasoning_gym import ReasoningGymReward, ReasoningGymSource
+from ibro_lightning.tasks.small_programs import SmallProgramsSource
 from ibro_lightning.tasks.split import Split, in_split
 from ibro_lightning.tasks.sums import SumsSource
 
 __all__ = [
+    "Alphabet",
     "Countdown",
     "CountdownReward",
     "CountdownSource",
@@ -19,6 +22,7 @@ __all__ = [
     "NumberPathSource",
     "ReasoningGymReward",
     "ReasoningGymSource",
+    "SmallProgramsSource",
     "Split",
     "SumsSource",
     "in_split",

@@ -56,18 +56,25 @@ class Countdown:
     @staticmethod
     def generate(seed: int, k: int, max_number: int) -> tuple[list[int], int]:
         """``k`` numbers in 1..max_number and a positive integer target that is reachable by using each once."""
+        numbers, target, _ = Countdown.generate_solved(seed, k, max_number)
+        return numbers, target
+
+    @staticmethod
+    def generate_solved(seed: int, k: int, max_number: int) -> tuple[list[int], int, str]:
+        """As :meth:`generate`, and the expression by which the target was found, e.g. ``(93-30)*2``."""
         rng = random.Random(seed)
         while True:
             numbers = [rng.randint(1, max_number) for _ in range(k)]
-            values = [Fraction(number) for number in numbers]
-            while len(values) > 1:
-                rng.shuffle(values)
-                a, b = values.pop(), values.pop()
+            terms = [(Fraction(number), str(number)) for number in numbers]
+            while len(terms) > 1:
+                rng.shuffle(terms)
+                (a, left), (b, right) = terms.pop(), terms.pop()
                 results = [a + b, a - b, a * b] + ([a / b] if b else [])
-                values.append(rng.choice(results))
-            target = values[0]
+                index = rng.choice(range(len(results)))
+                terms.append((results[index], f"({left}{'+-*/'[index]}{right})"))
+            target, expression = terms[0]
             if target.denominator == 1 and 0 < target <= 10 * max_number and target not in numbers:
-                return numbers, int(target)
+                return numbers, int(target), expression[1:-1]
 
 
 def _evaluate(node: ast.expr, used: Counter[int]) -> Fraction:
@@ -90,6 +97,8 @@ def _evaluate(node: ast.expr, used: Counter[int]) -> Fraction:
 
 class CountdownSource(PromptSource):
     """Countdown problems, generated or from a JSON-lines file with ``numbers`` and ``target``.
+
+    Generated problems have one of their solutions in ``meta["solution"]``.
 
     Args:
         path: the file; None generates problems.
@@ -122,19 +131,21 @@ class CountdownSource(PromptSource):
 
     def problems(self) -> Iterator[Problem]:
         seen: set[str] = set()
-        for numbers, target in self._read() if self.path else self._generate():
+        for numbers, target, solution in self._read() if self.path else self._generate():
             problem_id = f"{sorted(numbers)}={target}"
             if problem_id not in seen and (self.path or in_split(problem_id, self.split, self.heldout_fraction)):
                 seen.add(problem_id)
                 text = self.template.format(numbers=numbers, target=target)
                 answer = {"numbers": numbers, "target": target}
-                yield Problem(problem_id, as_prompt(text, chat=self.chat), answer, own_text=(text,))
+                meta = {"solution": solution} if solution else {}
+                yield Problem(problem_id, as_prompt(text, chat=self.chat), answer, meta, own_text=(text,))
 
-    def _generate(self) -> Iterator[tuple[list[int], int]]:
+    def _generate(self) -> Iterator[tuple[list[int], int, str]]:
         for index in range(self.num_problems):
-            yield Countdown.generate(derive_seed(self.seed, "countdown", index), self.num_numbers, self.max_number)
+            seed = derive_seed(self.seed, "countdown", index)
+            yield Countdown.generate_solved(seed, self.num_numbers, self.max_number)
 
-    def _read(self) -> Iterator[tuple[list[int], int]]:
+    def _read(self) -> Iterator[tuple[list[int], int, str]]:
         assert self.path is not None
         path = Path(self.path)
         if not path.is_file():
@@ -142,7 +153,7 @@ class CountdownSource(PromptSource):
         for number, line in enumerate(path.read_text(encoding="utf-8").strip().split("\n"), start=1):
             try:
                 row = json.loads(line)
-                yield [int(n) for n in row["numbers"]], int(row["target"])
+                yield [int(n) for n in row["numbers"]], int(row["target"]), ""
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError("path", self.path, f"line {number} is no countdown problem: {error!r}") from error
 
@@ -155,21 +166,26 @@ class CountdownReward(VerifiableReward):
 
     Args:
         use_all: every number must be used exactly once; otherwise at most once.
+        tagged: False takes the whole response as the expression.
     """
 
     pooled = False  # its parser bounds length and depth
     tells_bad_answers = True
 
-    def __init__(self, use_all: bool = True, correct: float = 1.0, incorrect: float = -1.0) -> None:
+    def __init__(
+        self, use_all: bool = True, correct: float = 1.0, incorrect: float = -1.0, tagged: bool = True
+    ) -> None:
         super().__init__(correct, incorrect)
-        self.task = Countdown(use_all)
+        self.task, self.tagged = Countdown(use_all), tagged
 
     def verify(self, prompt: Prompt, completion: Completion) -> Verdict:
         numbers, target = self._problem(prompt)
-        _, opening, rest = completion.text.rpartition("<answer>")
-        expression, closing, _ = rest.partition("</answer>")
-        if not opening or not closing:
-            return Verdict(0.0, "")
+        expression = completion.text
+        if self.tagged:
+            _, opening, rest = expression.rpartition("<answer>")
+            expression, closing, _ = rest.partition("</answer>")
+            if not opening or not closing:
+                return Verdict(0.0, "")
         expression = expression.split("=")[0]
         right = self.task.verify(expression, numbers, target)
         return Verdict(right, "".join(expression[:200].split()))
