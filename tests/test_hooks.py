@@ -119,6 +119,25 @@ def test_so_does_a_gate() -> None:
         step_loss(PolicyLoss(ShapesByEntropy()))
 
 
+class TwiceTheEntropy(WithoutEntropy):
+    def objective(self, stats: TokenStats) -> Any:
+        return 2 * stats.entropy
+
+
+class GatesByEntropy(ShapesByEntropy):
+    def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Any:
+        return loss * (stats.entropy > 0.5)
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "flag"), [(TwiceTheEntropy(0.1), "needs_entropy"), (GatesByEntropy(), "shaping_needs_entropy")]
+)
+def test_an_error_of_their_own_gets_a_note_on_the_flag(regularizer: EntropyRegularizer, flag: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        step_loss(PolicyLoss(regularizer))
+    assert caught.value.__notes__ == [f"stats.entropy is None unless the class sets {flag} = True"]
+
+
 class NoSuper(EntropyRegularizer):
     def __init__(self) -> None:
         self.mine = 1

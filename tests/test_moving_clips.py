@@ -129,14 +129,14 @@ def test_a_clip_that_moves_clips_as_the_number_that_it_has_come_to(kind: type[Po
 @pytest.mark.parametrize(
     ("settings", "setting", "parts"),
     [
-        ({"clip_ratio_low": Linear(0.2, 1.0, 5)}, "clip_ratio_low", ["Linear", "come to be 1", "between 0 and 1"]),
-        ({"clip_ratio_low": Linear(0.0, 0.2, 5)}, "clip_ratio_low", ["come to be 0"]),
+        ({"clip_ratio_low": Linear(0.2, 1.0, 5)}, "clip_ratio_low", ["Linear", "become 1", "between 0 and 1"]),
+        ({"clip_ratio_low": Linear(0.0, 0.2, 5)}, "clip_ratio_low", ["become 0"]),
         ({"clip_ratio_low": Constant(1.5)}, "clip_ratio_low", ["1.5"]),
-        ({"clip_ratio_low": EntropyBand(start=0.2, minimum=0.1)}, "clip_ratio_low", ["EntropyBand", "come to be 1"]),
-        ({"clip_ratio_high": TargetEntropy(start=0.2)}, "clip_ratio_high", ["TargetEntropy", "come to be 0"]),
-        ({"clip_ratio_high": EntropyBand(start=0.2)}, "clip_ratio_high", ["come to be 0", "positive"]),
+        ({"clip_ratio_low": EntropyBand(start=0.2, minimum=0.1)}, "clip_ratio_low", ["EntropyBand", "become 1"]),
+        ({"clip_ratio_high": TargetEntropy(start=0.2)}, "clip_ratio_high", ["TargetEntropy", "become 0"]),
+        ({"clip_ratio_high": EntropyBand(start=0.2)}, "clip_ratio_high", ["become 0", "positive"]),
         ({"clip_ratio_high": AdaptiveKL()}, "clip_ratio_high", ["KL", "entropy"]),
-        ({"clip_ratio_low": Recorder(1.5)}, "clip_ratio_low", ["Recorder", "come to be 1.5"]),
+        ({"clip_ratio_low": Recorder(1.5)}, "clip_ratio_low", ["Recorder", "become 1.5"]),
     ],
 )
 @pytest.mark.parametrize("module", [dapo, ppo])
@@ -286,11 +286,11 @@ def test_an_update_with_a_number_that_moves_is_that_with_what_it_has_come_to(nam
         (lambda: KLCov(kl_coef=-1.0), "kl_coef", ["-1.0", "0 or more"]),
         (lambda: EntropyShapedAdvantage(scale=-1.0), "scale", ["-1.0"]),
         (lambda: IBRO(beta=AdaptiveKL()), "beta", ["AdaptiveKL", "KL"]),
-        (lambda: STEER(Linear(0.5, 1.5, 3)), "w_min", ["Linear", "come to be 1.5", "above 0 and up to 1"]),
-        (lambda: STEER(TargetEntropy()), "w_min", ["come to be 0"]),
+        (lambda: STEER(Linear(0.5, 1.5, 3)), "w_min", ["Linear", "become 1.5", "above 0 and up to 1"]),
+        (lambda: STEER(TargetEntropy()), "w_min", ["become 0"]),
         (lambda: EntropyRatioClip(low=1.5), "low", ["1.5", "above 0 and up to 1, such as 0.05"]),
-        (lambda: EntropyRatioClip(high=Linear(0.0, 0.1, 3)), "high", ["come to be 0", "positive"]),
-        (lambda: PolicyLoss(dual_clip=Linear(10.0, 1.0, 3)), "dual_clip", ["come to be 1 ", "number above 1"]),
+        (lambda: EntropyRatioClip(high=Linear(0.0, 0.1, 3)), "high", ["become 0", "positive"]),
+        (lambda: PolicyLoss(dual_clip=Linear(10.0, 1.0, 3)), "dual_clip", ["become 1 ", "number above 1"]),
         # α of a clip would be 1.5, and a number that is measured once is no coefficient.
         (lambda: EntropyBonus(AdaptiveClip()), "coef", ["AdaptiveClip", "clip_ratio_high"]),
         (lambda: PolicyLoss(clip_ratio_low=AdaptiveClip()), "clip_ratio_low", ["AdaptiveClip", "clip_ratio_high"]),
@@ -303,7 +303,7 @@ def test_an_update_with_a_number_that_moves_is_that_with_what_it_has_come_to(nam
         ),
         # A probability cannot change by 1.
         (lambda: DPPOLoss(clip_ratio_high=1.0), "clip_ratio_high", ["1.0", "between 0 and 1, such as 0.28"]),
-        (lambda: DPPOLoss(clip_ratio_high=AdaptiveClip()), "clip_ratio_high", ["come to be 1.5"]),
+        (lambda: DPPOLoss(clip_ratio_high=AdaptiveClip()), "clip_ratio_high", ["become 1.5"]),
     ],
 )
 def test_numbers_of_methods_are_refused_by_name(

@@ -426,6 +426,8 @@ class TestRewardSum:
             RewardSum([])
         with pytest.raises(ConfigError, match=r"weights.*2 numbers"):
             RewardSum([LastNumberReward(), OverlongPenalty(8)], weights=[1.0])
+        with pytest.raises(ConfigError, match=r"weights.*'a'.*2 numbers"):
+            RewardSum([LastNumberReward(), OverlongPenalty(8)], weights=[1.0, "a"])
 
 
 class TestScore:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -214,6 +215,52 @@ class Renamed(InformationBottleneck):
     pass
 
 
+class LessEntropy:
+    """A mixin, which knows of no promise."""
+
+    def shape_policy_loss(self, loss: Tensor, stats: TokenStats) -> Tensor:
+        return loss + stats.logp.abs()
+
+
+class MixedIn(LessEntropy, InformationBottleneck):
+    pass
+
+
+class MixedInBehind(InformationBottleneck, LessEntropy):
+    """Its methods are InformationBottleneck's."""
+
+
+class Partial(InformationBottleneck):
+    def _scaled(self, loss: Tensor, stats: TokenStats, factor: float) -> Tensor:
+        return loss + factor * stats.logp
+
+    shape_policy_loss = partialmethod(_scaled, factor=2.0)
+
+
+class PartialAlone(InformationBottleneck):
+    shape_policy_loss = partialmethod(LessEntropy.shape_policy_loss)
+
+
+class Named:
+    """A mixin without a say in the update."""
+
+    def measure(self, stats: TokenStats) -> dict[str, Tensor]:
+        return {"one": torch.ones_like(stats.logp)}
+
+
+class MixedHarmless(Named, InformationBottleneck):
+    pass
+
+
+class LossMixin:
+    def surrogate(self, stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
+        return stats.logp, {}
+
+
+class MixedLoss(LossMixin, PolicyLoss):
+    pass
+
+
 def test_a_class_with_methods_of_its_own_does_not_inherit_the_promise() -> None:
     step = _step()
     assert OwnSurrogate().rows_with_gradient(step).all()
@@ -221,7 +268,10 @@ def test_a_class_with_methods_of_its_own_does_not_inherit_the_promise() -> None:
         assert PolicyLoss(regularizer).rows_with_gradient(step).all()
     for regularizer in (OwnTerm(0.1), ShapesToo(0.0)):
         assert PolicyLoss(regularizer).rows_with_gradient(step).all()
-    for regularizer in (Said(), Renamed(), OwnTerm(0.0)):
+    assert MixedLoss().rows_with_gradient(step).all()
+    for mixed in (MixedIn(0.1), MixedIn(0.0), Partial(0.1), PartialAlone(0.1)):
+        assert PolicyLoss(mixed).rows_with_gradient(step).all()
+    for regularizer in (Said(), Renamed(), OwnTerm(0.0), MixedInBehind(0.1), MixedHarmless(0.1)):
         assert not PolicyLoss(regularizer).rows_with_gradient(step)[WITHOUT].any()
 
 

@@ -694,7 +694,7 @@ def test_a_coarse_sampler_shows_in_the_curves_and_the_correction_in_the_weights(
 @pytest.mark.parametrize("apart", [-12.0, 12.0])
 def test_a_mean_difference_that_no_precision_explains_is_refused_in_either_direction(apart: float) -> None:
     old_logp, tokens, lengths = torch.full((8,), -14.0), torch.ones(8, dtype=torch.bool), torch.tensor([4, 4])
-    with pytest.raises(ConfigError, match="are 12 nats per token from the policy's in the mean"):
+    with pytest.raises(ConfigError, match="are 12 nats per token from the policy's on average"):
         refuse_missing_logp(old_logp + apart, old_logp, tokens, lengths)
     assert refuse_missing_logp(old_logp + apart / 2, old_logp, tokens, lengths) == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +17,7 @@ from ibro_lightning.datamodules import EvalSet, RolloutDataModule
 from ibro_lightning.errors import ConfigError, RolloutError
 from ibro_lightning.functional import group_advantages, token_mean
 from ibro_lightning.models import Policy, PolicyOptions, Qwen2FromScratch
-from ibro_lightning.modules import DAPOModule, PolicyProviderMixin, PPOModule
+from ibro_lightning.modules import DAPOModule, PolicyProviderMixin, PPOModule, SFTModule
 from ibro_lightning.rewards import VerifiableReward
 from ibro_lightning.tasks import NumberPath, NumberPathSource
 from ibro_lightning.types import SamplingParams
@@ -190,6 +191,60 @@ def test_our_modules_train_on_a_plain_data_loader(kind: Any, tmp_path: Any) -> N
     assert iterations.seen == [1, 2, 3, 4]
 
 
+SINGLE = {"prompt_token_ids": [5, 6], "response_token_ids": [[8, 2]], "rewards": [1.0]}
+PAIR = {"prompt_token_ids": [5, 6], "response_token_ids": [[8, 2], [9, 2]], "rewards": [1.0, -1.0]}
+
+
+def _fit(tmp_path: Any, samples: list[Any], collate: Any, kind: Any = DAPOModule, **given: Any) -> None:
+    settings = {} if kind is SFTModule else {"sampler_correction": None}
+    trainer = pl.Trainer(max_epochs=1, default_root_dir=tmp_path, **QUIET)
+    loader = DataLoader(samples, batch_size=2, collate_fn=collate)
+    trainer.fit(kind(START, **settings), loader, loader if given.get("validate") else None)
+
+
+WRONG_BATCHES: list[tuple[Any, Any, str]] = [
+    (DAPOModule, None, "dict' - DAPOModule takes batches of type ibro_lightning.batches.Rollout: write collate_fn"),
+    (PPOModule, lambda rows: torch.zeros(2), "'Tensor' - PPOModule takes batches of type .*Rollout: write collate_fn"),
+    (SFTModule, collate_rollout, "'Rollout' - SFTModule takes batches of type .*Sequences: yield Sequences.collate"),
+]
+
+
+@pytest.mark.parametrize(("kind", "collate", "line"), WRONG_BATCHES)
+def test_batches_of_another_type_are_refused_by_name(kind: Any, collate: Any, line: str, tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match=f"train_dataloaders: .*{line}"):
+        _fit(tmp_path, [PAIR] * 2, collate, kind)
+
+
+def test_a_datamodule_for_another_module_is_refused(tmp_path: Any) -> None:
+    trainer = pl.Trainer(max_epochs=1, default_root_dir=tmp_path, **QUIET)
+    data = RolloutDataModule(source=NumberPathSource(NumberPath(size=12)), reward=Says7())
+    with pytest.raises(
+        ConfigError, match=r"it learns from Sequences, and the batches of RolloutDataModule are Rollout"
+    ):
+        trainer.fit(SFTModule(START), datamodule=data)
+
+
+def test_rollouts_without_accuracy_cannot_be_validated_on_and_the_line_says_why(tmp_path: Any) -> None:
+    with pytest.raises(RolloutError, match=r"2 responses.* does not say which responses are right.*accuracy"):
+        _fit(tmp_path, [PAIR], collate_rollout, validate=True)
+    _fit(tmp_path, [{**PAIR, "accuracy": [1, 0]}], collate_rollout, validate=True)
+
+
+def test_a_token_that_the_policy_has_not_is_named(tmp_path: Any) -> None:
+    unknown = {**PAIR, "response_token_ids": [[8, 2], [999, 2]]}
+    with pytest.raises(ConfigError, match=r"response_token_ids: 999 - the policy has \d+ tokens"):
+        _fit(tmp_path, [unknown], collate_rollout)
+
+
+def test_single_responses_leave_nothing_to_compare_and_a_warning_says_so(tmp_path: Any) -> None:
+    with pytest.warns(UserWarning, match="no prompt of a batch has 2 responses for DAPOModule to compare"):
+        _fit(tmp_path, [SINGLE] * 2, collate_rollout)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="no prompt of a batch")
+        _fit(tmp_path, [SINGLE] * 2, collate_rollout, PPOModule)
+        _fit(tmp_path, [PAIR, SINGLE], collate_rollout)
+
+
 def test_a_data_loaders_samples_are_groups_of_their_own_even_with_equal_prompts() -> None:
     sample = {"prompt_token_ids": [5, 6], "response_token_ids": [[8, 2], [9, 2]], "rewards": [1.0, 0.0]}
     assert collate_rollout([sample, sample]).groups.tolist() == [0, 0, 1, 1]
@@ -205,6 +260,7 @@ WRONG_TOKENS: dict[str, Any] = {
     },
     "accuracy: [1, 0, 0, 1] - 4 entries": {"accuracy": [1, 0, 0, 1]},
     "truncated: [True] - 1 entries": {"truncated": [True]},
+    "groups[0]: 'a' - write a whole number": {"groups": ["a", "a", "b"]},
     "groups: 4 - its responses answer different prompts": {"groups": [4, 4, 9]},
     "prompt_token_ids[1]: [] - ": {"prompt_token_ids": [[5, 6], [], [5, 6]]},
     "prompt_token_ids[1]: [-7] - ": {"prompt_token_ids": [[5, 6], [-7], [5, 6]]},
@@ -254,6 +310,9 @@ WRONG_SAMPLES: dict[str, Any] = {
     "samples[0]: ['prompt_token_ids', 'response_token_ids'] - rewards: write": [
         {name: TWO[name] for name in ("prompt_token_ids", "response_token_ids")}
     ],
+    "samples[0].log_probs: [[-1.0, -1.0]] - nothing reads it: write": [{**ONE, "log_probs": [[-1.0, -1.0]]}],
+    "samples: ['tuple'] - write at least one mapping": [([7], [[9, 2]], [0.5])],
+    "samples: [] - write at least one mapping": [],
 }
 
 

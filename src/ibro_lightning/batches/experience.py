@@ -54,7 +54,7 @@ class Experience:
     """``[N]`` under the policy that the rollout came from; None: not known yet, the first optimizer step scores its
     own rows."""
     old_entropy: Tensor | None
-    """``[N]`` of the same policy, in nats; None if :attr:`old_logp` is, and in a step with rows that nobody has
+    """``[N]`` of the same policy, in nats; None if :attr:`old_logp` is, and in a step with rows that are not
     scored (:attr:`scored`)."""
     advantages: Tensor
     """``[N]``."""

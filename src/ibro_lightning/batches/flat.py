@@ -40,7 +40,7 @@ class Part:
 
     def mask(self, window: int | None) -> Tensor:
         """``[1 or b, 1, t, l]`` bool: the keys that each query sees, of the last ``window`` ones if that is given. No
-        query is without a key, so padding gives numbers, which nobody reads."""
+        query is without a key, so padding gives numbers, which are not used."""
         steps = torch.arange(self.queries.shape[1], device=self.keys.device)[:, None]  # [t, 1]
         places = torch.arange(self.keys.shape[1], device=self.keys.device)  # [l]
         offsets = steps.new_zeros(1) if self.before is None else self.before

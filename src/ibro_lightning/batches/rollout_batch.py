@@ -55,8 +55,18 @@ class Rollout:
     """This rank has no share of the rollout: its rows do not count, and only take part in the collectives."""
 
     @classmethod
-    def from_groups(cls, groups: Sequence[Group], numbers: Sequence[int] | None = None, **others: Any) -> Self:
-        """Build from whole groups, numbered 0, 1, … or by ``numbers``; ``others`` are the remaining fields."""
+    def from_groups(
+        cls,
+        groups: Sequence[Group],
+        numbers: Sequence[int] | None = None,
+        *,
+        name: str,
+        iteration: int,
+        temperature: float,
+        **generation: Any,
+    ) -> Self:
+        """Build from whole groups, numbered 0, 1, … or by ``numbers``; ``generation``: further fields, from ``dropped``
+        on."""
         numbers = range(len(groups)) if numbers is None else numbers
         rows = [
             (i, g.prompt, c, r)
@@ -80,7 +90,10 @@ class Rollout:
             groups=torch.tensor([group for group, _, _, _ in rows], dtype=torch.long),
             truncated=torch.tensor([completion.truncated for completion in completions], dtype=torch.bool),
             late=torch.tensor([completion.late for completion in completions], dtype=torch.bool),
-            **others,
+            name=name,
+            iteration=iteration,
+            temperature=temperature,
+            **generation,
         )
 
     @classmethod
@@ -124,7 +137,7 @@ class Rollout:
         _check_numbers("accuracy", () if accuracy is None else accuracy, 0, 1)
         rows_of: dict[Any, list[int]] = {}
         for row, prompt in enumerate(prompts):
-            rows_of.setdefault(prompt if groups is None else int(groups[row]), []).append(row)
+            rows_of.setdefault(prompt if groups is None else _group_number(groups[row], row), []).append(row)
         for number, rows in rows_of.items():
             if len({prompts[row] for row in rows}) > 1:
                 raise ConfigError("groups", number, "its responses answer different prompts: number each prompt")
@@ -160,7 +173,10 @@ class Rollout:
 
     @property
     def accuracy(self) -> Tensor:
-        """``[B]`` the reward's "accuracy" part."""
+        """``[B]`` the reward's "accuracy" part; raises :class:`RolloutError` if there is none."""
+        if "accuracy" not in self.reward_parts:
+            remedy = "give accuracy to from_tokens or to the samples of collate_rollout, or use a reward with that part"
+            raise RolloutError(f"{self!r} does not say which responses are right, as an evaluation must know: {remedy}")
         return self.reward_parts["accuracy"]
 
     @property
@@ -193,7 +209,8 @@ class Rollout:
 REQUIRED = ("prompt_token_ids", "response_token_ids", "rewards")
 COLUMNS = ("response_token_ids", "rewards", "logp", "accuracy", "truncated")
 """The keys of a sample with one entry per response."""
-COLUMNS_RULE = f"write {', '.join(REQUIRED)} in every sample, and each of the others in all samples or in none"
+OPTIONAL = tuple(name for name in COLUMNS if name not in REQUIRED)
+COLUMNS_RULE = f"write {', '.join(REQUIRED)} in every sample, and {', '.join(OPTIONAL)} in all samples or in none"
 
 
 def collate_rollout(samples: Sequence[Mapping[str, Any]]) -> Rollout:
@@ -201,11 +218,14 @@ def collate_rollout(samples: Sequence[Mapping[str, Any]]) -> Rollout:
 
     Args:
         samples: ``prompt_token_ids``; ``response_token_ids`` and ``rewards``, one per response; and, in all samples or
-            in none, ``logp``, ``accuracy`` and ``truncated``, as in :meth:`Rollout.from_tokens`.
+            in none, ``logp``, ``accuracy`` and ``truncated``, as in :meth:`Rollout.from_tokens`; nothing else.
 
     Raises:
-        ConfigError: a sample lacks one of them, or has another number of entries than responses.
+        ConfigError: a sample lacks one of them, has another key, or another number of entries than responses.
     """
+    if not samples or not all(isinstance(sample, Mapping) for sample in samples):
+        kinds = [type(sample).__name__ for sample in samples]
+        raise ConfigError("samples", kinds, f"write at least one mapping: {COLUMNS_RULE}")
     first = samples[0].keys()
     columns: dict[str, Any] = {name: [] for name in COLUMNS if name in first}
     prompts, groups = [], []
@@ -214,6 +234,8 @@ def collate_rollout(samples: Sequence[Mapping[str, Any]]) -> Rollout:
         for name in ("prompt_token_ids", *COLUMNS):
             if (name in sample) != (name in first or name in REQUIRED):
                 raise ConfigError(place, list(sample), f"{name}: {COLUMNS_RULE}")
+        if unknown := [name for name in sample if name not in ("prompt_token_ids", *COLUMNS)]:
+            raise ConfigError(f"{place}.{unknown[0]}", sample[unknown[0]], f"nothing reads it: {COLUMNS_RULE}")
         for name, column in columns.items():
             if len(sample[name]) != count:
                 remedy = f"{len(sample[name])} entries for {count} responses: write one for each"
@@ -236,6 +258,13 @@ def _token_rows(name: str, rows: Sequence[Sequence[int]], *, shortest: int) -> l
         if len(row) < shortest or min(row, default=0) < 0:
             raise ConfigError(f"{name}[{number}]", row, remedy)
     return plain
+
+
+def _group_number(value: Any, row: int) -> int:
+    try:
+        return index(value)
+    except TypeError as error:
+        raise ConfigError(f"groups[{row}]", value, "write a whole number for each prompt") from error
 
 
 def _check_numbers(name: str, values: Sequence[float], low: float, high: float) -> None:

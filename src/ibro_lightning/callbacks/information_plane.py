@@ -22,13 +22,13 @@ from ibro_lightning.regularizers import IBRO
 from ibro_lightning.regularizers.hindsight import HindsightTemplate
 from ibro_lightning.seeding import derive_seed, run_seed
 from ibro_lightning.update.gradient_share import regularizer_share
-from ibro_lightning.update.token_statistics import answer_parts, ending_parts, entropy_parts, some_groups
+from ibro_lightning.update.response_entropies import answer_parts, ending_parts, entropy_parts, some_groups
 
 
 class InformationPlane(pl.Callback):
     """Curves ``information/…`` of IBRO's objective ``I(q; r) − β·I(r; a)`` (arXiv 2507.18391), measured between the
     advantages and the update, in iterations 1, 1 + n, 1 + 2n, …: see ``docs/curves.md``, and for bias and error of each
-    estimator :func:`.information_plane` and :mod:`.token_statistics`. Training is the same, bit for bit, with it and
+    estimator :func:`.information_plane` and :mod:`.response_entropies`. Training is the same, bit for bit, with it and
     without.
 
     The policy is the one that the responses come from; with ``data.max_staleness`` it is one update further, and all

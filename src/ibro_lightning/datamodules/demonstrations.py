@@ -37,6 +37,8 @@ class SFTDataModule(EvaluationDataModule):
         steps_per_epoch: batches per Lightning epoch.
     """
 
+    batch_type = Sequences
+
     def __init__(
         self,
         source: DemonstrationSource,

@@ -59,6 +59,8 @@ class EvaluationDataModule(pl.LightningDataModule):
             kept. Details: ``docs/prompts.md``.
     """
 
+    batch_type: type = object  # of the training batches
+
     def __init__(
         self,
         engine: RolloutEngine | None = None,
@@ -121,6 +123,13 @@ class EvaluationDataModule(pl.LightningDataModule):
         self.engine.setup(self.provider.model_spec())
         self.check_lengths(stage, self.engine.max_model_len)
 
+    def _check_batch_type(self) -> None:
+        needed = getattr(self.provider, "batch_type", object)
+        if self.batch_type is not object and not issubclass(self.batch_type, needed):
+            module, data = type(self.provider).__name__, type(self).__name__
+            reason = f"it learns from {needed.__name__}, and the batches of {data} are {self.batch_type.__name__}"
+            raise ConfigError("model", module, f"{reason}: SFTModule and SFTDataModule belong together")
+
     def prepare(self, stage: str, rows: int | None = None) -> None:
         """Prepare everything that needs no engine: chat templates, rewards, prompts.
 
@@ -130,6 +139,8 @@ class EvaluationDataModule(pl.LightningDataModule):
         if stage != "fit" and not sets:
             raise ConfigError("eval_sets", "{}", f"name at least one evaluation set to {TrainerFn(stage).value} on")
         check_provider(self.provider, scores=self.collector.weight_check is not None)
+        if stage == "fit":
+            self._check_batch_type()
         self.collector.attach(self.provider, self.ranks)
         check_template_kwargs("chat_template_kwargs", self.chat_template_kwargs, self.provider.tokenizer)
         for name, eval_set in {**self.eval_sets, **self.test_sets}.items():

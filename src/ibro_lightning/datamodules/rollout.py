@@ -51,6 +51,8 @@ class RolloutDataModule(EvaluationDataModule):
         allow_overlap: allow evaluation sets to share questions with the training problems.
     """
 
+    batch_type = Rollout
+
     def __init__(
         self,
         source: PromptSource,

@@ -67,7 +67,7 @@ class ServerClient:
         future = asyncio.run_coroutine_threadsafe(self._ask_all(requests, deadline_s), self._loop)
         try:
             return future.result()
-        except BaseException:  # also Ctrl-C: the server must not go on for nobody
+        except BaseException:  # also Ctrl-C: the server must not go on with what no client reads
             future.cancel()
             raise
 

@@ -69,12 +69,13 @@ from ibro_lightning.functional.policy_loss import (
 )
 from ibro_lightning.functional.regularization import information_bottleneck_objective
 from ibro_lightning.functional.shaping import informative_groups, overlong_penalty
-from ibro_lightning.functional.value_loss import ValueLoss, clipped_value_loss
+from ibro_lightning.functional.value_loss import ClippedValueLoss, clipped_value_loss
 
 __all__ = [
     "GAE",
     "AggregationMode",
     "ClippedSurrogate",
+    "ClippedValueLoss",
     "Collision",
     "HeadFunctional",
     "KLEstimator",
@@ -88,7 +89,6 @@ __all__ = [
     "RestrictedEntropy",
     "SoftSurrogate",
     "TokenProbability",
-    "ValueLoss",
     "aggregate",
     "aggregation_weights",
     "approximate_kl",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class ValueLoss(NamedTuple):
+class ClippedValueLoss(NamedTuple):
     """Per-token result of :func:`clipped_value_loss`; both fields ``[B, T]``."""
 
     loss: Tensor
@@ -17,7 +17,9 @@ class ValueLoss(NamedTuple):
     """bool: the clipped branch was the larger one, so the token has no gradient."""
 
 
-def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None = 0.5) -> ValueLoss:
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None = 0.5
+) -> ClippedValueLoss:
     """``½·max((V − R)², (clip(V, V_old ± clip) − R)²)``: the value loss of PPO's reference code (arXiv 1707.06347).
 
     A value that has already moved by ``clip`` towards its return has no gradient; one that moved away from it keeps
@@ -36,4 +38,4 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
         loss_inside = (inside - returns) ** 2
         clipped = loss_inside > loss
         loss = torch.where(clipped, loss_inside, loss)
-    return ValueLoss(0.5 * loss, clipped)
+    return ClippedValueLoss(0.5 * loss, clipped)

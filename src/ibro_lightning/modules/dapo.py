@@ -61,6 +61,7 @@ class DAPOModule(PolicyModule):
     """
 
     policy_loss: PolicyLoss
+    batch_type = Rollout
     min_group_size = 2
     advantages_need_scores = False
     """Whether :meth:`prepare` or :meth:`advantages` reads ``old_logp`` or ``old_entropy``: set True where they do."""

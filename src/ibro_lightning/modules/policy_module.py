@@ -87,8 +87,8 @@ class PolicyModule(pl.LightningModule):
         policy_options: dtype, attention implementation and the like.
     """
 
-    min_group_size = 1
-    learns_off_policy = False
+    batch_type: ClassVar[type] = object  # of training_step
+    min_group_size, learns_off_policy = 1, False
     trained: ClassVar[Mapping[str, tuple[str, str]]] = {"policy": ("optimizer", "learning_rate")}
     """The networks that learn, by name, and the arguments with the optimizer and the learning rate of each."""
     schedule_settings: tuple[str, ...] = ()  # attributes that learning_rate_factor reads, besides warmup_steps

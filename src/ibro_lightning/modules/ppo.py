@@ -85,6 +85,7 @@ class PPOModule(PolicyModule):
     """
 
     policy_loss: PolicyLoss
+    batch_type = Rollout
     trained: ClassVar = {**PolicyModule.trained, "critic": ("critic_optimizer", "critic_learning_rate")}
     advantages_need_scores = False
     """Whether :meth:`prepare` reads ``old_logp`` or ``old_entropy``: set True where it does."""

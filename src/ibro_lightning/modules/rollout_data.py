@@ -7,7 +7,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ibro_lightning.batches import Rollout
+from lightning.pytorch.utilities import rank_zero_warn
+
+from ibro_lightning.batches import Rollout, Sequences
 from ibro_lightning.engines.weight_check import TOLERANCES
 from ibro_lightning.errors import ConfigError
 
@@ -18,13 +20,45 @@ def check(module: Any, datamodule: Any, stage: str) -> None:
         refuse_unverified_logp(module, datamodule, module.compute_dtype)
     if not hasattr(datamodule, "collector"):
         # On the instance: Lightning warns of a class that overrides the hook, whatever the datamodule.
-        module.on_before_batch_transfer = partial(_numbered, module)
+        module.on_before_batch_transfer = partial(_received, module)
 
 
-def _numbered(module: Any, batch: Any, dataloader_idx: int) -> Any:
-    """Number the rollouts of a foreign datamodule."""
-    unnumbered = isinstance(batch, Rollout) and module.trainer.training and not batch.iteration
-    return replace(batch, iteration=module.iteration + 1) if unnumbered else batch
+def _received(module: Any, batch: Any, dataloader_idx: int) -> Any:
+    """A batch of a foreign datamodule or DataLoader, checked; rollouts to train on get the iteration's number."""
+    training = module.trainer.training
+    needed = module.batch_type if training else Rollout
+    if not isinstance(batch, needed):
+        loader, remedy = "train_dataloaders" if training else "dataloaders", _HOW[needed]
+        reason = f"{type(module).__name__} takes batches of type {_type_name(needed)}"
+        raise ConfigError(loader, type(batch).__name__, f"{reason}: {remedy}")
+    if not training or not isinstance(batch, Rollout):
+        return batch
+    _check_rollout(module, batch)
+    return batch if batch.iteration else replace(batch, iteration=module.iteration + 1)
+
+
+_HOW = {
+    Rollout: "write collate_fn=collate_rollout in the DataLoader, or yield Rollout.from_tokens(…)",
+    Sequences: "yield Sequences.collate(prompts, responses)",
+}
+
+
+def _type_name(kind: type) -> str:
+    return f"ibro_lightning.batches.{kind.__name__}"
+
+
+def _check_rollout(module: Any, rollout: Rollout) -> None:
+    """Refuse tokens that the policy has not; warn of a rollout without groups to compare."""
+    vocabulary = int(module.policy_source.config().get_text_config().vocab_size)
+    for name, ids in (("prompt", rollout.sequences.prompts), ("response", rollout.sequences.responses)):
+        if len(ids) and (largest := int(ids.max())) >= vocabulary:
+            remedy = f"the policy has {vocabulary} tokens: encode with its own tokenizer"
+            raise ConfigError(f"{name}_token_ids", largest, remedy)
+    if len(rollout) and int(rollout.groups.bincount().max()) < module.min_group_size:
+        rank_zero_warn(
+            f"no prompt of a batch has {module.min_group_size} responses for {type(module).__name__} to compare: every "
+            "advantage is 0 (PPOModule, or advantage: reinforce_plus_plus, learn from single responses)"
+        )
 
 
 def refuse_unverified_logp(module: Any, datamodule: Any, policy_dtype: str) -> None:

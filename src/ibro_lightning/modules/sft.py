@@ -29,6 +29,7 @@ class SFTModule(PolicyModule):
             step after the warm-up. None: the cosine; ``ReduceLROnPlateau`` is refused.
     """
 
+    batch_type = Sequences
     schedule_settings = ("final_lr_factor",)
 
     def __init__(

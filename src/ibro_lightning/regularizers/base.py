@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType
+from itertools import takewhile
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from ibro_lightning.regularizers.coefficients import Coefficient, TrackedNumber,
 from ibro_lightning.regularizers.method import Method
 
 
-def _nobody_tells(*_: Any, **__: Any) -> dict[str, Tensor]:
+def _no_scorer(*_: Any, **__: Any) -> dict[str, Tensor]:
     raise NotImplementedError("this context comes from no Scorer: give StepContext a function tell")
 
 
@@ -40,7 +40,7 @@ class StepContext:
     """The policy's number of positions; None: not in its configuration."""
     ranks: Ranks = ALONE
     """Sums and means over the tokens of all ranks that share the step."""
-    tell: Callable[..., dict[str, Tensor]] = _nobody_tells
+    tell: Callable[..., dict[str, Tensor]] = _no_scorer
     """``tell(sequences, temperature, functionals)`` → ``{name: [N]}``: what these functionals give under the present
     policy, without gradients, for any number of sequences without padding."""
     micro: MicroBatch | None = None
@@ -155,9 +155,11 @@ class EntropyRegularizer(ABC):
 
 
 def does_not_inherit(cls: type, promise: str, harmless: Sequence[str] = ()) -> None:
-    """Set a class's ``promise`` to False if it says nothing of it and has methods of its own, but for ``harmless``."""
-    own = {name for name, value in vars(cls).items() if isinstance(value, FunctionType | property)}
-    if promise not in vars(cls) and own - {"__init__", *harmless}:
+    """Set a class's ``promise`` to False if it, or a mixin, has methods that precede those of the class that made the
+    promise; but for constructors and ``harmless`` ones."""
+    before = takewhile(lambda kind: promise not in vars(kind), cls.__mro__)
+    methods = {name for kind in before for name, value in vars(kind).items() if hasattr(value, "__get__")}
+    if methods - {"__init__", "__init_subclass__", "__dict__", "__weakref__", *harmless}:
         setattr(cls, promise, False)
 
 

@@ -1,4 +1,4 @@
-"""Conditional Entropy Shaping: uncertain tokens are made surer on right paths and less sure on wrong ones."""
+"""Conditional Entropy Shaping: it lowers the entropy of uncertain tokens on right paths and raises it on wrong ones."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 Certainty = Literal["paper", "code read", "note", "abstract only", "ours"]
 """Where the formula is from: ``paper``: as printed there; ``code read``: of the authors or of a peer; ``note``: a third
-party's; ``abstract only``: the constants, and at times the form, are ours; ``ours``: nobody else's."""
+party's; ``abstract only``: the constants, and at times the form, are ours; ``ours``: defined here."""
 
 
 @dataclass(frozen=True)

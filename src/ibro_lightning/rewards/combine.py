@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from ibro_lightning.errors import ConfigError, RewardError
+from ibro_lightning.errors import ConfigError, RewardError, is_number
 from ibro_lightning.rewards.base import Answered, Judge, Request, Reward, check_reward_object, score
 from ibro_lightning.rewards.blame import blamed_on
 from ibro_lightning.types import Completion, Prompt, RewardResult
@@ -68,7 +68,8 @@ class RewardSum(CombinedReward):
     def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
         if not isinstance(rewards, list | tuple) or not rewards:
             raise ConfigError("rewards", rewards, "write a list of at least one reward")
-        if weights is not None and not (isinstance(weights, list | tuple) and len(weights) == len(rewards)):
+        numbers = isinstance(weights, list | tuple) and len(weights) == len(rewards) and all(map(is_number, weights))
+        if weights is not None and not numbers:
             raise ConfigError("weights", weights, f"write {len(rewards)} numbers, one per reward")
         super().__init__(rewards)
         self.weights = weights if weights is not None else [1.0] * len(rewards)

@@ -184,7 +184,7 @@ def refuse_missing_logp(
     apart, count = ranks.sum(torch.stack([difference, finite.count_nonzero().double()])).tolist()
     if abs(apart) > _APART_NATS * count:
         raise _refused(
-            f"the sampler's log-probs are {abs(apart) / count:.3g} nats per token from the policy's in the mean"
+            f"the sampler's log-probs are {abs(apart) / count:.3g} nats per token from the policy's on average"
         )
     return int(missing)
 
@@ -198,6 +198,6 @@ def _refused(what: str) -> ConfigError:
     return ConfigError(
         "sampler_correction",
         "SamplerCorrection",
-        f"{what}, so that there is nothing to correct by: put each token's into Completion.logp, or write "
-        "sampler_correction: null (None in Python)",
+        f"{what}, so that there is nothing to correct by: give each token its own (Completion.logp, or logp of "
+        "from_tokens and collate_rollout), or write sampler_correction: null (None in Python)",
     )

@@ -27,18 +27,18 @@ from ibro_lightning.regularizers.base import does_not_inherit
 from ibro_lightning.regularizers.coefficients import AdaptiveClip, BoundedSetting, Coefficient, TrackedNumber
 from ibro_lightning.regularizers.method import Method
 from ibro_lightning.update.correction import SamplerCorrection
-from ibro_lightning.update.hooks import (
+from ibro_lightning.update.hook_checks import (
     check_regularizer,
     functionals_of,
     measured,
+    noted,
+    objective_of,
     of_policy,
     of_surrogate,
     per_step_token,
-    per_token,
     prepared_by,
     shaped,
     statistics_of,
-    without_entropy,
 )
 from ibro_lightning.update.reference import EXACT, ReferenceKL
 
@@ -185,8 +185,7 @@ class PolicyLoss:
 
     def objective(self, stats: TokenStats) -> Tensor:
         """What the regulariser maximises, ``[B, T]``: J."""
-        values = self.regularizer.objective(stats)
-        return per_token(self.regularizer, "objective", values, stats, without_entropy(stats, "needs_entropy"))
+        return objective_of(self.regularizer, stats)
 
     def rows_with_gradient(self, step: Experience) -> Tensor:
         """``[B]`` bool: the rows whose loss may have a gradient other than 0. In a group of equal rewards, advantages
@@ -235,13 +234,10 @@ class PolicyLoss:
         )
         (weights,) = row_wise(lambda _, __, mask: weights_of(mask), step.lengths, step.mask)  # [N]
         step = replace(step, weights=weights, num_tokens=num_tokens)
-        try:
+        name = type(self.regularizer).__name__
+        advice = f"old_logp and old_entropy may be None unless {name} sets prepare_needs_scores = True"
+        with noted(advice if step.old_logp is None else ""):
             prepared = self.regularizer.prepare(step, context)
-        except (AttributeError, TypeError) as error:
-            if step.old_logp is None:
-                name = type(self.regularizer).__name__
-                error.add_note(f"old_logp and old_entropy may be None unless {name} sets prepare_needs_scores = True")
-            raise
         prepared = prepared_by(self.regularizer, prepared)
         added = {name: values for name, values in prepared.extra.items() if name not in step.extra}
         means = {f"regularizer/{name}": context.ranks.mean(v.float(), step.mask).item() for name, v in added.items()}
@@ -288,7 +284,7 @@ def _warn_of_another_epsilon(low: BoundedSetting, high: BoundedSetting) -> None:
 def _run_policy(
     micro: MicroBatch, context: StepContext, with_entropy: bool, functionals: Mapping[str, HeadFunctional]
 ) -> tuple[Tensor, Tensor | None, Mapping[str, Tensor]]:
-    """``(logp, entropy, {name: value})``. A policy of one's own need not accept functionals."""
+    """``(logp, entropy, {name: value})``. Users' policies need not accept functionals."""
     policy = context.policy
     if not functionals:
         logp, entropy = policy(micro.sequences, temperature=micro.temperature, with_entropy=with_entropy)

@@ -172,7 +172,7 @@ class Scorer:
             of_micro: Mapping[str, Tensor] = {}
             with self.budget.advice("prepare", micro := sequences.pad(rows), policy):
                 options: dict[str, Any] = {"temperature": temperature, "with_entropy": with_entropy}
-                if functionals_of is None:  # a policy of one's own need not accept functionals
+                if functionals_of is None:  # users' policies need not accept functionals
                     micro_logp, micro_entropy = policy(micro, **options)  # [b, t]
                 else:
                     functionals = functionals_of(micro)
@@ -230,7 +230,7 @@ class Scorer:
             # A token without a finite one takes no part in the loss; 0 keeps its nan out of the gradient.
             finite = torch.where(sampler_logp.isfinite(), sampler_logp, 0.0).to(scores.logp)  # [N]
             return replace(scores, logp=torch.where(per_token(others, lengths), finite, scores.logp))
-        # All ranks take part in the forward passes of a sharded policy; one without other rows scores one in vain.
+        # All ranks take part in the forward passes of a sharded policy; one without others scores an unused row.
         part = sequences.select(rows if len(rows) else rows.new_zeros(1))
         computed = self.score(part, rollout.temperature)  # [n] each
         if len(rows):

@@ -20,7 +20,7 @@ class BoundedSetting:
         example: a number to suggest where another is refused.
 
     Raises:
-        ConfigError: a number is out of these bounds; or a coefficient could come to be (:attr:`.Coefficient.bounds`),
+        ConfigError: a number is out of these bounds; or a coefficient could leave them (:attr:`.Coefficient.bounds`),
             or is.
     """
 
@@ -41,7 +41,7 @@ class BoundedSetting:
         if isinstance(number, Coefficient):
             for value in number.bounds or (number.value,):
                 if not self.allows(value):
-                    what = f"it can come to be {value:g} ({self.remedy}): bound it by its settings"
+                    what = f"it can become {value:g} ({self.remedy}): bound it by its settings"
                     raise ConfigError(setting, type(number).__name__, what)
 
     @property

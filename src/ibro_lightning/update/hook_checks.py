@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -63,8 +64,18 @@ def of_policy(policy: Any, scores: Any, functionals: Mapping[str, HeadFunctional
 
 def shaped(loss: Tensor, regularizer: EntropyRegularizer, stats: TokenStats) -> Tensor:
     """The policy loss ``[B, T]`` after the regulariser's ``shape_policy_loss``."""
-    values = regularizer.shape_policy_loss(loss, stats)
-    return per_token(regularizer, "shape_policy_loss", values, stats, without_entropy(stats, "shaping_needs_entropy"))
+    advice = without_entropy(stats, "shaping_needs_entropy")
+    with noted(advice):
+        values = regularizer.shape_policy_loss(loss, stats)
+    return per_token(regularizer, "shape_policy_loss", values, stats, f"; {advice}" * bool(advice))
+
+
+def objective_of(regularizer: EntropyRegularizer, stats: TokenStats) -> Tensor:
+    """What the regulariser maximises, ``[B, T]``."""
+    advice = without_entropy(stats, "needs_entropy")
+    with noted(advice):
+        values = regularizer.objective(stats)
+    return per_token(regularizer, "objective", values, stats, f"; {advice}" * bool(advice))
 
 
 def measured(regularizer: EntropyRegularizer, stats: TokenStats) -> dict[str, Tensor]:
@@ -114,7 +125,18 @@ def per_token(
 
 def without_entropy(stats: TokenStats, flag: str) -> str:
     """Advice for a method that may have read ``stats.entropy`` where there is none."""
-    return "" if stats.entropy is not None else f"; stats.entropy is None unless the class sets {flag} = True"
+    return "" if stats.entropy is not None else f"stats.entropy is None unless the class sets {flag} = True"
+
+
+@contextmanager
+def noted(advice: str) -> Iterator[None]:
+    """Add advice, if there is any, to an error that reading None may have caused."""
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        if advice:
+            error.add_note(advice)
+        raise
 
 
 def per_step_token(name: str, values: Any, step: Experience) -> None:

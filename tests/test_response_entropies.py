@@ -23,7 +23,7 @@ from ibro_lightning.types import Prompt
 from ibro_lightning.update import PlainLoop, TokenBudget, Updater
 from ibro_lightning.update.gradient_share import regularizer_share
 from ibro_lightning.update.loss import weighted_sum
-from ibro_lightning.update.token_statistics import answer_parts, ending_parts, entropy_parts, some_groups
+from ibro_lightning.update.response_entropies import answer_parts, ending_parts, entropy_parts, some_groups
 
 
 class TestPositions:
