@@ -156,7 +156,8 @@ class Recipe:
     def set(content: dict[str, Any], place: str, value: object) -> None:
         *path, last = place.split(".")
         for key in path:
-            content = content.setdefault(key, {})
+            content[key] = content.get(key) or {}
+            content = content[key]
             content = content.setdefault("init_args", {}) if "class_path" in content else content
         content[last] = value
 
@@ -211,6 +212,8 @@ COMMAND_LINE = {
     "target_modules, seed), or null",
     "--data.engine Nope": "data.engine: 'Nope' - there is no RolloutEngine of that name: write one of EngineProcess, "
     "HFEngine, VLLMEngine, VLLMServerEngine, or module.Class of your own, or null",
+    "--data.prompt_limits.nope 1": "data.prompt_limits.nope: '1' - PromptLimits has no such setting: it has "
+    "max_tokens, overlong",
     "--data.grup_size 4": "data.grup_size: '4' - RolloutDataModule has no such setting: did you mean group_size?",
     "--data.group_size null": "data.group_size: null - write a whole number, or leave it out for its default",
     "--data.reward_pool.workers x": "data.reward_pool.workers: 'x' - write a whole number, or null",
@@ -247,6 +250,48 @@ def test_the_command_line_is_answered_in_one_line(
         recipe.parser.instantiate_classes(recipe.parser.parse_args(["--config", "part.yaml", *typed.split()]))
     line = capsys.readouterr().err.strip().removeprefix("error: ") if refused.type is SystemExit else str(refused.value)
     assert line == COMMAND_LINE[typed]
+
+
+TYPOS = {
+    # a setting that does not exist: the class of its group, and what was meant
+    "data.sampling.tempreature": ("SamplingParams", "temperature"),
+    "data.prompt_limits.overlng": ("PromptLimits", "overlong"),
+    "data.weight_check.tolerence": ("WeightCheck", "tolerance"),
+    "data.reward_pool.wrokers": ("PoolOptions", "workers"),
+    "data.dynamic_sampling.max_ronds": ("DynamicSampling", "max_rounds"),
+    "data.eval_sets.starts.smaples": ("EvalSet", "samples"),
+    "data.eval_sets.starts.sampling.tempreature": ("SamplingParams", "temperature"),
+    "model.policy_options.dtpe": ("PolicyOptions", "dtype"),
+    "model.policy_options.lora.rnk": ("LoRAOptions", "rank"),
+    "model.sampler_correction.cpa": ("SamplerCorrection", "cap"),
+    "model.kl.cof": ("ReferenceKL", "coef"),
+    "checkpoint.mdoe": ("IterationCheckpoint", "mode"),
+}
+
+
+def line_of(
+    recipe: Recipe, arguments: list[str], patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]
+) -> str:
+    """The line that the recipe's parser writes about arguments."""
+    patch.setattr(sys, "argv", ["ibro-lightning", *arguments])
+    recipe.parser.add_argument("--config", action="config")
+    with pytest.raises(SystemExit):
+        recipe.parser.parse_args(arguments)
+    return capture.readouterr().err.strip().removeprefix("error: ")
+
+
+@pytest.mark.parametrize("written", ["flag", "recipe"])
+@pytest.mark.parametrize("name", TYPOS)
+def test_a_typo_in_any_group_is_answered_by_the_groups_own_settings(
+    name: str, written: str, recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = [f"--{name}", "1"] if written == "flag" else []
+    if written == "recipe":
+        recipe.set(recipe.content, name, 1)
+    Path("part.yaml").write_text(yaml.safe_dump(recipe.content))
+    owner, meant = TYPOS[name]
+    line = line_of(recipe, ["--config", "part.yaml", *typed], monkeypatch, capsys)
+    assert line == f"{name}: '1' - {owner} has no such setting: did you mean {meant}?"
 
 
 IN_A_RECIPE = {

@@ -93,7 +93,7 @@ def owners(kind: type, name: str) -> list[str]:
     """The classes of ours that could be written in place of ``kind`` and have a setting of this name; none if these are
     many, as of a name that says little."""
     bases = [base for base in kind.__mro__[1:] if base.__module__.startswith(f"{OURS}.") and base.__subclasses__()]
-    others = {other for base in bases for other in _below(base) if other.__module__.startswith(f"{OURS}.")}
+    others = {other for base in bases for other in _below(base) if other.__module__.startswith(f"{OURS}.")} - {kind}
     offered = (other for other in others if other.__name__ not in NOT_OFFERED and _is_exported(other))
     setting = name.partition(".")[0]
     names = sorted(other.__name__ for other in offered if setting in inspect.signature(other).parameters)

@@ -13,7 +13,7 @@ from ibro_lightning.cli.written import MISSING, as_written, is_yaml, keys_of, na
 from ibro_lightning.errors import NO_PLATEAU, ConfigError
 
 _KEY = re.compile(r'(?:Parser key "|argument --)([\w.]+)')
-_UNKNOWN = re.compile(r"ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'")
+_UNKNOWN = re.compile(r"ption '([\w.]+)' is not accepted|(?:Group '([\w.]+)'|') does not accept option '([\w.]+)'")
 _COMMAND = re.compile(r"^Subcommand '(\w+)'|required: (\w+)\.")
 _HELP = re.compile(r"--([\w.]+)\.help: .*: (\S+)$")
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (?:--)?([^\s=]+)(?:[\s=](.*))?")
@@ -58,7 +58,7 @@ def explain(parser: Any, message: str, cause: BaseException | None) -> Refused:
     if of_class := _HELP.search(message):
         return _wrong_value(parser, keys_of(of_class[1]), of_class[2], message)
     if unknown := _UNKNOWN.search(message):
-        return _unknown(parser, unknown[1] or unknown[2], None)
+        return _unknown(parser, ".".join(filter(None, unknown.groups())), None)
     if unknown := _UNRECOGNIZED.search(message):
         return _unknown(parser, unknown[1], unknown[2])
     if missing := _MISSING.search(message):
@@ -73,19 +73,31 @@ def explain(parser: Any, message: str, cause: BaseException | None) -> Refused:
 
 
 def _unknown(parser: Any, name: str, value: str | None) -> Refused:
-    names = sorted({action.dest for action in parser._actions if action.dest not in ("help", "print_shtab", SUPPRESS)})
-    near = difflib.get_close_matches(name, names, n=1)
+    """A setting that a class does not have, or the group of settings in it that the name begins with."""
+    group = max((one for one in parser.groups if name.startswith(f"{one}.")), key=len, default="")
+    of_parser = None if parser.exit_on_error else parser.of_class
+    kind = getattr(parser.groups[group], "group_class", None) if group else of_parser
+    known = {action.dest for action in parser._actions if action.dest not in ("help", "print_shtab", SUPPRESS)}
+    within = f"{group}." if group else ""
+    names = sorted(dest.removeprefix(within) for dest in known if dest.startswith(within))
+    setting, near = _nearest(name.removeprefix(within), names)
+    hint = f"did you mean {near}?" if near else f"it has {', '.join(one for one in names if '.' not in one) or 'none'}"
+    if kind is not None and (others_have := owners(kind, setting)):
+        hint = f"{either(others_have)} has it"
+    owner = kind.__name__ if kind is not None else group or "the command line"
+    value = value if setting == name.removeprefix(within) else None
+    return Refused(keys_of(within + setting), value, f"{owner} has no such setting: {hint}")
+
+
+def _nearest(name: str, names: list[str]) -> tuple[str, str | None]:
+    """The part of an unknown setting's name that is wrong, and the most similar of ``names``, if any is."""
     group, _, rest = name.partition(".")
-    if rest and group not in (groups := {name.partition(".")[0] for name in names}):  # the whole group has a wrong name
-        renamed = difflib.get_close_matches(group, groups, n=1)
-        near = [whole for whole in (f"{first}.{rest}" for first in renamed) if whole in names]
-        name, value, near = (name, value, near) if near else (group, None, renamed)
-    owner = "the command line" if parser.exit_on_error else parser.of_class.__name__
-    if not parser.exit_on_error and (others_have := owners(parser.of_class, name)):
-        return Refused(keys_of(name), value, f"{owner} has no such setting: {either(others_have)} has it")
-    others = ", ".join(name for name in names if "." not in name) or "none"
-    hint = f"did you mean {near[0]}?" if near else f"it has {others}"
-    return Refused(keys_of(name), value, f"{owner} has no such setting: {hint}")
+    groups = {one.partition(".")[0] for one in names}
+    if not rest or group in groups:
+        return name, next(iter(difflib.get_close_matches(name, names, n=1)), None)
+    renamed = next(iter(difflib.get_close_matches(group, groups, n=1)), None)
+    whole = f"{renamed}.{rest}"
+    return (name, whole) if whole in names else (group, renamed)
 
 
 def _wrong_value(parser: Any, keys: tuple[str, ...], value: str, message: str) -> Refused:
