@@ -39,6 +39,10 @@ METHODS = {
 REGULARIZERS = f"one of {', '.join(sorted(METHODS))}, or module.Class of your own"
 ADVANTAGES = "write one of grpo, dr_grpo, rloo, quantile, maxrl, asym_grpo, reinforce++, or one of AsymGRPO, DrGRPO, "
 ADVANTAGES += "GRPO, MaxRL, QuantileAdvantage, RLOO, or module.Class of your own"
+SOURCES = (
+    "one of CountdownSource, DatasetSource, DifficultyPools, MixtureSource, NumberPathSource, ReasoningGymSource, "
+    "SmallProgramsSource, SumsSource, or module.Class of your own"
+)
 PARTS = "write one of raw, centred, uniform, reversed"
 COEFFICIENTS = (
     "one of AdaptiveClip, AdaptiveKL, Constant, Cosine, EntropyBand, EntropySteps, Linear, Stages, TargetEntropy, or "
@@ -215,6 +219,8 @@ COMMAND_LINE = {
     "--data.prompt_limits.nope 1": "data.prompt_limits.nope: '1' - PromptLimits has no such setting: it has "
     "max_tokens, overlong",
     "--data.grup_size 4": "data.grup_size: '4' - RolloutDataModule has no such setting: did you mean group_size?",
+    "--data.eval_sets.aime.samples 4": f"data.eval_sets.aime.source: missing - write {SOURCES}",
+    "--data.eval_sets.aime.source DatasetSource": "data.eval_sets.aime.source.path: missing - write text",
     "--data.group_size null": "data.group_size: null - write a whole number, or leave it out for its default",
     "--data.reward_pool.workers x": "data.reward_pool.workers: 'x' - write a whole number, or null",
     "--data.sampling x": "data.sampling: 'x' - write its settings (temperature, top_p, top_k, min_p, max_tokens, "
@@ -294,7 +300,30 @@ def test_a_typo_in_any_group_is_answered_by_the_groups_own_settings(
     assert line == f"{name}: '1' - {owner} has no such setting: did you mean {meant}?"
 
 
+WITHOUT_A_CLASS = "'4' - it belongs to a class: write class_path first, "
+DATA = "one of EvaluationDataModule, RolloutDataModule, SFTDataModule, or module.Class of your own"
+
+
+@pytest.mark.parametrize(
+    ("written", "line"),
+    [
+        ("data: {group_size: 4}", f"data.group_size: {WITHOUT_A_CLASS}{DATA}"),
+        ("data: {init_args: {group_size: 4}}", f"data.group_size: {WITHOUT_A_CLASS}{DATA}"),
+        ("model: {init_args: {learning_rate: 4}}", f"model.learning_rate: {WITHOUT_A_CLASS}one of DAPOModule, "),
+    ],
+)
+def test_settings_without_a_class_ask_for_one(
+    written: str, line: str, recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("part.yaml").write_text(written)
+    assert line_of(recipe, ["--config", "part.yaml"], monkeypatch, capsys).startswith(line)
+
+
 IN_A_RECIPE = {
+    "trainer: {callbacks: [{class_path: Timer}, {class_path: EarlyStopping}]}": "trainer.callbacks[1].monitor: missing - "
+    "write text",
+    "data: {init_args: {eval_sets: {aime: {source: DatasetSource}}}}": "data.eval_sets.aime.source.path: missing - "
+    "write text",
     "model: {init_args: {advantage: nope}}": f"model.advantage: 'nope' - {ADVANTAGES}",
     "model: {init_args: {regularizer: {init_args: {prat: raw}}}}": "model.regularizer.prat: 'raw' - "
     "InformationBottleneck has no such setting: did you mean part?",

@@ -96,8 +96,26 @@ def owners(kind: type, name: str) -> list[str]:
     others = {other for base in bases for other in _below(base) if other.__module__.startswith(f"{OURS}.")} - {kind}
     offered = (other for other in others if other.__name__ not in NOT_OFFERED and _is_exported(other))
     setting = name.partition(".")[0]
-    names = sorted(other.__name__ for other in offered if setting in inspect.signature(other).parameters)
+    names = sorted(other.__name__ for other in offered if setting in settings_of(other))
     return names if len(names) <= 3 else []
+
+
+def is_to_be_chosen(base: type) -> bool:
+    """Whether a class has subclasses and no settings of its own, so that settings belong to one of those."""
+    return bool(base.__subclasses__()) and not settings_of(base)
+
+
+def settings_of(kind: type) -> list[str]:
+    """The names of a constructor's parameters."""
+    parameters = inspect.signature(kind).parameters.values()
+    return [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+
+
+def is_container(hint: Any) -> bool:
+    """Whether a list or mapping of other things may be written."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(map(is_container, get_args(hint)))
+    return isinstance(origin := get_origin(hint), type) and issubclass(origin, Iterable)
 
 
 def _below(base: type) -> Iterator[type]:

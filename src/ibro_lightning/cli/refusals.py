@@ -8,8 +8,19 @@ from argparse import SUPPRESS, Action, ArgumentError
 from dataclasses import is_dataclass
 from typing import Any
 
-from ibro_lightning.cli.offers import bases_of, classes, either, expected, moved_to, names_below, owners, path_of
-from ibro_lightning.cli.written import MISSING, as_written, is_yaml, keys_of, named_recipes
+from ibro_lightning.cli.offers import (
+    bases_of,
+    classes,
+    either,
+    expected,
+    is_container,
+    is_to_be_chosen,
+    moved_to,
+    names_below,
+    owners,
+    path_of,
+)
+from ibro_lightning.cli.written import ENTRY, MISSING, as_written, is_yaml, keys_of, named_recipes
 from ibro_lightning.errors import NO_PLATEAU, ConfigError
 
 _KEY = re.compile(r'(?:Parser key "|argument --)([\w.]+)')
@@ -27,16 +38,17 @@ BAD_YAML = "Problems parsing config: "
 
 
 class Refused(ArgumentError):
-    """A setting that the parser of one class refuses: the path from that class to it, and its value, None for null."""
+    """A setting that the parser of one class refuses: the path from that class to it, its value, None for null, and the
+    class."""
 
-    def __init__(self, keys: tuple[str, ...], value: str | None, remedy: str) -> None:
+    def __init__(self, keys: tuple[str, ...], value: str | None, remedy: str, kind: type | None = None) -> None:
         super().__init__(None, remedy)
-        self.keys, self.value, self.remedy = keys, value, remedy
+        self.keys, self.value, self.remedy, self.kind = keys, value, remedy, kind
 
     def line(self) -> str:
         if not self.keys:
             return self.remedy
-        key, value = as_written(self.keys, self.value)
+        key, value = as_written(self.keys, self.value, self.kind)
         if value in (None, "None", MISSING):
             return f"{key}: {'null - ' if value == 'None' else value or ''}{self.remedy}"
         return str(ConfigError(key, value, self.remedy))
@@ -50,7 +62,7 @@ def explain(parser: Any, message: str, cause: BaseException | None) -> Refused:
             return Refused((), None, str(cause))
         cause = cause.__cause__
     if cause is not None:
-        return Refused((*keys, *cause.keys), cause.value, cause.remedy)
+        return _of_part(_hint(parser, ".".join(keys)), keys, cause)
     if message.startswith(BAD_YAML):
         return _not_yaml(message.removeprefix(BAD_YAML))
     if (command := _COMMAND.search(message)) and parser._subcommands_action is not None:
@@ -65,11 +77,20 @@ def explain(parser: Any, message: str, cause: BaseException | None) -> Refused:
         name = (missing[1] or missing[2]).removeprefix(f"{command[2]}." if command else "")
         if name in ("data", "model") and not any(True for _ in named_recipes()):
             return Refused(keys_of(name), MISSING, "write --config RECIPE, such as --config quickstart.yaml")
-        return Refused(keys_of(name), MISSING, f"write {expected(_hint(parser, name))}")
+        return Refused(keys_of(name), MISSING, f"write {expected(_hint(parser, name))}", parser.of_class)
     values = _VALUE.findall(message) or _CLASS.findall(message)
     if not keys or not values:
         return Refused((), None, message)
     return _wrong_value(parser, keys, values[-1].strip(), message)
+
+
+def _of_part(hint: Any, keys: tuple[str, ...], refused: Refused) -> Refused:
+    """What the parser of a class refuses, as the parser around it says it, where that class is written as ``hint``."""
+    remedy = refused.remedy
+    if refused.kind in bases_of(hint) and is_to_be_chosen(refused.kind):  # the base itself, since no class is written
+        remedy = f"it belongs to a class: write class_path first, {classes([refused.kind])}"
+    entry = (ENTRY,) if is_container(hint) else ()
+    return Refused((*keys, *entry, *refused.keys), refused.value, remedy, refused.kind)
 
 
 def _unknown(parser: Any, name: str, value: str | None) -> Refused:
@@ -86,7 +107,7 @@ def _unknown(parser: Any, name: str, value: str | None) -> Refused:
         hint = f"{either(others_have)} has it"
     owner = kind.__name__ if kind is not None else group or "the command line"
     value = value if setting == name.removeprefix(within) else None
-    return Refused(keys_of(within + setting), value, f"{owner} has no such setting: {hint}")
+    return Refused(keys_of(within + setting), value, f"{owner} has no such setting: {hint}", kind)
 
 
 def _nearest(name: str, names: list[str]) -> tuple[str, str | None]:
@@ -129,7 +150,9 @@ def _wrong_value(parser: Any, keys: tuple[str, ...], value: str, message: str) -
 
 
 def _hint(parser: Any, name: str) -> Any:
-    action: Action | None = next((action for action in parser._actions if action.dest == name), None)
+    commands = parser._subcommands_action.choices.values() if parser._subcommands_action is not None else ()
+    actions = (action for one in (parser, *commands) for action in one._actions)
+    action: Action | None = next((action for action in actions if action.dest == name), None)
     return getattr(action, "_typehint", None) or getattr(action, "type", None) or Any
 
 

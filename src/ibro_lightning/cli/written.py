@@ -16,21 +16,43 @@ from ibro_lightning.cli.paths import settings_in
 
 MISSING = "missing - "
 """In place of the value of a required setting that is not given."""
+ENTRY = "<entry>"
+"""In place of the key of a mapping or the index of a list, which the parser does not say."""
 
 
 def keys_of(name: str) -> tuple[str, ...]:
     return tuple(key for key in name.split(".") if key not in ("init_args", "dict_kwargs"))
 
 
-def as_written(keys: tuple[str, ...], value: str | None) -> tuple[str, str | None]:
+def as_written(keys: tuple[str, ...], value: str | None, kind: type | None = None) -> tuple[str, str | None]:
     """A setting's name and value as on the command line or in a recipe: with the keys and indices of mappings and
-    lists, which the parser omits."""
+    lists, which the parser omits. ``kind`` is the class that has the setting."""
+    if value == MISSING:
+        return _place_without(keys, kind), value
+    keys = tuple(key for key in keys if key != ENTRY)
     for name, given in written_settings():
         written = re.sub(r"\[\d+\]", "", name).split(".")
         rest = iter(written)
-        if written[-1] == keys[-1] and all(key in rest for key in keys) and value in (None, MISSING, str(given)):
+        if written[-1] == keys[-1] and all(key in rest for key in keys) and value in (None, str(given)):
             return name, value or str(given)
     return ".".join(keys), value
+
+
+def _place_without(keys: tuple[str, ...], kind: type | None) -> str:
+    """The name of a setting that is missing: in those entries of mappings and lists which are of its class, and lack
+    it."""
+    *outer, last = keys
+    place = re.compile(re.escape(".".join(outer)).replace(f"\\.{ENTRY}", r"(?:\.[^.\[]+|\[\d+\])") + r"(?=\.|$)")
+    given = dict(reversed([*written_settings()]))
+    for name in given if ENTRY in keys else ():
+        if (found := place.match(name)) is None:
+            continue
+        chosen = given.get(f"{found[0]}.class_path", given.get(found[0]))
+        missing = f"{found[0]}.{last}"
+        is_of_kind = kind is None or chosen is None or str(chosen).rpartition(".")[2] == kind.__name__
+        if is_of_kind and not any(re.match(rf"{re.escape(missing)}(?![^.\[])", other) for other in given):
+            return missing
+    return ".".join(key for key in keys if key != ENTRY)
 
 
 def written_settings() -> Iterator[tuple[str, Any]]:
