@@ -43,6 +43,11 @@ SOURCES = (
     "one of CountdownSource, DatasetSource, DifficultyPools, MixtureSource, NumberPathSource, ReasoningGymSource, "
     "SmallProgramsSource, SumsSource, or module.Class of your own"
 )
+SCHEDULES = (
+    "ChainedScheduler, ConstantLR, CosineAnnealingLR, CosineAnnealingWarmRestarts, CyclicLR, ExponentialLR, LambdaLR, "
+    "LinearLR, MultiStepLR, MultiplicativeLR, OneCycleLR, PolynomialLR, SequentialLR, StepLR"
+)
+"""Without ``ReduceLROnPlateau``, which is refused."""
 PARTS = "write one of raw, centred, uniform, reversed"
 COEFFICIENTS = (
     "one of AdaptiveClip, AdaptiveKL, Constant, Cosine, EntropyBand, EntropySteps, Linear, Stages, TargetEntropy, or "
@@ -240,6 +245,17 @@ COMMAND_LINE = {
     "setting: MarginalEntropy or PassRateInformationBottleneck has it",
     "--model.surrogate grpo": "model.surrogate: 'grpo' - write one of ppo, gspo, cispo, gmpo, dppo, sapo, or a "
     "subclass of PolicyLoss, as module.Class",
+    "--regularizer IBRO": "regularizer: 'IBRO' - the command line has no such setting: did you mean model.regularizer?",
+    "--regularizer.coef 1": "regularizer.coef: '1' - the command line has no such setting: did you mean "
+    "model.regularizer.coef?",
+    "--grup_size 4": "grup_size: '4' - the command line has no such setting: did you mean data.group_size?",
+    "--checkpont --samples.rows 1": "checkpont: the command line has no such setting: did you mean checkpoint?",
+    "--model.lr_scheduler Nope": "model.lr_scheduler: 'Nope' - there is no LRScheduler of that name: write one of "
+    f"{SCHEDULES}, or module.Class of your own, or null",
+    "--model DAPO": "model: 'DAPO' - there is no LightningModule of that name: did you mean DAPOModule? Or write one "
+    "of DAPOModule, PPOModule, SFTModule, or module.Class of your own, or null",
+    "--model SFTModule --model.policy null": "model.policy: missing - write a Hugging Face folder or hub name, or "
+    "PretrainedPolicy or Qwen2FromScratch, or module.Class of your own",
     "--checkpont.mode min": "checkpont.mode: 'min' - the command line has no such setting: did you mean "
     "checkpoint.mode?",
 }
@@ -320,8 +336,8 @@ def test_settings_without_a_class_ask_for_one(
 
 
 IN_A_RECIPE = {
-    "trainer: {callbacks: [{class_path: Timer}, {class_path: EarlyStopping}]}": "trainer.callbacks[1].monitor: missing - "
-    "write text",
+    "trainer: {callbacks: [{class_path: Timer}, {class_path: EarlyStopping}]}": "trainer.callbacks[1].monitor: missing "
+    "- write text",
     "data: {init_args: {eval_sets: {aime: {source: DatasetSource}}}}": "data.eval_sets.aime.source.path: missing - "
     "write text",
     "model: {init_args: {advantage: nope}}": f"model.advantage: 'nope' - {ADVANTAGES}",
@@ -403,8 +419,14 @@ def test_what_a_dry_run_finds_out_has_its_place_too(
         (["fit", "--config", "tiny.yaml", "--seed_everything", "4294967296"], "seed_everything: 4294967296 - write a "
          "whole number from 0 to 4294967295"),
         (["fit", "--model.help=DAPOModul"], "model: 'DAPOModul' - there is no LightningModule of that name: did you "
-         "mean DAPOModule? Or write one of DAPOModule, PPOModule, PolicyModule, SFTModule, or module.Class of your "
-         "own, or null"),
+         "mean DAPOModule? Or write one of DAPOModule, PPOModule, SFTModule, or module.Class of your own, or null"),
+        (["fit", "quickstart.yaml"], "config: 'quickstart.yaml' - a recipe has a flag before it: write --config "
+         "quickstart.yaml"),
+        (["fit", "quickstart"], "config: 'quickstart' - a recipe has a flag before it: write --config quickstart"),
+        (["fit", "--config", "tiny.yaml", "--model.warmup_steps", "1", "2"], "argument: '2' - it is no setting's "
+         "value: settings are written --NAME VALUE"),
+        (["fit", "--config", "tiny.yaml", "--trainer.precision", "fp16"], "trainer.precision: 'fp16' - not supported: "
+         "write 32-true or bf16-mixed"),
         (["tune"], "command: 'tune' - there is no such command: write one of fit, validate, test, predict, study, "
          "compare, report, export, verify"),
         (["fit", "--config", "tiny.yaml", "--ckpt_path"], "ckpt_path: missing - write text, or a path, or null"),
@@ -423,6 +445,16 @@ def test_commands_and_flags_are_answered_in_one_line(
         main(arguments)
     assert end.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {line}"
+
+
+def test_the_help_of_a_class_lists_none_that_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help", "DAPOModule"])
+    listed = re.sub(r"\s", "", capsys.readouterr().out)
+    assert "ibro_lightning.regularizers.IBRO," in listed
+    assert "torch.optim.lr_scheduler.StepLR," in listed
+    refused = ("PolicyLossMethod", "CorrectPathEntropySuppression", "torch.optim.lr_scheduler.ReduceLROnPlateau")
+    assert not [name for name in refused if name in listed]
 
 
 def test_the_list_of_commands_names_all_and_needs_no_torch() -> None:

@@ -13,15 +13,27 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from torch import Tensor
 
+from ibro_lightning.models import PolicySource
+from ibro_lightning.models.policy_like import FOLDER, PolicyLike
+
 OURS = "ibro_lightning"
-NOT_OFFERED = ("PolicyLossMethod", "CorrectPathEntropySuppression", "GoldTrial")
-"""A base class, a former name, and what the pool builds: no message names them among those to choose from."""
+BASES = ("PolicyLossMethod", "PolicyModule")
+NOT_OFFERED = (*BASES, "CorrectPathEntropySuppression", "ReduceLROnPlateau", "ModelPolicy", "GoldTrial")
+"""Bases, a former name, what is refused, what holds a model in memory, and what the pool builds: no message and no help
+names them among those to choose from."""
 DEMOS = "lightning.pytorch.demos"
 """Lightning's examples, known once somebody imports them."""
 MANY = 16
 """Above this number, classes of other packages are not listed."""
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_WORDS |= {NoneType: "null", Path: "a path", timedelta: "a time, such as 00:30:00", Any: "another value"}
+_WORDS |= {
+    NoneType: "null",
+    Path: "a path",
+    timedelta: "a time, such as 00:30:00",
+    Any: "another value",
+    FOLDER: FOLDER,
+}
+POLICY = frozenset(get_args(PolicyLike))
 
 
 def expected(hint: Any, settings: Sequence[str] = ()) -> str:
@@ -36,6 +48,8 @@ def expected(hint: Any, settings: Sequence[str] = ()) -> str:
     if origin is Literal:
         return either([str(value) for value in args])
     if origin in (Union, UnionType):
+        if POLICY <= set(args):  # a model in memory cannot be written
+            args = (FOLDER, PolicySource, *(kind for kind in args if kind not in POLICY))
         own = {kind for kind in args if list(bases_of(kind)) == [kind]}
         args = tuple(kind for kind in args if kind is not Tensor and (kind in own or not own & set(bases_of(kind))))
         kinds = sorted(args, key=lambda kind: (kind is NoneType, bool(list(bases_of(kind)))))
@@ -75,18 +89,23 @@ def bases_of(hint: Any) -> Iterator[type]:
         yield hint
 
 
-def names_below(bases: list[type]) -> list[str]:
+def names_below(bases: Iterable[type]) -> list[str]:
+    """The names of those that are offered."""
+    return sorted({kind.__name__ for kind in offered(bases)})
+
+
+def offered(bases: Iterable[type]) -> set[type]:
     """The concrete classes below ``bases`` that are public in the bases' package, or in ours."""
-    found: set[str] = set()
+    found: set[type] = set()
     for base in bases:
         distributions = (base.__module__.partition(".")[0], OURS)
         for kind in _below(base):
             in_module = kind.__module__ == base.__module__ and not _is_exported(base) and kind.__name__[0] != "_"
             public = in_module or (_is_exported(kind) and kind.__module__.partition(".")[0] in distributions)
-            offered = kind.__name__ not in NOT_OFFERED and not kind.__module__.startswith(DEMOS)
-            if public and offered and not inspect.isabstract(kind):
-                found.add(kind.__name__)
-    return sorted(found)
+            refused = kind.__name__ in NOT_OFFERED or kind.__module__.startswith(DEMOS)
+            if public and not refused and not inspect.isabstract(kind):
+                found.add(kind)
+    return found
 
 
 def owners(kind: type, name: str) -> list[str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from argparse import SUPPRESS, Action, ArgumentError
+from collections.abc import Mapping
 from dataclasses import is_dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ibro_lightning.cli.offers import (
@@ -17,17 +20,21 @@ from ibro_lightning.cli.offers import (
     is_to_be_chosen,
     moved_to,
     names_below,
+    offered,
     owners,
     path_of,
+    settings_of,
 )
 from ibro_lightning.cli.written import ENTRY, MISSING, as_written, is_yaml, keys_of, named_recipes
 from ibro_lightning.errors import NO_PLATEAU, ConfigError
+from ibro_lightning.guards.trainer_flags import FLAGS, refuse_flags
+from ibro_lightning.runs.recipes import recipe_names
 
 _KEY = re.compile(r'(?:Parser key "|argument --)([\w.]+)')
 _UNKNOWN = re.compile(r"ption '([\w.]+)' is not accepted|(?:Group '([\w.]+)'|') does not accept option '([\w.]+)'")
 _COMMAND = re.compile(r"^Subcommand '(\w+)'|required: (\w+)\.")
 _HELP = re.compile(r"--([\w.]+)\.help: .*: (\S+)$")
-_UNRECOGNIZED = re.compile(r"unrecognized arguments: (?:--)?([^\s=]+)(?:[\s=](.*))?")
+_UNRECOGNIZED = re.compile(r"unrecognized arguments: (-*)([^\s=]+)(?:[\s=](?!--)(.*?))?(?: --|$)")
 _MISSING = re.compile(r"required: ([\w.]+)|argument --([\w.]+): expected")
 _VALUE = re.compile(r"(?:Got value: |Given value: |path string: |load config ['\"])(.*?)['\"]?(?:\n|$)")
 _NESTED = re.compile(r"NestedArg\(key='([\w.]+)', val='?(.*?)'?\)$")
@@ -72,7 +79,8 @@ def explain(parser: Any, message: str, cause: BaseException | None) -> Refused:
     if unknown := _UNKNOWN.search(message):
         return _unknown(parser, ".".join(filter(None, unknown.groups())), None)
     if unknown := _UNRECOGNIZED.search(message):
-        return _unknown(parser, unknown[1], unknown[2])
+        dashes, name, value = unknown.groups()
+        return _unknown(parser, name, value) if dashes else _stray(name)
     if missing := _MISSING.search(message):
         name = (missing[1] or missing[2]).removeprefix(f"{command[2]}." if command else "")
         if name in ("data", "model") and not any(True for _ in named_recipes()):
@@ -87,8 +95,9 @@ def explain(parser: Any, message: str, cause: BaseException | None) -> Refused:
 def _of_part(hint: Any, keys: tuple[str, ...], refused: Refused) -> Refused:
     """What the parser of a class refuses, as the parser around it says it, where that class is written as ``hint``."""
     remedy = refused.remedy
-    if refused.kind in bases_of(hint) and is_to_be_chosen(refused.kind):  # the base itself, since no class is written
-        remedy = f"it belongs to a class: write class_path first, {classes([refused.kind])}"
+    base = next((kind for kind in bases_of(hint) if kind is refused.kind), None)
+    if base is not None and is_to_be_chosen(base):  # the parser takes the base where no class is written
+        remedy = f"it belongs to a class: write class_path first, {classes([base])}"
     entry = (ENTRY,) if is_container(hint) else ()
     return Refused((*keys, *entry, *refused.keys), refused.value, remedy, refused.kind)
 
@@ -101,7 +110,8 @@ def _unknown(parser: Any, name: str, value: str | None) -> Refused:
     known = {action.dest for action in parser._actions if action.dest not in ("help", "print_shtab", SUPPRESS)}
     within = f"{group}." if group else ""
     names = sorted(dest.removeprefix(within) for dest in known if dest.startswith(within))
-    setting, near = _nearest(name.removeprefix(within), names)
+    elsewhere = _in_classes(parser) if kind is None and not group else {}
+    setting, near = _nearest(name.removeprefix(within), names, elsewhere)
     hint = f"did you mean {near}?" if near else f"it has {', '.join(one for one in names if '.' not in one) or 'none'}"
     if kind is not None and (others_have := owners(kind, setting)):
         hint = f"{either(others_have)} has it"
@@ -110,21 +120,40 @@ def _unknown(parser: Any, name: str, value: str | None) -> Refused:
     return Refused(keys_of(within + setting), value, f"{owner} has no such setting: {hint}", kind)
 
 
-def _nearest(name: str, names: list[str]) -> tuple[str, str | None]:
-    """The part of an unknown setting's name that is wrong, and the most similar of ``names``, if any is."""
-    group, _, rest = name.partition(".")
+def _nearest(name: str, names: list[str], elsewhere: Mapping[str, str]) -> tuple[str, str | None]:
+    """The part of an unknown setting's name that is wrong, and the most similar of ``names``, if any is, or of those
+    that are ``elsewhere``: name → whole name."""
+    group, dot, rest = name.partition(".")
+    if group in elsewhere:
+        return name, f"{elsewhere[group]}{dot}{rest}"
     groups = {one.partition(".")[0] for one in names}
     if not rest or group in groups:
-        return name, next(iter(difflib.get_close_matches(name, names, n=1)), None)
+        near = next(iter(difflib.get_close_matches(name, [*names, *elsewhere], n=1)), None)
+        return name, elsewhere.get(near, near) if near else None
     renamed = next(iter(difflib.get_close_matches(group, groups, n=1)), None)
     whole = f"{renamed}.{rest}"
     return (name, whole) if whole in names else (group, renamed)
+
+
+def _in_classes(parser: Any) -> dict[str, str]:
+    """The settings of the classes that ``model`` and ``data`` may be, with their whole names."""
+    parts = ((dest, kind) for dest in ("data", "model") for kind in offered(bases_of(_hint(parser, dest))))
+    return {setting: f"{dest}.{setting}" for dest, kind in parts for setting in settings_of(kind)}
+
+
+def _stray(word: str) -> Refused:
+    """A word that is no setting's value."""
+    if {word, f"{word}.yaml"} & {*recipe_names()} or Path(word).suffix in (".yaml", ".yml"):
+        return Refused(("config",), word, f"a recipe has a flag before it: write --config {word}")
+    return Refused(("argument",), word, "it is no setting's value: settings are written --NAME VALUE")
 
 
 def _wrong_value(parser: Any, keys: tuple[str, ...], value: str, message: str) -> Refused:
     hint = _hint(parser, ".".join(keys))
     if "subclasses with name ReduceLROnPlateau" in message:
         return Refused(keys, "ReduceLROnPlateau", NO_PLATEAU)
+    if parser.exit_on_error and (remedy := _refused_flag(keys, value)):
+        return Refused(keys, value, remedy)
     if nested := _NESTED.match(value):
         inner, value = nested[1], nested[2]
         if "is abstract" in message:
@@ -141,12 +170,28 @@ def _wrong_value(parser: Any, keys: tuple[str, ...], value: str, message: str) -
     elif other := _NO_SUBCLASS.search(message):
         reason = f"not a subclass of {other[1]}: " if other[1] else "this is an abstract base class: "
     elif (bases := list(bases_of(hint))) and re.fullmatch(r"[A-Z]\w*", value) and value != "None":
-        near = [] if all(map(is_dataclass, bases)) else difflib.get_close_matches(value, names_below(bases), n=1)
+        near = [] if all(map(is_dataclass, bases)) else _similar_class(value, names_below(bases))
         reason = f"there is no {bases[0].__name__} of that name: {f'did you mean {near[0]}? Or ' if near else ''}"
     default = ", or leave it out for its default" if value == "None" else ""
     group = f"{'.'.join(keys)}."
     settings = [action.dest.removeprefix(group) for action in parser._actions if action.dest.startswith(group)]
     return Refused(keys, value, f"{reason}write {expected(hint, settings)}{default}")
+
+
+def _similar_class(name: str, names: list[str]) -> list[str]:
+    """The most similar of the classes' names, or else the first that begins so."""
+    return difflib.get_close_matches(name, names, n=1) or [one for one in names if one.startswith(name)][:1]
+
+
+def _refused_flag(keys: tuple[str, ...], value: str) -> str | None:
+    """What to write in place of a flag of the Trainer, if what Lightning takes there is refused here."""
+    if keys[0] != "trainer" or keys[-1] not in FLAGS:
+        return None
+    try:
+        refuse_flags(SimpleNamespace(**dict.fromkeys(FLAGS) | {keys[-1]: value}))
+    except ConfigError as refused:
+        return refused.remedy
+    return None
 
 
 def _hint(parser: Any, name: str) -> Any:

@@ -57,8 +57,8 @@ def _place_without(keys: tuple[str, ...], kind: type | None) -> str:
 
 def written_settings() -> Iterator[tuple[str, Any]]:
     flags = [part for whole in sys.argv[1:] for part in (whole.split("=", 1) if whole.startswith("--") else [whole])]
-    for flag, value in pairwise([*flags, ""]):
-        if flag.startswith("--"):
+    for flag, value in pairwise([*flags, "--"]):
+        if flag.startswith("--") and not value.startswith("--"):
             name = ".".join(keys_of(flag[2:]))
             yield name, value
             if value[:1] in ("[", "{"):
