@@ -447,6 +447,34 @@ def test_commands_and_flags_are_answered_in_one_line(
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {line}"
 
 
+WITHOUT_A_RECIPE = {
+    "export": "ckpt_path: missing - write a checkpoint; or last or best, with --run",
+    "export --ckpt_path last": "output: missing - write the folder to write, e.g. exported/model",
+    "export --output x --ckpt_path": "ckpt_path: missing - write a checkpoint; or last or best, with --run",
+    "export --help-me": "--help-me: export has no such flag: did you mean --help?",
+    "export --ckpt_pth last": "--ckpt_pth: export has no such flag: did you mean --ckpt_path?",
+    "export --ckpt_path a --output b c": "argument: 'c' - export takes nothing without a flag",
+    "export --overwrite=3": "overwrite: '3' - it takes no value: leave that out",
+    "verify": "gold: missing - write the right answer, as LaTeX or text",
+    "verify 1 2 3": "argument: '3' - verify takes gold, response",
+    "verify 1 2 --nope": "--nope: verify has no such flag: it has --help, --precision, --units, --order, --simplified, "
+    "--equality",
+    "verify 1 2 --precision x": "precision: 'x' - write a whole number",
+    "verify 1 2 --units nope": "units: 'nope' - write one of agree, required, ignored",
+    "verify 1 2 --units": "units: missing - write one of agree, required, ignored",
+    "compare a": "second: missing - write the same of the second",
+    "report a --metrc b": "--metrc: report has no such flag: did you mean --metric?",
+}
+
+
+@pytest.mark.parametrize("typed", WITHOUT_A_RECIPE)
+def test_commands_without_a_recipe_are_answered_in_one_line(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(typed.split())
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {WITHOUT_A_RECIPE[typed]}\n"
+
+
 def test_the_help_of_a_class_lists_none_that_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--model.help", "DAPOModule"])

@@ -48,7 +48,7 @@ def expected(hint: Any, settings: Sequence[str] = ()) -> str:
     if origin is Literal:
         return either([str(value) for value in args])
     if origin in (Union, UnionType):
-        if POLICY <= set(args):  # a model in memory cannot be written
+        if set(args) >= POLICY:  # a model in memory cannot be written
             args = (FOLDER, PolicySource, *(kind for kind in args if kind not in POLICY))
         own = {kind for kind in args if list(bases_of(kind)) == [kind]}
         args = tuple(kind for kind in args if kind is not Tensor and (kind in own or not own & set(bases_of(kind))))
