@@ -249,6 +249,7 @@ COMMAND_LINE = {
     "--regularizer.coef 1": "regularizer.coef: '1' - the command line has no such setting: did you mean "
     "model.regularizer.coef?",
     "--grup_size 4": "grup_size: '4' - the command line has no such setting: did you mean data.group_size?",
+    "--grup_size=--4": "grup_size: '--4' - the command line has no such setting: did you mean data.group_size?",
     "--checkpont --samples.rows 1": "checkpont: the command line has no such setting: did you mean checkpoint?",
     "--model.lr_scheduler Nope": "model.lr_scheduler: 'Nope' - there is no LRScheduler of that name: write one of "
     f"{SCHEDULES}, or module.Class of your own, or null",

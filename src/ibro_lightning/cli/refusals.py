@@ -34,7 +34,7 @@ _KEY = re.compile(r'(?:Parser key "|argument --)([\w.]+)')
 _UNKNOWN = re.compile(r"ption '([\w.]+)' is not accepted|(?:Group '([\w.]+)'|') does not accept option '([\w.]+)'")
 _COMMAND = re.compile(r"^Subcommand '(\w+)'|required: (\w+)\.")
 _HELP = re.compile(r"--([\w.]+)\.help: .*: (\S+)$")
-_UNRECOGNIZED = re.compile(r"unrecognized arguments: (-*)([^\s=]+)(?:[\s=](?!--)(.*?))?(?: --|$)")
+_UNRECOGNIZED = re.compile(r"unrecognized arguments: (-*)([^\s=]+)(?:(?:=|\s(?!--))(.*?))?(?: --|\n|$)")
 _MISSING = re.compile(r"required: ([\w.]+)|argument --([\w.]+): expected")
 _VALUE = re.compile(r"(?:Got value: |Given value: |path string: |load config ['\"])(.*?)['\"]?(?:\n|$)")
 _NESTED = re.compile(r"NestedArg\(key='([\w.]+)', val='?(.*?)'?\)$")
@@ -185,7 +185,7 @@ def _similar_class(name: str, names: list[str]) -> list[str]:
 
 def _refused_flag(keys: tuple[str, ...], value: str) -> str | None:
     """What to write in place of a flag of the Trainer, if what Lightning takes there is refused here."""
-    if keys[0] != "trainer" or keys[-1] not in FLAGS:
+    if keys[:-1] != ("trainer",) or keys[-1] not in FLAGS:
         return None
     try:
         refuse_flags(SimpleNamespace(**dict.fromkeys(FLAGS) | {keys[-1]: value}))
