@@ -269,7 +269,7 @@ runpy.run_module("ibro_lightning", run_name="__main__")
         ([], 0, "usage: ibro-lightning COMMAND"),
         (["compare", "--help"], 0, "usage: python -m ibro_lightning compare"),
         (["export", "--help"], 0, "usage: ibro_lightning export"),
-        (["export"], 2, "the following arguments are required: --ckpt_path, --output"),
+        (["export"], 2, "error: ckpt_path: missing - write a checkpoint"),
         (["comapre", "a", "b"], 2, "did you mean compare?"),
         (["compare", "nowhere", "nowhere"], 2, "compare: 'nowhere' - no evaluation there"),
         (["compare", "a/evaluations/validate.json", "b/evaluations/validate", "--json", "c.json"], 0, "aime"),

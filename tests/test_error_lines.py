@@ -39,6 +39,15 @@ METHODS = {
 REGULARIZERS = f"one of {', '.join(sorted(METHODS))}, or module.Class of your own"
 ADVANTAGES = "write one of grpo, dr_grpo, rloo, quantile, maxrl, asym_grpo, reinforce++, or one of AsymGRPO, DrGRPO, "
 ADVANTAGES += "GRPO, MaxRL, QuantileAdvantage, RLOO, or module.Class of your own"
+SOURCES = (
+    "one of CountdownSource, DatasetSource, DifficultyPools, MixtureSource, NumberPathSource, ReasoningGymSource, "
+    "SmallProgramsSource, SumsSource, or module.Class of your own"
+)
+SCHEDULES = (
+    "ChainedScheduler, ConstantLR, CosineAnnealingLR, CosineAnnealingWarmRestarts, CyclicLR, ExponentialLR, LambdaLR, "
+    "LinearLR, MultiStepLR, MultiplicativeLR, OneCycleLR, PolynomialLR, SequentialLR, StepLR"
+)
+"""Without ``ReduceLROnPlateau``, which is refused."""
 PARTS = "write one of raw, centred, uniform, reversed"
 COEFFICIENTS = (
     "one of AdaptiveClip, AdaptiveKL, Constant, Cosine, EntropyBand, EntropySteps, Linear, Stages, TargetEntropy, or "
@@ -156,7 +165,8 @@ class Recipe:
     def set(content: dict[str, Any], place: str, value: object) -> None:
         *path, last = place.split(".")
         for key in path:
-            content = content.setdefault(key, {})
+            content[key] = content.get(key) or {}
+            content = content[key]
             content = content.setdefault("init_args", {}) if "class_path" in content else content
         content[last] = value
 
@@ -211,7 +221,11 @@ COMMAND_LINE = {
     "target_modules, seed), or null",
     "--data.engine Nope": "data.engine: 'Nope' - there is no RolloutEngine of that name: write one of EngineProcess, "
     "HFEngine, VLLMEngine, VLLMServerEngine, or module.Class of your own, or null",
+    "--data.prompt_limits.nope 1": "data.prompt_limits.nope: '1' - PromptLimits has no such setting: it has "
+    "max_tokens, overlong",
     "--data.grup_size 4": "data.grup_size: '4' - RolloutDataModule has no such setting: did you mean group_size?",
+    "--data.eval_sets.aime.samples 4": f"data.eval_sets.aime.source: missing - write {SOURCES}",
+    "--data.eval_sets.aime.source DatasetSource": "data.eval_sets.aime.source.path: missing - write text",
     "--data.group_size null": "data.group_size: null - write a whole number, or leave it out for its default",
     "--data.reward_pool.workers x": "data.reward_pool.workers: 'x' - write a whole number, or null",
     "--data.sampling x": "data.sampling: 'x' - write its settings (temperature, top_p, top_k, min_p, max_tokens, "
@@ -231,6 +245,18 @@ COMMAND_LINE = {
     "setting: MarginalEntropy or PassRateInformationBottleneck has it",
     "--model.surrogate grpo": "model.surrogate: 'grpo' - write one of ppo, gspo, cispo, gmpo, dppo, sapo, or a "
     "subclass of PolicyLoss, as module.Class",
+    "--regularizer IBRO": "regularizer: 'IBRO' - the command line has no such setting: did you mean model.regularizer?",
+    "--regularizer.coef 1": "regularizer.coef: '1' - the command line has no such setting: did you mean "
+    "model.regularizer.coef?",
+    "--grup_size 4": "grup_size: '4' - the command line has no such setting: did you mean data.group_size?",
+    "--grup_size=--4": "grup_size: '--4' - the command line has no such setting: did you mean data.group_size?",
+    "--checkpont --samples.rows 1": "checkpont: the command line has no such setting: did you mean checkpoint?",
+    "--model.lr_scheduler Nope": "model.lr_scheduler: 'Nope' - there is no LRScheduler of that name: write one of "
+    f"{SCHEDULES}, or module.Class of your own, or null",
+    "--model DAPO": "model: 'DAPO' - there is no LightningModule of that name: did you mean DAPOModule? Or write one "
+    "of DAPOModule, PPOModule, SFTModule, or module.Class of your own, or null",
+    "--model SFTModule --model.policy null": "model.policy: missing - write a Hugging Face folder or hub name, or "
+    "PretrainedPolicy or Qwen2FromScratch, or module.Class of your own",
     "--checkpont.mode min": "checkpont.mode: 'min' - the command line has no such setting: did you mean "
     "checkpoint.mode?",
 }
@@ -249,7 +275,72 @@ def test_the_command_line_is_answered_in_one_line(
     assert line == COMMAND_LINE[typed]
 
 
+TYPOS = {
+    # a setting that does not exist: the class of its group, and what was meant
+    "data.sampling.tempreature": ("SamplingParams", "temperature"),
+    "data.prompt_limits.overlng": ("PromptLimits", "overlong"),
+    "data.weight_check.tolerence": ("WeightCheck", "tolerance"),
+    "data.reward_pool.wrokers": ("PoolOptions", "workers"),
+    "data.dynamic_sampling.max_ronds": ("DynamicSampling", "max_rounds"),
+    "data.eval_sets.starts.smaples": ("EvalSet", "samples"),
+    "data.eval_sets.starts.sampling.tempreature": ("SamplingParams", "temperature"),
+    "model.policy_options.dtpe": ("PolicyOptions", "dtype"),
+    "model.policy_options.lora.rnk": ("LoRAOptions", "rank"),
+    "model.sampler_correction.cpa": ("SamplerCorrection", "cap"),
+    "model.kl.cof": ("ReferenceKL", "coef"),
+    "checkpoint.mdoe": ("IterationCheckpoint", "mode"),
+}
+
+
+def line_of(
+    recipe: Recipe, arguments: list[str], patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]
+) -> str:
+    """The line that the recipe's parser writes about arguments."""
+    patch.setattr(sys, "argv", ["ibro-lightning", *arguments])
+    recipe.parser.add_argument("--config", action="config")
+    with pytest.raises(SystemExit):
+        recipe.parser.parse_args(arguments)
+    return capture.readouterr().err.strip().removeprefix("error: ")
+
+
+@pytest.mark.parametrize("written", ["flag", "recipe"])
+@pytest.mark.parametrize("name", TYPOS)
+def test_a_typo_in_any_group_is_answered_by_the_groups_own_settings(
+    name: str, written: str, recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = [f"--{name}", "1"] if written == "flag" else []
+    if written == "recipe":
+        recipe.set(recipe.content, name, 1)
+    Path("part.yaml").write_text(yaml.safe_dump(recipe.content))
+    owner, meant = TYPOS[name]
+    line = line_of(recipe, ["--config", "part.yaml", *typed], monkeypatch, capsys)
+    assert line == f"{name}: '1' - {owner} has no such setting: did you mean {meant}?"
+
+
+WITHOUT_A_CLASS = "'4' - it belongs to a class: write class_path first, "
+DATA = "one of EvaluationDataModule, RolloutDataModule, SFTDataModule, or module.Class of your own"
+
+
+@pytest.mark.parametrize(
+    ("written", "line"),
+    [
+        ("data: {group_size: 4}", f"data.group_size: {WITHOUT_A_CLASS}{DATA}"),
+        ("data: {init_args: {group_size: 4}}", f"data.group_size: {WITHOUT_A_CLASS}{DATA}"),
+        ("model: {init_args: {learning_rate: 4}}", f"model.learning_rate: {WITHOUT_A_CLASS}one of DAPOModule, "),
+    ],
+)
+def test_settings_without_a_class_ask_for_one(
+    written: str, line: str, recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("part.yaml").write_text(written)
+    assert line_of(recipe, ["--config", "part.yaml"], monkeypatch, capsys).startswith(line)
+
+
 IN_A_RECIPE = {
+    "trainer: {callbacks: [{class_path: Timer}, {class_path: EarlyStopping}]}": "trainer.callbacks[1].monitor: missing "
+    "- write text",
+    "data: {init_args: {eval_sets: {aime: {source: DatasetSource}}}}": "data.eval_sets.aime.source.path: missing - "
+    "write text",
     "model: {init_args: {advantage: nope}}": f"model.advantage: 'nope' - {ADVANTAGES}",
     "model: {init_args: {regularizer: {init_args: {prat: raw}}}}": "model.regularizer.prat: 'raw' - "
     "InformationBottleneck has no such setting: did you mean part?",
@@ -329,8 +420,14 @@ def test_what_a_dry_run_finds_out_has_its_place_too(
         (["fit", "--config", "tiny.yaml", "--seed_everything", "4294967296"], "seed_everything: 4294967296 - write a "
          "whole number from 0 to 4294967295"),
         (["fit", "--model.help=DAPOModul"], "model: 'DAPOModul' - there is no LightningModule of that name: did you "
-         "mean DAPOModule? Or write one of DAPOModule, PPOModule, PolicyModule, SFTModule, or module.Class of your "
-         "own, or null"),
+         "mean DAPOModule? Or write one of DAPOModule, PPOModule, SFTModule, or module.Class of your own, or null"),
+        (["fit", "quickstart.yaml"], "config: 'quickstart.yaml' - a recipe has a flag before it: write --config "
+         "quickstart.yaml"),
+        (["fit", "quickstart"], "config: 'quickstart' - a recipe has a flag before it: write --config quickstart"),
+        (["fit", "--config", "tiny.yaml", "--model.warmup_steps", "1", "2"], "argument: '2' - it is no setting's "
+         "value: settings are written --NAME VALUE"),
+        (["fit", "--config", "tiny.yaml", "--trainer.precision", "fp16"], "trainer.precision: 'fp16' - not supported: "
+         "write 32-true or bf16-mixed"),
         (["tune"], "command: 'tune' - there is no such command: write one of fit, validate, test, predict, study, "
          "compare, report, export, verify"),
         (["fit", "--config", "tiny.yaml", "--ckpt_path"], "ckpt_path: missing - write text, or a path, or null"),
@@ -349,6 +446,44 @@ def test_commands_and_flags_are_answered_in_one_line(
         main(arguments)
     assert end.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {line}"
+
+
+WITHOUT_A_RECIPE = {
+    "export": "ckpt_path: missing - write a checkpoint; or last or best, with --run",
+    "export --ckpt_path last": "output: missing - write the folder to write, e.g. exported/model",
+    "export --output x --ckpt_path": "ckpt_path: missing - write a checkpoint; or last or best, with --run",
+    "export --help-me": "--help-me: export has no such flag: did you mean --help?",
+    "export --ckpt_pth last": "--ckpt_pth: export has no such flag: did you mean --ckpt_path?",
+    "export --ckpt_path a --output b c": "argument: 'c' - export takes nothing without a flag",
+    "export --overwrite=3": "overwrite: '3' - it takes no value: leave that out",
+    "verify": "gold: missing - write the right answer, as LaTeX or text",
+    "verify 1 2 3": "argument: '3' - verify takes gold, response",
+    "verify 1 2 --nope": "--nope: verify has no such flag: it has --help, --precision, --units, --order, --simplified, "
+    "--equality",
+    "verify 1 2 --precision x": "precision: 'x' - write a whole number",
+    "verify 1 2 --units nope": "units: 'nope' - write one of agree, required, ignored",
+    "verify 1 2 --units": "units: missing - write one of agree, required, ignored",
+    "compare a": "second: missing - write the same of the second",
+    "report a --metrc b": "--metrc: report has no such flag: did you mean --metric?",
+}
+
+
+@pytest.mark.parametrize("typed", WITHOUT_A_RECIPE)
+def test_commands_without_a_recipe_are_answered_in_one_line(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(typed.split())
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {WITHOUT_A_RECIPE[typed]}\n"
+
+
+def test_the_help_of_a_class_lists_none_that_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help", "DAPOModule"])
+    listed = re.sub(r"\s", "", capsys.readouterr().out)
+    assert "ibro_lightning.regularizers.IBRO," in listed
+    assert "torch.optim.lr_scheduler.StepLR," in listed
+    refused = ("PolicyLossMethod", "CorrectPathEntropySuppression", "torch.optim.lr_scheduler.ReduceLROnPlateau")
+    assert not [name for name in refused if name in listed]
 
 
 def test_the_list_of_commands_names_all_and_needs_no_torch() -> None:

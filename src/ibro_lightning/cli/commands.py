@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 from collections.abc import Sequence
 
 from ibro_lightning import __version__
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.runs.arguments import OneLineArguments
 
 COMMANDS = {
     "fit": "train a policy; --ckpt_path last resumes a run",
@@ -46,9 +46,9 @@ def answer(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def export_parser() -> argparse.ArgumentParser:
+def export_parser() -> OneLineArguments:
     """The arguments of ``export``."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineArguments(
         prog="ibro_lightning export",
         description="Write the policy of a checkpoint as a Hugging Face folder, and its critic, if any, to critic/ "
         "beside it. One process, on the CPU, whatever the checkpoint was written by.",

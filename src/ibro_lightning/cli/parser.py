@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 import sys
-from argparse import SUPPRESS, Action
+from argparse import SUPPRESS, Action, HelpFormatter
 from collections.abc import Sequence
 from types import NoneType
 from typing import Any, NoReturn, get_args
 
-from jsonargparse import Namespace
+from jsonargparse import DefaultHelpFormatter, Namespace
 from jsonargparse._common import lenient_check
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.optim import Optimizer
 
 from ibro_lightning.cli.learning_rates import one_rate, refuse_no_rate, settle_learning_rates
+from ibro_lightning.cli.offers import NOT_OFFERED
 from ibro_lightning.cli.paths import RecipePaths
 from ibro_lightning.cli.refusals import explain
 from ibro_lightning.errors import ConfigError
@@ -22,6 +23,16 @@ from ibro_lightning.guards.endings import explanation
 
 SHORT = ("optimizer", "lr_scheduler")
 """Top-level keys of LightningCLI that are arguments of the model here."""
+
+
+class OfferedHelp(DefaultHelpFormatter):
+    """Lists the classes to choose from without those that are refused."""
+
+    def _get_help_string(self, action: Action) -> str:
+        text: str = super()._get_help_string(action)
+        head, mark, paths = text.rpartition(", known subclasses: ")
+        kept = [path for path in paths.rstrip(")").split(", ") if path.rpartition(".")[2] not in NOT_OFFERED]
+        return f"{head}{mark}{', '.join(kept)})" if mark else text
 
 
 class OneLineParser(LightningArgumentParser):
@@ -38,6 +49,9 @@ class OneLineParser(LightningArgumentParser):
     paths: RecipePaths
     trusts_commands = True
     """Whether what a command's own parser has completed and checked is taken as it is by the parser of all commands."""
+
+    def __init__(self, *args: Any, formatter_class: type[HelpFormatter] = OfferedHelp, **kwargs: Any) -> None:
+        super().__init__(*args, formatter_class=formatter_class, **kwargs)
 
     def add_class_arguments(self, theclass: Any, *args: Any, **kwargs: Any) -> Any:
         self.of_class = theclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ from ibro_lightning.rewards.mathematics.answers.rules import UNITS
 from ibro_lightning.rewards.mathematics.gold_text import gold_texts
 from ibro_lightning.rewards.mathematics.readings import Reading
 from ibro_lightning.rewards.mathematics.symbolic import EQUALITIES, MathVerifyReward
+from ibro_lightning.runs.arguments import OneLineArguments
 
 _MARKED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\fbox|(?i:answer)")
 _WITH_VALUE = ("--precision", "--units", "--equality")
@@ -19,7 +19,7 @@ _WITH_VALUE = ("--precision", "--units", "--equality")
 
 def main(argv: Sequence[str]) -> bool:
     """Run the command; returns whether the response is right."""
-    parser = argparse.ArgumentParser(prog="python -m ibro_lightning verify", description=__doc__)
+    parser = OneLineArguments(prog="python -m ibro_lightning verify", description=__doc__)
     parser.add_argument("gold", help="the right answer, as LaTeX or text")
     parser.add_argument("response", help="a response, or an answer alone: $…$ and \\boxed{…} are formulas")
     parser.add_argument("--precision", type=int, default=6, help="decimals from which a number may be rounded")

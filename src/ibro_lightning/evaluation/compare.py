@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.disk import PARTIAL, free_name, write_json
 from ibro_lightning.resampling import bootstrap_interval, sign_flip_p_value
+from ibro_lightning.runs.arguments import OneLineArguments
 from ibro_lightning.runs.samples_manifest import read_manifest
 
 
@@ -154,7 +154,7 @@ def _is_comparison(path: Path) -> bool:
 
 def main(argv: Sequence[str]) -> None:
     """Run ``python -m ibro_lightning compare``."""
-    parser = argparse.ArgumentParser(prog="python -m ibro_lightning compare", description=__doc__)
+    parser = OneLineArguments(prog="python -m ibro_lightning compare", description=__doc__)
     parser.add_argument("first", type=Path, help="evaluations/validate.json of the first policy's run")
     parser.add_argument("second", type=Path, help="the same of the second")
     parser.add_argument("--json", type=Path, help="write the comparison there, with every question's accuracies")

@@ -16,7 +16,8 @@ from ibro_lightning.models.pretrained import PretrainedPolicy
 PolicyLike: TypeAlias = str | PolicySource | PreTrainedModel | tuple[Any, Any] | Path
 """A Hugging Face folder, a hub name, a transformers model (alone or as ``(model, tokenizer)``), or a source."""
 # Path comes last: the parser would otherwise save any value as one in config.yaml, even a source's settings.
-REMEDY = "write a Hugging Face folder or hub name, a transformers model or (model, tokenizer), or a PolicySource"
+FOLDER = "a Hugging Face folder or hub name"
+REMEDY = f"write {FOLDER}, a transformers model or (model, tokenizer), or a PolicySource"
 
 
 def as_source(policy: PolicyLike, options: PolicyOptions, setting: str = "policy") -> PolicySource:

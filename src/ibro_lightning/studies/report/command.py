@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.guards.disk import free_name, written_atomically
+from ibro_lightning.runs.arguments import OneLineArguments
 from ibro_lightning.studies.history import History, history_of
 from ibro_lightning.studies.report.blocks import IMAGES, MARK, html, markdown
 from ibro_lightning.studies.report.content import report_of
@@ -17,9 +17,9 @@ from ibro_lightning.studies.results import STUDY, read_results
 from ibro_lightning.studies.run_folders import read_runs
 
 
-def report_parser() -> argparse.ArgumentParser:
+def report_parser() -> OneLineArguments:
     """The arguments of ``report``."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineArguments(
         prog="ibro_lightning report",
         description="Report on a study, or on runs: tables with intervals and tests, curves, and sentences that say "
         "what the numbers show. Writes report.html, which needs no other file, report.md, and its images.",
