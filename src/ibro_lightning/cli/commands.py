@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "report on a study, or on runs: tables, tests, curves",
     "export": "write a checkpoint's policy as a Hugging Face folder",
     "verify": "try the verifier: GOLD RESPONSE",
+    "doctor": "what is installed, what this machine can run, and what is missing",
 }
 USAGE = f"""usage: ibro-lightning COMMAND [--config RECIPE] [--SETTING VALUE ...]
 

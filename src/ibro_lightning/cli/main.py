@@ -15,6 +15,9 @@ from ibro_lightning.guards.endings import ended
 from ibro_lightning.runs.recipes import resolve_configs
 from ibro_lightning.studies.extras import extra_packages
 
+PRINTING = ("compare", "report", "export", "verify", "doctor")
+"""Commands whose result is what they print."""
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m ibro_lightning``; ``args`` as on the command line.
@@ -30,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
             print(text)
         else:
             command(argv)(argv)
-        if text is not None or argv[0] in ("compare", "report", "export", "verify"):  # their result is what they print
+        if text is not None or argv[0] in PRINTING:
             printing.check_delivered()
 
 
@@ -54,6 +57,8 @@ def command(argv: Sequence[str]) -> Callable[[Sequence[str]], None]:
             return _export
         if argv[0] == "verify":
             return _verify
+        if argv[0] == "doctor":
+            return _doctor
         from ibro_lightning.cli.run import main as run
 
         return run
@@ -63,6 +68,13 @@ def _verify(argv: Sequence[str]) -> None:
     from ibro_lightning.cli.verify import main as verify
 
     if not verify(argv[1:]):
+        raise SystemExit(1)
+
+
+def _doctor(argv: Sequence[str]) -> None:
+    from ibro_lightning.cli.doctor import main as doctor
+
+    if not doctor(argv[1:]):
         raise SystemExit(1)
 
 
