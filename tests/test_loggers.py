@@ -123,7 +123,7 @@ def test_several_loggers_have_the_same_curves_evaluations_included(workspace: Pa
     records = [json.loads(line) for line in Path("wandb/run0.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "val/starts/avg@4" in record] == [0, 2]
     tables = [record["samples"] for record in records if "samples" in record]
-    assert [header[:4] for header, *_ in tables] == [["prompt", "response", "tokens", "reward"]] * 2
+    assert [header[:5] for header, *_ in tables] == [["prompt", "response", "gold", "tokens", "reward"]] * 2
     places = json.loads(Path("run", "summary.json").read_text())["curves"]
     assert places == [
         "logs/lightning_logs/version_0/metrics.csv",

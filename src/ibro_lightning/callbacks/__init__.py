@@ -8,6 +8,7 @@ from ibro_lightning.callbacks.heartbeat import Heartbeat
 from ibro_lightning.callbacks.information_plane import InformationPlane
 from ibro_lightning.callbacks.interruptions import Interruptions
 from ibro_lightning.callbacks.metrics_log import MetricsLog
+from ibro_lightning.callbacks.overview import TensorBoardOverview
 from ibro_lightning.callbacks.progress import IterationProgress
 from ibro_lightning.callbacks.rank_watch import RankWatch
 from ibro_lightning.callbacks.rollout_log import RolloutLog
@@ -29,5 +30,6 @@ __all__ = [
     "RolloutLog",
     "RunSummary",
     "SamplesTable",
+    "TensorBoardOverview",
     "run_folder",
 ]

@@ -57,8 +57,10 @@ class SamplesTable(pl.Callback):
 
 
 def _table(rollout: Rollout, rows: int, max_characters: int) -> Table:
-    """The first response of each group, then the second of each, and so on, as plain text and as Markdown."""
-    columns = ["prompt", "response", "tokens", "reward", *rollout.reward_parts]
+    """The first response of each group, then the second of each, and so on, as plain text and as Markdown; beside it
+    the gold and, if the verifier reports them, the answer that it read and its reason."""
+    verdicts = [name for name in ("answer", "why") if any(getattr(r, name) is not None for r in rollout.results)]
+    columns = ["prompt", "response", "gold", *verdicts, "tokens", "reward", *rollout.reward_parts]
     group_size = max(1, len(rollout) // max(1, len(rollout.groups.unique())))
     cells = []
     for row in sorted(range(len(rollout)), key=lambda i: (i % group_size, i))[:rows]:
@@ -68,11 +70,17 @@ def _table(rollout: Rollout, rows: int, max_characters: int) -> Table:
             [
                 _shortened(rollout.prompts[row].text, max_characters),
                 _shortened(completion.text, max_characters),
+                _shortened(_gold(rollout.prompts[row].answer), max_characters),
+                *(_shortened(str(getattr(rollout.results[row], name) or ""), max_characters) for name in verdicts),
                 f"{len(completion.token_ids)}{' (cut)' if completion.truncated else ''}",
                 *(f"{number.item():.3g}" for number in numbers),
             ]
         )
     return Table(columns, cells, _markdown(columns, cells))
+
+
+def _gold(answer: Any) -> str:
+    return "" if answer is None else str(answer)
 
 
 def _markdown(columns: list[str], rows: list[list[str]]) -> str:

@@ -14,7 +14,14 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from ibro_lightning.callbacks import Alarms, InformationPlane, MetricsLog, RolloutLog, SamplesTable
+from ibro_lightning.callbacks import (
+    Alarms,
+    InformationPlane,
+    MetricsLog,
+    RolloutLog,
+    SamplesTable,
+    TensorBoardOverview,
+)
 from ibro_lightning.guards.trainer_flags import as_refusal, refuse_trainer
 from ibro_lightning.runs.checkpoints.plugin import CheckpointFiles
 from ibro_lightning.runs.folder import refuse_loggers
@@ -31,6 +38,8 @@ DEFAULTS = {
 }
 BAREBONES = ("num_sanity_val_steps", "log_every_n_steps")
 """Flags of :data:`DEFAULTS` that ``barebones`` refuses."""
+SHOWING = (MetricsLog, Alarms, InformationPlane, RolloutLog, SamplesTable, TensorBoardOverview)
+"""Callbacks that a barebones Trainer does without."""
 
 
 def loggers_for(command: str, settings: Any, root: str) -> list[Logger] | Literal[False]:
@@ -64,7 +73,7 @@ def build_trainer(
     off: dict[type[pl.Callback], bool] = {
         ProgressBar: barebones or has_bar or flags.get("enable_progress_bar") is False,
         Checkpoint: barebones or flags.get("enable_checkpointing") is False,
-        **dict.fromkeys((MetricsLog, Alarms, InformationPlane, RolloutLog, SamplesTable), barebones),
+        **dict.fromkeys(SHOWING, barebones),
     }
     for callback in callbacks:
         if isinstance(callback, MetricsLog) and callback.every_n_iterations is None:

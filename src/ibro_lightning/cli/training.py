@@ -92,6 +92,7 @@ class IbroCLI(LightningCLI):
             "progress": ours.IterationProgress,
             "rollout_log": ours.RolloutLog,
             "samples": ours.SamplesTable,
+            "overview": ours.TensorBoardOverview,
             "evaluation_report": ours.EvaluationReport,
             "export": ours.ExportModel,
             "checkpoint": ours.IterationCheckpoint,
@@ -148,7 +149,13 @@ class IbroCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
+        for overview in (callback for callback in callbacks if isinstance(callback, ours.TensorBoardOverview)):
+            overview.recipe = overview.recipe or self._recipe_name()
         return build_trainer(super()._instantiate_trainer, config, callbacks)
+
+    def _recipe_name(self) -> str:
+        recipes = self._get(self.config, "config") or []
+        return ", ".join(Path(str(recipe)).stem for recipe in recipes)
 
     def _run_subcommand(self, subcommand: str) -> None:
         for rank_watch in callbacks_of(self.trainer, ours.RankWatch) if self.trainer.world_size > 1 else ():
