@@ -67,15 +67,7 @@ def shaped(loss: Tensor, regularizer: EntropyRegularizer, stats: TokenStats) -> 
     advice = without_entropy(stats, "shaping_needs_entropy")
     with noted(advice):
         values = regularizer.shape_policy_loss(loss, stats)
-    return per_token(regularizer, "shape_policy_loss", values, stats, f"; {advice}" * bool(advice))
-
-
-def objective_of(regularizer: EntropyRegularizer, stats: TokenStats) -> Tensor:
-    """What the regulariser maximises, ``[B, T]``."""
-    advice = without_entropy(stats, "needs_entropy")
-    with noted(advice):
-        values = regularizer.objective(stats)
-    return per_token(regularizer, "objective", values, stats, f"; {advice}" * bool(advice))
+    return per_token(regularizer, "shape_policy_loss", values, stats, advice)
 
 
 def measured(regularizer: EntropyRegularizer, stats: TokenStats) -> dict[str, Tensor]:
@@ -125,7 +117,7 @@ def per_token(
 
 def without_entropy(stats: TokenStats, flag: str) -> str:
     """Advice for a method that may have read ``stats.entropy`` where there is none."""
-    return "" if stats.entropy is not None else f"stats.entropy is None unless the class sets {flag} = True"
+    return "" if stats.entropy is not None else f"; stats.entropy is None unless the class sets {flag} = True"
 
 
 @contextmanager
@@ -135,7 +127,7 @@ def noted(advice: str) -> Iterator[None]:
         yield
     except (AttributeError, TypeError) as error:
         if advice:
-            error.add_note(advice)
+            error.add_note(advice.removeprefix("; "))
         raise
 
 

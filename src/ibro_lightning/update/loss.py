@@ -32,13 +32,14 @@ from ibro_lightning.update.hook_checks import (
     functionals_of,
     measured,
     noted,
-    objective_of,
     of_policy,
     of_surrogate,
     per_step_token,
+    per_token,
     prepared_by,
     shaped,
     statistics_of,
+    without_entropy,
 )
 from ibro_lightning.update.reference import EXACT, ReferenceKL
 
@@ -185,7 +186,10 @@ class PolicyLoss:
 
     def objective(self, stats: TokenStats) -> Tensor:
         """What the regulariser maximises, ``[B, T]``: J."""
-        return objective_of(self.regularizer, stats)
+        advice = without_entropy(stats, "needs_entropy")
+        with noted(advice):
+            values = self.regularizer.objective(stats)
+        return per_token(self.regularizer, "objective", values, stats, advice)
 
     def rows_with_gradient(self, step: Experience) -> Tensor:
         """``[B]`` bool: the rows whose loss may have a gradient other than 0. In a group of equal rewards, advantages
