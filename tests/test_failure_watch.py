@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from helpers.processes import start_ranks
+from ibro_lightning.callbacks import RankWatch
 from ibro_lightning.errors import RankError
 from ibro_lightning.guards.failure_watch import FailureWatch, note
 
@@ -192,6 +195,30 @@ def test_alone_there_is_nothing_to_watch() -> None:
     watch.stop()
     watch.stop()
     assert sys.excepthook == hook
+
+
+def watching() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("failure-watch")]
+
+
+def test_a_command_that_ends_before_the_ranks_have_met_is_no_longer_watched() -> None:
+    """Otherwise the watch would end the process that it ran in, such as a notebook's, when its time is up."""
+    hook, watch = sys.excepthook, FailureWatch(period_s=0.01)
+    watch.start()
+    assert len(watching()) == 2
+    watch.stop_without_group()
+    assert sys.excepthook == hook
+    assert not watching()
+
+
+@pytest.mark.parametrize("set_up", [True, False])
+def test_neither_is_one_that_fails_before_they_have_met(set_up: bool) -> None:
+    trainer, callback = SimpleNamespace(world_size=2), RankWatch()
+    if set_up:
+        callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
+        assert watching()
+    callback.on_exception(trainer, None, KeyError("oops"))  # type: ignore[arg-type]
+    assert not watching()
 
 
 def test_a_note_is_one_line_and_tells_a_lost_connection_from_an_error() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
@@ -73,6 +74,8 @@ def test_every_shipped_recipe_instantiates(
     assert sum(parameter.numel() for parameter in cli.model.policy.parameters()) > 0
     assert hasattr(cli.model, "critic") == (type(cli.model) is PPOModule)
     assert isinstance(cli.datamodule, pl.LightningDataModule)
+    # After 15 minutes alone the watch of several ranks would end the process, which lives on here, as in a notebook.
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("failure-watch")]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -31,12 +31,20 @@ class TensorBoardOverview(pl.Callback):
 
     def __init__(self, recipe: str = "") -> None:
         self.recipe = recipe
+        self._written = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"written": self._written}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._written = state_dict["written"]  # a resumed run continues the files that have it
 
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if not loggers or is_fast_dev_run(trainer):
+        if not loggers or self._written or is_fast_dev_run(trainer):
             return
+        self._written = True
         accuracies = accuracy_curves(trainer)
         settings = {"recipe": self.recipe, **settings_of(pl_module, trainer)}
         charts = {"accuracy": ["Multiline", accuracies]} | {name: ["Multiline", tags] for name, tags in CURVES.items()}

@@ -39,3 +39,4 @@ class RankWatch(pl.Callback):
         # This rank's error may be a consequence ("connection closed by peer"): name the cause, too.
         if not isinstance(exception, RankError) and (cause := self.watch.failure_of_another()):
             tell(f"error: {cause}")
+        self.watch.stop_without_group()

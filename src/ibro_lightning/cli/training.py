@@ -158,10 +158,15 @@ class IbroCLI(LightningCLI):
         return ", ".join(Path(str(recipe)).stem for recipe in recipes)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        for rank_watch in callbacks_of(self.trainer, ours.RankWatch) if self.trainer.world_size > 1 else ():
-            rank_watch.watch.start()  # before the Trainer's first hook: data may be missing on only one machine
-        with self._named_settings(), RunLock.of(self.trainer).held(self.trainer, subcommand):
-            super()._run_subcommand(subcommand)
+        watches = [one.watch for one in callbacks_of(self.trainer, ours.RankWatch) if self.trainer.world_size > 1]
+        for watch in watches:
+            watch.start()  # before the Trainer's first hook: data may be missing on only one machine
+        try:
+            with self._named_settings(), RunLock.of(self.trainer).held(self.trainer, subcommand):
+                super()._run_subcommand(subcommand)
+        finally:
+            for watch in watches:
+                watch.stop_without_group()
 
     @contextmanager
     def _named_settings(self) -> Iterator[None]:

@@ -82,6 +82,12 @@ class FailureWatch:
         self._threads = []
         sys.excepthook = self._hook
 
+    def stop_without_group(self) -> None:
+        """End the watch if there is no process group: the command has ended before the ranks met, and this process may
+        live on, as in a notebook."""
+        if not _in_a_group():
+            self.stop()
+
     def report(self, error: BaseException) -> None:
         """Tell the other ranks that this one fails with ``error``. Returns when all have read the note, or after three
         periods. A :class:`RankError` is not a failure of its own, and the first note stays, as later ones may be
