@@ -266,9 +266,9 @@ runpy.run_module("ibro_lightning", run_name="__main__")
     ("arguments", "code", "expected"),
     [
         (["--version"], 0, "ibro-lightning 0."),
-        ([], 0, "usage: ibro-lightning COMMAND"),
+        ([], 0, "usage: python -m ibro_lightning COMMAND"),
         (["compare", "--help"], 0, "usage: python -m ibro_lightning compare"),
-        (["export", "--help"], 0, "usage: ibro_lightning export"),
+        (["export", "--help"], 0, "usage: python -m ibro_lightning export"),
         (["export"], 2, "error: ckpt_path: missing - write a checkpoint"),
         (["comapre", "a", "b"], 2, "did you mean compare?"),
         (["compare", "nowhere", "nowhere"], 2, "compare: 'nowhere' - no evaluation there"),

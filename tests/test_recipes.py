@@ -56,6 +56,12 @@ def test_what_a_commands_own_parser_has_completed_and_checked_is_complete_and_va
     assert found[0] == found[1]
 
 
+def test_help_shows_the_command_as_it_is_typed() -> None:
+    with redirect_stdout(io.StringIO()) as text, pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    assert text.getvalue().startswith("usage: python -m ibro_lightning [options] fit ")
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_shipped_recipe_instantiates(
     name: str, tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,14 +14,15 @@ COMMANDS = {
     "validate": "evaluate a policy, or a checkpoint (--ckpt_path), on data.eval_sets",
     "test": "the same, once, for the numbers to report",
     "predict": "generate and judge responses to the questions of data.eval_sets",
-    "study": "run a recipe in several arms with many seeds, as a study file plans it",
+    "study": "run several arms with many seeds, as a study file plans it",
     "compare": "compare two evaluations of the same questions",
     "report": "report on a study, or on runs: tables, tests, curves",
     "export": "write a checkpoint's policy as a Hugging Face folder",
     "verify": "try the verifier: GOLD RESPONSE",
     "doctor": "what is installed, what this machine can run, and what is missing",
 }
-USAGE = f"""usage: ibro-lightning COMMAND [--config RECIPE] [--SETTING VALUE ...]
+PROGRAM = "python -m ibro_lightning"
+USAGE = f"""usage: {PROGRAM} COMMAND [--config RECIPE] [--SETTING VALUE ...]
 
 {chr(10).join(f"  {name:<10}{what}" for name, what in COMMANDS.items())}
 
@@ -29,7 +30,8 @@ USAGE = f"""usage: ibro-lightning COMMAND [--config RECIPE] [--SETTING VALUE ...
   fit --model.help DAPOModule     those of a class
   --version                       the version
 
-A RECIPE is a path or the name of one that ships with the package, such as quickstart.yaml."""
+A RECIPE is a path, or the name of one that ships with the package, such as
+quickstart.yaml."""
 
 
 def answer(arguments: Sequence[str]) -> str | None:
@@ -50,7 +52,7 @@ def answer(arguments: Sequence[str]) -> str | None:
 def export_parser() -> OneLineArguments:
     """The arguments of ``export``."""
     parser = OneLineArguments(
-        prog="ibro_lightning export",
+        prog=f"{PROGRAM} export",
         description="Write the policy of a checkpoint as a Hugging Face folder, and its critic, if any, to critic/ "
         "beside it. One process, on the CPU, whatever the checkpoint was written by.",
     )

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 
 from ibro_lightning import __version__
 from ibro_lightning.callbacks.saved_config import SaveResolvedConfig
+from ibro_lightning.cli.commands import PROGRAM
 from ibro_lightning.cli.parser import OneLineParser, long_names
 from ibro_lightning.cli.trainer import DEFAULTS
 from ibro_lightning.cli.training import IbroCLI
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
         trainer_defaults=DEFAULTS,
         seed_everything_default=0,
         parser_class=OneLineParser,
-        parser_kwargs={"parser_mode": "omegaconf", "version": __version__},
+        parser_kwargs={"prog": PROGRAM, "parser_mode": "omegaconf", "version": __version__},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )

@@ -20,7 +20,7 @@ from ibro_lightning.studies.run_folders import read_runs
 def report_parser() -> OneLineArguments:
     """The arguments of ``report``."""
     parser = OneLineArguments(
-        prog="ibro_lightning report",
+        prog="python -m ibro_lightning report",
         description="Report on a study, or on runs: tables with intervals and tests, curves, and sentences that say "
         "what the numbers show. Writes report.html, which needs no other file, report.md, and its images.",
     )
