@@ -429,7 +429,7 @@ def test_what_a_dry_run_finds_out_has_its_place_too(
         (["fit", "--config", "tiny.yaml", "--trainer.precision", "fp16"], "trainer.precision: 'fp16' - not supported: "
          "write 32-true or bf16-mixed"),
         (["tune"], "command: 'tune' - there is no such command: write one of fit, validate, test, predict, study, "
-         "compare, report, export, verify"),
+         "compare, report, export, verify, doctor"),
         (["fit", "--config", "tiny.yaml", "--ckpt_path"], "ckpt_path: missing - write text, or a path, or null"),
         (["fit", "--config", "tiny.yaml", "--trainer.logger", "CSVLogger"], "trainer.logger.save_dir: missing - write "
          "text, or a path"),
