@@ -64,6 +64,17 @@ def test_a_required_package_that_does_not_fit_is_a_problem_with_its_remedy(
     assert out.endswith("1 marked ! must be mended first\n")
 
 
+def test_without_torch_the_rest_is_still_answered(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_versions(monkeypatch, torch=None)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    out = printed(capsys)
+    assert re.search(r"^! torch +missing, needs ", out, re.M)
+    assert "GiB free" in out
+    assert "devices" not in out
+
+
 def test_an_extra_without_one_of_its_packages_is_offered(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from ibro_lightning.cli.main import main
 from ibro_lightning.errors import ConfigError
 from ibro_lightning.models import PolicyOptions, Qwen2FromScratch
 from ibro_lightning.sources import DemonstrationSource, PromptSource, SolvedProblems
@@ -104,6 +106,17 @@ class TestAlphabet:
     def test_a_prompt_source_is_no_source_of_words(self):
         with pytest.raises(ConfigError, match="source"):
             Alphabet(5, SumsSource())
+
+
+def test_the_documented_recipe_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step on solved small programs, with the alphabet, by the command line."""
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    (tmp_path / "scratch.yaml").write_text(page.split("## From scratch")[1].split("```yaml\n")[1].split("```")[0])
+    monkeypatch.chdir(tmp_path)
+    fewer = ["--data.steps_per_epoch", "1", "--data.batch_size", "2", "--data.source.source.num_problems", "60"]
+    main(["fit", "--config", "scratch.yaml", *fewer, "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "runs" / "default" / "model")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("f=lambda")["input_ids"]) == list("f=lambda")
 
 
 WORDS = Alphabet(4, Pairs()).tokenizer()

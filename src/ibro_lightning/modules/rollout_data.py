@@ -48,7 +48,7 @@ def _type_name(kind: type) -> str:
 
 
 def _check_rollout(module: Any, rollout: Rollout) -> None:
-    """Refuse tokens that the policy has not; warn of a rollout without groups to compare."""
+    """Refuse tokens outside the policy's vocabulary; warn of a rollout without groups to compare."""
     vocabulary = int(module.policy_source.config().get_text_config().vocab_size)
     for name, ids in (("prompt", rollout.sequences.prompts), ("response", rollout.sequences.responses)):
         if len(ids) and (largest := int(ids.max())) >= vocabulary:
@@ -57,7 +57,7 @@ def _check_rollout(module: Any, rollout: Rollout) -> None:
     if len(rollout) and int(rollout.groups.bincount().max()) < module.min_group_size:
         rank_zero_warn(
             f"no prompt of a batch has {module.min_group_size} responses for {type(module).__name__} to compare: every "
-            "advantage is 0 (PPOModule, or advantage: reinforce_plus_plus, learn from single responses)"
+            "advantage is 0 (PPOModule, or advantage: reinforce++, learn from single responses)"
         )
 
 

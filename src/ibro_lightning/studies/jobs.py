@@ -17,6 +17,7 @@ from submitit import AutoExecutor, Executor, Job, LocalExecutor, SlurmJob
 
 from ibro_lightning.errors import ConfigError, check_count
 from ibro_lightning.guards.disk import write_json
+from ibro_lightning.guards.machine import cores
 from ibro_lightning.studies.job import Outcome, TrialJob
 from ibro_lightning.studies.study_file import Trial
 
@@ -171,8 +172,3 @@ def visible_gpus() -> list[int]:
     if named is None:
         return list(range(64))  # as many as any machine has
     return [int(number) for number in named.split(",") if number.strip().isdecimal()]
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

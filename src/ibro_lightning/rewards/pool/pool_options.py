@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 from ibro_lightning.errors import ConfigError, check_at_least, check_count, is_number
+from ibro_lightning.guards.machine import cores
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class PoolOptions:
     def size(self) -> int:
         if self.workers is not None:
             return self.workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(16, cores)
+        return min(16, cores())
 
     def shared_by(self, ranks: int) -> PoolOptions:
         """The options of each of several pools on this machine, which share its cores if ``workers`` is None."""
